@@ -1,0 +1,38 @@
+// Argument checks shared by the ops: ValueError or TypeError with the argument, its value and the remedy.
+#pragma once
+
+#include <ATen/ATen.h>
+#include <ATen/Parallel.h>
+
+namespace pathrnn {
+
+inline void check_like(const at::Tensor& tensor, const char* name, const at::Tensor& reference, const char* other) {
+  TORCH_CHECK_TYPE(tensor.device() == reference.device(), name, " is on ", tensor.device(), ", but ", other, " is on ",
+                   reference.device(), ": move one");
+  TORCH_CHECK_TYPE(tensor.scalar_type() == reference.scalar_type(), name, " has dtype ", tensor.scalar_type(), ", but ",
+                   other, " has ", reference.scalar_type(), ": convert one");
+}
+
+inline void check_floating(const at::Tensor& tensor, const char* name) {
+  TORCH_CHECK_TYPE(tensor.device().is_cpu() && tensor.layout() == at::kStrided, name, " is ", tensor.toString(),
+                   "; this kernel serves dense CPU tensors");
+  TORCH_CHECK_TYPE(tensor.scalar_type() == at::kFloat || tensor.scalar_type() == at::kDouble, name, " has dtype ",
+                   tensor.scalar_type(), "; use float32 or float64");
+}
+
+inline void check_shape(const at::Tensor& tensor, const char* name, at::IntArrayRef shape) {
+  TORCH_CHECK_VALUE(tensor.sizes() == shape, name, " has shape ", tensor.sizes(), "; it must be ", shape);
+}
+
+// Threads for a call of `work` multiply-adds: a second thread pays from some ten microseconds of work on.
+inline int threads_for(double work) {
+  constexpr double kWorthATeam = 2e5;
+  return work < kWorthATeam ? 1 : at::get_num_threads();
+}
+
+template <typename T>
+const T* data_or_null(const at::Tensor& tensor) {
+  return tensor.defined() ? tensor.const_data_ptr<T>() : nullptr;
+}
+
+}  // namespace pathrnn

@@ -1,0 +1,80 @@
+// The kernels of every instruction set that this library was compiled for, and the one that this machine runs.
+#pragma once
+
+#include <algorithm>
+#include <array>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <limits>
+#include <new>
+#include <string>
+#include <type_traits>
+#include <utility>
+#include <vector>
+
+#include "../ops.h"
+#include "parallel.h"
+
+namespace pathrnn {
+
+// A vector's allocator whose memory starts on a cache line and is not initialised.
+template <typename T>
+struct Aligned {
+  using value_type = T;
+  static constexpr std::align_val_t kAlignment{64};
+  Aligned() = default;
+  template <typename U>
+  Aligned(const Aligned<U>&) {}
+  T* allocate(std::size_t n) { return static_cast<T*>(::operator new(n * sizeof(T), kAlignment)); }
+  void deallocate(T* p, std::size_t) { ::operator delete(p, kAlignment); }
+  template <typename U>
+  void construct(U*) {}
+  template <typename U, typename Arg>
+  void construct(U* p, Arg&& arg) {
+    ::new (static_cast<void*>(p)) U(std::forward<Arg>(arg));
+  }
+  bool operator==(const Aligned&) const { return true; }
+  bool operator!=(const Aligned&) const { return false; }
+};
+
+template <typename T>
+struct Kernels {
+  void (*relu_rnn_forward)(const ReluRnnForward<T>&, int threads);
+  void (*relu_rnn_backward)(const ReluRnnBackward<T>&, int threads);
+  // The index of the first weight that is not finite, in the order of PathChain's fields by layer, or -1.
+  int64_t (*path_chain)(const PathChain<T>&, int threads);
+  void (*kappa2)(const Kappa2<T>&, int threads);
+};
+
+struct Isa {
+  const char* name;
+  bool (*supported)();
+  const Kernels<float>* single_precision;
+  const Kernels<double>* double_precision;
+};
+
+extern const Isa kPortable;
+#if defined(__x86_64__)
+extern const Isa kAvx2;
+extern const Isa kAvx512;
+#endif
+
+// All that were compiled, best first.
+std::vector<const Isa*> compiled_isas();
+// The best that this machine supports, or the one that the environment variable PATHRNN_CPU_ISA names.
+// Throws std::invalid_argument for a name that is unknown or not supported here.
+const Isa& active_isa();
+
+template <typename T>
+const Kernels<T>& kernels();
+template <>
+inline const Kernels<float>& kernels<float>() {
+  return *active_isa().single_precision;
+}
+template <>
+inline const Kernels<double>& kernels<double>() {
+  return *active_isa().double_precision;
+}
+
+}  // namespace pathrnn

@@ -1,0 +1,34 @@
+// AVX-512, 64-byte vectors. The target is set by pragma after all includes, not by a compiler flag: a flag would also
+// compile the standard library's inline functions for it, and the linker could choose those copies for every machine.
+#include "isa.h"
+
+#if defined(__x86_64__)
+
+#if defined(__clang__)
+#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma"))), apply_to = function)
+#else
+#pragma GCC push_options
+#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma")
+#endif
+
+namespace pathrnn {
+namespace {
+constexpr int64_t kVectorBytes = 64;
+constexpr int kTileRows = 6, kTileVectors = 4;  // 24 of 32 registers hold sums
+#include "kernels.inl"
+}  // namespace
+}  // namespace pathrnn
+
+#if defined(__clang__)
+#pragma clang attribute pop
+#else
+#pragma GCC pop_options
+#endif
+
+namespace pathrnn {
+const Isa kAvx512{"avx512", [] { return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                                __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"); }, &kKernels<float>,
+                &kKernels<double>};
+}  // namespace pathrnn
+
+#endif

@@ -1,0 +1,17 @@
+// 16-byte vectors, which every x86-64 (SSE2) and aarch64 (NEON) has, and the compiler emulates elsewhere.
+#include "isa.h"
+
+namespace pathrnn {
+namespace {
+#if defined(__aarch64__)
+constexpr int64_t kVectorBytes = 16;
+constexpr int kTileRows = 6, kTileVectors = 4;  // 24 of 32 registers hold sums
+#else
+constexpr int64_t kVectorBytes = 16;
+constexpr int kTileRows = 6, kTileVectors = 2;  // 12 of 16 registers hold sums
+#endif
+#include "kernels.inl"
+}  // namespace
+
+const Isa kPortable{"portable", [] { return true; }, &kKernels<float>, &kKernels<double>};
+}  // namespace pathrnn

@@ -1,0 +1,9 @@
+// Every kernel in one instruction set: the body of a namespace in isa_*.cpp.
+#include "tile.inl"
+// The recurrence needs the tile; the chains need the recurrence's blocked step.
+#include "relu_rnn.inl"
+#include "path_chain.inl"
+#include "kappa2.inl"
+
+template <typename T>
+constexpr Kernels<T> kKernels{&relu_rnn_forward<T>, &relu_rnn_backward<T>, &path_chain<T>, &kappa2<T>};

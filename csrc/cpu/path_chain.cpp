@@ -1,0 +1,156 @@
+// path_chain: checks and allocation. The pass itself: path_chain.inl.
+#include <torch/library.h>
+
+#include "check.h"
+#include "isa.h"
+
+namespace pathrnn {
+namespace {
+
+using at::Tensor;
+using std::optional;
+
+template <typename T>
+std::vector<const T*> pointers(const std::vector<Tensor>& tensors) {
+  std::vector<const T*> result;
+  for (const Tensor& t : tensors) result.push_back(t.const_data_ptr<T>());
+  return result;
+}
+
+// The name of the tensor that the kernel found not to be finite: its index in the order of the weights by layer.
+std::string tensor_name(int64_t index, int64_t num_layers, bool bias, bool head, bool head_bias) {
+  static const char* const kinds[] = {"weight_ih", "weight_hh", "bias_ih", "bias_hh"};
+  const int64_t per_layer = bias ? 4 : 2;
+  if (index < per_layer * num_layers) {
+    return std::string(kinds[index % per_layer]) + "_l" + std::to_string(index / per_layer);
+  }
+  index -= per_layer * num_layers;
+  if (head && index-- == 0) return "head.weight";
+  if (head_bias && index-- == 0) return "head.bias";
+  return "embedding.weight";
+}
+
+std::tuple<std::vector<Tensor>, Tensor, Tensor, std::vector<Tensor>, std::vector<Tensor>, Tensor, Tensor> run(
+    at::TensorList weight_ih, at::TensorList weight_hh, at::TensorList bias_ih, at::TensorList bias_hh,
+    const optional<Tensor>& head_weight, const optional<Tensor>& head_bias, const optional<Tensor>& embedding,
+    int64_t seq_len, bool last_only, bool ones_h0, bool kappa1, bool sequences) {
+  const int64_t layers = static_cast<int64_t>(weight_hh.size());
+  TORCH_CHECK_VALUE(layers > 0, "weight_hh is empty; give one matrix a layer");
+  TORCH_CHECK_VALUE(static_cast<int64_t>(weight_ih.size()) == layers, "weight_ih has ", weight_ih.size(),
+                    " tensors for ", layers, " layers; give one a layer");
+  for (const auto* biases : {&bias_ih, &bias_hh}) {
+    TORCH_CHECK_VALUE(biases->size() == bias_ih.size() && (biases->empty() || biases->size() == weight_hh.size()),
+                      "bias_ih and bias_hh have ", bias_ih.size(), " and ", bias_hh.size(), " tensors for ", layers,
+                      " layers; give one a layer in both, or none");
+  }
+  TORCH_CHECK_VALUE(seq_len >= 1, "seq_len is ", seq_len, "; it must be at least 1");
+  const Tensor& like = weight_hh[0];
+  check_floating(like, "weight_hh_l0");
+  TORCH_CHECK_VALUE(like.dim() == 2 && like.size(0) == like.size(1) && like.size(0) > 0, "weight_hh_l0 has shape ",
+                    like.sizes(), "; it must be [H, H]");
+  const int64_t hidden = like.size(0);
+  TORCH_CHECK_VALUE(weight_ih[0].dim() == 2 && weight_ih[0].size(1) > 0, "weight_ih_l0 has shape ",
+                    weight_ih[0].sizes(), "; it must be [H, I]");
+  const int64_t input = weight_ih[0].size(1);
+
+  // Contiguous copies live until the kernel is done.
+  std::vector<Tensor> ih, hh, b_ih, b_hh;
+  const auto keep = [&](std::vector<Tensor>& list, const Tensor& t, const std::string& name, at::IntArrayRef shape) {
+    check_shape(t, name.c_str(), shape);
+    check_like(t, name.c_str(), like, "weight_hh_l0");
+    list.push_back(t.contiguous());
+  };
+  for (int64_t i = 0; i < layers; ++i) {
+    const std::string suffix = "_l" + std::to_string(i);
+    keep(ih, weight_ih[i], "weight_ih" + suffix, {hidden, i ? hidden : input});
+    keep(hh, weight_hh[i], "weight_hh" + suffix, {hidden, hidden});
+    if (!bias_ih.empty()) {
+      keep(b_ih, bias_ih[i], "bias_ih" + suffix, {hidden});
+      keep(b_hh, bias_hh[i], "bias_hh" + suffix, {hidden});
+    }
+  }
+  std::vector<Tensor> rest;
+  int64_t outputs = 0, vocabulary = 0;
+  if (head_weight) {
+    TORCH_CHECK_VALUE(head_weight->dim() == 2 && head_weight->size(0) > 0, "head.weight has shape ",
+                      head_weight->sizes(), "; it must be [O, H]");
+    outputs = head_weight->size(0);
+    keep(rest, *head_weight, "head.weight", {outputs, hidden});
+  }
+  if (head_bias) {
+    TORCH_CHECK_VALUE(head_weight, "head.bias is given without head.weight; give both");
+    keep(rest, *head_bias, "head.bias", {outputs});
+  }
+  if (embedding) {
+    TORCH_CHECK_VALUE(embedding->dim() == 2 && embedding->size(0) > 0, "embedding.weight has shape ",
+                      embedding->sizes(), "; it must be [V, I]");
+    vocabulary = embedding->size(0);
+    keep(rest, *embedding, "embedding.weight", {vocabulary, input});
+  }
+
+  const auto options = like.options();
+  std::vector<Tensor> factors, h, delta;
+  const auto add = [&](at::IntArrayRef shape) {
+    factors.push_back(at::empty(shape, options));
+    return factors.back();
+  };
+  Tensor log_path_norm = at::empty({}, options.dtype(at::kDouble));
+  const int64_t chains = sequences ? layers : 0;
+  Tensor h_exponents = at::empty({chains, seq_len}, options.dtype(at::kLong));
+  Tensor delta_exponents = at::empty({chains, seq_len}, options.dtype(at::kLong));
+  Tensor exponents;
+  int64_t bad = -1;
+
+  AT_DISPATCH_FLOATING_TYPES(like.scalar_type(), "path_chain", [&] {
+    PathChain<scalar_t> net;
+    net.num_layers = layers;
+    net.input = input;
+    net.hidden = hidden;
+    net.outputs = outputs;
+    net.vocabulary = vocabulary;
+    net.seq_len = seq_len;
+    net.last_only = last_only;
+    net.ones_h0 = ones_h0;
+    net.weight_ih = pointers<scalar_t>(ih);
+    net.weight_hh = pointers<scalar_t>(hh);
+    net.bias_ih = pointers<scalar_t>(b_ih);
+    net.bias_hh = pointers<scalar_t>(b_hh);
+    size_t next = 0;
+    net.head_weight = head_weight ? rest[next++].const_data_ptr<scalar_t>() : nullptr;
+    net.head_bias = head_bias ? rest[next++].const_data_ptr<scalar_t>() : nullptr;
+    net.embedding = embedding ? rest[next].const_data_ptr<scalar_t>() : nullptr;
+    const auto result = [](const Tensor& t) { return t.mutable_data_ptr<scalar_t>(); };
+    if (kappa1) {
+      for (int64_t i = 0; i < layers; ++i) {
+        net.kappa_ih.push_back(result(add({hidden, i ? hidden : embedding ? input : 1})));
+        net.kappa_hh.push_back(result(add({hidden, hidden})));
+        if (!b_ih.empty()) net.kappa_bias.push_back(result(add({hidden})));
+      }
+      if (head_weight) net.kappa_head = result(add({1, hidden}));
+      if (head_bias) net.kappa_head_bias = result(add({1}));
+      if (embedding) net.kappa_embedding = result(add({1, input}));
+    }
+    exponents = at::empty({static_cast<int64_t>(factors.size())}, options.dtype(at::kLong));
+    net.exponents = exponents.mutable_data_ptr<int64_t>();
+    net.log_path_norm = log_path_norm.mutable_data_ptr<double>();
+    for (int64_t i = 0; i < chains; ++i) {
+      h.push_back(at::empty({seq_len, hidden}, options));
+      delta.push_back(at::empty({seq_len, hidden}, options));
+      net.h.push_back(result(h.back()));
+      net.delta.push_back(result(delta.back()));
+    }
+    net.h_exponents = h_exponents.mutable_data_ptr<int64_t>();
+    net.delta_exponents = delta_exponents.mutable_data_ptr<int64_t>();
+    const double work = static_cast<double>(layers) * seq_len * hidden * hidden + outputs * hidden + vocabulary * input;
+    bad = kernels<scalar_t>().path_chain(net, threads_for(work));
+  });
+  TORCH_CHECK_VALUE(bad < 0, tensor_name(bad, layers, !bias_ih.empty(), head_weight.has_value(), head_bias.has_value()),
+                    " has a nan or infinite entry; κ and γ² need finite weights: restore them, or lower the step size");
+  return {factors, exponents, log_path_norm, h, delta, h_exponents, delta_exponents};
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(pathrnn, CPU, m) { m.impl("path_chain", &run); }
+
+}  // namespace pathrnn

@@ -1,0 +1,187 @@
+// Register tiles: C = epilogue(A · B), in GCC/Clang vector extensions, compiled once for every instruction set.
+// Included by isa_*.cpp inside a namespace of its own, with kVectorBytes, kTileRows and kTileVectors defined.
+
+template <typename T>
+struct Simd {
+  static constexpr int64_t width = kVectorBytes / static_cast<int64_t>(sizeof(T));
+  typedef T Vec __attribute__((vector_size(kVectorBytes)));
+};
+template <typename T>
+using Vec = typename Simd<T>::Vec;
+
+template <typename T>
+inline Vec<T> load(const T* p) {
+  Vec<T> v;
+  std::memcpy(&v, p, sizeof(v));
+  return v;
+}
+template <typename T>
+inline void store(T* p, const Vec<T>& v) {
+  std::memcpy(p, &v, sizeof(v));
+}
+template <typename T>
+inline Vec<T> load(const T* p, int64_t n) {
+  if (n >= Simd<T>::width) return load(p);
+  Vec<T> v{};
+  for (int64_t i = 0; i < n; ++i) v[i] = p[i];
+  return v;
+}
+template <typename T>
+inline void store(T* p, const Vec<T>& v, int64_t n) {
+  if (n >= Simd<T>::width) return store(p, v);
+  for (int64_t i = 0; i < n; ++i) p[i] = v[i];
+}
+template <typename T>
+int64_t padded(int64_t n) {
+  return (n + Simd<T>::width - 1) / Simd<T>::width * Simd<T>::width;
+}
+
+// One product A · B. A(i, k) = a[i * a_row + k * a_col]; B(k, n) = b[k * b_row + n], readable in whole vectors.
+template <typename T>
+struct Product {
+  const T* a;
+  int64_t a_row, a_col;
+  const T* b;
+  int64_t b_row;
+  int64_t depth;
+};
+
+enum class Activation { none, relu, mask };
+
+// C = activation(alpha · Σ products ⊙ factor + start); `factor` and `start` are optional, start_row 0 broadcasts.
+template <typename T>
+struct Tile {
+  const Product<T>* products;
+  int64_t num_products;
+  int64_t columns;  // valid columns, the rest of the last vector is not stored
+  T* c;
+  int64_t c_row;
+  const T* start = nullptr;
+  int64_t start_row = 0;
+  const T* factor = nullptr;
+  int64_t factor_row = 0;
+  T alpha = 1;
+  Activation activation = Activation::none;
+  const T* gate = nullptr;  // mask: where gate ≤ 0 the result is 0
+  int64_t gate_row = 0;
+};
+
+template <typename T, int Rows, int Vectors>
+void tile(const Tile<T>& t) {
+  constexpr int64_t width = Simd<T>::width;
+  Vec<T> acc[Rows][Vectors];
+#pragma GCC unroll 8
+  for (int i = 0; i < Rows; ++i) {
+#pragma GCC unroll 8
+    for (int v = 0; v < Vectors; ++v) acc[i][v] = Vec<T>{};
+  }
+  for (int64_t p = 0; p < t.num_products; ++p) {
+    const Product<T> m = t.products[p];
+    const T* a = m.a;
+    const T* b = m.b;
+    for (int64_t k = 0; k < m.depth; ++k, a += m.a_col, b += m.b_row) {
+      Vec<T> row[Vectors];
+#pragma GCC unroll 8
+      for (int v = 0; v < Vectors; ++v) row[v] = load(b + v * width);
+#pragma GCC unroll 8
+      for (int i = 0; i < Rows; ++i) {
+        const T s = a[i * m.a_row];
+#pragma GCC unroll 8
+        for (int v = 0; v < Vectors; ++v) acc[i][v] += s * row[v];
+      }
+    }
+  }
+#pragma GCC unroll 8
+  for (int i = 0; i < Rows; ++i) {
+#pragma GCC unroll 8
+    for (int v = 0; v < Vectors; ++v) {
+      const int64_t n = t.columns - v * width;
+      Vec<T> r = acc[i][v];
+      if (t.alpha != T(1)) r *= t.alpha;
+      if (t.factor) r *= load(t.factor + i * t.factor_row + v * width, n);
+      if (t.start) r += load(t.start + i * t.start_row + v * width, n);
+      // Written so that a nan passes through, as it does in torch.
+      if (t.activation == Activation::relu) r = r < T(0) ? Vec<T>{} : r;
+      if (t.activation == Activation::mask) {
+        r = load(t.gate + i * t.gate_row + v * width, n) <= T(0) ? Vec<T>{} : r;
+      }
+      store(t.c + i * t.c_row + v * width, r, n);
+    }
+  }
+}
+
+template <typename T>
+using TileFunction = void (*)(const Tile<T>&);
+
+template <typename T, int Rows, int... V>
+constexpr std::array<TileFunction<T>, sizeof...(V)> tile_row(std::integer_sequence<int, V...>) {
+  return {{&tile<T, Rows, V + 1>...}};
+}
+template <typename T, int... R>
+constexpr std::array<std::array<TileFunction<T>, kTileVectors>, sizeof...(R)> tile_table(
+    std::integer_sequence<int, R...>) {
+  return {{tile_row<T, R + 1>(std::make_integer_sequence<int, kTileVectors>())...}};
+}
+template <typename T>
+constexpr auto tiles = tile_table<T>(std::make_integer_sequence<int, kTileRows>());
+
+// The panel width of matrix products: columns that one tile covers.
+template <typename T>
+constexpr int64_t kPanel = kTileVectors * Simd<T>::width;
+
+// Rows [0, rows) of one panel: as few tiles as possible, of nearly equal height.
+template <typename T>
+void panel(Tile<T> t, Product<T>* products, int64_t rows) {
+  const int64_t vectors = padded<T>(t.columns) / Simd<T>::width;
+  for (int64_t left = (rows + kTileRows - 1) / kTileRows; left > 0; --left) {
+    const int64_t height = (rows + left - 1) / left;
+    t.products = products;
+    tiles<T>[height - 1][vectors - 1](t);
+    rows -= height;
+    for (int64_t p = 0; p < t.num_products; ++p) products[p].a += height * products[p].a_row;
+    t.c += height * t.c_row;
+    if (t.start) t.start += height * t.start_row;
+    if (t.factor) t.factor += height * t.factor_row;
+    if (t.gate) t.gate += height * t.gate_row;
+  }
+}
+
+// A matrix [depth, columns] copied into panels of `panel` columns, each contiguous by rows and padded with zeros to
+// whole vectors, so that a tile streams it.
+template <typename T>
+struct Packed {
+  T* data;
+  int64_t depth, columns, panel;
+
+  static int64_t size(int64_t depth, int64_t columns) { return depth * padded<T>(columns); }
+  int64_t panels() const { return (columns + panel - 1) / panel; }
+  int64_t width(int64_t p) const { return std::min(panel, columns - p * panel); }
+  int64_t row(int64_t p) const { return padded<T>(width(p)); }
+  T* begin(int64_t p) const { return data + p * panel * depth; }
+};
+
+// dst = map(src), src(k, n) = src[k * row + n * column].
+template <typename T, typename Map>
+void pack(const Packed<T>& dst, const T* src, int64_t row, int64_t column, const Team& team, const Map& map) {
+  constexpr int64_t kBlock = 16;  // rows whose source lines stay in the first-level cache while they are transposed
+  int64_t first, last;
+  team.share(dst.panels(), first, last);
+  for (int64_t p = first; p < last; ++p) {
+    const int64_t width = dst.width(p), stride = dst.row(p);
+    for (int64_t k0 = 0; k0 < dst.depth; k0 += kBlock) {
+      const int64_t k1 = std::min(k0 + kBlock, dst.depth);
+      T* out = dst.begin(p);
+      const T* in = src + p * dst.panel * column;
+      if (column == 1) {
+        for (int64_t k = k0; k < k1; ++k) {
+          for (int64_t n = 0; n < width; ++n) out[k * stride + n] = map(in[k * row + n]);
+        }
+      } else {
+        for (int64_t n = 0; n < width; ++n) {
+          for (int64_t k = k0; k < k1; ++k) out[k * stride + n] = map(in[k * row + n * column]);
+        }
+      }
+      for (int64_t k = k0; k < k1; ++k) std::fill(out + k * stride + width, out + (k + 1) * stride, T(0));
+    }
+  }
+}

@@ -1,0 +1,81 @@
+// The contract of every op: shapes, layout, aliasing, units. All matrices are dense and row-major; nothing may alias
+// unless it says so. T is float or double. T, B, H, I, O, V, L are sequence length, batch, hidden and input size,
+// outputs, vocabulary and layers; a "true value" is a stored number times two to the power of its exponent.
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+namespace pathrnn {
+
+// h_t = [W_ih x_t + b + W_hh h_{t-1}]_+ for t = 1 … T (Table 1 of the paper). A nan passes through.
+template <typename T>
+struct ReluRnnForward {
+  int64_t seq_len, batch, input, hidden;
+  const T* x;          // [T, B, I]; null when y comes in holding W_ih x + b
+  const T* h_0;        // [B, H] or null: zeros
+  const T* weight_ih;  // [H, I]; not read when x is null
+  const T* weight_hh;  // [H, H]
+  const T* bias;       // [H] or null; not read when x is null
+  T* y;                // [T, B, H]: h_1 … h_T
+};
+
+// delta_t = (W_hhᵀ delta_{t+1} + grad_y_t) ⊙ [y_t > 0], the gradient of the pre-activations.
+template <typename T>
+struct ReluRnnBackward {
+  int64_t seq_len, batch, hidden;
+  const T* weight_hh;  // [H, H]
+  const T* y;          // [T, B, H]
+  const T* grad_y;     // [T, B, H] or null: zeros
+  const T* grad_h_n;   // [B, H] or null: zeros
+  T* delta;            // [T, B, H]
+  T* grad_h_0;         // [B, H] or null: not wanted
+};
+
+// The squared network's chains h (forward) and δ (backward), κ⁽¹⁾ and log γ² (eqs. (3), (9), (11)). Every vector of a
+// chain carries a power-of-two exponent of its own and is renormalised when its largest entry leaves a narrow range,
+// so nothing overflows, and an entry is lost only below the dtype's range relative to the largest of its tensor.
+template <typename T>
+struct PathChain {
+  int64_t num_layers, input, hidden, outputs, vocabulary, seq_len;
+  bool last_only;  // outputs at step T alone
+  bool ones_h0;    // h_0 = 1 instead of 0
+  // Per layer: [H, I] or [H, H]; [H, H]; [H]; [H]. The biases may be empty.
+  std::vector<const T*> weight_ih, weight_hh, bias_ih, bias_hh;
+  const T* head_weight;  // [O, H] or null: the top hidden units are the outputs
+  const T* head_bias;    // [O] or null
+  const T* embedding;    // [V, I] or null: the inputs are ones
+
+  // Results; null or empty where not wanted. κ⁽¹⁾ is all wanted or not at all.
+  std::vector<T*> kappa_ih;    // first layer [H, 1], with an embedding [H, I]; others [H, H]
+  std::vector<T*> kappa_hh;    // [H, H]
+  std::vector<T*> kappa_bias;  // [H], for either bias
+  T* kappa_head = nullptr;       // [1, H]
+  T* kappa_head_bias = nullptr;  // [1]
+  T* kappa_embedding = nullptr;  // [1, I]
+  int64_t* exponents = nullptr;  // per layer ih, hh, bias if any; head, head bias, embedding if any
+  double* log_path_norm = nullptr;       // natural logarithm of γ², -inf for 0
+  std::vector<T*> h, delta;              // per layer [T, H]: h_0 … h_{T-1} and δ_1 … δ_T
+  int64_t* h_exponents = nullptr;        // [L, T]
+  int64_t* delta_exponents = nullptr;    // [L, T]
+};
+
+// W̃ ⊙ S with S[j, k] = Σ_{t < t'} δ_{t'+1}[j] · (W̃^{t'-t-1})[k, j] · h_t[k], every lag (eq. (11), index corrected).
+// Powers of W̃ are formed in O(log T) wide products, in chunks that fit the budget.
+template <typename T>
+struct Kappa2 {
+  int64_t seq_len, hidden;
+  const T* weight_hh;              // [H, H], finite
+  const T* h;                      // [T, H]: h_0 … h_{T-1}
+  const int64_t* h_exponents;      // [T]
+  const T* delta;                  // [T, H]: δ_1 … δ_T
+  const int64_t* delta_exponents;  // [T]
+  int64_t workspace_bytes;         // for the cached powers; at least four are held
+  T* term;                         // [H, H]
+  int64_t* exponent;               // [1]; kZeroExponent when the term is zero
+};
+
+// The exponent of a zero: below every other, yet two of them add up without overflow.
+constexpr int64_t kZeroExponent = -(int64_t{1} << 40);
+
+}  // namespace pathrnn

@@ -1,0 +1,24 @@
+"""Path-normalised optimisation of plain ReLU RNNs (Neyshabur, Wu, Salakhutdinov, Srebro, 2016)."""
+
+from . import init, rescale
+from .explain import explain
+from .kappa import Kappa, kappa, log_path_norm, path_norm
+from .network import PathNetwork
+from .optim import PathOptimizer, PathSGD
+from .rnn import ReLURNN
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Kappa",
+    "PathNetwork",
+    "PathOptimizer",
+    "PathSGD",
+    "ReLURNN",
+    "explain",
+    "init",
+    "kappa",
+    "log_path_norm",
+    "path_norm",
+    "rescale",
+]

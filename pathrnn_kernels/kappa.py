@@ -1,0 +1,231 @@
+"""γ², log γ² and κ of a PathNetwork."""
+
+from __future__ import annotations
+
+import math
+import numbers
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import ops
+from .network import PathNetwork
+from .ops.backend import choose
+
+#: κ⁽²⁾ = factor · W̃ ⊙ S: the Hessian's factor, the paper's Lemma 1 over ordered pairs, its Theorem 3 as printed.
+KAPPA2_FACTOR = {"exact": 4.0, "lemma1": 2.0, "theorem3": 1.0}
+
+_LN2 = math.log(2)
+
+
+@dataclass(frozen=True)
+class Kappa:
+    """κ of every parameter, as broadcastable factors with logarithmic scales: true κ = factor · exp(log_scale)."""
+
+    #: Parameter name → tensor broadcastable to the parameter.
+    factors: dict[str, Tensor]
+    #: Parameter name → natural logarithm of the scale, a multiple of ln 2.
+    log_scales: dict[str, float]
+    #: log γ² of the same pass, float64, 0-dim.
+    log_path_norm: Tensor
+    #: Recurrent parameter name → lags of κ⁽²⁾ that were summed explicitly; 0 without the second term.
+    lags: dict[str, int]
+    #: Certified relative error of κ from truncation, over all factors; 0 when every lag was summed.
+    bound: float
+    _shapes: dict[str, torch.Size] = field(repr=False)
+
+    def relative(self, name: str) -> Tensor:
+        """γ²/κ of one parameter, broadcastable to it, without forming γ² or κ; 0 where κ is 0 (no path, no step)."""
+        factor = self._factor(name)
+        # Half of the scale on either side: neither alone need be representable for their quotient to be.
+        half = math.exp(max(-700.0, min(700.0, (float(self.log_path_norm) - self.log_scales[name]) / 2)))
+        ratio = torch.full_like(factor, half) / factor * half
+        return torch.where(factor > 0, ratio, torch.zeros_like(ratio))
+
+    def dense(self, name: str) -> Tensor:
+        """κ of one parameter in full shape, exp(log_scale) included; inf where the dtype cannot hold it."""
+        factor = self._factor(name)
+        exponent = round(self.log_scales[name] / _LN2)
+        for part in (exponent // 2, exponent - exponent // 2):
+            factor = torch.ldexp(factor, torch.tensor(part, device=factor.device))
+        return factor.expand(self._shapes[name]).clone()
+
+    def _factor(self, name: str) -> Tensor:
+        if name not in self.factors:
+            raise ValueError(f"{name!r} is not a parameter of the network; it has {', '.join(self.factors)}")
+        return self.factors[name]
+
+
+def kappa(
+    net: PathNetwork,
+    seq_len: int,
+    second_term: bool = False,
+    kappa2: str = "exact",
+    rtol: float = 1e-5,
+    backend: str = "auto",
+) -> Kappa:
+    """κ, half the diagonal of the Hessian of γ² (eq. (8)), of every parameter of the network.
+
+    Args:
+        net: the network.
+        seq_len: T ≥ 1, the steps that it is unrolled for.
+        second_term: whether to add κ⁽²⁾ to κ⁽¹⁾ (Lemma 1). It is nonzero for recurrent matrices only.
+        kappa2: ``"exact"`` is definition (8); ``"lemma1"`` and ``"theorem3"`` are the paper's printed factors, one
+            half and one quarter of it.
+        rtol: truncation error allowed in κ. All lags are summed at present, so every rtol is met.
+        backend: ``"auto"``, ``"cpu"``, or ``"reference"`` (autograd, not protected from overflow).
+
+    Raises:
+        TypeError, ValueError: naming the argument, its value and the remedy; also for nan or infinite weights.
+    """
+    seq_len = _check(net, seq_len)
+    if kappa2 not in KAPPA2_FACTOR:
+        raise ValueError(f"kappa2 is {kappa2!r}; use one of {', '.join(map(repr, KAPPA2_FACTOR))}")
+    if not isinstance(rtol, numbers.Real) or not 0 <= rtol < math.inf:
+        raise ValueError(f"rtol is {rtol!r}; it must be a finite number, at least 0")
+    parameters = dict(net.named_parameters())
+    shapes = {name: p.shape for name, p in parameters.items()}
+    recurrent = [f"rnn.weight_hh_l{i}" for i in range(net.num_layers)]
+    lags = dict.fromkeys(recurrent, seq_len - 1 if second_term else 0)
+
+    if _choose(net, parameters, backend) == "reference":
+        from . import reference
+
+        detached = {name: p.detach() for name, p in parameters.items()}
+        factors = reference.kappa(detached, seq_len, net.outputs, net.h0, second_term, kappa2)
+        log_norm = reference.path_norm(detached, seq_len, net.outputs, net.h0).double().log()
+        return Kappa(factors, dict.fromkeys(factors, 0.0), log_norm, lags, 0.0, shapes)
+
+    with torch.no_grad():
+        chain = _run(net, parameters, seq_len, sequences=second_term)
+        exponents = chain.exponents.tolist()
+        places = _places(net)
+        if second_term:
+            coefficient = KAPPA2_FACTOR[kappa2]
+            for i, name in enumerate(recurrent):
+                term, exponent = ops.kappa2(
+                    parameters[name], chain.h[i], chain.h_exponents[i], chain.delta[i], chain.delta_exponents[i]
+                )
+                _add_scaled(chain.kappa1, exponents, places[name], coefficient * term, int(exponent))
+    factors = {name: chain.kappa1[places[name]] for name in parameters}
+    log_scales = {name: exponents[places[name]] * _LN2 for name in parameters}
+    return Kappa(factors, log_scales, chain.log_path_norm, lags, 0.0, shapes)
+
+
+def path_norm(net: PathNetwork, seq_len: int, backend: str = "auto") -> Tensor:
+    """γ² (eqs. (2), (3)), a 0-dim tensor of the network's dtype; inf only if γ² itself overflows it.
+
+    Differentiable once: ∂γ²/∂p = 2 p κ⁽¹⁾(p). Arguments and errors as for :func:`kappa`.
+    """
+    return _norm(net, seq_len, backend, logarithm=False)
+
+
+def log_path_norm(net: PathNetwork, seq_len: int, backend: str = "auto") -> Tensor:
+    """log γ², finite for every finite network whose γ² is not 0 (then -inf). Differentiable once."""
+    return _norm(net, seq_len, backend, logarithm=True)
+
+
+def _norm(net: PathNetwork, seq_len: int, backend: str, logarithm: bool) -> Tensor:
+    seq_len = _check(net, seq_len)
+    parameters = dict(net.named_parameters())
+    if _choose(net, parameters, backend) == "reference":
+        from . import reference
+
+        norm = reference.path_norm(parameters, seq_len, net.outputs, net.h0)
+        return norm.log() if logarithm else norm
+    return _Norm.apply(net, seq_len, logarithm, list(parameters), *parameters.values())
+
+
+class _Norm(torch.autograd.Function):
+    """γ² or its logarithm, with the κ⁽¹⁾ kernel as backward: ∂γ²/∂p = 2 p κ⁽¹⁾."""
+
+    @staticmethod
+    def forward(ctx: Any, net: PathNetwork, seq_len: int, logarithm: bool, names: list[str], *values: Tensor) -> Tensor:
+        need = any(ctx.needs_input_grad)
+        parameters = dict(zip(names, values, strict=True))
+        chain = _run(net, parameters, seq_len, kappa1=need)
+        ctx.log_norm = float(chain.log_path_norm)
+        ctx.logarithm = logarithm
+        if need:
+            places = _places(net)
+            exponents = chain.exponents.tolist()
+            ctx.factors = [chain.kappa1[places[name]] for name in names]
+            ctx.log_scales = [exponents[places[name]] * _LN2 for name in names]
+            ctx.save_for_backward(*values)
+        result = chain.log_path_norm if logarithm else chain.log_path_norm.exp()
+        return result.to(values[0].dtype)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable  # type: ignore[untyped-decorator]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        gradients: list[Tensor | None] = []
+        for i, p in enumerate(ctx.saved_tensors):
+            if not ctx.needs_input_grad[4 + i]:
+                gradients.append(None)
+                continue
+            log_scale = ctx.log_scales[i] - (ctx.log_norm if ctx.logarithm else 0.0)
+            # In two halves, so that κ may be out of range where p κ is not.
+            half = math.exp(max(-700.0, min(700.0, log_scale / 2)))
+            gradients.append((p * half) * (ctx.factors[i] * half) * (2 * grad))
+        return (None, None, None, None, *gradients)
+
+
+def _check(net: PathNetwork, seq_len: int) -> int:
+    if not isinstance(net, PathNetwork):
+        raise TypeError(f"net is a {type(net).__name__}; it must be a PathNetwork: PathNetwork(rnn, head=…)")
+    if isinstance(seq_len, bool) or not isinstance(seq_len, numbers.Integral):
+        raise TypeError(f"seq_len is {seq_len!r}; it must be a positive integer")
+    if seq_len < 1:
+        raise ValueError(f"seq_len is {seq_len}; it must be at least 1")
+    return int(seq_len)
+
+
+def _choose(net: PathNetwork, parameters: dict[str, Tensor], backend: str) -> str:
+    weight = parameters["rnn.weight_hh_l0"]
+    for p in parameters.values():
+        if p.dtype != weight.dtype or p.device != weight.device:
+            net.check_parameters()  # raises, naming the parameter
+    return choose(weight.device, weight.dtype, backend)
+
+
+def _places(net: PathNetwork) -> dict[str, int]:
+    """Parameter name → index in ``PathChain.kappa1``."""
+    places: dict[str, int] = {}
+    count = 0
+    for i in range(net.num_layers):
+        groups = [("weight_ih",), ("weight_hh",)] + ([("bias_ih", "bias_hh")] if net.rnn.bias else [])
+        for group in groups:
+            places.update({f"rnn.{name}_l{i}": count for name in group})
+            count += 1
+    for module, name in ((net.head, "head.weight"), (getattr(net.head, "bias", None), "head.bias")):
+        if module is not None:
+            places[name] = count
+            count += 1
+    if net.embedding is not None:
+        places["embedding.weight"] = count
+    return places
+
+
+def _run(
+    net: PathNetwork, parameters: dict[str, Tensor], seq_len: int, kappa1: bool = True, sequences: bool = False
+) -> ops.PathChain:
+    layers = range(net.num_layers)
+    lists = [
+        [parameters[f"rnn.{kind}_l{i}"] for i in layers] if net.rnn.bias or kind.startswith("weight") else []
+        for kind in ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
+    ]
+    rest = [parameters.get(name) for name in ("head.weight", "head.bias", "embedding.weight")]
+    return ops.path_chain(
+        *lists, *rest, seq_len, net.outputs == "last", net.h0 == "ones", kappa1=kappa1, sequences=sequences
+    )  # type: ignore[misc]
+
+
+def _add_scaled(factors: list[Tensor], exponents: list[int], place: int, term: Tensor, exponent: int) -> None:
+    """factors[place] · 2^exponents[place] += term · 2^exponent, on the larger of the two scales."""
+    largest = max(exponents[place], exponent)
+    # A term whose scale is below the dtype's range vanishes beside the other, as it should.
+    scaled = [math.ldexp(1.0, max(e - largest, -1074)) for e in (exponents[place], exponent)]
+    factors[place] = factors[place] * scaled[0] + term * scaled[1]
+    exponents[place] = largest

@@ -1,0 +1,135 @@
+"""The weights on the paths: embedding → ReLU RNN layers → head."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from .rnn import ReLURNN
+
+_DTYPES = (torch.float32, torch.float64)
+
+
+class PathNetwork(nn.Module):
+    """The network whose input-output paths γ² sums over (eq. (2)), and a module that runs it.
+
+    Args:
+        rnn: a :class:`ReLURNN`, or a ``torch.nn.RNN`` with ``nonlinearity="relu"``.
+        head: ``nn.Linear`` from ``hidden_size`` to the outputs; without one the top hidden units are the outputs.
+        embedding: ``nn.Embedding`` into ``input_size``; its rows are the weights of one-hot inputs.
+        outputs: ``"all"``, a loss at every step, or ``"last"``, one at the last step.
+        h0: what the squared network holds at time 0: ``"zeros"`` (Table 1) or ``"ones"`` (section 2, where the
+            hidden units at time 0 are input nodes).
+
+    The modules are held, not copied: parameters are shared with the model that they came from, under the names
+    ``rnn.weight_hh_l0``, …, ``head.weight``, ``head.bias``, ``embedding.weight``.
+
+    Raises:
+        TypeError: a module of the wrong type, or parameters of mixed or unsupported dtypes or devices.
+        ValueError: sizes that do not fit, tied parameters, or an unknown option.
+    """
+
+    def __init__(
+        self,
+        rnn: ReLURNN | nn.RNN,
+        head: nn.Linear | None = None,
+        embedding: nn.Embedding | None = None,
+        outputs: Literal["all", "last"] = "all",
+        h0: Literal["zeros", "ones"] = "zeros",
+    ) -> None:
+        super().__init__()
+        _check_modules(rnn, head, embedding)
+        if outputs not in ("all", "last"):
+            raise ValueError(f'outputs is {outputs!r}; use "all" (a loss at every step) or "last" (at the last step)')
+        if h0 not in ("zeros", "ones"):
+            raise ValueError(f'h0 is {h0!r}; use "zeros" or "ones"')
+        self.rnn = rnn
+        self.head = head
+        self.embedding = embedding
+        self.outputs = outputs
+        self.h0 = h0
+        self.check_parameters()
+
+    def check_parameters(self) -> None:
+        """Refuse tied, mixed or unsupported parameters; they can become so after construction."""
+        seen: dict[int, str] = {}
+        first: tuple[str, Tensor] | None = None
+        for name, p in self.named_parameters(remove_duplicate=False):
+            if id(p) in seen:
+                raise ValueError(
+                    f"{name} and {seen[id(p)]} are one tied parameter; κ of a tied parameter couples both places, "
+                    "which is not supported: untie them, or leave that module out of the network"
+                )
+            seen[id(p)] = name
+            if p.dtype not in _DTYPES:
+                raise TypeError(f"{name} has dtype {p.dtype}; κ is computed in float32 or float64: convert the module")
+            if first is None:
+                first = (name, p)
+            elif p.dtype != first[1].dtype or p.device != first[1].device:
+                raise TypeError(
+                    f"{name} is {p.dtype} on {p.device}, but {first[0]} is {first[1].dtype} on {first[1].device}: "
+                    "move all parts of the network to one dtype and device"
+                )
+
+    @property
+    def hidden_size(self) -> int:
+        return self.rnn.hidden_size
+
+    @property
+    def num_layers(self) -> int:
+        return self.rnn.num_layers
+
+    @property
+    def last_seq_len(self) -> int | None:
+        """T of the RNN's last forward pass; None before the first."""
+        return getattr(self.rnn, "last_seq_len", None)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Outputs of the network.
+
+        Args:
+            x: ``[T, B, input_size]`` (``[B, T, …]`` with ``batch_first``, ``[T, …]`` unbatched); with an embedding,
+                integer tokens without the last dimension.
+
+        Returns:
+            With ``outputs="all"`` the head's output at every step, ``[T, B, out_features]``; with ``"last"`` at the
+            last step only, ``[B, out_features]``.
+        """
+        if self.embedding is not None:
+            x = self.embedding(x)
+        y, h_n = self.rnn(x)
+        out = y if self.outputs == "all" else h_n[-1]
+        return out if self.head is None else self.head(out)
+
+    def extra_repr(self) -> str:
+        return f"outputs={self.outputs!r}, h0={self.h0!r}"
+
+
+def _check_modules(rnn: object, head: object, embedding: object) -> None:
+    if isinstance(rnn, nn.RNN):
+        if rnn.nonlinearity != "relu":
+            raise ValueError(f'rnn has nonlinearity {rnn.nonlinearity!r}; path norms need "relu"')
+        if rnn.bidirectional:
+            raise ValueError("rnn is bidirectional, which κ does not support yet; use bidirectional=False")
+    elif not isinstance(rnn, ReLURNN):
+        raise TypeError(f'rnn is a {type(rnn).__name__}; it must be a ReLURNN or torch.nn.RNN(nonlinearity="relu")')
+    if head is not None:
+        if not isinstance(head, nn.Linear):
+            raise TypeError(f"head is a {type(head).__name__}; it must be torch.nn.Linear or None")
+        if head.in_features != rnn.hidden_size:
+            raise ValueError(
+                f"head has in_features={head.in_features}, but the RNN's hidden_size is {rnn.hidden_size}: "
+                f"use nn.Linear({rnn.hidden_size}, …)"
+            )
+    if embedding is not None:
+        if not isinstance(embedding, nn.Embedding):
+            raise TypeError(f"embedding is a {type(embedding).__name__}; it must be torch.nn.Embedding or None")
+        if embedding.embedding_dim != rnn.input_size:
+            raise ValueError(
+                f"embedding has embedding_dim={embedding.embedding_dim}, but the RNN's input_size is "
+                f"{rnn.input_size}: use nn.Embedding(…, {rnn.input_size})"
+            )
+        if embedding.max_norm is not None:
+            raise ValueError("embedding has max_norm, which rewrites weights in the forward pass; use max_norm=None")

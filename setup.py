@@ -1,0 +1,50 @@
+"""Builds the extension pathrnn_kernels._C with the torch that is installed. Type: pip install --no-build-isolation ."""
+
+import platform
+import sys
+from pathlib import Path
+
+from setuptools import setup
+
+try:
+    import torch
+    from torch.utils.cpp_extension import BuildExtension, CppExtension
+except ImportError:
+    sys.exit(
+        "pathrnn-kernels: the extension is compiled against the torch that you will run, and this build sees none; "
+        "type: pip install torch setuptools wheel ninja && pip install --no-build-isolation ."
+    )
+
+ROOT = Path(__file__).parent
+PACKAGE = "pathrnn_kernels"
+
+
+class Build(BuildExtension):
+    """Also records which torch the extension belongs to, for a check before it is loaded."""
+
+    def run(self) -> None:
+        super().run()
+        folder = ROOT if self.inplace else Path(self.build_lib)
+        record = folder / PACKAGE / "_built_with.py"
+        record.write_text(f'"""Written by setup.py."""\n\nTORCH_VERSION = "{torch.__version__}"\n')
+
+
+# No -march: every instruction set is compiled into one library and chosen at run time, so a wheel moves between
+# machines. No fast-math: a nan must stay a nan. -Wno-psabi: vector arguments never cross a library boundary here.
+compile_args = ["-O3", "-g0", "-Wall", "-Wextra", "-Wno-psabi", "-Wno-unused-parameter"]
+link_args: list[str] = []
+if platform.system() != "Darwin":  # Apple's compiler has no OpenMP; the kernels then run on one thread
+    compile_args.append("-fopenmp")
+    link_args.append("-fopenmp")
+
+sources = ["csrc/bindings.cpp", *sorted(str(p.relative_to(ROOT)) for p in ROOT.glob("csrc/cpu/*.cpp"))]
+headers = sorted(str(p.relative_to(ROOT)) for pattern in ("*.h", "*.inl") for p in ROOT.glob(f"csrc/**/{pattern}"))
+
+setup(
+    ext_modules=[
+        CppExtension(
+            f"{PACKAGE}._C", sources, depends=headers, extra_compile_args=compile_args, extra_link_args=link_args
+        )
+    ],
+    cmdclass={"build_ext": Build},
+)
