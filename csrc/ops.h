@@ -20,16 +20,23 @@ struct ReluRnnForward {
   T* y;                // [T, B, H]: h_1 … h_T
 };
 
-// delta_t = (W_hhᵀ delta_{t+1} + grad_y_t) ⊙ [y_t > 0], the gradient of the pre-activations.
+// delta_t = (W_hhᵀ delta_{t+1} + grad_y_t) ⊙ [y_t > 0], the gradient of the pre-activations, and, when they are wanted,
+// the gradients of the weights: Σ_t delta_t h_{t-1}ᵀ, Σ_t delta_t x_tᵀ and Σ_t delta_t over steps and batch.
 template <typename T>
 struct ReluRnnBackward {
-  int64_t seq_len, batch, hidden;
+  int64_t seq_len, batch, input, hidden;
   const T* weight_hh;  // [H, H]
   const T* y;          // [T, B, H]
   const T* grad_y;     // [T, B, H] or null: zeros
   const T* grad_h_n;   // [B, H] or null: zeros
-  T* delta;            // [T, B, H]
-  T* grad_h_0;         // [B, H] or null: not wanted
+  T* delta;            // [T, B, H], or null: not wanted
+  T* grad_h_0;         // [B, H], or null: not wanted
+  // All of the following, or none (grad_weight_hh null: then delta is wanted).
+  const T* x;          // [T, B, I]
+  const T* h_0;        // [B, H] or null: zeros
+  T* grad_weight_hh;   // [H, H]
+  T* grad_weight_ih;   // [H, I]
+  T* grad_bias;        // [H]
 };
 
 // The squared network's chains h (forward) and δ (backward), κ⁽¹⁾ and log γ² (eqs. (3), (9), (11)). Every vector of a

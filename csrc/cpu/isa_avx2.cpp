@@ -4,6 +4,8 @@
 
 #if defined(__x86_64__)
 
+#include <immintrin.h>
+
 #if defined(__clang__)
 #pragma clang attribute push(__attribute__((target("avx2,fma"))), apply_to = function)
 #else
@@ -15,6 +17,19 @@ namespace pathrnn {
 namespace {
 constexpr int64_t kVectorBytes = 32;
 constexpr int kTileRows = 6, kTileVectors = 2;  // 12 of 16 registers hold sums
+#include "simd.inl"
+
+// Lane i is on where n > i.
+inline __m256i lanes(float, int64_t n) {
+  return _mm256_cmpgt_epi32(_mm256_set1_epi32(static_cast<int>(n)), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
+}
+inline __m256i lanes(double, int64_t n) { return _mm256_cmpgt_epi64(_mm256_set1_epi64x(n), _mm256_setr_epi64x(0, 1, 2, 3)); }
+
+inline Vec<float> load_lanes(const float* p, int64_t n) { return (Vec<float>)_mm256_maskload_ps(p, lanes(float(), n)); }
+inline Vec<double> load_lanes(const double* p, int64_t n) { return (Vec<double>)_mm256_maskload_pd(p, lanes(double(), n)); }
+inline void store_lanes(float* p, const Vec<float>& v, int64_t n) { _mm256_maskstore_ps(p, lanes(float(), n), (__m256)v); }
+inline void store_lanes(double* p, const Vec<double>& v, int64_t n) { _mm256_maskstore_pd(p, lanes(double(), n), (__m256d)v); }
+
 #include "kernels.inl"
 }  // namespace
 }  // namespace pathrnn

@@ -4,6 +4,8 @@
 
 #if defined(__x86_64__)
 
+#include <immintrin.h>
+
 #if defined(__clang__)
 #pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma"))), apply_to = function)
 #else
@@ -15,6 +17,21 @@ namespace pathrnn {
 namespace {
 constexpr int64_t kVectorBytes = 64;
 constexpr int kTileRows = 6, kTileVectors = 4;  // 24 of 32 registers hold sums
+#include "simd.inl"
+
+inline Vec<float> load_lanes(const float* p, int64_t n) {
+  return (Vec<float>)_mm512_maskz_loadu_ps(static_cast<__mmask16>((1u << n) - 1), p);
+}
+inline Vec<double> load_lanes(const double* p, int64_t n) {
+  return (Vec<double>)_mm512_maskz_loadu_pd(static_cast<__mmask8>((1u << n) - 1), p);
+}
+inline void store_lanes(float* p, const Vec<float>& v, int64_t n) {
+  _mm512_mask_storeu_ps(p, static_cast<__mmask16>((1u << n) - 1), (__m512)v);
+}
+inline void store_lanes(double* p, const Vec<double>& v, int64_t n) {
+  _mm512_mask_storeu_pd(p, static_cast<__mmask8>((1u << n) - 1), (__m512d)v);
+}
+
 #include "kernels.inl"
 }  // namespace
 }  // namespace pathrnn

@@ -10,6 +10,19 @@ constexpr int kTileRows = 6, kTileVectors = 4;  // 24 of 32 registers hold sums
 constexpr int64_t kVectorBytes = 16;
 constexpr int kTileRows = 6, kTileVectors = 2;  // 12 of 16 registers hold sums
 #endif
+#include "simd.inl"
+
+template <typename T>
+inline Vec<T> load_lanes(const T* p, int64_t n) {
+  Vec<T> v{};
+  for (int64_t i = 0; i < n; ++i) v[i] = p[i];
+  return v;
+}
+template <typename T>
+inline void store_lanes(T* p, const Vec<T>& v, int64_t n) {
+  for (int64_t i = 0; i < n; ++i) p[i] = v[i];
+}
+
 #include "kernels.inl"
 }  // namespace
 

@@ -51,11 +51,13 @@ class Kappa2Run {
       if (done == 1) {
         while (count < wanted) {
           const int64_t more = std::min(count, wanted - count);
-          multiply(powers_.data(), 0, more, powers_.data() + count * matrix_, count, count - 1, team);
+          pack_factor(count - 1, team);
+          multiply(powers_.data(), 0, more, powers_.data() + count * matrix_, count, team);
           count += more;
         }
       } else {
-        multiply(powers_.data(), 0, wanted, next_.data(), 0, chunk_ - 1, team);
+        if (done == 1 + chunk_) pack_factor(chunk_ - 1, team);  // Q_chunk leads from every chunk to the next
+        multiply(powers_.data(), 0, wanted, next_.data(), 0, team);
         if (team.rank == 0) powers_.swap(next_);
         team.wait();
       }
@@ -85,13 +87,17 @@ class Kappa2Run {
     team.wait();
   }
 
-  // to[i] = from[i] · powers_[factor] for i = 0 … count-1, each brought back to a largest entry in [1, 2).
-  // from[i] has exponent exponents_[from_at + i], to[i] gets exponents_[to_at + i].
-  void multiply(const T* from, int64_t from_at, int64_t count, T* to, int64_t to_at, int64_t factor, const Team& team) {
-    const Packed<T> right{counterpart_.data(), H_, H_, kPanel<T>};
-    pack(right, powers_.data() + factor * matrix_, ld_, 1, team, [](T v) { return v; });
+  void pack_factor(int64_t n, const Team& team) {
+    pack(factor(), powers_.data() + n * matrix_, ld_, 1, team, [](T v) { return v; });
+    if (team.rank == 0) factor_exponent_ = exponents_[n];
     team.wait();
-    const int64_t factor_exponent = exponents_[factor];
+  }
+  Packed<T> factor() { return {counterpart_.data(), H_, H_, kPanel<T>}; }
+
+  // to[i] = from[i] · factor for i = 0 … count-1, each brought back to a largest entry in [1, 2).
+  // from[i] has exponent exponents_[from_at + i], to[i] gets exponents_[to_at + i].
+  void multiply(const T* from, int64_t from_at, int64_t count, T* to, int64_t to_at, const Team& team) {
+    const Packed<T> right = factor();
     int64_t row_first, row_last;
     team.share(H_, row_first, row_last);
     if (team.rank == 0) tops_.assign(count * team.size, T(0));
@@ -123,7 +129,7 @@ class Kappa2Run {
         store(to + at, load(to + at) * s);
       }
       if (team.rank == 0) {
-        exponents_[to_at + i] = top > T(0) ? exponents_[from_at + i] + factor_exponent + m : kZeroExponent;
+        exponents_[to_at + i] = top > T(0) ? exponents_[from_at + i] + factor_exponent_ + m : kZeroExponent;
       }
     }
     team.wait();
@@ -227,7 +233,7 @@ class Kappa2Run {
 
   const Kappa2<T>& p_;
   int threads_;
-  int64_t T_, H_, ld_, matrix_, chunk_;
+  int64_t T_, H_, ld_, matrix_, chunk_, factor_exponent_ = 0;
   Buffer<T> pairs_, powers_, next_, counterpart_, h_, d_;
   std::vector<T> scans_, largest_, tops_;
   std::vector<int64_t> pairs_exponents_, exponents_;

@@ -97,25 +97,125 @@ void relu_rnn_forward(const ReluRnnForward<T>& p, int threads) {
   });
 }
 
+// One thread's share of the weights' gradients. delta of a few steps is multiplied while it lies in the cache, as one
+// product over all its rows; x carries a column of ones, whose product is the gradient of the bias.
+template <typename T>
+class WeightGradients {
+ public:
+  // Rows that are multiplied at a time: with y's rows they fill about half of a second-level cache at H = 256.
+  static constexpr int64_t kRows = 256;
+
+  WeightGradients(const ReluRnnBackward<T>& p, int64_t rows)
+      : p_(p),
+        rows_(rows),
+        ld_(padded<T>(p.hidden)),
+        ldx_(padded<T>(p.input + 1)),
+        steps_(std::max<int64_t>(1, kRows / std::max<int64_t>(rows, 1))),
+        hh_(p.hidden * ld_, T(0)),
+        ih_(p.hidden * ldx_, T(0)),
+        x_(steps_ * rows * ldx_, T(0)),
+        h_0_(p.h_0 ? rows * ld_ : 0, T(0)),
+        ring_(p.delta ? 0 : (steps_ + 1) * rows * p.hidden) {}
+
+  int64_t steps() const { return steps_; }
+  // Where delta of step t lies when the caller does not want it.
+  T* delta(int64_t t) { return ring_.data() + t % (steps_ + 1) * rows_ * p_.hidden; }
+
+  // Adds steps [first, last) of batch rows from b on; delta(t) gives their rows.
+  template <typename Delta>
+  void add(int64_t first, int64_t last, int64_t b, const Delta& delta) {
+    const int64_t H = p_.hidden, I = p_.input;
+    for (int64_t t = first; t < last; ++t) {
+      for (int64_t r = 0; r < rows_; ++r) {
+        T* row = x_.data() + ((t - first) * rows_ + r) * ldx_;
+        const T* x = p_.x + (t * p_.batch + b + r) * I;
+        std::copy(x, x + I, row);
+        row[I] = T(1);
+      }
+    }
+    if (first == 0 && p_.h_0) {
+      for (int64_t r = 0; r < rows_; ++r) std::copy(p_.h_0 + (b + r) * H, p_.h_0 + (b + r + 1) * H, h_0_.data() + r * ld_);
+    }
+    multiply(hh_.data(), ld_, first, last, delta, [&](int64_t t) {
+      // Whole vectors of the last row of y_{t-1} reach into y_t, which is there.
+      return t > 0 ? std::pair<const T*, int64_t>(p_.y + ((t - 1) * p_.batch + b) * H, H)
+                   : std::pair<const T*, int64_t>(p_.h_0 ? h_0_.data() : nullptr, ld_);
+    });
+    multiply(ih_.data(), ldx_, first, last, delta,
+             [&](int64_t t) { return std::pair<const T*, int64_t>(x_.data() + (t - first) * rows_ * ldx_, ldx_); });
+  }
+
+  // Rows [first, last) of the sum over all threads' shares.
+  static void reduce(const std::vector<std::unique_ptr<WeightGradients>>& shares, int64_t first, int64_t last) {
+    const ReluRnnBackward<T>& p = shares[0]->p_;
+    const int64_t ld = shares[0]->ld_, ldx = shares[0]->ldx_;
+    for (int64_t j = first; j < last; ++j) {
+      for (size_t s = 0; s < shares.size(); ++s) {
+        const T* hh = shares[s]->hh_.data() + j * ld;
+        const T* ih = shares[s]->ih_.data() + j * ldx;
+        for (int64_t k = 0; k < p.hidden; ++k) set_or_add(p.grad_weight_hh[j * p.hidden + k], hh[k], s);
+        for (int64_t k = 0; k < p.input; ++k) set_or_add(p.grad_weight_ih[j * p.input + k], ih[k], s);
+        set_or_add(p.grad_bias[j], ih[p.input], s);
+      }
+    }
+  }
+
+ private:
+  static void set_or_add(T& to, T value, size_t share) { to = share == 0 ? value : to + value; }
+
+  template <typename Delta, typename Right>
+  void multiply(T* sum, int64_t ld, int64_t first, int64_t last, const Delta& delta, const Right& right) {
+    for (int64_t column = 0; column < ld; column += kPanel<T>) {
+      products_.clear();
+      for (int64_t t = first; t < last; ++t) {
+        const auto [rows, stride] = right(t);
+        if (rows) products_.push_back({delta(t), 1, p_.hidden, rows + column, stride, rows_});
+      }
+      Tile<T> tile{};
+      tile.num_products = static_cast<int64_t>(products_.size());
+      tile.columns = std::min(kPanel<T>, ld - column);
+      tile.alpha = 1;
+      tile.c = sum + column;
+      tile.c_row = ld;
+      tile.start = tile.c;
+      tile.start_row = ld;
+      panel(tile, products_.data(), p_.hidden);
+    }
+  }
+
+  const ReluRnnBackward<T>& p_;
+  int64_t rows_, ld_, ldx_, steps_;
+  std::vector<T, Aligned<T>> hh_, ih_, x_, h_0_, ring_;
+  std::vector<Product<T>> products_;
+};
+
 template <typename T>
 void relu_rnn_backward(const ReluRnnBackward<T>& p, int threads) {
   const int64_t T_ = p.seq_len, B = p.batch, H = p.hidden;
   std::vector<Barrier> barriers(threads);
   std::vector<T, Aligned<T>> packed_hh(Packed<T>::size(H, H));
   const Packed<T> weight{packed_hh.data(), H, H, kPanel<T>};
+  std::vector<std::unique_ptr<WeightGradients<T>>> shares;
   run_team(threads, [&](const Team& team) {
     pack(weight, p.weight_hh, H, 1, team, [](T w) { return w; });
     const Grid grid(team, B, weight.panels(), barriers);
-    team.wait();
     const int64_t b = grid.row_first, rows = grid.row_last - b;
-    for (int64_t t = T_ - 1; t >= -1; --t) {
-      if (t < 0 && !p.grad_h_0) break;
-      const T* after = t == T_ - 1 ? nullptr : p.delta + ((t + 1) * B + b) * H;
+    if (p.grad_weight_hh) {
+      if (team.rank == 0) shares.resize(team.size);
+      team.wait();
+      // Made by the thread that uses it, so that its pages lie near.
+      shares[team.rank] = std::make_unique<WeightGradients<T>>(p, rows);
+    }
+    team.wait();
+    WeightGradients<T>* const gradients = p.grad_weight_hh ? shares[team.rank].get() : nullptr;
+    const auto delta = [&](int64_t t) { return p.delta ? p.delta + (t * B + b) * H : gradients->delta(t); };
+    int64_t multiplied = T_;  // steps from here on are in the gradients
+    for (int64_t t = T_ - 1; t >= (p.grad_h_0 ? -1 : 0); --t) {
       for (int64_t n = grid.panel_first; n < grid.panel_last; ++n) {
         const int64_t column = n * weight.panel, offset = (t * B + b) * H + column;
         Tile<T> out{};
         out.alpha = 1;
-        out.c = t < 0 ? p.grad_h_0 + b * H + column : p.delta + offset;
+        out.c = (t < 0 ? p.grad_h_0 + b * H : delta(t)) + column;
         out.c_row = H;
         if (t >= 0) {
           out.activation = Activation::mask;
@@ -124,23 +224,31 @@ void relu_rnn_backward(const ReluRnnBackward<T>& p, int threads) {
           out.start = p.grad_y ? p.grad_y + offset : nullptr;
           out.start_row = H;
         }
-        if (after) {
-          step(out, after, H, weight, n, static_cast<const Product<T>*>(nullptr), rows);
+        if (t < T_ - 1) {
+          step(out, delta(t + 1), H, weight, n, static_cast<const Product<T>*>(nullptr), rows);
           continue;
         }
         // Nothing comes from a later step; grad_h_n arrives here instead, through the same gate.
         out.columns = weight.width(n);
         panel(out, static_cast<Product<T>*>(nullptr), rows);
-        if (p.grad_h_n) {
-          for (int64_t i = 0; i < rows; ++i) {
-            for (int64_t j = 0; j < out.columns; ++j) {
-              const int64_t at = i * H + j;
-              if (!(out.gate[at] <= T(0))) out.c[at] += p.grad_h_n[b * H + column + at];
-            }
+        for (int64_t i = 0; p.grad_h_n && i < rows; ++i) {
+          for (int64_t j = 0; j < out.columns; ++j) {
+            const int64_t at = i * H + j;
+            if (!(out.gate[at] <= T(0))) out.c[at] += p.grad_h_n[b * H + column + at];
           }
         }
       }
       if (grid.barrier) grid.barrier->wait();
+      if (gradients && t >= 0 && (t == 0 || multiplied - t == gradients->steps())) {
+        gradients->add(t, multiplied, b, delta);
+        multiplied = t;
+      }
+    }
+    if (gradients) {
+      team.wait();
+      int64_t first, last;
+      team.share(H, first, last);
+      WeightGradients<T>::reduce(shares, first, last);
     }
   });
 }

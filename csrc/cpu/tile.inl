@@ -1,13 +1,6 @@
 // Register tiles: C = epilogue(A · B), in GCC/Clang vector extensions, compiled once for every instruction set.
-// Included by isa_*.cpp inside a namespace of its own, with kVectorBytes, kTileRows and kTileVectors defined.
-
-template <typename T>
-struct Simd {
-  static constexpr int64_t width = kVectorBytes / static_cast<int64_t>(sizeof(T));
-  typedef T Vec __attribute__((vector_size(kVectorBytes)));
-};
-template <typename T>
-using Vec = typename Simd<T>::Vec;
+// Included by isa_*.cpp inside a namespace of its own, with kVectorBytes, kTileRows, kTileVectors and, for the ends of
+// rows, load_lanes and store_lanes defined.
 
 template <typename T>
 inline Vec<T> load(const T* p) {
@@ -19,17 +12,14 @@ template <typename T>
 inline void store(T* p, const Vec<T>& v) {
   std::memcpy(p, &v, sizeof(v));
 }
+// The first n lanes, none beyond them touched.
 template <typename T>
 inline Vec<T> load(const T* p, int64_t n) {
-  if (n >= Simd<T>::width) return load(p);
-  Vec<T> v{};
-  for (int64_t i = 0; i < n; ++i) v[i] = p[i];
-  return v;
+  return n >= Simd<T>::width ? load(p) : load_lanes(p, n);
 }
 template <typename T>
 inline void store(T* p, const Vec<T>& v, int64_t n) {
-  if (n >= Simd<T>::width) return store(p, v);
-  for (int64_t i = 0; i < n; ++i) p[i] = v[i];
+  n >= Simd<T>::width ? store(p, v) : store_lanes(p, v, n);
 }
 template <typename T>
 int64_t padded(int64_t n) {
