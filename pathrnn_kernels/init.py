@@ -1,0 +1,120 @@
+"""Initialisations of plain ReLU RNNs, in place.
+
+Each takes a :class:`ReLURNN`, a ``torch.nn.RNN`` or a :class:`PathNetwork`. The weights of a PathNetwork's head and
+embedding are initialised like the other non-recurrent weights (an embedding's padding row stays zero); biases, the
+head's included, are set to zero. Each returns its argument, and repeats itself given the same ``generator``.
+"""
+
+from __future__ import annotations
+
+import math
+import numbers
+from typing import TypeVar
+
+import torch
+from torch import Generator, Tensor, nn
+
+from .network import PathNetwork
+from .rnn import ReLURNN
+
+Network = TypeVar("Network", ReLURNN, nn.RNN, PathNetwork)
+
+
+@torch.no_grad()
+def identity_(
+    net: Network, scale: float = 1.0, other_bound: float = 0.01, generator: Generator | None = None
+) -> Network:
+    """IRNN (Le, Jaitly, Hinton, 2015): W_hh = scale · I, other weights U[-other_bound, other_bound].
+
+    The defaults are those of section 5.2. Le et al. draw the other weights from N(0, 0.001²) and take a scale of 0.01
+    for tasks without long-range dependencies.
+    """
+    _check(scale=scale, other_bound=other_bound)
+    for weight in _recurrent(net):
+        nn.init.eye_(weight).mul_(scale)
+    return _others(net, other_bound, generator)
+
+
+@torch.no_grad()
+def np_rnn_(net: Network, generator: Generator | None = None) -> Network:
+    """np-RNN (Talathi, Vartak, 2016): W_hh = (A + I) / λ_max(A + I), A = R Rᵀ / H, R standard normal.
+
+    W_hh is positive definite with largest eigenvalue 1 and all others smaller. Input weights are N(0, α² / fan-in) with
+    α = √2 exp(1.2 / (max(H, 6) - 2.4)), weights of a head or embedding N(0, 2 / (fan-in + fan-out)).
+    """
+    for weight in _recurrent(net):
+        size = len(weight)
+        r = torch.empty_like(weight).normal_(generator=generator).double()
+        a = r @ r.T / size + torch.eye(size, dtype=r.dtype, device=r.device)
+        weight.copy_(a / torch.linalg.eigvalsh(a)[-1])
+    alpha = math.sqrt(2) * math.exp(1.2 / (max(size, 6) - 2.4))
+    for name, p in _non_recurrent(net):
+        if "bias" in name:
+            p.zero_()
+        elif "weight_ih" in name:
+            p.normal_(0, alpha / math.sqrt(p.shape[1]), generator=generator)
+        else:
+            p.normal_(0, math.sqrt(2 / sum(p.shape)), generator=generator)
+    return _zero_padding(net)
+
+
+@torch.no_grad()
+def uniform_(
+    net: Network, recurrent_bound: float = 0.01, other_bound: float = 0.2, generator: Generator | None = None
+) -> Network:
+    """W_hh from U[-recurrent_bound, recurrent_bound], other weights from U[-other_bound, other_bound].
+
+    The defaults are the paper's for character-level language models (section 5.3).
+    """
+    _check(recurrent_bound=recurrent_bound, other_bound=other_bound)
+    for weight in _recurrent(net):
+        weight.uniform_(-recurrent_bound, recurrent_bound, generator=generator)
+    return _others(net, other_bound, generator)
+
+
+@torch.no_grad()
+def orthogonal_(
+    net: Network, gain: float = 1.0, other_bound: float = 0.01, generator: Generator | None = None
+) -> Network:
+    """W_hh = gain · Q with Q orthogonal (Saxe et al., 2014), other weights U[-other_bound, other_bound]."""
+    _check(gain=gain, other_bound=other_bound)
+    for weight in _recurrent(net):
+        nn.init.orthogonal_(weight, gain, generator=generator)
+    return _others(net, other_bound, generator)
+
+
+def _others(net: Network, bound: float, generator: Generator | None) -> Network:
+    for name, p in _non_recurrent(net):
+        if "bias" in name:
+            p.zero_()
+        else:
+            p.uniform_(-bound, bound, generator=generator)
+    return _zero_padding(net)
+
+
+def _zero_padding(net: Network) -> Network:
+    embedding = net.embedding if isinstance(net, PathNetwork) else None
+    if embedding is not None and embedding.padding_idx is not None:
+        embedding.weight[embedding.padding_idx] = 0
+    return net
+
+
+def _rnn(net: ReLURNN | nn.RNN | PathNetwork) -> ReLURNN | nn.RNN:
+    rnn = net.rnn if isinstance(net, PathNetwork) else net
+    if not isinstance(rnn, (ReLURNN, nn.RNN)):
+        raise TypeError(f"net is a {type(net).__name__}; it must be a ReLURNN, torch.nn.RNN or PathNetwork")
+    return rnn
+
+
+def _recurrent(net: ReLURNN | nn.RNN | PathNetwork) -> list[Tensor]:
+    return [p for name, p in _rnn(net).named_parameters() if name.startswith("weight_hh")]
+
+
+def _non_recurrent(net: ReLURNN | nn.RNN | PathNetwork) -> list[tuple[str, Tensor]]:
+    return [(name, p) for name, p in net.named_parameters() if "weight_hh" not in name]
+
+
+def _check(**values: float) -> None:
+    for name, value in values.items():
+        if isinstance(value, bool) or not isinstance(value, numbers.Real) or not 0 <= value < math.inf:
+            raise ValueError(f"{name} is {value!r}; it must be a finite number, at least 0")

@@ -1,0 +1,427 @@
+"""Path-SGD (eq. (8)) as a preconditioner around any first-order optimiser of torch.optim."""
+
+from __future__ import annotations
+
+import inspect
+import math
+import numbers
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, TypeAlias
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from .kappa import Kappa, kappa
+from .network import PathNetwork
+
+#: What torch._foreach_* take and return.
+_Tensors: TypeAlias = tuple[Tensor, ...] | list[Tensor]
+
+SCALES = ("none", "path_norm", "first_step")
+
+#: Of exp's argument: the limit beyond which it takes every quotient of two numbers of the dtype out of its range, and
+#: how much of it fits one factor with room to spare.
+_EXPONENTS = {torch.float32: (400.0, 60.0), torch.float64: (3000.0, 600.0)}
+
+
+class PathOptimizer(Optimizer):
+    """Feeds a base optimiser with path-normalised gradients: g/κ (eq. (8)) in place of g.
+
+    ``param_groups``, ``state`` and ``defaults`` are the base optimiser's own, so that learning-rate schedulers,
+    ``GradScaler`` and ``add_param_group`` work as ever. Parameters outside the network go through untouched, as do
+    those without a gradient. During the base's step, and only then, ``p.grad`` holds the preconditioned gradient.
+
+    One step commutes with every node-wise rescaling of the network (Theorem 2) for a base that is linear in gradients
+    and weights: SGD with or without momentum, Nesterov's included (a rescaling between two steps would have to rescale
+    its buffers too), and weight decay, because p scales as g/κ does. It does not for Adam, AdamW and RMSprop, which
+    normalise each entry; nor with eps > 0, as κ of different weights scales differently but eps γ² does not; nor with
+    ``PathNetwork(h0="ones")``, where γ² itself is not invariant. ``trust_radius`` keeps it.
+
+    Args:
+        base: an optimiser of ``torch.optim`` that takes one gradient a step and holds every trainable parameter of
+            the network, and any others. Step it through this object only.
+        net: the network.
+        second_term: whether κ includes κ⁽²⁾ (Lemma 1).
+        scale: ``"none"``, g/κ, eq. (8) as it stands; ``"path_norm"``, γ² g/κ, dimensionless, for κ and γ² of any size
+            (except that κ of the head's bias does not grow with γ²: where γ² overflows, give eps as well);
+            ``"first_step"``, c g/κ with one constant c, fixed at the first step, that makes the first preconditioned
+            gradient of the network as long as the raw one (c depends on where training starts: with it, only later
+            rescalings leave the function's path unchanged).
+        eps: adds eps γ² to κ. With 0, entries of κ = 0 (on no path) get a zero step.
+        trust_radius: shortens the network's step Δp to sqrt(Σ κ Δp²) = trust_radius · γ where it is longer.
+        update_every: steps between two computations of κ, which is cached, in state dicts too.
+        seq_len: T; by default the length of the last forward pass before the step.
+        rtol: relative truncation error allowed in κ.
+
+    Raises:
+        TypeError, ValueError: naming the argument, its value and the remedy.
+    """
+
+    def __init__(
+        self,
+        base: Optimizer,
+        net: PathNetwork,
+        second_term: bool = False,
+        scale: Literal["none", "path_norm", "first_step"] = "none",
+        eps: float = 0.0,
+        trust_radius: float | None = None,
+        update_every: int = 1,
+        seq_len: int | None = None,
+        rtol: float = 1e-3,
+    ) -> None:
+        _check_base(base)
+        if not isinstance(net, PathNetwork):
+            raise TypeError(f"net is a {type(net).__name__}; it must be a PathNetwork: PathNetwork(rnn, head=…)")
+        net.check_parameters()
+        if not isinstance(second_term, bool):
+            raise TypeError(f"second_term is {second_term!r}; it must be True or False")
+        if scale not in SCALES:
+            raise ValueError(f"scale is {scale!r}; use one of {', '.join(map(repr, SCALES))}")
+        _check_number("eps", eps, zero=True)
+        _check_number("rtol", rtol, zero=True)
+        if trust_radius is not None:
+            _check_number("trust_radius", trust_radius, zero=False)
+        _check_count("update_every", update_every)
+        if seq_len is not None:
+            _check_count("seq_len", seq_len)
+
+        self.base = base
+        self.net = net
+        self.second_term = second_term
+        self.scale = scale
+        self.eps = eps
+        self.trust_radius = trust_radius
+        self.update_every = update_every
+        self.seq_len = seq_len
+        self.rtol = rtol
+        self._parameters = list(net.named_parameters())
+        held = {id(p) for group in base.param_groups for p in group["params"]}
+        missing = [name for name, p in self._parameters if p.requires_grad and id(p) not in held]
+        if missing:
+            raise ValueError(
+                f"base does not hold {', '.join(missing)}: give it every trainable parameter of the network, or freeze "
+                "those (requires_grad_(False))"
+            )
+        self._steps = 0
+        self._log_constant: float | None = None  # of scale="first_step"
+        self._metric: _Metric | None = None
+        # In place of Optimizer.__init__, which would make groups and state of its own: its hooks and its patch of step.
+        self.__setstate__({})
+        for kind in ("state_dict_pre", "state_dict_post", "load_state_dict_pre", "load_state_dict_post"):
+            setattr(self, f"_optimizer_{kind}_hooks", getattr(base, f"_optimizer_{kind}_hooks"))
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:  # type: ignore[override]
+        return self.base.param_groups
+
+    @property
+    def state(self) -> Any:  # type: ignore[override]
+        return self.base.state
+
+    @property
+    def defaults(self) -> dict[str, Any]:  # type: ignore[override]
+        return self.base.defaults
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        self.base.add_param_group(param_group)
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        self.base.zero_grad(set_to_none)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Without hooks and the step that a scheduler wraps, which torch's optimisers do not pickle either.
+        return {k: v for k, v in self.__dict__.items() if k != "step" and not isinstance(v, OrderedDict)}
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """One step; returns the closure's loss, None without a closure, which is called once, gradients enabled.
+
+        Raises:
+            ValueError: no sequence length is known, a gradient is sparse, or γ² is 0 where scale or radius needs it.
+            FloatingPointError: a preconditioned gradient overflows though the gradient does not.
+            In every case parameters, gradients and state are untouched.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        held = [(name, p, p.grad) for name, p in self._parameters if p.grad is not None]
+        moving = [entry for entry in held if entry[1].requires_grad]
+        if not moving:
+            self._base_step(held, [])
+            return loss
+
+        names, parameters, gradients = zip(*moving, strict=True)
+        for name, gradient in zip(names, gradients, strict=True):
+            if gradient.layout != torch.strided:
+                raise ValueError(f"the gradient of {name} is sparse; use nn.Embedding(…, sparse=False)")
+        metric = self._metric
+        if metric is None:
+            with torch.enable_grad():  # the reference backend differentiates
+                k = kappa(self.net, self._length(), self.second_term, rtol=self.rtol)
+            metric = _Metric(k, self.eps)
+            if metric.log_norm == -math.inf and (self.scale == "path_norm" or self.trust_radius is not None):
+                raise ValueError(
+                    "the path norm of the network is 0 (a layer or head of zeros?), so that scale='path_norm' and "
+                    "trust_radius would forbid every step: initialise it, or use scale='none' without a radius"
+                )
+        constant = self._log_constant
+        if self.scale == "first_step" and constant is None:
+            constant = metric.first_constant(names, gradients)
+        log_scale = {"none": 0.0, "path_norm": metric.log_norm, "first_step": constant or 0.0}[self.scale]
+        preconditioned = self._precondition(metric, names, gradients, log_scale)
+        before = [p.clone() for p in parameters] if self.trust_radius is not None else []
+
+        self._base_step(held, preconditioned)
+        if self.trust_radius is not None:
+            self._shorten(metric, names, parameters, before)
+        self._steps += 1
+        self._log_constant = constant
+        self._metric = metric if self._steps % self.update_every else None  # else its memory is of no use
+        return loss
+
+    def _base_step(self, held: Sequence[tuple[str, Tensor, Tensor]], preconditioned: _Tensors) -> None:
+        new = iter(preconditioned)
+        for _, p, _ in held:
+            # torch's optimisers move a frozen parameter that still has a gradient.
+            p.grad = next(new) if p.requires_grad else None
+        try:
+            self.base.step()
+        finally:
+            for _, p, gradient in held:
+                p.grad = gradient
+
+    def _length(self) -> int:
+        if self.seq_len is not None:
+            return self.seq_len
+        if self.net.last_seq_len is None:
+            raise ValueError(
+                "seq_len is None and the network's RNN has recorded no forward pass (torch.nn.RNN records none): "
+                "run one before the step, or give PathOptimizer its seq_len"
+            )
+        return self.net.last_seq_len
+
+    def _precondition(self, metric: _Metric, names: Sequence[str], gradients: _Tensors, log_scale: float) -> _Tensors:
+        result = metric.divide(names, gradients, log_scale)
+        # The cheapest test that no nan or infinity passes, with one transfer from the device.
+        if math.isfinite(torch.stack([x.sum() for x in result]).sum().item()):
+            return result
+        metric.mask_zeros()
+        result = metric.divide(names, gradients, log_scale)
+        for name, raw, new in zip(names, gradients, result, strict=True):
+            if (raw.isfinite() & ~new.isfinite()).any():
+                remedy = "a small eps, such as 1e-6" if self.scale == "path_norm" else "scale='path_norm'"
+                raise FloatingPointError(
+                    f"the path-normalised gradient of {name} overflows {new.dtype} with scale={self.scale!r}: "
+                    f"use {remedy}"
+                )
+        return result
+
+    def _shorten(self, metric: _Metric, names: Sequence[str], parameters: _Tensors, before: _Tensors) -> None:
+        deltas = torch._foreach_sub(parameters, before)
+        # nan, from a gradient that is not finite, compares false: torch's own optimisers let it through too.
+        log_ratio = metric.log_length(names, deltas) - math.log(self.trust_radius)  # type: ignore[arg-type]
+        if log_ratio > 0:
+            torch._foreach_mul_(deltas, math.exp(-log_ratio))
+            torch._foreach_copy_(parameters, torch._foreach_add(before, deltas))
+
+    def state_dict(self) -> dict[str, Any]:
+        """The base's state dict with an entry ``"path"``: tensors and plain Python values only."""
+        path = {
+            "base": type(self.base).__name__,
+            "shapes": self._shapes(),
+            "scale": self.scale,
+            "second_term": self.second_term,
+            "steps": self._steps,
+            "log_constant": self._log_constant,
+            "kappa": None if self._metric is None else self._metric.state(),
+        }
+        return {**self.base.state_dict(), "path": path}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Continue bit for bit from what ``state_dict`` returned.
+
+        Raises:
+            ValueError: the state dict is not of a like optimiser of a like network; nothing has changed then.
+        """
+        path = state_dict.get("path") if isinstance(state_dict, dict) else None
+        if not isinstance(path, dict):
+            raise ValueError("state_dict has no entry 'path': it is not one that a PathOptimizer saved")
+        expected = {
+            "base": type(self.base).__name__,
+            "scale": self.scale,
+            "second_term": self.second_term,
+            "shapes": self._shapes(),
+        }
+        for key, value in expected.items():
+            if path.get(key) != value:
+                raise ValueError(
+                    f"state_dict was saved with {key}={path.get(key)!r}, but this PathOptimizer has {key}={value!r}: "
+                    "build both alike"
+                )
+        steps, constant = path.get("steps"), path.get("log_constant")
+        if type(steps) is not int or steps < 0:
+            raise ValueError(f"state_dict has steps={steps!r}; it must be a count")
+        if constant is not None and (type(constant) is not float or not math.isfinite(constant)):
+            raise ValueError(f"state_dict has log_constant={constant!r}; it must be None or a finite number")
+        metric = None
+        if path.get("kappa") is not None:
+            metric = _Metric.from_state(path["kappa"], dict(self._parameters), self.eps)
+        _check_groups(state_dict)
+        self.base.load_state_dict({key: value for key, value in state_dict.items() if key != "path"})
+        self._steps, self._log_constant, self._metric = steps, constant, metric
+
+    def _shapes(self) -> list[list[list[int]]]:
+        return [[list(p.shape) for p in group["params"]] for group in self.param_groups]
+
+
+class PathSGD(PathOptimizer):
+    """Path-SGD (eq. (8)) on a network alone: ``PathOptimizer(torch.optim.SGD(net.parameters(), …), net, …)``.
+
+    Args:
+        net: the network.
+        lr, momentum, weight_decay: as for ``torch.optim.SGD``.
+        **keywords: as for :class:`PathOptimizer`.
+    """
+
+    def __init__(
+        self, net: PathNetwork, lr: float = 1e-2, momentum: float = 0.0, weight_decay: float = 0.0, **keywords: Any
+    ) -> None:
+        if not isinstance(net, PathNetwork):
+            raise TypeError(f"net is a {type(net).__name__}; it must be a PathNetwork: PathNetwork(rnn, head=…)")
+        base = torch.optim.SGD(net.parameters(), lr=lr, momentum=momentum, weight_decay=weight_decay)
+        super().__init__(base, net, **keywords)
+
+
+class _Metric:
+    """κ of one time as divisors, with logarithms of all scales kept in Python floats."""
+
+    def __init__(self, k: Kappa, eps: float) -> None:
+        log_norm = float(k.log_path_norm)
+        if not log_norm < math.inf:
+            raise FloatingPointError(
+                "γ² overflows in the reference backend, which is not protected: use backend 'cpu' (see explain)"
+            )
+        self._fill(k.factors, k.log_scales, log_norm, eps)
+
+    def _fill(self, factors: dict[str, Tensor], log_scales: dict[str, float], log_norm: float, eps: float) -> None:
+        self.factors, self.log_scales, self.log_norm = factors, log_scales, log_norm
+        # κ + eps γ² = divisor · exp(log_divisor).
+        self.divisors, self.log_divisors = {}, {}
+        for name, factor in factors.items():
+            log_scale = log_scales[name]
+            if eps > 0 and log_norm > -math.inf:
+                log_eps = math.log(eps) + log_norm
+                largest = max(log_scale, log_eps)
+                factor = factor * math.exp(log_scale - largest) + math.exp(log_eps - largest)
+                log_scale = largest
+            self.divisors[name] = factor
+            self.log_divisors[name] = log_scale
+
+    def mask_zeros(self) -> None:
+        """Give entries on no path, κ = 0, a zero step. On demand, for most networks have none."""
+        self.divisors = {name: divisor.masked_fill(divisor == 0, math.inf) for name, divisor in self.divisors.items()}
+
+    def divide(self, names: Sequence[str], gradients: _Tensors, log_scale: float) -> _Tensors:
+        """exp(log_scale) g/κ, the scales combined before they touch a tensor."""
+        limit, part = _EXPONENTS[gradients[0].dtype]
+        exponents = [max(-limit, min(limit, log_scale - self.log_divisors[name])) for name in names]
+        # In several factors, half of them before the division, where one would leave the dtype's range: the result
+        # need not.
+        parts = math.ceil(max(map(abs, exponents)) / part)
+        scalars = [math.exp(exponent / max(parts, 1)) for exponent in exponents]
+        for i in range(parts + 1):
+            if i == parts // 2:
+                gradients = torch._foreach_div(gradients, [self.divisors[name] for name in names])
+            else:
+                gradients = torch._foreach_mul(gradients, scalars)
+        return gradients
+
+    def first_constant(self, names: Sequence[str], gradients: _Tensors) -> float | None:
+        """log(‖g‖ / ‖g/κ‖); None where either is 0, for then no step is taken that could fix it."""
+        self.mask_zeros()
+        quotients = torch._foreach_div(gradients, [self.divisors[name] for name in names])
+        raw = _log_length(gradients, [0.0] * len(names))
+        divided = _log_length(quotients, [-2 * self.log_divisors[name] for name in names])
+        if raw == -math.inf or divided == -math.inf:
+            return None
+        if not (math.isfinite(raw) and math.isfinite(divided)):
+            raise FloatingPointError(
+                "the gradient of the first step, from which scale='first_step' takes its constant, is not finite, or "
+                "overflows when divided by κ: lower the gradient, or use scale='path_norm'"
+            )
+        return raw - divided
+
+    def log_length(self, names: Sequence[str], deltas: _Tensors) -> float:
+        """log of sqrt(Σ κ Δp²) / γ."""
+        roots = torch._foreach_sqrt([self.factors[name] for name in names])
+        return _log_length(torch._foreach_mul(deltas, roots), [self.log_scales[name] - self.log_norm for name in names])
+
+    def state(self) -> dict[str, Any]:
+        return {"factors": self.factors, "log_scales": self.log_scales, "log_path_norm": self.log_norm}
+
+    @classmethod
+    def from_state(cls, state: Any, parameters: dict[str, Tensor], eps: float) -> _Metric:
+        try:
+            factors, log_scales, log_norm = state["factors"], state["log_scales"], state["log_path_norm"]
+            fits = set(factors) == set(log_scales) == set(parameters) and not math.isnan(log_norm)
+            for name, p in parameters.items():
+                factor = factors[name]
+                fits &= factor.dtype == p.dtype and factor.expand_as(p).shape == p.shape
+                fits &= math.isfinite(log_scales[name])
+        except (AttributeError, KeyError, RuntimeError, TypeError):
+            fits = False
+        if not fits:
+            raise ValueError("state_dict holds a cached κ that does not fit this network: it is damaged")
+        metric = cls.__new__(cls)
+        metric._fill({name: factors[name].to(p.device) for name, p in parameters.items()}, log_scales, log_norm, eps)
+        return metric
+
+
+def _log_length(tensors: _Tensors, log_scales: list[float]) -> float:
+    """log sqrt(Σ exp(log_scale) ‖tensor‖²), the norms accumulated in float64."""
+    norms = torch.stack(torch._foreach_norm(tensors, 2, dtype=torch.float64)).tolist()
+    logs = [scale + 2 * math.log(norm) for scale, norm in zip(log_scales, norms, strict=True) if norm != 0]
+    largest = max(logs, default=-math.inf)
+    if not math.isfinite(sum(logs)):  # an infinite or nan norm
+        return math.nan
+    return (largest + math.log(sum(math.exp(value - largest) for value in logs))) / 2 if logs else -math.inf
+
+
+def _check_base(base: Any) -> None:
+    if not isinstance(base, Optimizer):
+        raise TypeError(f"base is a {type(base).__name__}; it must be a torch.optim.Optimizer, such as torch.optim.SGD")
+    if isinstance(base, PathOptimizer):
+        raise ValueError("base is a PathOptimizer itself: gradients would be divided by κ twice; give it a plain one")
+    closure = inspect.signature(type(base).step).parameters.get("closure")
+    if closure is not None and closure.default is inspect.Parameter.empty:
+        raise ValueError(
+            f"base is {type(base).__name__}, which calls its closure several times a step; κ divides one gradient a "
+            "step: use SGD, Adam, AdamW, RMSprop or another that needs no closure"
+        )
+
+
+def _check_groups(state_dict: dict[str, Any]) -> None:
+    """What the base's load_state_dict would trip over half-way."""
+    groups, state = state_dict.get("param_groups"), state_dict.get("state")
+    if not isinstance(groups, list) or not isinstance(state, dict):
+        raise ValueError("state_dict lacks the base optimiser's 'state' and 'param_groups': it is damaged")
+    sizes = [len(shapes) for shapes in state_dict["path"]["shapes"]]
+    if [len(group.get("params", ())) if isinstance(group, dict) else -1 for group in groups] != sizes:
+        raise ValueError(f"state_dict has param_groups that do not hold {sizes} parameters: it is damaged")
+
+
+def _check_number(name: str, value: Any, zero: bool) -> None:
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise TypeError(f"{name} is {value!r}; it must be a number")
+    if not 0 <= float(value) < math.inf or (value == 0 and not zero):
+        raise ValueError(f"{name} is {value}; it must be finite and {'at least 0' if zero else 'positive'}")
+
+
+def _check_count(name: str, value: Any) -> None:
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
+        raise TypeError(f"{name} is {value!r}; it must be a positive integer")
+    if value < 1:
+        raise ValueError(f"{name} is {value}; it must be at least 1")

@@ -1,0 +1,203 @@
+"""Node-wise rescalings of the hidden units, which leave the function of a ReLU network unchanged (Theorem 1)."""
+
+from __future__ import annotations
+
+import math
+import numbers
+import warnings
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from .network import PathNetwork
+
+
+@torch.no_grad()
+def node_rescale_(net: PathNetwork, alphas: Sequence[Tensor]) -> PathNetwork:
+    """Theorem 1's transformation, eq. (1), in place.
+
+    What enters unit j of layer i is multiplied by α^i_j, what leaves it is divided by it: W_ih^i[j, k] by
+    α^i_j / α^{i-1}_k, W_hh^i[j, k] by α^i_j / α^i_k, biases by α^i_j, the head's column k by 1 / α^top_k. The
+    embedding and the head's bias stay.
+
+    The network computes the same function of x, and γ² and Theorem 2 hold unchanged, with h_0 = 0. A hidden state
+    that the caller hands to the RNN is in the old units: multiply h_0 of layer i by α^i. For the same reason γ² is
+    *not* invariant with ``h0="ones"``: those ones are constants that no rescaling reaches.
+
+    Args:
+        net: the network.
+        alphas: one positive tensor ``[hidden_size]`` a layer. Without a head the top hidden units are the outputs,
+            so the top layer's must be all ones.
+
+    Returns:
+        ``net``.
+
+    Raises:
+        TypeError, ValueError: naming the argument, its value and the remedy, or the parameter that would overflow, or
+            underflow to zero; the network is then untouched.
+    """
+    _check_net(net)
+    new = _rescaled(net, _check_alphas(net, alphas))
+    for name, p in net.named_parameters():
+        if name in new and not torch.equal(new[name].isfinite() & (new[name] != 0), p.isfinite() & (p != 0)):
+            raise ValueError(f"alphas take an entry of {name} out of the range of {p.dtype}: use milder ones")
+    for name, p in net.named_parameters():
+        if name in new:
+            p.copy_(new[name])
+    return net
+
+
+@torch.no_grad()
+def balance_(net: PathNetwork, tol: float = 1e-6, max_iterations: int = 10_000) -> list[Tensor]:
+    """Rescale hidden units until the squared weights that enter each sum to those that leave it, in place.
+
+    By Theorem 1 the function stays. Balance is where Σ p² is least among all rescalings of the network. A unit's
+    recurrent weight to itself belongs to neither sum: no rescaling changes it. Units on no path from an input or bias
+    to an output are left alone, and so is the top layer of a network without head, whose units are the outputs.
+
+    Args:
+        net: the network.
+        tol: stop when no unit's two sums differ by a larger part than this.
+        max_iterations: give up then, with a warning; what has been reached is a rescaling all the same.
+
+    Returns:
+        The α of each layer, ``[hidden_size]``, as :func:`node_rescale_` takes them.
+
+    Raises:
+        TypeError, ValueError: naming the argument, its value and the remedy.
+    """
+    _check_net(net)
+    if isinstance(tol, bool) or not isinstance(tol, numbers.Real) or not 0 < tol < math.inf:
+        raise ValueError(f"tol is {tol!r}; it must be a positive number")
+    if isinstance(max_iterations, bool) or not isinstance(max_iterations, numbers.Integral) or max_iterations < 1:
+        raise ValueError(f"max_iterations is {max_iterations!r}; it must be a positive integer")
+    for name, p in net.named_parameters():
+        if not p.isfinite().all():
+            raise ValueError(f"{name} has nan or infinite entries; a network must be finite to be balanced")
+
+    edges = _edges(net)
+    free = _on_paths(net, edges)
+    weight = next(net.parameters())
+    log_alpha2 = torch.zeros(net.num_layers, net.hidden_size, dtype=torch.float64, device=weight.device)
+    for _ in range(max_iterations):
+        gap = _log_out_over_in(log_alpha2, edges)
+        gap = torch.where(free, gap, 0)
+        if gap.abs().max() <= math.log1p(tol):
+            break
+        # Half of what would balance each unit alone. Σ p² is a sum of convex functions of one or two units each, so
+        # that the half steps of all units together never increase it.
+        log_alpha2 += gap / 4
+    else:
+        warnings.warn(
+            f"balance_ stopped after {max_iterations} iterations with sums that still differ by a factor of "
+            f"{math.exp(float(gap.abs().max())):.3g}; give more max_iterations, or a larger tol",
+            stacklevel=2,
+        )
+    alphas = list((log_alpha2 / 2).exp().to(weight.dtype))
+    node_rescale_(net, alphas)
+    return alphas
+
+
+def _rescaled(net: PathNetwork, alphas: list[Tensor]) -> dict[str, Tensor]:
+    """The parameters that change, in the order of eq. (1)."""
+    parameters = dict(net.named_parameters())
+    new = {}
+    for i, alpha in enumerate(alphas):
+        ih, hh = f"rnn.weight_ih_l{i}", f"rnn.weight_hh_l{i}"
+        new[ih] = parameters[ih] * alpha[:, None]
+        if i > 0:
+            new[ih] = new[ih] / alphas[i - 1]
+        new[hh] = parameters[hh] * (alpha[:, None] / alpha)
+        for bias in (f"rnn.bias_ih_l{i}", f"rnn.bias_hh_l{i}"):
+            if bias in parameters:
+                new[bias] = parameters[bias] * alpha
+    if net.head is not None:
+        new["head.weight"] = parameters["head.weight"] / alphas[-1]
+    return new
+
+
+#: (from layer, to layer, log w² [to, from]); None stands for the inputs and constants, or for the outputs.
+_Edge = tuple[int | None, int | None, Tensor]
+
+
+def _edges(net: PathNetwork) -> list[_Edge]:
+    parameters = {name: p.double().abs().log().mul(2) for name, p in net.named_parameters()}
+    edges: list[_Edge] = []
+    for i in range(net.num_layers):
+        edges.append((i - 1 if i > 0 else None, i, parameters[f"rnn.weight_ih_l{i}"]))
+        edges.append((i, i, parameters[f"rnn.weight_hh_l{i}"].fill_diagonal_(-math.inf)))
+        for bias in (f"rnn.bias_ih_l{i}", f"rnn.bias_hh_l{i}"):
+            if bias in parameters:
+                edges.append((None, i, parameters[bias][:, None]))
+    if net.head is not None:
+        edges.append((net.num_layers - 1, None, parameters["head.weight"]))
+    return edges
+
+
+def _log_out_over_in(log_alpha2: Tensor, edges: list[_Edge]) -> Tensor:
+    """Logarithm of the ratio of each unit's outgoing to its incoming squared weights, ``[L, H]``; nan for 0/0."""
+    entering = torch.full_like(log_alpha2, -math.inf)
+    leaving = entering.clone()
+    for below, above, log_w2 in edges:
+        if below is not None:
+            log_w2 = log_w2 - log_alpha2[below]
+        if above is not None:
+            log_w2 = log_w2 + log_alpha2[above][:, None]
+            entering[above] = torch.logaddexp(entering[above], log_w2.logsumexp(1))
+        if below is not None:
+            leaving[below] = torch.logaddexp(leaving[below], log_w2.logsumexp(0))
+    return leaving - entering
+
+
+def _on_paths(net: PathNetwork, edges: list[_Edge]) -> Tensor:
+    """Which units may be rescaled: those that lie on a path and are not outputs themselves, bool ``[L, H]``.
+
+    On them Σ p² has a minimum; on others it may decrease for ever as α tends to 0 or infinity.
+    """
+    forward = torch.zeros(net.num_layers, net.hidden_size, dtype=torch.bool, device=edges[0][2].device)
+    backward = forward.clone()
+    if net.head is None:
+        backward[-1] = True
+    count = -1
+    while count != (count := int(forward.sum() + backward.sum())):
+        for below, above, log_w2 in edges:
+            present = log_w2 > -math.inf
+            if above is not None:
+                forward[above] |= (present if below is None else present & forward[below]).any(1)
+            if below is not None:
+                backward[below] |= (present if above is None else present & backward[above][:, None]).any(0)
+    free = forward & backward
+    if net.head is None:
+        free[-1] = False
+    return free
+
+
+def _check_net(net: PathNetwork) -> None:
+    if not isinstance(net, PathNetwork):
+        raise TypeError(f"net is a {type(net).__name__}; it must be a PathNetwork: PathNetwork(rnn, head=…)")
+    net.check_parameters()
+
+
+def _check_alphas(net: PathNetwork, alphas: Sequence[Tensor]) -> list[Tensor]:
+    if isinstance(alphas, Tensor) or not isinstance(alphas, Sequence):
+        raise TypeError(f"alphas is a {type(alphas).__name__}; it must be a list of one tensor a layer")
+    if len(alphas) != net.num_layers:
+        raise ValueError(f"alphas has {len(alphas)} tensors; the network has {net.num_layers} layers: give one a layer")
+    weight = next(net.parameters())
+    checked = []
+    for i, alpha in enumerate(alphas):
+        if not isinstance(alpha, Tensor):
+            raise TypeError(f"alphas[{i}] is a {type(alpha).__name__}; it must be a tensor [{net.hidden_size}]")
+        if list(alpha.shape) != [net.hidden_size]:
+            raise ValueError(f"alphas[{i}] has shape {list(alpha.shape)}; it must be [{net.hidden_size}]")
+        alpha = alpha.to(weight)
+        if not ((alpha > 0) & alpha.isfinite()).all():
+            raise ValueError(f"alphas[{i}] is {alpha.tolist()}; every entry must be positive and finite")
+        checked.append(alpha)
+    if net.head is None and not (checked[-1] == 1).all():
+        raise ValueError(
+            f"alphas[{net.num_layers - 1}] rescales the top layer, whose units are the outputs of a network without "
+            "head, so that the function would change: give ones there, or give the network its head"
+        )
+    return checked

@@ -1,0 +1,65 @@
+import pytest
+import torch
+from torch import nn
+
+import pathrnn_kernels as pk
+from pathrnn_kernels.ops import backend
+
+
+@pytest.fixture(autouse=True)
+def no_override(monkeypatch):
+    monkeypatch.delenv(backend.ENVIRONMENT, raising=False)
+
+
+MODULES = [pk.ReLURNN(2, 3), nn.RNN(2, 3, nonlinearity="relu"), pk.PathNetwork(pk.ReLURNN(2, 3), nn.Linear(3, 1))]
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_every_backend_has_a_verdict(module):
+    found = pk.explain(module, backend="reference")
+    assert found.backend == "reference"
+    assert list(found.reasons) == list(backend.BACKENDS)
+    assert found.reasons["reference"] is None
+    lines = str(found).splitlines()
+    assert lines[0] == "torch.float32 on cpu, backend 'reference' → reference"
+    assert [line.split()[0] for line in lines[1:]] == list(backend.BACKENDS)
+    assert lines[-1].split() == ["reference", "serves"]
+    assert "no: this version has no CUDA kernels yet" in str(found)
+
+
+def test_the_extension_serves_cpu_tensors():
+    found = pk.explain(pk.ReLURNN(2, 3))
+    assert found.backend == "cpu" and found.reasons["cpu"] is None
+    assert found.requested == "auto"
+
+
+def test_where_nothing_serves_the_reason_is_given(monkeypatch):
+    monkeypatch.setattr(backend, "extension_problem", lambda: "it is not built")
+    found = pk.explain(pk.ReLURNN(2, 3))
+    assert found.backend is None and found.reasons["cpu"] == "it is not built"
+    assert "→ none serves" in str(found) and "no: it is not built" in str(found)
+
+
+def test_the_environment_is_heeded(monkeypatch):
+    monkeypatch.setenv(backend.ENVIRONMENT, "reference")
+    assert pk.explain(pk.ReLURNN(2, 3)).backend == "reference"
+    assert pk.explain(pk.ReLURNN(2, 3), backend="triton").backend is None
+    monkeypatch.setenv(backend.ENVIRONMENT, "cpuu")
+    with pytest.raises(ValueError, match="backend is 'cpuu'"):
+        pk.explain(pk.ReLURNN(2, 3))
+
+
+def test_tensors_elsewhere_are_explained():
+    found = pk.explain(pk.ReLURNN(2, 3, device=torch.device("meta")))
+    assert "the tensors are on meta" in found.reasons["cpu"]
+    assert found.backend == "reference"
+
+
+def test_other_modules_are_refused():
+    with pytest.raises(TypeError, match="rnn_or_net is a Linear"):
+        pk.explain(nn.Linear(2, 2))
+
+
+def test_unknown_backends_are_refused():
+    with pytest.raises(ValueError, match="backend is 'gpu'; use one of"):
+        pk.explain(pk.ReLURNN(2, 3), backend="gpu")

@@ -1,0 +1,124 @@
+import math
+
+import pytest
+import torch
+from torch import Generator, nn
+
+import pathrnn_kernels as pk
+from pathrnn_kernels.init import identity_, np_rnn_, orthogonal_, uniform_
+
+ALL = [identity_, np_rnn_, orthogonal_, uniform_]
+
+
+def seeded(seed=0):
+    return Generator().manual_seed(seed)
+
+
+def network(hidden_size=50, num_layers=2):
+    rnn = pk.ReLURNN(7, hidden_size, num_layers)
+    return pk.PathNetwork(rnn, nn.Linear(hidden_size, 5), nn.Embedding(11, 7, padding_idx=3))
+
+
+def recurrent(net):
+    return [p.detach() for name, p in net.named_parameters() if "weight_hh" in name]
+
+
+def others(net):
+    return [p.detach() for name, p in net.named_parameters() if "bias" not in name and "weight_hh" not in name]
+
+
+def test_identity():
+    net = identity_(network(), scale=0.5, generator=seeded())
+    for w in recurrent(net):
+        assert torch.equal(w, 0.5 * torch.eye(50))
+    for w in others(net):
+        assert 0.008 < w.abs().max() <= 0.01
+
+
+def test_np_rnn():
+    net = np_rnn_(network(), generator=seeded())
+    for w in recurrent(net):
+        values = torch.linalg.eigvalsh(w.double())
+        torch.testing.assert_close(w, w.T)
+        # λ_max(A) of a Wishart matrix is close to 4, so that the smallest of (A + I) / λ_max(A + I) is close to 1/5.
+        assert values[-1].item() == pytest.approx(1, rel=1e-6)
+        assert 0.15 < values[0] < 0.3 and values[-2] < 1
+    alpha = math.sqrt(2) * math.exp(1.2 / (50 - 2.4))
+    expected = {
+        "rnn.weight_ih_l0": alpha / math.sqrt(7),
+        "rnn.weight_ih_l1": alpha / math.sqrt(50),
+        "head.weight": math.sqrt(2 / 55),
+    }
+    for name, p in net.named_parameters():
+        if name in expected:  # 250 to 2500 draws: the standard deviation is known to a few per cent
+            assert p.std().item() == pytest.approx(expected[name], rel=0.15), name
+
+
+def test_uniform():
+    net = uniform_(network(), recurrent_bound=0.03, other_bound=0.5, generator=seeded())
+    for w in recurrent(net):
+        assert 0.029 < w.abs().max() <= 0.03
+    for w in others(net):
+        assert 0.4 < w.abs().max() <= 0.5
+
+
+def test_orthogonal():
+    net = orthogonal_(network(), gain=1.5, generator=seeded())
+    for w in recurrent(net):
+        torch.testing.assert_close(w @ w.T, 2.25 * torch.eye(50))
+    for w in others(net):
+        assert 0.008 < w.abs().max() <= 0.01
+
+
+@pytest.mark.parametrize("function", ALL)
+def test_biases_and_padding_are_zero_and_generators_repeat(function):
+    first, second, third = network(), network(), network()
+    assert function(first, generator=seeded()) is first
+    function(second, generator=seeded())
+    function(third, generator=seeded(1))
+    for (name, p), q in zip(first.named_parameters(), second.parameters(), strict=True):
+        assert torch.equal(p, q), name
+        assert p.requires_grad and p.grad_fn is None
+        if "bias" in name:
+            assert not p.any()
+    assert not first.embedding.weight[3].any() and first.embedding.weight[2].all()
+    assert not torch.equal(first.head.weight, third.head.weight)
+
+
+@pytest.mark.parametrize("function", ALL)
+@pytest.mark.parametrize(
+    "module", [pk.ReLURNN(3, 4, 2), nn.RNN(3, 4, 2, nonlinearity="relu"), nn.RNN(3, 4, bias=False)]
+)
+def test_bare_modules_are_accepted(function, module):
+    with torch.no_grad():
+        for p in module.parameters():
+            p.fill_(math.nan)
+    assert function(module) is module
+    for name, p in module.named_parameters():
+        assert p.isfinite().all(), name
+
+
+@pytest.mark.parametrize("function", ALL)
+def test_other_modules_are_refused(function):
+    with pytest.raises(TypeError, match=r"net is a Linear; it must be a ReLURNN, torch.nn.RNN or PathNetwork"):
+        function(nn.Linear(2, 2))
+
+
+@pytest.mark.parametrize("bad", [-1.0, math.nan, math.inf, True, "1"])
+@pytest.mark.parametrize(
+    ("function", "name"),
+    [
+        (identity_, "scale"),
+        (identity_, "other_bound"),
+        (uniform_, "recurrent_bound"),
+        (uniform_, "other_bound"),
+        (orthogonal_, "gain"),
+        (orthogonal_, "other_bound"),
+    ],
+)
+def test_bad_numbers_are_refused_and_change_nothing(function, name, bad):
+    rnn = pk.ReLURNN(2, 3)
+    before = [p.detach().clone() for p in rnn.parameters()]
+    with pytest.raises(ValueError, match=f"{name} is"):
+        function(rnn, **{name: bad})
+    assert all(torch.equal(p, q) for p, q in zip(rnn.parameters(), before, strict=True))
