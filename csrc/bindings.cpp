@@ -30,11 +30,10 @@ TORCH_LIBRARY(pathrnn, m) {
       tags);
 }
 
-// These have no derivatives: backward through them raises, naming the op, instead of silently giving none.
+// No second derivative: backward through it raises, naming the op, instead of silently giving none. path_chain and
+// kappa2 give constants; path_norm differentiates γ² (kappa.py).
 TORCH_LIBRARY_IMPL(pathrnn, Autograd, m) {
-  for (const char* name : {"relu_rnn_backward", "path_chain", "kappa2"}) {
-    m.impl(name, torch::autograd::autogradNotImplementedFallback());
-  }
+  m.impl("relu_rnn_backward", torch::autograd::autogradNotImplementedFallback());
 }
 
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {

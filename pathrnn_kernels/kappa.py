@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import numbers
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,7 +21,7 @@ KAPPA2_FACTOR = {"exact": 4.0, "lemma1": 2.0, "theorem3": 1.0}
 _LN2 = math.log(2)
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class Kappa:
     """κ of every parameter, as broadcastable factors with logarithmic scales: true κ = factor · exp(log_scale)."""
 
@@ -85,32 +86,31 @@ def kappa(
         raise ValueError(f"kappa2 is {kappa2!r}; use one of {', '.join(map(repr, KAPPA2_FACTOR))}")
     if not isinstance(rtol, numbers.Real) or not 0 <= rtol < math.inf:
         raise ValueError(f"rtol is {rtol!r}; it must be a finite number, at least 0")
-    parameters = dict(net.named_parameters())
+    parameters = net.weights()
     shapes = {name: p.shape for name, p in parameters.items()}
-    recurrent = [f"rnn.weight_hh_l{i}" for i in range(net.num_layers)]
-    lags = dict.fromkeys(recurrent, seq_len - 1 if second_term else 0)
+    layout = _layout(net.num_layers, *_options(parameters))
+    lags = dict.fromkeys(layout.kinds[1], seq_len - 1 if second_term else 0)
 
     if _choose(net, parameters, backend) == "reference":
         from . import reference
 
         detached = {name: p.detach() for name, p in parameters.items()}
-        factors = reference.kappa(detached, seq_len, net.outputs, net.h0, second_term, kappa2)
+        with torch.enable_grad():  # κ is made of derivatives; callers often hold no_grad
+            factors = reference.kappa(detached, seq_len, net.outputs, net.h0, second_term, kappa2)
         log_norm = reference.path_norm(detached, seq_len, net.outputs, net.h0).double().log()
         return Kappa(factors, dict.fromkeys(factors, 0.0), log_norm, lags, 0.0, shapes)
 
-    with torch.no_grad():
-        chain = _run(net, parameters, seq_len, sequences=second_term)
-        exponents = chain.exponents.tolist()
-        places = _places(net)
-        if second_term:
-            coefficient = KAPPA2_FACTOR[kappa2]
-            for i, name in enumerate(recurrent):
-                term, exponent = ops.kappa2(
-                    parameters[name], chain.h[i], chain.h_exponents[i], chain.delta[i], chain.delta_exponents[i]
-                )
-                _add_scaled(chain.kappa1, exponents, places[name], coefficient * term, int(exponent))
-    factors = {name: chain.kappa1[places[name]] for name in parameters}
-    log_scales = {name: exponents[places[name]] * _LN2 for name in parameters}
+    chain = _run(net, parameters, layout, seq_len, sequences=second_term)
+    exponents = chain.exponents.tolist()
+    if second_term:
+        coefficient = KAPPA2_FACTOR[kappa2]
+        for i, name in enumerate(layout.kinds[1]):
+            term, exponent = ops.kappa2(
+                parameters[name].detach(), chain.h[i], chain.h_exponents[i], chain.delta[i], chain.delta_exponents[i]
+            )
+            _add_scaled(chain.kappa1, exponents, layout.places[name], coefficient * term, int(exponent))
+    factors = {name: chain.kappa1[place] for name, place in layout.places.items()}
+    log_scales = {name: exponents[place] * _LN2 for name, place in layout.places.items()}
     return Kappa(factors, log_scales, chain.log_path_norm, lags, 0.0, shapes)
 
 
@@ -129,7 +129,7 @@ def log_path_norm(net: PathNetwork, seq_len: int, backend: str = "auto") -> Tens
 
 def _norm(net: PathNetwork, seq_len: int, backend: str, logarithm: bool) -> Tensor:
     seq_len = _check(net, seq_len)
-    parameters = dict(net.named_parameters())
+    parameters = net.weights()
     if _choose(net, parameters, backend) == "reference":
         from . import reference
 
@@ -145,11 +145,12 @@ class _Norm(torch.autograd.Function):
     def forward(ctx: Any, net: PathNetwork, seq_len: int, logarithm: bool, names: list[str], *values: Tensor) -> Tensor:
         need = any(ctx.needs_input_grad)
         parameters = dict(zip(names, values, strict=True))
-        chain = _run(net, parameters, seq_len, kappa1=need)
+        layout = _layout(net.num_layers, *_options(parameters))
+        chain = _run(net, parameters, layout, seq_len, kappa1=need)
         ctx.log_norm = float(chain.log_path_norm)
         ctx.logarithm = logarithm
         if need:
-            places = _places(net)
+            places = layout.places
             exponents = chain.exponents.tolist()
             ctx.factors = [chain.kappa1[places[name]] for name in names]
             ctx.log_scales = [exponents[places[name]] * _LN2 for name in names]
@@ -184,42 +185,71 @@ def _check(net: PathNetwork, seq_len: int) -> int:
 
 def _choose(net: PathNetwork, parameters: dict[str, Tensor], backend: str) -> str:
     weight = parameters["rnn.weight_hh_l0"]
-    for p in parameters.values():
-        if p.dtype != weight.dtype or p.device != weight.device:
-            net.check_parameters()  # raises, naming the parameter
-    return choose(weight.device, weight.dtype, backend)
+    backend = choose(weight.device, weight.dtype, backend)
+    if backend == "reference":
+        net.check_parameters()  # the kernels check for themselves
+    return backend
 
 
-def _places(net: PathNetwork) -> dict[str, int]:
-    """Parameter name → index in ``PathChain.kappa1``."""
-    places: dict[str, int] = {}
-    count = 0
-    for i in range(net.num_layers):
-        groups = [("weight_ih",), ("weight_hh",)] + ([("bias_ih", "bias_hh")] if net.rnn.bias else [])
-        for group in groups:
-            places.update({f"rnn.{name}_l{i}": count for name in group})
-            count += 1
-    for module, name in ((net.head, "head.weight"), (getattr(net.head, "bias", None), "head.bias")):
-        if module is not None:
+class _Layout(NamedTuple):
+    """Where the parameters stand in the op's arguments and results."""
+
+    #: Names by layer of weight_ih, weight_hh, bias_ih, bias_hh.
+    kinds: tuple[tuple[str, ...], ...]
+    #: Parameter name, in the order of ``named_parameters`` → index in ``PathChain.kappa1``.
+    places: dict[str, int]
+
+
+def _options(parameters: dict[str, Tensor]) -> tuple[bool, bool, bool, bool]:
+    names = ("rnn.bias_ih_l0", "head.weight", "head.bias", "embedding.weight")
+    bias, head, head_bias, embedding = (name in parameters for name in names)
+    return bias, head, head_bias, embedding
+
+
+@functools.cache
+def _layout(num_layers: int, bias: bool, head: bool, head_bias: bool, embedding: bool) -> _Layout:
+    kinds = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
+    names = tuple(
+        tuple(f"rnn.{kind}_l{i}" for i in range(num_layers)) if bias or kind.startswith("weight") else ()
+        for kind in kinds
+    )
+    per_layer = 3 if bias else 2  # both biases of a layer have one κ
+    places = {
+        f"rnn.{kind}_l{i}": per_layer * i + min(k, 2)
+        for i in range(num_layers)
+        for k, kind in enumerate(kinds if bias else kinds[:2])
+    }
+    count = per_layer * num_layers
+    for name, given in (("head.weight", head), ("head.bias", head_bias), ("embedding.weight", embedding)):
+        if given:
             places[name] = count
             count += 1
-    if net.embedding is not None:
-        places["embedding.weight"] = count
-    return places
+    return _Layout(names, places)
 
 
 def _run(
-    net: PathNetwork, parameters: dict[str, Tensor], seq_len: int, kappa1: bool = True, sequences: bool = False
+    net: PathNetwork,
+    parameters: dict[str, Tensor],
+    layout: _Layout,
+    seq_len: int,
+    kappa1: bool = True,
+    sequences: bool = False,
 ) -> ops.PathChain:
-    layers = range(net.num_layers)
-    lists = [
-        [parameters[f"rnn.{kind}_l{i}"] for i in layers] if net.rnn.bias or kind.startswith("weight") else []
-        for kind in ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
-    ]
-    rest = [parameters.get(name) for name in ("head.weight", "head.bias", "embedding.weight")]
+    weight_ih, weight_hh, bias_ih, bias_hh = ([parameters[name] for name in names] for names in layout.kinds)
     return ops.path_chain(
-        *lists, *rest, seq_len, net.outputs == "last", net.h0 == "ones", kappa1=kappa1, sequences=sequences
-    )  # type: ignore[misc]
+        weight_ih,
+        weight_hh,
+        bias_ih,
+        bias_hh,
+        parameters.get("head.weight"),
+        parameters.get("head.bias"),
+        parameters.get("embedding.weight"),
+        seq_len,
+        net.outputs == "last",
+        net.h0 == "ones",
+        kappa1,
+        sequences,
+    )
 
 
 def _add_scaled(factors: list[Tensor], exponents: list[int], place: int, term: Tensor, exponent: int) -> None:

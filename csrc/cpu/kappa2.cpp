@@ -42,5 +42,7 @@ std::tuple<Tensor, Tensor> run(const Tensor& weight_hh, const Tensor& h, const T
 }  // namespace
 
 TORCH_LIBRARY_IMPL(pathrnn, CPU, m) { m.impl("kappa2", &run); }
+// A constant: its gradient is none, and a fallthrough costs nothing.
+TORCH_LIBRARY_IMPL(pathrnn, Autograd, m) { m.impl("kappa2", torch::CppFunction::makeFallthrough()); }
 
 }  // namespace pathrnn

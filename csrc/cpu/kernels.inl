@@ -2,6 +2,7 @@
 #include "tile.inl"
 // The recurrence needs the tile; the chains need the recurrence's blocked step.
 #include "relu_rnn.inl"
+#include "chain.inl"
 #include "path_chain.inl"
 #include "kappa2.inl"
 

@@ -152,5 +152,7 @@ std::tuple<std::vector<Tensor>, Tensor, Tensor, std::vector<Tensor>, std::vector
 }  // namespace
 
 TORCH_LIBRARY_IMPL(pathrnn, CPU, m) { m.impl("path_chain", &run); }
+// A constant: its gradient is none, and a fallthrough costs nothing.
+TORCH_LIBRARY_IMPL(pathrnn, Autograd, m) { m.impl("path_chain", torch::CppFunction::makeFallthrough()); }
 
 }  // namespace pathrnn

@@ -1,310 +1,4 @@
-// path_chain: scan, first drives, chains, κ⁽¹⁾; one team of threads runs it all.
-
-// The largest entry of a chain's vector is kept within 2^(kCentre ± kSlack): high enough that an entry 2^-126 below
-// it is still normal, low enough that products of h and δ, summed over T and H, stay finite.
-template <typename T>
-constexpr int64_t kCentre = std::is_same<T, float>::value ? 40 : 400;
-constexpr int64_t kSlack = 6;
-// Rows this far below the largest cannot reach the smallest number that the result can hold beside it.
-template <typename T>
-constexpr int64_t kNegligible = std::is_same<T, float>::value ? 240 : 1900;
-
-// 2^n, zero where the dtype has no normal number for it.
-template <typename T>
-inline T power_of_two(int64_t n) {
-  return n < std::numeric_limits<T>::min_exponent - 1 ? T(0) : std::ldexp(T(1), static_cast<int>(n));
-}
-template <typename T>
-inline int64_t magnitude(T largest) {
-  return largest > T(0) ? std::ilogb(largest) : kZeroExponent;
-}
-template <typename T>
-inline T largest_lane(const Vec<T>& v) {
-  T m = v[0];
-  for (int64_t i = 1; i < Simd<T>::width; ++i) m = std::max(m, v[i]);
-  return m;
-}
-template <typename T>
-inline Vec<T> maximum(const Vec<T>& a, const Vec<T>& b) {
-  return a > b ? a : b;
-}
-
-// Uninitialised, aligned memory: what is read of it has been written, padding included.
-template <typename T>
-using Buffer = std::vector<T, Aligned<T>>;
-
-// The exponent of a result whose largest entry is about 2^m: 0, so that the factor is κ itself, where that is at home
-// in the dtype.
-inline int64_t natural_exponent(int64_t m) { return m >= 0 && m <= 60 ? 0 : m; }
-
-// Rows of [n, row] with an exponent and the magnitude of the largest entry each.
-template <typename T>
-struct Rows {
-  T* data;
-  int64_t* exponent;
-  int64_t* largest;
-  int64_t row;
-  T* operator[](int64_t t) const { return data + t * row; }
-};
-
-// A drive of T rows; row 0 means that one row serves all steps.
-template <typename T>
-struct Drive {
-  const T* data;
-  const int64_t* exponent;  // kZeroExponent: no drive at that step
-  int64_t row, exponent_step;
-};
-
-// out = out · 2^from + drive · 2^drive_exponent, renormalised.
-template <typename T>
-void finish_step(T* out, int64_t from, const T* drive, int64_t drive_exponent, int64_t n, int64_t& exponent,
-                 int64_t& largest) {
-  constexpr int64_t width = Simd<T>::width;
-  exponent = std::max(from, drive_exponent);
-  const T a = power_of_two<T>(from - exponent);
-  const T b = drive_exponent == kZeroExponent ? T(0) : power_of_two<T>(drive_exponent - exponent);
-  Vec<T> most{};
-  if (b != T(0)) {
-    for (int64_t k = 0; k < n; k += width) {
-      const Vec<T> r = a * load(out + k) + b * load(drive + k);
-      store(out + k, r);
-      most = maximum<T>(most, r);
-    }
-  } else {
-    for (int64_t k = 0; k < n; k += width) most = maximum<T>(most, load(out + k));
-  }
-  largest = magnitude(largest_lane<T>(most));
-  if (largest == kZeroExponent) {
-    exponent = kZeroExponent;
-  } else if (largest < kCentre<T> - kSlack || largest > kCentre<T> + kSlack) {
-    // In two halves: a drive can lie further from the centre than one power of two reaches.
-    const int64_t shift = kCentre<T> - largest;
-    const T s1 = std::ldexp(T(1), static_cast<int>(shift / 2)), s2 = std::ldexp(T(1), static_cast<int>(shift - shift / 2));
-    for (int64_t k = 0; k < n; k += width) store(out + k, load(out + k) * s1 * s2);
-    exponent -= shift;
-    largest += shift;
-  }
-}
-
-// out = W a for one vector, W packed in panels of up to kVectorRow vectors: enough chains of additions to hide their
-// latency.
-constexpr int kVectorRow = 8;
-
-template <typename T, int Vectors>
-void vector_panel(const T* a, const T* b, int64_t depth, T* out) {
-  constexpr int64_t width = Simd<T>::width;
-  Vec<T> acc[Vectors];
-#pragma GCC unroll 8
-  for (int v = 0; v < Vectors; ++v) acc[v] = Vec<T>{};
-  for (int64_t k = 0; k < depth; ++k, b += Vectors * width) {
-    const T s = a[k];
-#pragma GCC unroll 8
-    for (int v = 0; v < Vectors; ++v) acc[v] += s * load(b + v * width);
-  }
-#pragma GCC unroll 8
-  for (int v = 0; v < Vectors; ++v) store(out + v * width, acc[v]);
-}
-template <typename T, int... V>
-constexpr std::array<void (*)(const T*, const T*, int64_t, T*), sizeof...(V)> vector_table(
-    std::integer_sequence<int, V...>) {
-  return {{&vector_panel<T, V + 1>...}};
-}
-template <typename T>
-void matrix_vector(const Packed<T>& w, const T* a, T* out) {
-  constexpr auto table = vector_table<T>(std::make_integer_sequence<int, kVectorRow>());
-  for (int64_t p = 0; p < w.panels(); ++p) {
-    table[w.row(p) / Simd<T>::width - 1](a, w.begin(p), w.depth, out + p * w.panel);
-  }
-}
-
-// A chain that lies in `out`: `start`, then one row a step from `first` on in steps of `stride` rows.
-template <typename T>
-struct Chain {
-  Rows<T> out;
-  int64_t first, stride;
-  const T* start;  // padded
-  int64_t start_exponent;
-  Drive<T> drive;
-};
-
-// All steps by one thread: W̃ is packed and small enough for its cache.
-template <typename T>
-void chain(const Chain<T>& c, const Packed<T>& w, int64_t w_exponent, int64_t steps) {
-  const T* before = c.start;
-  int64_t exponent = c.start_exponent;
-  for (int64_t s = 0, t = c.first; s < steps; ++s, t += c.stride) {
-    T* out = c.out[t];
-    matrix_vector(w, before, out);
-    // The drive's rows run with the output's.
-    finish_step(out, exponent + w_exponent, c.drive.data + t * c.drive.row,
-                c.drive.exponent[t * c.drive.exponent_step], c.out.row, c.out.exponent[t], c.out.largest[t]);
-    exponent = c.out.exponent[t];
-    before = out;
-  }
-}
-
-// Both chains (or one) by a whole team over a W that no cache holds: each thread reads its rows of W once a step and
-// uses them for h (a dot product a row) and for δ (a multiple of the row); W is squared in registers.
-template <typename T, bool Forward, bool Backward>
-void chains_shared(const Chain<T>& h, const Chain<T>& d, const T* weight, T scale, int64_t w_exponent, int64_t hidden,
-                   int64_t steps, Buffer<T>& scratch, const Team& team) {
-  constexpr int64_t width = Simd<T>::width;
-  constexpr int64_t kRows = 4;
-  const int64_t ld = padded<T>(hidden);
-  // Double-buffered by the parity of the step, so that one barrier a step is enough; then every thread finishes the
-  // whole step for itself.
-  T* const raw_h = scratch.data();
-  T* const partial = raw_h + 2 * ld;
-  T* const own_h = partial + 2 * team.size * ld + 2 * team.rank * ld;
-  T* const own_d = own_h + ld;
-  int64_t h_exponent = 0, d_exponent = 0, largest;
-  if (Forward) std::copy(h.start, h.start + ld, own_h), h_exponent = h.start_exponent;
-  if (Backward) std::copy(d.start, d.start + ld, own_d), d_exponent = d.start_exponent;
-  int64_t row_first, row_last;
-  team.share(hidden, row_first, row_last);
-
-  for (int64_t s = 0; s < steps; ++s) {
-    T* const next_h = raw_h + (s & 1) * ld;
-    T* const next_d = partial + ((s & 1) * team.size + team.rank) * ld;
-    if (Backward) std::fill(next_d, next_d + ld, T(0));
-    for (int64_t j = row_first; j < row_last; j += kRows) {
-      const int64_t rows = std::min(kRows, row_last - j);
-      const T* w[kRows];
-      T dj[kRows];
-      Vec<T> dot[kRows];
-#pragma GCC unroll 4
-      for (int64_t r = 0; r < kRows; ++r) {
-        // Rows past the end repeat the last one, with a zero for δ; their dot products are not stored.
-        w[r] = weight + (j + std::min(r, rows - 1)) * hidden;
-        dj[r] = Backward && r < rows ? own_d[j + r] : T(0);
-        dot[r] = Vec<T>{};
-      }
-      for (int64_t k = 0; k < hidden; k += width) {
-        Vec<T> x{}, y{};
-        if (Forward) x = load(own_h + k);
-        if (Backward) y = load(next_d + k);
-#pragma GCC unroll 4
-        for (int64_t r = 0; r < kRows; ++r) {
-          Vec<T> v = load(w[r] + k, hidden - k);
-          v *= scale;
-          v *= v;
-          if (Forward) dot[r] += v * x;
-          if (Backward) y += v * dj[r];
-        }
-        if (Backward) store(next_d + k, y);
-      }
-      if (Forward) {
-        for (int64_t r = 0; r < rows; ++r) {
-          T sum = 0;
-          for (int64_t i = 0; i < width; ++i) sum += dot[r][i];
-          next_h[j + r] = sum;
-        }
-      }
-    }
-    team.wait();
-    if (Forward) {
-      const int64_t t = h.first + s * h.stride;
-      std::copy(next_h, next_h + hidden, own_h);
-      finish_step(own_h, h_exponent + w_exponent, h.drive.data + t * h.drive.row,
-                  h.drive.exponent[t * h.drive.exponent_step], ld, h_exponent, largest);
-      if (team.rank == 0) {
-        std::copy(own_h, own_h + ld, h.out[t]);
-        h.out.exponent[t] = h_exponent;
-        h.out.largest[t] = largest;
-      }
-    }
-    if (Backward) {
-      const int64_t t = d.first + s * d.stride;
-      const T* parts = partial + (s & 1) * team.size * ld;
-      for (int64_t k = 0; k < ld; k += width) {
-        Vec<T> sum = load(parts + k);
-        for (int64_t r = 1; r < team.size; ++r) sum += load(parts + r * ld + k);
-        store(own_d + k, sum);
-      }
-      finish_step(own_d, d_exponent + w_exponent, d.drive.data + t * d.drive.row,
-                  d.drive.exponent[t * d.drive.exponent_step], ld, d_exponent, largest);
-      if (team.rank == team.size - 1) {
-        std::copy(own_d, own_d + ld, d.out[t]);
-        d.out.exponent[t] = d_exponent;
-        d.out.largest[t] = largest;
-      }
-    }
-  }
-  team.wait();
-}
-
-// Σ_t row_t as a vector with an exponent: rows first … last-1, `out` padded.
-template <typename T>
-void sum_rows(const Rows<T>& rows, int64_t first, int64_t last, T* out, int64_t& exponent) {
-  constexpr int64_t width = Simd<T>::width;
-  int64_t top = kZeroExponent;
-  for (int64_t t = first; t < last; ++t) top = std::max(top, rows.exponent[t]);
-  std::fill(out, out + rows.row, T(0));
-  Vec<T> most{};
-  for (int64_t t = first; t < last; ++t) {
-    const T s = power_of_two<T>(rows.exponent[t] - top);
-    if (s == T(0)) continue;
-    const T* row = rows[t];
-    for (int64_t k = 0; k < rows.row; k += width) store(out + k, load(out + k) + s * load(row + k));
-  }
-  for (int64_t k = 0; k < rows.row; k += width) most = maximum<T>(most, load(out + k));
-  const int64_t m = magnitude(largest_lane<T>(most));
-  exponent = m == kZeroExponent ? 0 : natural_exponent(m + top);
-  if (m == kZeroExponent) return;
-  const T s = std::ldexp(T(1), static_cast<int>(top - exponent));
-  for (int64_t k = 0; k < rows.row; k += width) store(out + k, load(out + k) * s);
-}
-
-// out[j, k] = Σ_t d_t[j] h_t[k] with its exponent: κ⁽¹⁾ of a matrix, split by rows over the team. `scratch` is [n, row].
-template <typename T>
-void outer_sum(const Rows<T>& d, const Rows<T>& h, int64_t n, int64_t rows, int64_t columns, T* out, int64_t& exponent,
-               T* scratch, const Team& team) {
-  int64_t top = kZeroExponent, most = kZeroExponent, least = -kZeroExponent;
-  for (int64_t t = 0; t < n; ++t) {
-    if (d.largest[t] == kZeroExponent || h.largest[t] == kZeroExponent) continue;
-    const int64_t x = d.exponent[t] + h.exponent[t];
-    top = std::max(top, x);
-    least = std::min(least, x);
-    most = std::max(most, x + d.largest[t] + h.largest[t]);
-  }
-  int64_t row_first, row_last;
-  team.share(rows, row_first, row_last);
-  if (most == kZeroExponent) {
-    if (team.rank == 0) exponent = 0;
-    std::fill(out + row_first * columns, out + row_last * columns, T(0));
-    return;
-  }
-  const int64_t result = natural_exponent(most);
-  if (team.rank == 0) exponent = result;
-  // Steps outside [first, last) contribute less than the dtype can hold beside the largest.
-  const auto counts = [&](int64_t t) { return d.exponent[t] + h.exponent[t] >= top - kNegligible<T>; };
-  int64_t first = 0, last = n;
-  while (!counts(first)) ++first;
-  while (!counts(last - 1)) --last;
-
-  const T* a = d[first];
-  if (least != top) {
-    int64_t begin, end;
-    team.share(last - first, begin, end);
-    for (int64_t t = first + begin; t < first + end; ++t) {
-      const T s = power_of_two<T>(d.exponent[t] + h.exponent[t] - top);
-      for (int64_t k = 0; k < d.row; k += Simd<T>::width) store(scratch + t * d.row + k, load(d[t] + k) * s);
-    }
-    a = scratch + first * d.row;
-    team.wait();
-  }
-  for (int64_t column = 0; column < columns; column += kPanel<T>) {
-    Product<T> product{a + row_first, 1, d.row, h[first] + column, h.row, last - first};
-    Tile<T> t{};
-    t.num_products = 1;
-    t.columns = std::min(kPanel<T>, columns - column);
-    t.c = out + row_first * columns + column;
-    t.c_row = columns;
-    t.alpha = std::ldexp(T(1), static_cast<int>(top - result));
-    panel(t, &product, row_last - row_first);
-  }
-  team.wait();  // scratch is free again
-}
+// path_chain: scan of the weights, first drives, chains, κ⁽¹⁾; one team of threads runs it all.
 
 // The largest |w| of a share of a tensor, nan if any entry is not finite.
 template <typename T>
@@ -316,9 +10,7 @@ T scan(const T* w, int64_t n) {
     most = maximum<T>(most, maximum<T>(v, -v));
     check += v - v;  // nan for an infinity or a nan
   }
-  T bad = 0;
-  for (int64_t i = 0; i < width; ++i) bad += check[i];
-  return bad == T(0) ? largest_lane<T>(most) : std::numeric_limits<T>::quiet_NaN();
+  return lane_sum<T>(check) == T(0) ? largest_lane<T>(most) : std::numeric_limits<T>::quiet_NaN();
 }
 
 // The power of two that brings the largest weight to [1, 2), and the exponent of squares formed with it.
@@ -389,14 +81,15 @@ class PathChainRun {
         zeros_(ld_),
         bias_(L_, Scaled<T>(net.hidden)),
         h_sum_(ld_),
-        drive_sums_(net.hidden) {
+        drive_sums_(net.hidden),
+        memory_(ld_ * (L_ * (2 * T_ + 1) + (L_ > 1 ? 2 * T_ + 1 : 0) + T_)) {
     collect();
     scans_.resize(tensors_.size() * threads);
-    h_.resize(L_ * (T_ + 1) * ld_);
+    h_ = memory_.take(L_ * (T_ + 1) * ld_);
     h_exponent_.resize(L_ * (T_ + 1));
     h_largest_.resize(L_ * (T_ + 1));
     if (backward_) {
-      d_.resize(L_ * T_ * ld_);
+      d_ = memory_.take(L_ * T_ * ld_);
       d_exponent_.resize(L_ * T_);
       d_largest_.resize(L_ * T_);
       d_sum_.resize(L_ * ld_);
@@ -405,22 +98,24 @@ class PathChainRun {
     }
     if (L_ > 1) {
       // Drives run with their chain's rows: h has T + 1 of them, its row 0 undriven.
-      h_drive_.resize((T_ + 1) * ld_);
+      h_drive_ = memory_.take((T_ + 1) * ld_);
       h_drive_exponent_.resize(T_ + 1);
-      d_drive_.resize(T_ * ld_);
+      d_drive_ = memory_.take(T_ * ld_);
       d_drive_exponent_.resize(T_);
     }
-    if (!shared_) {
+    h_rest_.resize(L_);
+    d_rest_.resize(L_);
+    if (shared_) {
+      scratch_.resize((2 + 6 * threads) * ld_);
+    } else {
       packed_h_.resize(Packed<T>::size(H_, H_));
       packed_d_.resize(Packed<T>::size(H_, H_));
-    } else {
-      scratch_.resize((2 + 4 * threads) * ld_);
     }
     if (L_ > 1) {
       mixed_h_.resize(Packed<T>::size(H_, H_));
       mixed_d_.resize(Packed<T>::size(H_, H_));
     }
-    if (!net.kappa_hh.empty()) outer_.resize(T_ * ld_);
+    outer_ = memory_.take(T_ * ld_);
     partial_.resize(threads * std::max(ld_, padded<T>(net.input)));
   }
 
@@ -465,15 +160,15 @@ class PathChainRun {
   // h_0 … h_T and δ_1 … δ_T (at rows 0 … T-1) of layer i.
   Rows<T> h(int64_t i) {
     const int64_t at = i * (T_ + 1);
-    return {h_.data() + at * ld_, h_exponent_.data() + at, h_largest_.data() + at, ld_};
+    return {h_ + at * ld_, h_exponent_.data() + at, h_largest_.data() + at, ld_, &h_rest_[i]};
   }
   Rows<T> d(int64_t i) {
     const int64_t at = i * T_;
-    return {d_.data() + at * ld_, d_exponent_.data() + at, d_largest_.data() + at, ld_};
+    return {d_ + at * ld_, d_exponent_.data() + at, d_largest_.data() + at, ld_, &d_rest_[i]};
   }
   Rows<T> h_after_first(int64_t i) {
     const Rows<T> r = h(i);
-    return {r[1], r.exponent + 1, r.largest + 1, ld_};
+    return {r[1], r.exponent + 1, r.largest + 1, ld_, r.rest, 1};
   }
 
   void run(const Team& team) {
@@ -483,8 +178,7 @@ class PathChainRun {
     if (shared_) {
       if (L_ == 1 && backward_) {
         set_start(0, team);
-        chains_shared<T, true, true>(h_chain(0), d_chain(0), hh(0).data, hh(0).scale, hh(0).exponent, H_, T_, scratch_,
-                                     team);
+        run_shared<true, true>(h_chain(0), d_chain(0), hh(0), team);
       } else {
         for (int64_t i = 0; i < L_; ++i) forward(i, team);
         for (int64_t i = L_ - 1; backward_ && i >= 0; --i) backward(i, team);
@@ -605,9 +299,7 @@ class PathChainRun {
       const Vec<T> v = load(w + k, net_.input - k) * scale;
       acc += v * v * load(input_.data.data() + k);
     }
-    T sum = 0;
-    for (int64_t i = 0; i < width; ++i) sum += acc[i];
-    return sum;
+    return lane_sum<T>(acc);
   }
 
   void set_start(int64_t i, const Team& team) {
@@ -621,40 +313,51 @@ class PathChainRun {
   }
 
   Chain<T> h_chain(int64_t i) {
-    const Drive<T> drive = i == 0 ? Drive<T>{first_drive_.data.data(), &first_drive_.exponent, 0, 0}
-                                  : Drive<T>{h_drive_.data(), h_drive_exponent_.data(), ld_, 1};
-    return {h(i), 1, 1, h(i)[0], net_.ones_h0 ? -kCentre<T> : kZeroExponent, drive};
+    const Drive<T> drive = i == 0 ? Drive<T>{first_drive_.data.data(), &first_drive_.exponent, 0, 0, 0}
+                                  : Drive<T>{h_drive_, h_drive_exponent_.data(), ld_, 1, h_constant_};
+    return {h(i), 1, 1, h(i)[0], net_.ones_h0 ? -kCentre<T> : kZeroExponent, drive, i + 1 < L_};
   }
   Chain<T> d_chain(int64_t i) {
-    const Drive<T> drive = i == L_ - 1 ? Drive<T>{head_.data.data(), top_exponent_.data(), 0, 1}
-                                       : Drive<T>{d_drive_.data(), d_drive_exponent_.data(), ld_, 1};
-    return {d(i), T_ - 1, -1, zeros_.data(), kZeroExponent, drive};
+    const Drive<T> drive = i == L_ - 1 ? Drive<T>{head_.data.data(), top_exponent_.data(), 0, 1, net_.last_only}
+                                       : Drive<T>{d_drive_, d_drive_exponent_.data(), ld_, 1, d_constant_};
+    return {d(i), T_ - 1, -1, zeros_.data(), kZeroExponent, drive, i > 0};
   }
 
   void forward(int64_t i, const Team& team) {
     set_start(i, team);
     if (i > 0) {
-      mix(h_after_first(i - 1), ih(i), 1, H_, mixed_h_, h_drive_.data() + ld_, h_drive_exponent_.data() + 1, team);
+      mix(h_after_first(i - 1), ih(i), 1, H_, mixed_h_, h_drive_ + ld_, h_drive_exponent_.data() + 1, team);
       add_bias(bias_[i], team);
+      // Row t of the drive belongs to step t - 1.
+      const Rest rest = h_rest_[i - 1];
+      if (team.rank == 0) h_constant_ = rest.last > rest.first ? rest.first - 1 : T_;
+      team.wait();
     }
-    run_chain(h_chain(i), i, 1, H_, packed_h_, std::true_type(), team);
+    run_chain<true>(h_chain(i), i, 1, H_, packed_h_, team);
   }
   void backward(int64_t i, const Team& team) {
-    if (i < L_ - 1) mix(d(i + 1), ih(i + 1), H_, 1, mixed_d_, d_drive_.data(), d_drive_exponent_.data(), team);
-    run_chain(d_chain(i), i, H_, 1, packed_d_, std::false_type(), team);
+    if (i < L_ - 1) {
+      mix(d(i + 1), ih(i + 1), H_, 1, mixed_d_, d_drive_, d_drive_exponent_.data(), team);
+      // Row t of the drive belongs to step T - 1 - t.
+      const Rest rest = d_rest_[i + 1];
+      if (team.rank == 0) d_constant_ = rest.last > rest.first ? T_ - rest.last : T_;
+      team.wait();
+    }
+    run_chain<false>(d_chain(i), i, H_, 1, packed_d_, team);
   }
 
-  template <typename IsForward>
-  void run_chain(const Chain<T>& c, int64_t i, int64_t row, int64_t column, Buffer<T>& packed, IsForward,
-                 const Team& team) {
+  template <bool Forward>
+  void run_chain(const Chain<T>& c, int64_t i, int64_t row, int64_t column, Buffer<T>& packed, const Team& team) {
     const Tensor& w = hh(i);
-    if (shared_) {
-      chains_shared<T, IsForward::value, !IsForward::value>(c, c, w.data, w.scale, w.exponent, H_, T_, scratch_, team);
-      return;
-    }
+    if (shared_) return run_shared<Forward, !Forward>(c, c, w, team);
     const Packed<T> p{packed.data(), H_, H_, kVectorRow * Simd<T>::width};
     pack(p, w.data, row, column, team, square(w.scale));
     chain(c, p, w.exponent, T_);
+  }
+
+  template <bool Forward, bool Backward>
+  void run_shared(const Chain<T>& h, const Chain<T>& d, const Tensor& w, const Team& team) {
+    chains_shared<T, Forward, Backward>(h, d, w.data, w.scale, w.exponent, H_, T_, scratch_, team);
   }
 
   static auto square(T scale) {
@@ -691,7 +394,7 @@ class PathChainRun {
     int64_t first, last, largest;
     team.share(T_, first, last);
     for (int64_t t = first + 1; t < last + 1; ++t) {
-      finish_step(h_drive_.data() + t * ld_, h_drive_exponent_[t], b.data.data(), b.exponent, ld_, h_drive_exponent_[t],
+      finish_step(h_drive_ + t * ld_, h_drive_exponent_[t], b.data.data(), b.exponent, ld_, h_drive_exponent_[t],
                   largest);
     }
     team.wait();
@@ -715,7 +418,7 @@ class PathChainRun {
   }
 
   void copy_rows(const Rows<T>& rows, T* out, int64_t* exponents) {
-    for (int64_t t = 0; t < T_; ++t) std::copy(rows[t], rows[t] + H_, out + t * H_);
+    for (int64_t t = 0; t < T_; ++t) std::copy(rows.at(t), rows.at(t) + H_, out + t * H_);
     std::copy(rows.exponent, rows.exponent + T_, exponents);
   }
 
@@ -724,12 +427,12 @@ class PathChainRun {
     for (int64_t i = 0; i < L_; ++i) {
       const T* d_sum = d_sum_.data() + i * ld_;
       if (i > 0) {
-        outer_sum(d(i), h_after_first(i - 1), T_, H_, H_, net_.kappa_ih[i], *exponent, outer_.data(), team);
+        outer_sum(d(i), h_after_first(i - 1), T_, H_, H_, net_.kappa_ih[i], *exponent, outer_, team);
       } else if (team.rank == 0) {
         *exponent = first_kappa(d_sum, d_sum_exponent_[0]);
       }
       ++exponent;
-      outer_sum(d(i), h(i), T_, H_, H_, net_.kappa_hh[i], *exponent++, outer_.data(), team);
+      outer_sum(d(i), h(i), T_, H_, H_, net_.kappa_hh[i], *exponent++, outer_, team);
       if (!net_.kappa_bias.empty()) {
         if (team.rank == 0) {
           std::copy(d_sum, d_sum + H_, net_.kappa_bias[i]);
@@ -821,15 +524,18 @@ class PathChainRun {
   int threads_;
   int64_t T_, H_, L_, ld_;
   bool backward_, shared_;
+  int64_t h_constant_ = 0, d_constant_ = 0;
+  std::vector<Rest> h_rest_, d_rest_;
   int64_t bad_ = -1;
   std::vector<Tensor> tensors_;
   std::vector<T> scans_;
   Scaled<T> head_, input_, first_drive_;
   Buffer<T> start_, zeros_;
   std::vector<Scaled<T>> bias_;
-  Buffer<T> h_, d_, h_drive_, d_drive_, packed_h_, packed_d_, mixed_h_, mixed_d_, scratch_, outer_, partial_, d_sum_;
-  Buffer<T> h_sum_;
+  Buffer<T> packed_h_, packed_d_, mixed_h_, mixed_d_, scratch_, partial_, d_sum_, h_sum_;
   std::vector<T> drive_sums_;
+  Workspace<T> memory_;
+  T *h_ = nullptr, *d_ = nullptr, *h_drive_ = nullptr, *d_drive_ = nullptr, *outer_ = nullptr;
   int64_t h_sum_exponent_ = 0;
   std::vector<int64_t> h_exponent_, h_largest_, d_exponent_, d_largest_, d_sum_exponent_, top_exponent_,
       h_drive_exponent_, d_drive_exponent_;

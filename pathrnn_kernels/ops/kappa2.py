@@ -37,10 +37,11 @@ def kappa2(
     """
     if workspace_bytes is None:
         workspace_bytes = int(os.environ.get("PATHRNN_WORKSPACE_BYTES", WORKSPACE_BYTES))
-    return torch.ops.pathrnn.kappa2(weight_hh, h, h_exponents, delta, delta_exponents, workspace_bytes)
+    return _op(weight_hh, h, h_exponents, delta, delta_exponents, workspace_bytes)
 
 
 if extension_problem() is None:
+    _op = torch.ops.pathrnn.kappa2.default  # resolved once
 
     @torch.library.register_fake("pathrnn::kappa2")
     def _(weight_hh, h, h_exponents, delta, delta_exponents, workspace_bytes):  # type: ignore[no-untyped-def]

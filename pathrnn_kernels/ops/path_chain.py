@@ -54,8 +54,8 @@ def path_chain(
     Raises:
         ValueError: a weight that is nan or infinite, or shapes that do not fit.
     """
-    return PathChain(
-        *torch.ops.pathrnn.path_chain(
+    return PathChain._make(
+        _op(
             weight_ih,
             weight_hh,
             bias_ih,
@@ -73,6 +73,7 @@ def path_chain(
 
 
 if extension_problem() is None:
+    _op = torch.ops.pathrnn.path_chain.default  # resolved once: the attribute walk costs as much as a small call
 
     @torch.library.register_fake("pathrnn::path_chain")
     def _(  # type: ignore[no-untyped-def]

@@ -35,7 +35,7 @@ def relu_rnn(
         TypeError, ValueError: naming the argument, its value and the remedy.
     """
     if choose(x.device, x.dtype, backend) == "cpu":
-        return torch.ops.pathrnn.relu_rnn(x, h_0, weight_ih, weight_hh, bias_ih, bias_hh)
+        return _op(x, h_0, weight_ih, weight_hh, bias_ih, bias_hh)
     from ..reference import relu_rnn as reference
 
     bias = None if bias_ih is None or bias_hh is None else bias_ih + bias_hh
@@ -44,6 +44,7 @@ def relu_rnn(
 
 
 if extension_problem() is None:
+    _op = torch.ops.pathrnn.relu_rnn.default  # resolved once
 
     @torch.library.register_fake("pathrnn::relu_rnn")
     def _(x, h_0, weight_ih, weight_hh, bias_ih, bias_hh):  # type: ignore[no-untyped-def]

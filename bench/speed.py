@@ -1,0 +1,173 @@
+"""The ratios that the README quotes, measured in one run: `python -m bench.speed`.
+
+Every pair is timed in turn, A B A B …, in one process under one denormal setting; the ratio is the median of the
+pairwise ratios. A turn is one untimed call, then as many as take two milliseconds: short calls are timed as a loop
+would see them, not with the caches and the allocator as the other side left them. Nothing is printed for a kernel that
+disagrees with its baseline.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import platform
+import statistics
+import time
+from collections.abc import Callable
+
+import torch
+from torch import nn
+
+import pathrnn_kernels as pk
+from pathrnn_kernels import _C
+
+Run = Callable[[], object]
+
+
+def milliseconds(run: Run, calls: int) -> float:
+    """Mean time of a call over one turn."""
+    run()
+    start = time.perf_counter()
+    for _ in range(calls):
+        run()
+    return (time.perf_counter() - start) * 1e3 / calls
+
+
+def compare(label: str, ours: Run, baseline: Run, goal: float | None, seconds: float) -> float:
+    """Prints and returns the median ratio baseline / ours."""
+    calls = [max(1, round(2 / milliseconds(run, 3))) for run in (ours, baseline)]
+    times: list[tuple[float, float]] = []
+    start = time.perf_counter()
+    gc.disable()
+    while len(times) < 5 or (time.perf_counter() - start < seconds and len(times) < 300):
+        times.append((milliseconds(ours, calls[0]), milliseconds(baseline, calls[1])))
+    gc.enable()
+    ratios = sorted(b / a for a, b in times)
+    mine, theirs = (statistics.median(column) for column in zip(*times, strict=True))
+    ratio = statistics.median(ratios)
+    quartiles = f"[{ratios[len(ratios) // 4]:.2f}, {ratios[3 * len(ratios) // 4]:.2f}]"
+    aim = "" if goal is None else f"  goal {goal:g}{'' if ratio >= goal else '  MISSED'}"
+    print(f"{label:<52} {mine:9.3f} ms {theirs:9.3f} ms {ratio:7.2f}x {quartiles:<18}{aim}", flush=True)
+    return ratio
+
+
+def paper_kappa1(net: pk.PathNetwork, seq_len: int) -> Callable[[], list[torch.Tensor]]:
+    """κ⁽¹⁾ in the few lines of autograd that section 4.4 speaks of: squared weights, all-ones input, backward."""
+    rnn, head = net.rnn, net.head
+    assert isinstance(head, nn.Linear)
+    weights = [rnn.weight_ih_l0, rnn.weight_hh_l0, rnn.bias_ih_l0, rnn.bias_hh_l0, head.weight, head.bias]
+
+    def run() -> list[torch.Tensor]:
+        w_ih, w_hh, b_ih, b_hh, w_out, b_out = squared = [w.detach().square().requires_grad_() for w in weights]
+        drive = w_ih.sum(1) + b_ih + b_hh
+        h, total = torch.zeros_like(b_ih), torch.zeros(())
+        for _ in range(seq_len):
+            h = drive + w_hh @ h
+            total = total + (w_out @ h + b_out).sum()
+        return list(torch.autograd.grad(total, squared))
+
+    return run
+
+
+def bench_kappa1(hidden: int, seq_len: int, identity: bool, goal: float | None, seconds: float) -> None:
+    """With identity W_hh the chains never come to rest; with nn.RNN's own initialisation they do after some 15 steps."""
+    net = pk.PathNetwork(pk.ReLURNN(2, hidden), nn.Linear(hidden, 10))
+    if identity:
+        pk.init.identity_(net)
+    baseline = paper_kappa1(net, seq_len)
+    expected = baseline()
+    found = pk.kappa(net, seq_len)
+    for (name, _), value in zip(net.named_parameters(), expected, strict=True):
+        torch.testing.assert_close(found.dense(name), value, rtol=1e-5 * (seq_len / 10 + 1), atol=0)
+    label = f"kappa1 H={hidden} T={seq_len}{' W_hh=I' if identity else ''}"
+    compare(label, lambda: pk.kappa(net, seq_len), baseline, goal, seconds)
+
+
+def bench_rnn(batch: int, seq_len: int, hidden: int, input_size: int, goal: float | None, seconds: float) -> float:
+    theirs = nn.RNN(input_size, hidden, nonlinearity="relu")
+    ours = pk.ReLURNN.from_torch(theirs)
+    x, weight = torch.randn(seq_len, batch, input_size), torch.randn(seq_len, batch, hidden)
+
+    def run(module: nn.Module) -> torch.Tensor:
+        for p in module.parameters():
+            p.grad = None
+        y, _ = module(x)
+        y.backward(weight)
+        return y
+
+    a, b = run(ours), run(theirs)
+    torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5 * b.abs().max().item())
+    for p, q in zip(ours.parameters(), theirs.parameters(), strict=True):
+        assert p.grad is not None and q.grad is not None
+        torch.testing.assert_close(p.grad, q.grad, rtol=1e-3, atol=1e-5 * q.grad.abs().max().item())
+    label = f"ReLURNN fwd+bwd B={batch} T={seq_len} H={hidden} I={input_size}"
+    return compare(label, lambda: run(ours), lambda: run(theirs), goal, seconds)
+
+
+def bench_step(batch: int, seq_len: int, hidden: int, goal: float | None, seconds: float) -> None:
+    """A whole training step, adding problem: PathSGD(κ⁽¹⁾) on ReLURNN against torch.optim.SGD on nn.RNN."""
+    theirs, head = nn.RNN(2, hidden, nonlinearity="relu"), nn.Linear(hidden, 1)
+    ours, our_head = pk.ReLURNN.from_torch(theirs), nn.Linear(hidden, 1)
+    net = pk.PathNetwork(ours, our_head, outputs="last")
+    x, target = torch.rand(seq_len, batch, 2), torch.rand(batch, 1)
+    path = pk.PathSGD(net, lr=1e-9, scale="path_norm")
+    sgd = torch.optim.SGD([*theirs.parameters(), *head.parameters()], lr=1e-9)
+
+    def step(rnn: nn.Module, out: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+        optimizer.zero_grad()
+        _, h_n = rnn(x)
+        nn.functional.mse_loss(out(h_n[-1]), target).backward()
+        optimizer.step()
+
+    label = f"PathSGD step vs SGD step, B={batch} T={seq_len} H={hidden}"
+    compare(label, lambda: step(ours, our_head, path), lambda: step(theirs, head, sgd), goal, seconds)
+
+
+def bench_sweep(count: int, seconds: float, seed: int = 0) -> None:
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(low: int, high: int) -> int:  # log-uniform
+        u = float(torch.rand((), generator=generator))
+        return round(low * (high / low) ** u)
+
+    ratios = [bench_rnn(draw(1, 128), draw(1, 500), draw(2, 600), draw(1, 200), None, seconds) for _ in range(count)]
+    print(f"sweep of {count} random sizes: least {min(ratios):.2f}x, median {statistics.median(ratios):.2f}x  goal 1")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", choices=("kappa1", "rnn", "step", "sweep"), help="one part of the run")
+    parser.add_argument("--seconds", type=float, default=3.0, help="time for one pair (default: 3)")
+    parser.add_argument("--sweep", type=int, default=50, help="random sizes in the sweep (default: 50)")
+    options = parser.parse_args()
+    torch.set_flush_denormal(True)  # both sides: nn.RNN would otherwise be slowed by vanishing gradients
+    torch.manual_seed(0)
+    info = _C.build_info()
+    print(
+        f"torch {torch.__version__}, {torch.get_num_threads()} threads, kernels: {info['isa_active']}, "
+        f"{platform.machine()}, denormals flushed"
+    )
+    print(f"{'':<52} {'ours':>12} {'baseline':>12} {'ratio':>8} quartiles")
+    seconds = options.seconds
+    if options.only in (None, "kappa1"):
+        for hidden, seq_len, goal in ((100, 784, 100.0), (200, 20, 40.0), (2048, 50, 6.0)):
+            for identity in (False, True):
+                bench_kappa1(hidden, seq_len, identity, goal, seconds)
+    if options.only in (None, "rnn"):
+        for batch, seq_len, hidden, input_size, goal in (
+            (16, 784, 100, 1, 10.0),
+            (100, 784, 100, 1, 4.0),
+            (32, 20, 200, 1, 3.0),
+            (32, 20, 200, 200, 3.0),
+            (32, 50, 512, 50, 1.8),
+            (100, 50, 2048, 50, 1.3),
+        ):
+            bench_rnn(batch, seq_len, hidden, input_size, goal, seconds)
+    if options.only in (None, "step"):
+        bench_step(16, 784, 100, 9.0, seconds)
+    if options.only in (None, "sweep"):
+        bench_sweep(options.sweep, seconds / 6)
+
+
+if __name__ == "__main__":
+    main()

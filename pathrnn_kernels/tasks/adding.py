@@ -1,0 +1,75 @@
+"""The adding problem (Hochreiter and Schmidhuber, 1997): sum the two marked numbers of a sequence."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Generator, Tensor, nn
+
+MARKERS = ("halves", "any")
+
+_HELD_OUT_SIZE = 2000
+_HELD_OUT_BATCH = 500
+# Training seeds are below 2^31, so the held-out numbers are no training sequence of any of them.
+_HELD_OUT_SEED = 2**31 + 1
+
+
+class Adding:
+    """Numbers from U[0, 1) with two of them marked; the target is the sum of those two.
+
+    Args:
+        seq_len: T, at least 2.
+        markers: ``"halves"``, one marker in each half of the sequence (Arjovsky et al., 2016), or ``"any"``, two
+            different positions anywhere.
+
+    Answering 1 always has a mean squared error of 1/6, the variance of the sum.
+    """
+
+    input_size = 2
+    output_size = 1
+    loss_name = error_name = "mean squared error"
+    trivial_loss = trivial_error = 1 / 6
+    trivial_answer = "always answering 1"
+    held_out_size = _HELD_OUT_SIZE
+
+    def __init__(self, seq_len: int, markers: str = "halves") -> None:
+        if isinstance(seq_len, bool) or not isinstance(seq_len, int):
+            raise TypeError(f"seq_len is {seq_len!r}; it must be an integer, at least 2")
+        if seq_len < 2:
+            raise ValueError(f"seq_len is {seq_len}; the adding problem needs at least 2 steps to mark")
+        if markers not in MARKERS:
+            raise ValueError(f"markers is {markers!r}; use one of {', '.join(map(repr, MARKERS))}")
+        self.seq_len = seq_len
+        self.markers = markers
+        self.title = f"adding problem, T = {seq_len}"
+
+    def batch(self, batch_size: int, generator: Generator) -> tuple[Tensor, Tensor]:
+        """Sequences ``[T, B, 2]``, of (number, marker in {0, 1}), and sums ``[B]``, drawn from the generator."""
+        numbers = torch.rand(self.seq_len, batch_size, generator=generator)
+        marked = self._positions(batch_size, generator)
+        markers = torch.zeros_like(numbers).scatter_(0, marked, 1.0)
+        return torch.stack((numbers, markers), dim=2), numbers.gather(0, marked).sum(0)
+
+    def _positions(self, batch_size: int, generator: Generator) -> Tensor:
+        """Two different steps for every sequence, ``[2, B]``."""
+        if self.markers == "halves":
+            half = self.seq_len // 2
+            first = torch.randint(half, (batch_size,), generator=generator)
+            second = torch.randint(half, self.seq_len, (batch_size,), generator=generator)
+        else:
+            first = torch.randint(self.seq_len, (batch_size,), generator=generator)
+            step = torch.randint(1, self.seq_len, (batch_size,), generator=generator)
+            second = (first + step) % self.seq_len
+        return torch.stack((first, second))
+
+    def held_out(self) -> Iterator[tuple[Tensor, Tensor]]:
+        generator = Generator().manual_seed(_HELD_OUT_SEED)
+        for _ in range(_HELD_OUT_SIZE // _HELD_OUT_BATCH):
+            yield self.batch(_HELD_OUT_BATCH, generator)
+
+    def loss(self, output: Tensor, target: Tensor) -> Tensor:
+        return nn.functional.mse_loss(output.squeeze(1), target)
+
+    def errors(self, output: Tensor, target: Tensor) -> Tensor:
+        return (output.squeeze(1) - target).square()

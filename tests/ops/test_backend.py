@@ -1,0 +1,125 @@
+"""Which backend serves, why others do not, and every instruction set that this machine has."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import pathrnn_kernels as pk
+from pathrnn_kernels import ops
+from pathrnn_kernels.ops import backend
+
+CPU, META = torch.device("cpu"), torch.device("meta")
+ROOT = Path(__file__).parents[2]
+
+
+def run(*command, **environment):
+    return subprocess.run(
+        [sys.executable, *command], cwd=ROOT, env=os.environ | environment, capture_output=True, text=True, timeout=300
+    )
+
+
+@pytest.fixture(autouse=True)
+def no_override(monkeypatch):
+    monkeypatch.delenv("PATHRNN_BACKEND", raising=False)
+
+
+def test_the_extension_is_here():
+    assert backend.extension_problem() is None
+    assert pk.explain(pk.ReLURNN(2, 3)).backend == "cpu"
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.float64))
+def test_auto_takes_the_kernels(dtype):
+    assert backend.choose(CPU, dtype) == "cpu"
+    assert backend.choose(CPU, dtype, "reference") == "reference"
+
+
+def test_environment(monkeypatch):
+    monkeypatch.setenv("PATHRNN_BACKEND", "reference")
+    assert backend.choose(CPU, torch.float32) == "reference"
+    assert backend.choose(CPU, torch.float32, "cpu") == "cpu"
+    monkeypatch.setenv("PATHRNN_BACKEND", "gpu")
+    for call in (lambda: pk.ReLURNN(2, 3)(torch.ones(4, 1, 2)), lambda: pk.kappa(pk.PathNetwork(pk.ReLURNN(2, 3)), 4)):
+        with pytest.raises(ValueError, match="backend is 'gpu'; use one of 'auto', 'cpu', 'cuda', 'triton', 'reference'"):
+            call()
+
+
+@pytest.mark.parametrize("name", ("CPU", "", "cpu ", None, 3))
+def test_unknown_names(name):
+    with pytest.raises(ValueError, match="backend is .*use one of 'auto', 'cpu'"):
+        backend.choose(CPU, torch.float32, name)
+    with pytest.raises(ValueError, match="backend is"):
+        ops.relu_rnn(torch.ones(2, 1, 2), None, torch.ones(3, 2), torch.ones(3, 3), backend=name)
+
+
+@pytest.mark.parametrize(
+    "name, device, dtype, why",
+    (
+        ("cpu", META, torch.float32, "the tensors are on meta; it serves the CPU"),
+        ("cpu", CPU, torch.bfloat16, "the tensors are torch.bfloat16; it serves torch.float32 and torch.float64"),
+        ("auto", CPU, torch.float16, "the tensors are torch.float16"),
+        ("cuda", CPU, torch.float32, "no CUDA kernels yet"),
+        ("triton", CPU, torch.float32, "no Triton kernels yet"),
+    ),
+)
+def test_refusals_list_every_reason(name, device, dtype, why):
+    with pytest.raises(ValueError, match="does not serve this call: .*" + why) as error:
+        backend.choose(device, dtype, name)
+    for other in backend.BACKENDS:
+        assert other in str(error.value)
+
+
+def test_reference_serves_relu_rnn_with_gradients():
+    torch.manual_seed(0)
+    tensors = [torch.randn(s, dtype=torch.float64) for s in ((4, 2, 3), (2, 5), (5, 3), (5, 5), (5,), (5,))]
+    for some in (tensors, [tensors[0], None, *tensors[2:4]]):
+        for found, expected in zip(ops.relu_rnn(*some), ops.relu_rnn(*some, backend="reference"), strict=True):
+            torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize("isa", ("portable", "avx2", "avx512"))
+def test_every_instruction_set(isa):
+    """The tests marked every_isa again, with memory that C++ allocates filled with large numbers."""
+    probe = run("-c", "import pathrnn_kernels; from pathrnn_kernels import _C; print(_C.build_info()['isa_active'])", PATHRNN_CPU_ISA=isa)
+    if probe.returncode != 0:
+        assert "not support" in probe.stderr or "use one of" in probe.stderr, probe.stderr
+        pytest.skip(f"this machine has no {isa}")
+    assert probe.stdout.strip() == isa
+    command = ("-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "tests", "-m", "every_isa")
+    few = ("-k", "not 1-threads and not 3-threads")  # those ran on the best instruction set
+    tests = run(*command, *few, PATHRNN_CPU_ISA=isa, MALLOC_PERTURB_="129")
+    assert tests.returncode == 0, tests.stdout[-5000:]
+    assert " passed" in tests.stdout and "failed" not in tests.stdout
+
+
+def test_an_unknown_instruction_set():
+    result = run("-c", "import pathrnn_kernels", PATHRNN_CPU_ISA="mmx")
+    assert result.returncode != 0
+    assert "PATHRNN_CPU_ISA is mmx; use one of " in result.stderr
+
+
+def test_threads_agree():
+    """One thread and two sum in another order, but compute the same."""
+    net = pk.PathNetwork(pk.ReLURNN(3, 120, 2, dtype=torch.float64), torch.nn.Linear(120, 3, dtype=torch.float64))
+    before, found = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            found.append(pk.kappa(net, 30, second_term=True))
+    finally:
+        torch.set_num_threads(before)
+    for name in found[0].factors:
+        torch.testing.assert_close(found[0].dense(name), found[1].dense(name), rtol=1e-13, atol=0)
+
+
+def test_denormals_are_as_they_were():
+    """Kernels flush denormals for themselves alone."""
+    tiny = torch.full((4,), 1e-40)
+    net = pk.PathNetwork(pk.ReLURNN(3, 200))
+    pk.kappa(net, 10, second_term=True)
+    pk.ReLURNN(3, 200)(torch.ones(9, 20, 3))[0].sum().backward()
+    assert ((tiny * 0.5) > 0).all()

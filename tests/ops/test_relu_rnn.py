@@ -1,0 +1,174 @@
+"""The relu_rnn and relu_rnn_backward operators themselves; parity with torch.nn.RNN is in test_rnn.py."""
+
+import pytest
+import tolerances
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pathrnn_kernels import ops, reference
+
+pytestmark = pytest.mark.usefixtures("poisoned")
+
+F32, F64 = torch.float32, torch.float64
+
+
+def arguments(seq_len=4, batch=3, input_size=2, hidden_size=5, h_0=True, bias=True, dtype=F64, requires_grad=False):
+    generator = torch.Generator().manual_seed(0)
+
+    def tensor(*shape):
+        return torch.randn(shape, generator=generator, dtype=dtype).div_(shape[-1] ** 0.5).requires_grad_(requires_grad)
+
+    return [
+        tensor(seq_len, batch, input_size),
+        tensor(batch, hidden_size) if h_0 else None,
+        tensor(hidden_size, input_size),
+        tensor(hidden_size, hidden_size),
+        tensor(hidden_size) if bias else None,
+        tensor(hidden_size) if bias else None,
+    ]
+
+
+def expected(x, h_0, weight_ih, weight_hh, bias_ih, bias_hh):
+    h_0 = x.new_zeros(x.shape[1], len(weight_hh)) if h_0 is None else h_0
+    y = reference.relu_rnn(x, h_0, weight_ih, weight_hh, None if bias_ih is None else bias_ih + bias_hh)
+    return y, y[-1]
+
+
+@pytest.mark.parametrize("bias", (False, True))
+@pytest.mark.parametrize("h_0", (False, True))
+@pytest.mark.parametrize("size", ((4, 3, 2, 5), (1, 1, 1, 1), (3, 7, 2, 17)))
+def test_gradcheck(size, h_0, bias):
+    assert torch.autograd.gradcheck(ops.relu_rnn, arguments(*size, h_0=h_0, bias=bias, requires_grad=True))
+
+
+@pytest.mark.parametrize("wanted", range(6))
+def test_one_gradient_alone(wanted):
+    """Nothing else is computed then, whatever the plan."""
+    for size in ((4, 3, 2, 5), (4, 20, 3, 20), (2, 3, 4, 530)):
+        tensors = arguments(*size)
+        tensors[wanted].requires_grad_()
+        found, truth = (torch.autograd.grad(f(*tensors)[0].square().sum(), tensors[wanted])[0] for f in (ops.relu_rnn, expected))
+        error = tolerances.rnn(F64, size[0], size[1], max(size[2:])) * truth.abs().max()
+        torch.testing.assert_close(found, truth, rtol=0, atol=error.item())
+
+
+def test_double_backward_raises():
+    tensors = arguments(requires_grad=True)
+    for part in (0, 1):
+        first = torch.autograd.grad(ops.relu_rnn(*tensors)[part].square().sum(), tensors, create_graph=True)
+        # A term that has a derivative beside it: the missing one must not count as zero without a word.
+        with pytest.raises(RuntimeError, match="relu_rnn_backward"):
+            (first[0].square().sum() + tensors[2].square().sum()).backward()
+
+
+@pytest.mark.parametrize("requires_grad", (False, True))
+@pytest.mark.parametrize("h_0, bias", ((False, False), (True, True)))
+def test_opcheck(h_0, bias, requires_grad):
+    torch.library.opcheck(torch.ops.pathrnn.relu_rnn, arguments(h_0=h_0, bias=bias, requires_grad=requires_grad))
+
+
+@pytest.mark.parametrize("needs", ([True] * 5, [False] * 5, [False, False, True, True, True], [True, False, False, True, False]))
+def test_opcheck_backward(needs):
+    x, h_0, weight_ih, weight_hh, bias_ih, bias_hh = arguments(batch=20)
+    y, h_n = ops.relu_rnn(x, h_0, weight_ih, weight_hh, bias_ih, bias_hh)
+    for grads in ((torch.ones_like(y), torch.ones_like(h_n)), (None, torch.ones_like(h_n)), (torch.ones_like(y), None)):
+        call = (*grads, x, h_0, weight_ih, weight_hh, y, needs)
+        torch.library.opcheck(torch.ops.pathrnn.relu_rnn_backward, call)
+        for gradient, need in zip(torch.ops.pathrnn.relu_rnn_backward(*call), needs, strict=True):
+            assert gradient.isfinite().all() and (gradient.numel() > 0) == need
+
+
+def test_inputs_are_left_alone():
+    tensors = arguments(batch=20, requires_grad=True)
+    copies = [t.detach().clone() for t in tensors]
+    ops.relu_rnn(*tensors)[0].square().sum().backward()
+    assert all(torch.equal(t, c) for t, c in zip(tensors, copies, strict=True))
+
+
+NAMES = ("x", "h_0", "weight_ih", "weight_hh", "bias_ih", "bias_hh")
+BAD_SHAPES = {
+    "x": ((4, 3), (4, 3, 7), (0, 3, 2), (4, 0, 2), (4, 3, 0), ()),
+    "h_0": ((3, 4), (1, 5), (5,), (1, 3, 5), ()),
+    "weight_ih": ((5, 3), (2, 5), (5,), (1, 2)),
+    "weight_hh": ((5, 4), (4, 4), (0, 0), (5,), ()),
+    "bias_ih": ((4,), (1,), (1, 5), ()),
+    "bias_hh": ((4,), (1,), (1, 5), ()),
+}
+
+
+@pytest.mark.parametrize("name, shape", [(name, shape) for name, shapes in BAD_SHAPES.items() for shape in shapes])
+def test_bad_shapes(name, shape):
+    tensors = arguments()
+    tensors[NAMES.index(name)] = torch.ones(shape, dtype=F64)
+    with pytest.raises(ValueError, match=r"has shape \[|and weight_hh \["):
+        ops.relu_rnn(*tensors)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_bad_dtypes_and_devices(name):
+    at = NAMES.index(name)
+    for dtype in (F32, torch.float16, torch.int64, torch.complex128):
+        tensors = arguments()
+        tensors[at] = tensors[at].to(dtype)
+        with pytest.raises((ValueError, TypeError), match="has dtype|serve"):
+            ops.relu_rnn(*tensors)
+    tensors = arguments()
+    tensors[at] = tensors[at].to("meta")
+    with pytest.raises((ValueError, TypeError, RuntimeError), match="meta"):
+        ops.relu_rnn(*tensors)
+
+
+def test_one_bias_alone():
+    for missing in (4, 5):
+        tensors = arguments()
+        tensors[missing] = None
+        with pytest.raises(ValueError, match="give both bias_ih and bias_hh, or neither"):
+            ops.relu_rnn(*tensors)
+
+
+@pytest.mark.parametrize("at", range(7))
+def test_bad_arguments_of_backward(at):
+    x, h_0, weight_ih, weight_hh, bias_ih, bias_hh = arguments()
+    y, h_n = ops.relu_rnn(x, h_0, weight_ih, weight_hh, bias_ih, bias_hh)
+    good = [torch.ones_like(y), torch.ones_like(h_n), x, h_0, weight_ih, weight_hh, y]
+    for bad in (good[at][..., :-1], good[at][:-1], good[at].float(), good[at][None]):
+        call = [*good[:at], bad, *good[at + 1 :], [True] * 5]
+        with pytest.raises((ValueError, TypeError), match="has shape|has dtype"):
+            torch.ops.pathrnn.relu_rnn_backward(*call)
+
+
+shapes = st.lists(st.integers(0, 4), max_size=4).map(tuple)
+tensors = st.builds(torch.ones, shapes, dtype=st.sampled_from((F32, F64, torch.float16, torch.int32, torch.bool)))
+
+
+@settings(max_examples=300)
+@given(st.lists(st.tuples(st.integers(0, 5), st.one_of(st.none(), tensors)), min_size=1, max_size=3))
+def test_fuzz(changes):
+    call = arguments()
+    for at, value in changes:
+        call[at] = value
+    try:
+        found = ops.relu_rnn(*call)
+    except (ValueError, TypeError, RuntimeError, AttributeError):
+        return
+    for got, truth in zip(found, expected(*call), strict=True):
+        torch.testing.assert_close(got, truth, rtol=1e-12, atol=1e-12)
+
+
+@settings(max_examples=300)
+@given(st.lists(st.tuples(st.integers(0, 6), st.one_of(st.none(), tensors)), min_size=1, max_size=3))
+def test_fuzz_backward(changes):
+    x, h_0, weight_ih, weight_hh, bias_ih, bias_hh = arguments()
+    y, h_n = ops.relu_rnn(x, h_0, weight_ih, weight_hh, bias_ih, bias_hh)
+    call = [torch.ones_like(y), torch.ones_like(h_n), x, h_0, weight_ih, weight_hh, y]
+    for at, value in changes:
+        call[at] = value
+    try:
+        found = torch.ops.pathrnn.relu_rnn_backward(*call, [True] * 5)
+    except (ValueError, TypeError, RuntimeError):
+        return
+    x, h_0, weight_ih, weight_hh = call[2:6]
+    shapes = (x.shape, (x.shape[1], len(weight_hh)), weight_ih.shape, weight_hh.shape, (len(weight_hh),))
+    assert [g.shape for g in found] == [torch.Size(s) for s in shapes]
+    assert all(g.isfinite().all() for g in found)

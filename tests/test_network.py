@@ -1,0 +1,110 @@
+"""PathNetwork: which weights are on the paths, what it refuses, and the module that runs it."""
+
+import copy
+
+import pytest
+import torch
+from hypothesis import given
+from strategies import inputs, networks
+from torch import nn
+
+import pathrnn_kernels as pk
+from pathrnn_kernels import PathNetwork, ReLURNN
+
+
+@given(networks(rnns=("ReLURNN", "RNN")))
+def test_forward_is_the_modules_in_a_row(case):
+    net, seq_len = case
+    x = inputs(net, seq_len, batch=3)
+    y, h_n = net.rnn(x if net.embedding is None else net.embedding(x))
+    top = y if net.outputs == "all" else y[-1]
+    assert torch.equal(net(x), top if net.head is None else net.head(top))
+    assert torch.equal(h_n[-1], y[-1])
+
+
+@pytest.mark.parametrize("outputs, shape", (("all", (2, 5, 4)), ("last", (2, 4))))
+def test_batch_first(outputs, shape):
+    net = PathNetwork(ReLURNN(2, 3, batch_first=True), nn.Linear(3, 4), outputs=outputs)
+    assert net(torch.ones(2, 5, 2)).shape == shape
+    assert net.last_seq_len == 5
+    assert net(torch.ones(7, 2)).shape[-1:] == (4,)
+    assert net.last_seq_len == 7
+
+
+def test_names_and_shared_parameters():
+    rnn, head, embedding = ReLURNN(2, 3, 2), nn.Linear(3, 4), nn.Embedding(5, 2)
+    net = PathNetwork(rnn, head, embedding)
+    assert [name for name, _ in net.named_parameters()] == [
+        *(f"rnn.{kind}_l{i}" for i in (0, 1) for kind in ("weight_ih", "weight_hh", "bias_ih", "bias_hh")),
+        "head.weight",
+        "head.bias",
+        "embedding.weight",
+    ]
+    assert net.head.weight is head.weight and net.rnn is rnn and net.embedding is embedding
+    assert net.hidden_size == 3 and net.num_layers == 2
+    assert net.last_seq_len is None
+
+
+def test_extra_repr():
+    assert "outputs='last', h0='ones'" in repr(PathNetwork(ReLURNN(2, 3), outputs="last", h0="ones"))
+
+
+@pytest.mark.parametrize("rnn", (ReLURNN, lambda *sizes: nn.RNN(*sizes, nonlinearity="relu")), ids=("ReLURNN", "RNN"))
+def test_copies_and_state_dicts(rnn):
+    net = PathNetwork(rnn(2, 3), nn.Linear(3, 4))
+    twin = copy.deepcopy(net)
+    with torch.no_grad():
+        net.rnn.weight_hh_l0.mul_(2)
+    assert pk.path_norm(twin, 5) != pk.path_norm(net, 5)
+    twin.load_state_dict(net.state_dict())
+    assert pk.path_norm(twin, 5) == pk.path_norm(net, 5)
+    assert pk.path_norm(net.double(), 5).dtype == torch.float64
+
+
+def test_parameters_replaced_after_construction_count():
+    net = PathNetwork(ReLURNN(2, 3), nn.Linear(3, 4))
+    net.rnn.weight_hh_l0 = nn.Parameter(torch.ones(3, 3))
+    net.head = nn.Linear(3, 7, bias=False)
+    k = pk.kappa(net, 4)
+    assert list(k.factors) == [name for name, _ in net.named_parameters()]
+    assert k.dense("head.weight").shape == (7, 3)
+    expected = pk.kappa(net, 4, backend="reference")
+    for name in k.factors:
+        torch.testing.assert_close(k.dense(name), expected.dense(name))
+
+
+@pytest.mark.parametrize(
+    "arguments, error, message",
+    (
+        ((None,), TypeError, "rnn is a NoneType; it must be a ReLURNN or torch.nn.RNN"),
+        ((nn.LSTM(2, 3),), TypeError, "rnn is a LSTM"),
+        ((nn.RNN(2, 3),), ValueError, "rnn has nonlinearity 'tanh'; path norms need \"relu\""),
+        ((nn.RNN(2, 3, nonlinearity="relu", bidirectional=True),), ValueError, "rnn is bidirectional"),
+        ((ReLURNN(2, 3), torch.ones(4, 3)), TypeError, "head is a Tensor; it must be torch.nn.Linear or None"),
+        ((ReLURNN(2, 3), nn.Sequential(nn.Linear(3, 4))), TypeError, "head is a Sequential"),
+        ((ReLURNN(2, 3), nn.Linear(4, 3)), ValueError, r"head has in_features=4, but .*hidden_size is 3: use nn.Linear\(3"),
+        ((ReLURNN(2, 3), None, nn.Linear(5, 2)), TypeError, "embedding is a Linear; it must be torch.nn.Embedding"),
+        ((ReLURNN(2, 3), None, nn.Embedding(2, 5)), ValueError, "embedding has embedding_dim=5, but .*input_size is 2"),
+        ((ReLURNN(2, 3), None, nn.Embedding(5, 2, max_norm=1.0)), ValueError, "embedding has max_norm"),
+        ((ReLURNN(2, 3), None, None, "first"), ValueError, "outputs is 'first'; use \"all\""),
+        ((ReLURNN(2, 3), None, None, None), ValueError, "outputs is None"),
+        ((ReLURNN(2, 3), None, None, "all", 0), ValueError, "h0 is 0; use \"zeros\" or \"ones\""),
+        ((ReLURNN(2, 3).double(), nn.Linear(3, 4)), TypeError, "head.weight is torch.float32 .*weight_ih_l0 is torch.float64"),
+        ((ReLURNN(2, 3), nn.Linear(3, 4, device="meta")), TypeError, "head.weight is torch.float32 on meta"),
+        ((ReLURNN(2, 3).bfloat16(),), TypeError, "rnn.weight_ih_l0 has dtype torch.bfloat16; κ is computed in float32"),
+        ((nn.RNN(2, 3, nonlinearity="relu").half(),), TypeError, "dtype torch.float16"),
+    ),
+)
+def test_bad_parts(arguments, error, message):
+    with pytest.raises(error, match=message):
+        PathNetwork(*arguments)
+
+
+def test_tied_parameters_are_refused():
+    rnn, head, embedding = ReLURNN(3, 3), nn.Linear(3, 5), nn.Embedding(5, 3)
+    head.weight = embedding.weight
+    with pytest.raises(ValueError, match="embedding.weight and head.weight are one tied parameter"):
+        PathNetwork(rnn, head, embedding)
+    rnn.bias_hh_l0 = rnn.bias_ih_l0
+    with pytest.raises(ValueError, match="rnn.bias_hh_l0 and rnn.bias_ih_l0 are one tied parameter"):
+        PathNetwork(rnn)
