@@ -8,11 +8,11 @@ from setuptools import setup
 
 try:
     import torch
-    from torch.utils.cpp_extension import BuildExtension, CppExtension
+    from torch.utils.cpp_extension import CUDA_HOME, BuildExtension, CppExtension, CUDAExtension
 except ImportError:
     sys.exit(
         "pathrnn-kernels: the extension is compiled against the torch that you will run, and this build sees none; "
-        "type: pip install torch setuptools wheel ninja && pip install --no-build-isolation ."
+        "type: pip install torch setuptools wheel ninja pybind11 && pip install --no-build-isolation ."
     )
 
 ROOT = Path(__file__).parent
@@ -29,6 +29,10 @@ class Build(BuildExtension):
         record.write_text(f'"""Written by setup.py."""\n\nTORCH_VERSION = "{torch.__version__}"\n')
 
 
+def files(pattern: str) -> list[str]:
+    return sorted(str(path.relative_to(ROOT)) for path in ROOT.glob(pattern))
+
+
 # No -march: every instruction set is compiled into one library and chosen at run time, so a wheel moves between
 # machines. No fast-math: a nan must stay a nan. -Wno-psabi: vector arguments never cross a library boundary here.
 compile_args = ["-O3", "-g0", "-Wall", "-Wextra", "-Wno-psabi", "-Wno-unused-parameter"]
@@ -37,13 +41,17 @@ if platform.system() != "Darwin":  # Apple's compiler has no OpenMP; the kernels
     compile_args.append("-fopenmp")
     link_args.append("-fopenmp")
 
-sources = ["csrc/bindings.cpp", *sorted(str(p.relative_to(ROOT)) for p in ROOT.glob("csrc/cpu/*.cpp"))]
-headers = sorted(str(p.relative_to(ROOT)) for pattern in ("*.h", "*.inl") for p in ROOT.glob(f"csrc/**/{pattern}"))
+# Decided by what this torch and toolkit can compile, not by whether a GPU is present.
+cuda_sources = files("csrc/cuda/*.cu") if torch.version.cuda and CUDA_HOME else []
 
 setup(
     ext_modules=[
-        CppExtension(
-            f"{PACKAGE}._C", sources, depends=headers, extra_compile_args=compile_args, extra_link_args=link_args
+        (CUDAExtension if cuda_sources else CppExtension)(
+            f"{PACKAGE}._C",
+            ["csrc/bindings.cpp", *files("csrc/cpu/*.cpp"), *cuda_sources],
+            depends=files("csrc/**/*.h") + files("csrc/**/*.inl"),
+            extra_compile_args={"cxx": compile_args, "nvcc": ["-O3"]},
+            extra_link_args=link_args,
         )
     ],
     cmdclass={"build_ext": Build},

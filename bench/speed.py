@@ -1,4 +1,4 @@
-"""The ratios that the README quotes, measured in one run: `python -m bench.speed`.
+"""The ratios that the README quotes, measured in one run: `python bench/speed.py`.
 
 Every pair is timed in turn, A B A B …, in one process under one denormal setting; the ratio is the median of the
 pairwise ratios. A turn is one untimed call, then as many as take two milliseconds: short calls are timed as a loop
@@ -53,9 +53,7 @@ def compare(label: str, ours: Run, baseline: Run, goal: float | None, seconds: f
 
 def paper_kappa1(net: pk.PathNetwork, seq_len: int) -> Callable[[], list[torch.Tensor]]:
     """κ⁽¹⁾ in the few lines of autograd that section 4.4 speaks of: squared weights, all-ones input, backward."""
-    rnn, head = net.rnn, net.head
-    assert isinstance(head, nn.Linear)
-    weights = [rnn.weight_ih_l0, rnn.weight_hh_l0, rnn.bias_ih_l0, rnn.bias_hh_l0, head.weight, head.bias]
+    weights = list(net.parameters())
 
     def run() -> list[torch.Tensor]:
         w_ih, w_hh, b_ih, b_hh, w_out, b_out = squared = [w.detach().square().requires_grad_() for w in weights]
@@ -70,7 +68,7 @@ def paper_kappa1(net: pk.PathNetwork, seq_len: int) -> Callable[[], list[torch.T
 
 
 def bench_kappa1(hidden: int, seq_len: int, identity: bool, goal: float | None, seconds: float) -> None:
-    """With identity W_hh the chains never come to rest; with nn.RNN's own initialisation they do after some 15 steps."""
+    """With identity W_hh the chains never come to rest; with nn.RNN's initialisation they do after some 15 steps."""
     net = pk.PathNetwork(pk.ReLURNN(2, hidden), nn.Linear(hidden, 10))
     if identity:
         pk.init.identity_(net)
@@ -99,7 +97,8 @@ def bench_rnn(batch: int, seq_len: int, hidden: int, input_size: int, goal: floa
     torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5 * b.abs().max().item())
     for p, q in zip(ours.parameters(), theirs.parameters(), strict=True):
         assert p.grad is not None and q.grad is not None
-        torch.testing.assert_close(p.grad, q.grad, rtol=1e-3, atol=1e-5 * q.grad.abs().max().item())
+        # By norm: where rounding moves a pre-activation across zero, single entries differ, rightly.
+        assert (p.grad - q.grad).norm() <= 1e-3 * q.grad.norm(), "ReLURNN's gradients disagree with nn.RNN's"
     label = f"ReLURNN fwd+bwd B={batch} T={seq_len} H={hidden} I={input_size}"
     return compare(label, lambda: run(ours), lambda: run(theirs), goal, seconds)
 
@@ -138,6 +137,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", choices=("kappa1", "rnn", "step", "sweep"), help="one part of the run")
     parser.add_argument("--seconds", type=float, default=3.0, help="time for one pair (default: 3)")
+    parser.add_argument("--quick", action="store_true", help="leave out the largest sizes")
     parser.add_argument("--sweep", type=int, default=50, help="random sizes in the sweep (default: 50)")
     options = parser.parse_args()
     torch.set_flush_denormal(True)  # both sides: nn.RNN would otherwise be slowed by vanishing gradients
@@ -152,6 +152,8 @@ def main() -> None:
     if options.only in (None, "kappa1"):
         for hidden, seq_len, goal in ((100, 784, 100.0), (200, 20, 40.0), (2048, 50, 6.0)):
             for identity in (False, True):
+                if options.quick and hidden > 1000:
+                    continue
                 bench_kappa1(hidden, seq_len, identity, goal, seconds)
     if options.only in (None, "rnn"):
         for batch, seq_len, hidden, input_size, goal in (
@@ -162,7 +164,8 @@ def main() -> None:
             (32, 50, 512, 50, 1.8),
             (100, 50, 2048, 50, 1.3),
         ):
-            bench_rnn(batch, seq_len, hidden, input_size, goal, seconds)
+            if not (options.quick and hidden > 1000):
+                bench_rnn(batch, seq_len, hidden, input_size, goal, seconds)
     if options.only in (None, "step"):
         bench_step(16, 784, 100, 9.0, seconds)
     if options.only in (None, "sweep"):

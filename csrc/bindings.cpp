@@ -22,7 +22,7 @@ TORCH_LIBRARY(pathrnn, m) {
   m.def(
       "path_chain(Tensor[] weight_ih, Tensor[] weight_hh, Tensor[] bias_ih, Tensor[] bias_hh, Tensor? head_weight, "
       "Tensor? head_bias, Tensor? embedding_weight, int seq_len, bool last_only, bool ones_h0, bool kappa1, "
-      "bool sequences) -> (Tensor[], Tensor, Tensor, Tensor[], Tensor[], Tensor, Tensor)",
+      "bool sequences) -> (Tensor[], Tensor, Tensor, Tensor[], Tensor[], Tensor, Tensor, Tensor)",
       tags);
   m.def(
       "kappa2(Tensor weight_hh, Tensor h, Tensor h_exponents, Tensor delta, Tensor delta_exponents, "

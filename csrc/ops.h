@@ -41,7 +41,8 @@ struct ReluRnnBackward {
 
 // The squared network's chains h (forward) and δ (backward), κ⁽¹⁾ and log γ² (eqs. (3), (9), (11)). Every vector of a
 // chain carries a power-of-two exponent of its own and is renormalised when its largest entry leaves a narrow range,
-// so nothing overflows, and an entry is lost only below the dtype's range relative to the largest of its tensor.
+// so nothing overflows. An entry is lost where it lies too far below the largest of its vector, or a weight's square
+// below that of its matrix, for the dtype; `lost` says so, and the caller has a wider type.
 template <typename T>
 struct PathChain {
   int64_t num_layers, input, hidden, outputs, vocabulary, seq_len;
@@ -65,6 +66,7 @@ struct PathChain {
   std::vector<T*> h, delta;              // per layer [T, H]: h_0 … h_{T-1} and δ_1 … δ_T
   int64_t* h_exponents = nullptr;        // [L, T]
   int64_t* delta_exponents = nullptr;    // [L, T]
+  bool* lost = nullptr;                  // whether squares, h or δ underflowed somewhere
 };
 
 // W̃ ⊙ S with S[j, k] = Σ_{t < t'} δ_{t'+1}[j] · (W̃^{t'-t-1})[k, j] · h_t[k], every lag (eq. (11), index corrected).

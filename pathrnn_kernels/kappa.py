@@ -39,11 +39,11 @@ class Kappa:
 
     def relative(self, name: str) -> Tensor:
         """γ²/κ of one parameter, broadcastable to it, without forming γ² or κ; 0 where κ is 0 (no path, no step)."""
-        factor = self._factor(name)
+        factor = self._factor(name).double()
         # Half of the scale on either side: neither alone need be representable for their quotient to be.
         half = math.exp(max(-700.0, min(700.0, (float(self.log_path_norm) - self.log_scales[name]) / 2)))
-        ratio = torch.full_like(factor, half) / factor * half
-        return torch.where(factor > 0, ratio, torch.zeros_like(ratio))
+        ratio = half / factor * half
+        return torch.where(factor > 0, ratio, 0.0).to(self.factors[name].dtype)
 
     def dense(self, name: str) -> Tensor:
         """κ of one parameter in full shape, exp(log_scale) included; inf where the dtype cannot hold it."""
@@ -82,7 +82,7 @@ def kappa(
         TypeError, ValueError: naming the argument, its value and the remedy; also for nan or infinite weights.
     """
     seq_len = _check(net, seq_len)
-    if kappa2 not in KAPPA2_FACTOR:
+    if not isinstance(kappa2, str) or kappa2 not in KAPPA2_FACTOR:
         raise ValueError(f"kappa2 is {kappa2!r}; use one of {', '.join(map(repr, KAPPA2_FACTOR))}")
     if not isinstance(rtol, numbers.Real) or not 0 <= rtol < math.inf:
         raise ValueError(f"rtol is {rtol!r}; it must be a finite number, at least 0")
@@ -100,7 +100,8 @@ def kappa(
         log_norm = reference.path_norm(detached, seq_len, net.outputs, net.h0).double().log()
         return Kappa(factors, dict.fromkeys(factors, 0.0), log_norm, lags, 0.0, shapes)
 
-    chain = _run(net, parameters, layout, seq_len, sequences=second_term)
+    dtype = parameters["rnn.weight_hh_l0"].dtype
+    parameters, chain = _run(net, parameters, layout, seq_len, sequences=second_term)
     exponents = chain.exponents.tolist()
     if second_term:
         coefficient = KAPPA2_FACTOR[kappa2]
@@ -109,7 +110,7 @@ def kappa(
                 parameters[name].detach(), chain.h[i], chain.h_exponents[i], chain.delta[i], chain.delta_exponents[i]
             )
             _add_scaled(chain.kappa1, exponents, layout.places[name], coefficient * term, int(exponent))
-    factors = {name: chain.kappa1[place] for name, place in layout.places.items()}
+    factors = {name: chain.kappa1[place].to(dtype) for name, place in layout.places.items()}
     log_scales = {name: exponents[place] * _LN2 for name, place in layout.places.items()}
     return Kappa(factors, log_scales, chain.log_path_norm, lags, 0.0, shapes)
 
@@ -146,7 +147,7 @@ class _Norm(torch.autograd.Function):
         need = any(ctx.needs_input_grad)
         parameters = dict(zip(names, values, strict=True))
         layout = _layout(net.num_layers, *_options(parameters))
-        chain = _run(net, parameters, layout, seq_len, kappa1=need)
+        _, chain = _run(net, parameters, layout, seq_len, kappa1=need)
         ctx.log_norm = float(chain.log_path_norm)
         ctx.logarithm = logarithm
         if need:
@@ -159,7 +160,6 @@ class _Norm(torch.autograd.Function):
         return result.to(values[0].dtype)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable  # type: ignore[untyped-decorator]
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         gradients: list[Tensor | None] = []
         for i, p in enumerate(ctx.saved_tensors):
@@ -169,8 +169,25 @@ class _Norm(torch.autograd.Function):
             log_scale = ctx.log_scales[i] - (ctx.log_norm if ctx.logarithm else 0.0)
             # In two halves, so that κ may be out of range where p κ is not.
             half = math.exp(max(-700.0, min(700.0, log_scale / 2)))
-            gradients.append((p * half) * (ctx.factors[i] * half) * (2 * grad))
+            with torch.no_grad():
+                gradient = (p * half) * (ctx.factors[i] * half).to(p.dtype) * (2 * grad)
+            # create_graph: a second derivative would otherwise be zero without a word.
+            gradients.append(_FirstOrder.apply(gradient, p) if torch.is_grad_enabled() else gradient)
         return (None, None, None, None, *gradients)
+
+
+class _FirstOrder(torch.autograd.Function):
+    """A gradient whose own derivative is refused."""
+
+    @staticmethod
+    def forward(ctx: Any, gradient: Tensor, parameter: Tensor) -> Tensor:
+        return gradient.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> None:  # type: ignore[override]
+        raise RuntimeError(
+            'path_norm and log_path_norm are differentiable once; for second derivatives use backend="reference"'
+        )
 
 
 def _check(net: PathNetwork, seq_len: int) -> int:
@@ -234,9 +251,10 @@ def _run(
     seq_len: int,
     kappa1: bool = True,
     sequences: bool = False,
-) -> ops.PathChain:
+) -> tuple[dict[str, Tensor], ops.PathChain]:
+    """The pass, and the parameters in the dtype that it was run in: float64 where float32 lost something."""
     weight_ih, weight_hh, bias_ih, bias_hh = ([parameters[name] for name in names] for names in layout.kinds)
-    return ops.path_chain(
+    chain = ops.path_chain(
         weight_ih,
         weight_hh,
         bias_ih,
@@ -250,6 +268,10 @@ def _run(
         kappa1,
         sequences,
     )
+    if weight_hh[0].dtype == torch.float32 and chain.lost.item():
+        wide = {name: p.detach().double() for name, p in parameters.items()}
+        return _run(net, wide, layout, seq_len, kappa1, sequences)
+    return parameters, chain
 
 
 def _add_scaled(factors: list[Tensor], exponents: list[int], place: int, term: Tensor, exponent: int) -> None:

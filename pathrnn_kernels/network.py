@@ -31,6 +31,10 @@ class PathNetwork(nn.Module):
         ValueError: sizes that do not fit, tied parameters, or an unknown option.
     """
 
+    rnn: ReLURNN | nn.RNN
+    head: nn.Linear | None
+    embedding: nn.Embedding | None
+
     def __init__(
         self,
         rnn: ReLURNN | nn.RNN,
@@ -54,7 +58,7 @@ class PathNetwork(nn.Module):
         self._rnn_names = tuple((f"rnn.{name}", name) for name, _ in rnn.named_parameters())
 
     def weights(self) -> dict[str, Tensor]:
-        """The parameters by name, as ``named_parameters`` gives them, at a tenth of its cost: κ is wanted every step."""
+        """The parameters by name, as ``named_parameters`` gives them, at a fraction of its cost: κ wants them often."""
         modules = self._modules
         rnn, head, embedding = modules["rnn"], modules["head"], modules["embedding"]
         own = rnn._parameters  # type: ignore[union-attr]

@@ -128,6 +128,5 @@ def kappa_hessian(parameters: Parameters, seq_len: int, outputs: str = "all", h0
 def _gradients(value: Tensor, leaves: Parameters) -> Parameters:
     found = torch.autograd.grad(value, list(leaves.values()), allow_unused=True)
     return {
-        name: torch.zeros_like(leaf) if g is None else g
-        for (name, leaf), g in zip(leaves.items(), found, strict=True)
+        name: torch.zeros_like(leaf) if g is None else g for (name, leaf), g in zip(leaves.items(), found, strict=True)
     }

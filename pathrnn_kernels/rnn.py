@@ -34,6 +34,14 @@ class ReLURNN(nn.Module):
     """
 
     nonlinearity = "relu"
+    input_size: int
+    hidden_size: int
+    num_layers: int
+    bias: bool
+    batch_first: bool
+    dropout: float
+    bidirectional: bool
+    weight_hh_l0: nn.Parameter
 
     def __init__(
         self,
@@ -156,7 +164,9 @@ class ReLURNN(nn.Module):
             if not isinstance(h_0, Tensor):
                 raise TypeError(f"h_0 is a {type(h_0).__name__}; it must be a tensor or None")
             if list(h_0.shape) != expected:
-                raise ValueError(f"h_0 has shape {list(h_0.shape)}; for x of shape {list(x.shape)} it must be {expected}")
+                raise ValueError(
+                    f"h_0 has shape {list(h_0.shape)}; for x of shape {list(x.shape)} it must be {expected}"
+                )
             tensors.append(("h_0", h_0))
         for name, tensor in tensors:
             if tensor.dtype != weight.dtype:
@@ -171,7 +181,7 @@ class ReLURNN(nn.Module):
             raise TypeError(f"rnn is a {type(rnn).__name__}; it must be a torch.nn.RNN")
         if rnn.nonlinearity != "relu":
             raise ValueError(f'rnn has nonlinearity {rnn.nonlinearity!r}; only "relu" converts')
-        result = cls(*_sizes(rnn), bidirectional=rnn.bidirectional, **_options(rnn.weight_hh_l0))
+        result = cls(*_sizes(rnn), bidirectional=rnn.bidirectional, **_options(rnn))
         result.load_state_dict(rnn.state_dict())
         return result.train(rnn.training)
 
@@ -186,7 +196,7 @@ class ReLURNN(nn.Module):
             bias=bias,
             batch_first=batch_first,
             dropout=dropout,
-            **_options(self.weight_hh_l0),
+            **_options(self),
         )
         result.load_state_dict(self.state_dict())
         return result.train(self.training)
@@ -201,5 +211,6 @@ def _sizes(rnn: ReLURNN | nn.RNN) -> tuple[int, int, int, bool, bool, float]:
     return rnn.input_size, rnn.hidden_size, rnn.num_layers, rnn.bias, rnn.batch_first, rnn.dropout
 
 
-def _options(weight: Tensor) -> dict[str, Any]:
+def _options(rnn: ReLURNN | nn.RNN) -> dict[str, Any]:
+    weight = next(rnn.parameters())
     return {"device": weight.device, "dtype": weight.dtype}

@@ -80,7 +80,10 @@ print(pk.explain(rnn).reasons["cpu"])
 @pytest.mark.parametrize(
     "module, sentence",
     (
-        ("record", "the C++ extension was built against torch 0.0.1, but torch {torch} is imported; rebuild it: pip install"),
+        (
+            "record",
+            "the C++ extension was built against torch 0.0.1, but torch {torch} is imported; rebuild it: pip install",
+        ),
         ("None", "the C++ extension is not built; in the source tree type: pip install --no-build-isolation ."),
     ),
 )

@@ -82,14 +82,22 @@ def test_parameters_replaced_after_construction_count():
         ((nn.RNN(2, 3, nonlinearity="relu", bidirectional=True),), ValueError, "rnn is bidirectional"),
         ((ReLURNN(2, 3), torch.ones(4, 3)), TypeError, "head is a Tensor; it must be torch.nn.Linear or None"),
         ((ReLURNN(2, 3), nn.Sequential(nn.Linear(3, 4))), TypeError, "head is a Sequential"),
-        ((ReLURNN(2, 3), nn.Linear(4, 3)), ValueError, r"head has in_features=4, but .*hidden_size is 3: use nn.Linear\(3"),
+        (
+            (ReLURNN(2, 3), nn.Linear(4, 3)),
+            ValueError,
+            r"head has in_features=4, but .*hidden_size is 3: use nn.Linear\(3",
+        ),
         ((ReLURNN(2, 3), None, nn.Linear(5, 2)), TypeError, "embedding is a Linear; it must be torch.nn.Embedding"),
         ((ReLURNN(2, 3), None, nn.Embedding(2, 5)), ValueError, "embedding has embedding_dim=5, but .*input_size is 2"),
         ((ReLURNN(2, 3), None, nn.Embedding(5, 2, max_norm=1.0)), ValueError, "embedding has max_norm"),
         ((ReLURNN(2, 3), None, None, "first"), ValueError, "outputs is 'first'; use \"all\""),
         ((ReLURNN(2, 3), None, None, None), ValueError, "outputs is None"),
-        ((ReLURNN(2, 3), None, None, "all", 0), ValueError, "h0 is 0; use \"zeros\" or \"ones\""),
-        ((ReLURNN(2, 3).double(), nn.Linear(3, 4)), TypeError, "head.weight is torch.float32 .*weight_ih_l0 is torch.float64"),
+        ((ReLURNN(2, 3), None, None, "all", 0), ValueError, 'h0 is 0; use "zeros" or "ones"'),
+        (
+            (ReLURNN(2, 3).double(), nn.Linear(3, 4)),
+            TypeError,
+            "head.weight is torch.float32 .*weight_ih_l0 is torch.float64",
+        ),
         ((ReLURNN(2, 3), nn.Linear(3, 4, device="meta")), TypeError, "head.weight is torch.float32 on meta"),
         ((ReLURNN(2, 3).bfloat16(),), TypeError, "rnn.weight_ih_l0 has dtype torch.bfloat16; κ is computed in float32"),
         ((nn.RNN(2, 3, nonlinearity="relu").half(),), TypeError, "dtype torch.float16"),
@@ -103,8 +111,8 @@ def test_bad_parts(arguments, error, message):
 def test_tied_parameters_are_refused():
     rnn, head, embedding = ReLURNN(3, 3), nn.Linear(3, 5), nn.Embedding(5, 3)
     head.weight = embedding.weight
-    with pytest.raises(ValueError, match="embedding.weight and head.weight are one tied parameter"):
+    with pytest.raises(ValueError, match=r"embedding.weight and head.weight are one tied parameter"):
         PathNetwork(rnn, head, embedding)
     rnn.bias_hh_l0 = rnn.bias_ih_l0
-    with pytest.raises(ValueError, match="rnn.bias_hh_l0 and rnn.bias_ih_l0 are one tied parameter"):
+    with pytest.raises(ValueError, match=r"rnn.bias_hh_l0 and rnn.bias_ih_l0 are one tied parameter"):
         PathNetwork(rnn)

@@ -90,7 +90,9 @@ def test_kappa1_is_the_derivative_of_gamma_by_squared_weights(case):
     leaves = {name: value.clone().requires_grad_() for name, value in p.items()}
     gamma2 = reference.path_norm(leaves, seq_len, net.outputs, net.h0)
     gradients = torch.autograd.grad(gamma2, list(leaves.values()), materialize_grads=True)
-    for (name, kappa1), gradient in zip(reference.kappa1(p, seq_len, net.outputs, net.h0).items(), gradients, strict=True):
+    for (name, kappa1), gradient in zip(
+        reference.kappa1(p, seq_len, net.outputs, net.h0).items(), gradients, strict=True
+    ):
         torch.testing.assert_close(2 * p[name] * kappa1, gradient, rtol=tolerances.DEFINITION, atol=1e-300)
 
 

@@ -97,7 +97,8 @@ SIZES = (
 def test_sizes(dtype, size, threads):
     seq_len, batch, input_size, hidden_size = size
     theirs, ours = pair(input_size, hidden_size, 2 if hidden_size < 64 else 1, dtype=dtype)
-    x, h_0 = torch.randn(seq_len, batch, input_size, dtype=dtype), torch.randn(theirs.num_layers, batch, hidden_size, dtype=dtype)
+    x = torch.randn(seq_len, batch, input_size, dtype=dtype)
+    h_0 = torch.randn(theirs.num_layers, batch, hidden_size, dtype=dtype)
     check(theirs, ours, x, h_0)
     check(theirs, ours, x, loss=("h_n",))
 
@@ -253,7 +254,7 @@ def test_state_dicts_interchange(dtype):
 
 
 def test_conversions_copy():
-    theirs = nn.RNN(4, 5, 2, nonlinearity="relu", bias=False, batch_first=True, dropout=0.25, dtype=torch.float64).eval()
+    theirs = nn.RNN(4, 5, 2, "relu", bias=False, batch_first=True, dropout=0.25, dtype=torch.float64).eval()
     ours = ReLURNN.from_torch(theirs)
     back = ours.to_torch()
     for rnn in (ours, back):
@@ -263,7 +264,7 @@ def test_conversions_copy():
         for p, q in zip(rnn.parameters(), theirs.parameters(), strict=True):
             assert torch.equal(p, q) and p.data_ptr() != q.data_ptr()
     assert back.nonlinearity == "relu"
-    with pytest.raises(TypeError, match="rnn is a GRU; it must be a torch.nn.RNN"):
+    with pytest.raises(TypeError, match=r"rnn is a GRU; it must be a torch.nn.RNN"):
         ReLURNN.from_torch(nn.GRU(2, 3))
     with pytest.raises(ValueError, match="rnn has nonlinearity 'tanh'"):
         ReLURNN.from_torch(nn.RNN(2, 3))
@@ -349,8 +350,8 @@ def test_compile_without_graph_breaks(dynamic):
     for seq_len, batch in ((4, 2), (7, 3)):
         gradients = []
         for function in (loss, compiled):
-            x, h_0 = (torch.linspace(-1, 1, n).reshape(shape).requires_grad_()
-                      for n, shape in ((seq_len * batch * 3, (seq_len, batch, 3)), (2 * batch * 5, (2, batch, 5))))  # fmt: skip
+            shapes = ((seq_len, batch, 3), (2, batch, 5))
+            x, h_0 = (torch.linspace(-1, 1, math.prod(s)).reshape(s).requires_grad_() for s in shapes)
             rnn.zero_grad()
             value = function(x, h_0)
             value.backward()

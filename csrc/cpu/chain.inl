@@ -124,6 +124,25 @@ struct Drive {
   int64_t constant_from;  // steps from this one on are driven alike
 };
 
+// Whether every entry of `large` is so large, where `small` has one, that `small`, too small for its dtype on the scale
+// of `large`, changes nothing in it.
+template <typename T>
+bool covers(const T* large, const T* small, int64_t n) {
+  constexpr int64_t bits = std::numeric_limits<T>::min_exponent + kCentre<T> + kSlack + std::numeric_limits<T>::digits + 6;
+  const T least = std::ldexp(T(1), static_cast<int>(bits));
+  for (int64_t k = 0; k < n; ++k) {
+    if (small[k] > T(0) && large[k] < least) return false;
+  }
+  return true;
+}
+
+// Leaves the mark of an underflow, for a loss that no operation made.
+inline void mark_lost() {
+  volatile float tiny = std::numeric_limits<float>::min();
+  volatile float lost = tiny * tiny;
+  (void)lost;
+}
+
 // out = out · 2^from + drive · 2^drive_exponent, renormalised.
 template <typename T>
 void finish_step(T* out, int64_t from, const T* drive, int64_t drive_exponent, int64_t n, int64_t& exponent,
@@ -131,7 +150,12 @@ void finish_step(T* out, int64_t from, const T* drive, int64_t drive_exponent, i
   constexpr int64_t width = Simd<T>::width;
   exponent = std::max(from, drive_exponent);
   const T a = power_of_two<T>(from - exponent);
-  const T b = drive_exponent == kZeroExponent ? T(0) : power_of_two<T>(drive_exponent - exponent);
+  const bool driven = drive_exponent != kZeroExponent;
+  const T b = driven ? power_of_two<T>(drive_exponent - exponent) : T(0);
+  // A chain that grows leaves its drive behind, harmlessly, unless some unit lives on the drive alone.
+  const bool moved = from > kZeroExponent / 2;
+  if (driven && b == T(0) && !covers(out, drive, n)) mark_lost();
+  if (moved && a == T(0) && !covers(drive, out, n)) mark_lost();
   Vec<T> most{};
   if (b != T(0)) {
     for (int64_t k = 0; k < n; k += width) {

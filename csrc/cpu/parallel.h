@@ -15,24 +15,38 @@
 
 namespace pathrnn {
 
-// Vanishing h and δ turn denormal, which costs up to 5x; flushed to zero for the life of this object, on this thread.
+// Vanishing h and δ turn denormal, which costs up to 5x: results are flushed to zero for the life of this object, on
+// this thread, and operands too unless `operands` is false. `lost` says whether anything was.
 class FlushDenormals {
  public:
 #if defined(__x86_64__)
-  FlushDenormals() : saved_(_mm_getcsr()) { _mm_setcsr(saved_ | 0x8040); }  // flush-to-zero, denormals-are-zero
+  explicit FlushDenormals(bool operands = true) : saved_(_mm_getcsr()) {
+    _mm_setcsr((saved_ & ~0x3fu) | 0x8000 | (operands ? 0x40 : 0));
+  }
   ~FlushDenormals() { _mm_setcsr(saved_); }
+  // A result underflowed, or an operand was denormal.
+  static bool lost() { return _mm_getcsr() & 0x12; }
 
  private:
   unsigned saved_;
 #elif defined(__aarch64__)
-  FlushDenormals() {
+  explicit FlushDenormals(bool = true) {
     asm volatile("mrs %0, fpcr" : "=r"(saved_));
     asm volatile("msr fpcr, %0" ::"r"(saved_ | (uint64_t{1} << 24)));
+    asm volatile("msr fpsr, %0" ::"r"(uint64_t{0}));
   }
   ~FlushDenormals() { asm volatile("msr fpcr, %0" ::"r"(saved_)); }
+  static bool lost() {
+    uint64_t status;
+    asm volatile("mrs %0, fpsr" : "=r"(status));
+    return status & ((1u << 3) | (1u << 7));
+  }
 
  private:
   uint64_t saved_;
+#else
+  explicit FlushDenormals(bool = true) {}
+  static bool lost() { return false; }
 #endif
 };
 
@@ -90,7 +104,7 @@ struct Team {
 
 // Runs f(Team) on up to `wanted` threads at once, flushing denormals. f must not throw.
 template <typename F>
-void run_team(int wanted, const F& f) {
+void run_team(int wanted, const F& f, bool flush_operands = true) {
   Barrier barrier;
 #ifdef _OPENMP
   if (wanted > 1 && !omp_in_parallel()) {
@@ -99,13 +113,13 @@ void run_team(int wanted, const F& f) {
       // The runtime may grant fewer threads than were wanted; the size is known only in here.
 #pragma omp single
       barrier.resize(omp_get_num_threads());
-      FlushDenormals flush;
+      FlushDenormals flush(flush_operands);
       f(Team{omp_get_thread_num(), omp_get_num_threads(), &barrier});
     }
     return;
   }
 #endif
-  FlushDenormals flush;
+  FlushDenormals flush(flush_operands);
   f(Team{0, 1, &barrier});
 }
 

@@ -30,7 +30,7 @@ std::string tensor_name(int64_t index, int64_t num_layers, bool bias, bool head,
   return "embedding.weight";
 }
 
-std::tuple<std::vector<Tensor>, Tensor, Tensor, std::vector<Tensor>, std::vector<Tensor>, Tensor, Tensor> run(
+std::tuple<std::vector<Tensor>, Tensor, Tensor, std::vector<Tensor>, std::vector<Tensor>, Tensor, Tensor, Tensor> run(
     at::TensorList weight_ih, at::TensorList weight_hh, at::TensorList bias_ih, at::TensorList bias_hh,
     const optional<Tensor>& head_weight, const optional<Tensor>& head_bias, const optional<Tensor>& embedding,
     int64_t seq_len, bool last_only, bool ones_h0, bool kappa1, bool sequences) {
@@ -98,7 +98,7 @@ std::tuple<std::vector<Tensor>, Tensor, Tensor, std::vector<Tensor>, std::vector
   const int64_t chains = sequences ? layers : 0;
   Tensor h_exponents = at::empty({chains, seq_len}, options.dtype(at::kLong));
   Tensor delta_exponents = at::empty({chains, seq_len}, options.dtype(at::kLong));
-  Tensor exponents;
+  Tensor exponents, lost = at::empty({}, options.dtype(at::kBool));
   int64_t bad = -1;
 
   AT_DISPATCH_FLOATING_TYPES(like.scalar_type(), "path_chain", [&] {
@@ -141,12 +141,13 @@ std::tuple<std::vector<Tensor>, Tensor, Tensor, std::vector<Tensor>, std::vector
     }
     net.h_exponents = h_exponents.mutable_data_ptr<int64_t>();
     net.delta_exponents = delta_exponents.mutable_data_ptr<int64_t>();
+    net.lost = lost.mutable_data_ptr<bool>();
     const double work = static_cast<double>(layers) * seq_len * hidden * hidden + outputs * hidden + vocabulary * input;
     bad = kernels<scalar_t>().path_chain(net, threads_for(work));
   });
   TORCH_CHECK_VALUE(bad < 0, tensor_name(bad, layers, !bias_ih.empty(), head_weight.has_value(), head_bias.has_value()),
                     " has a nan or infinite entry; κ and γ² need finite weights: restore them, or lower the step size");
-  return {factors, exponents, log_path_norm, h, delta, h_exponents, delta_exponents};
+  return {factors, exponents, log_path_norm, h, delta, h_exponents, delta_exponents, lost};
 }
 
 }  // namespace

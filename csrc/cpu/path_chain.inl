@@ -85,6 +85,7 @@ class PathChainRun {
         memory_(ld_ * (L_ * (2 * T_ + 1) + (L_ > 1 ? 2 * T_ + 1 : 0) + T_)) {
     collect();
     scans_.resize(tensors_.size() * threads);
+    lost_.assign(threads, 0);
     h_ = memory_.take(L_ * (T_ + 1) * ld_);
     h_exponent_.resize(L_ * (T_ + 1));
     h_largest_.resize(L_ * (T_ + 1));
@@ -121,7 +122,9 @@ class PathChainRun {
 
   // The index of the first tensor that is not finite, in the order of `collect`, or -1.
   int64_t run() {
-    run_team(threads_, [this](const Team& team) { run(team); });
+    // Denormal weights are kept, so that they are noticed.
+    run_team(threads_, [this](const Team& team) { run(team); }, false);
+    *net_.lost = std::find(lost_.begin(), lost_.end(), 1) != lost_.end();
     return bad_;
   }
 
@@ -192,6 +195,7 @@ class PathChainRun {
         for (int64_t i = L_ - 1; i >= 0; --i) backward(i, alone);
       }
     }
+    lost_[team.rank] = FlushDenormals::lost();
     team.wait();
     results(team);
   }
@@ -529,6 +533,7 @@ class PathChainRun {
   int64_t bad_ = -1;
   std::vector<Tensor> tensors_;
   std::vector<T> scans_;
+  std::vector<int> lost_;  // by thread
   Scaled<T> head_, input_, first_drive_;
   Buffer<T> start_, zeros_;
   std::vector<Scaled<T>> bias_;

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-import functools
 import os
+from collections.abc import Callable
+from typing import Any
 
 import torch
+from torch import Tensor
 
 #: In the order in which "auto" tries them.
 BACKENDS = ("cpu", "cuda", "triton", "reference")
@@ -14,21 +16,49 @@ ENVIRONMENT = "PATHRNN_BACKEND"
 _REBUILD = "rebuild it: pip install --no-build-isolation --force-reinstall --no-deps pathrnn-kernels"
 
 
-@functools.cache
-def extension_problem() -> str | None:
-    """None if the C++ extension is loaded, else one sentence that says why not and what to do."""
+def _load() -> str | None:
     try:
         from .._built_with import TORCH_VERSION
     except ImportError:
         return "the C++ extension is not built; in the source tree type: pip install --no-build-isolation ."
     # Compared before loading: a library built against another torch can crash the process while it loads.
     if torch.__version__ != TORCH_VERSION:
-        return f"the C++ extension was built against torch {TORCH_VERSION}, but torch {torch.__version__} is imported; {_REBUILD}"
+        return (
+            f"the C++ extension was built against torch {TORCH_VERSION}, but torch {torch.__version__} is imported; "
+            f"{_REBUILD}"
+        )
     try:
         from .. import _C  # noqa: F401  loading it registers torch.ops.pathrnn
-    except ImportError as error:
-        return f"the C++ extension does not load ({error}); {_REBUILD}"
+    except (ImportError, ValueError) as error:
+        wrong_option = "PATHRNN_CPU_ISA" in str(error)
+        return str(error) if wrong_option else f"the C++ extension does not load ({error}); {_REBUILD}"
     return None
+
+
+_problem = _load()
+
+
+def extension_problem() -> str | None:
+    """None if the C++ extension is loaded, else one sentence that says why not and what to do."""
+    return _problem
+
+
+def operator(name: str) -> Callable[..., Any]:
+    """torch.ops.pathrnn.name, resolved once; without the extension, a function that raises what is wrong with it."""
+    if _problem is None:
+        return getattr(torch.ops.pathrnn, name).default
+
+    def unavailable(*_: object) -> None:
+        raise ValueError(f"{name}: {_problem}")
+
+    return unavailable
+
+
+def check_devices(*tensors: Tensor | None) -> None:
+    """For fake kernels, which a meta tensor among others calls instead of the real one: TypeError if devices differ."""
+    devices = {tensor.device for tensor in tensors if tensor is not None}
+    if len(devices) > 1:
+        raise TypeError(f"the tensors are on {', '.join(sorted(map(str, devices)))}: move all of them to one device")
 
 
 def refusals(device: torch.device, dtype: torch.dtype) -> dict[str, str | None]:
@@ -53,9 +83,9 @@ def choose(device: torch.device, dtype: torch.dtype, backend: str = "auto") -> s
     """
     if backend == "auto":
         backend = os.environ.get(ENVIRONMENT, "auto")
-    if backend == "auto" and device.type == "cpu" and extension_problem() is None:
-        if dtype in (torch.float32, torch.float64):
-            return "cpu"  # the hot path: no table of reasons is built
+    served = device.type == "cpu" and dtype in (torch.float32, torch.float64)
+    if backend == "auto" and served and extension_problem() is None:
+        return "cpu"  # the hot path: no table of reasons is built
     if backend not in (*BACKENDS, "auto"):
         raise ValueError(f"backend is {backend!r}; use one of {', '.join(map(repr, ('auto', *BACKENDS)))}")
     reasons = refusals(device, dtype)

@@ -7,7 +7,7 @@ import os
 import torch
 from torch import Tensor
 
-from .backend import extension_problem
+from .backend import check_devices, extension_problem, operator
 
 #: Bytes that the cached powers of W̃ may take; PATHRNN_WORKSPACE_BYTES overrides.
 WORKSPACE_BYTES = 256 << 20
@@ -36,13 +36,24 @@ def kappa2(
         The term ``[H, H]`` and its exponent, int64, 0-dim: κ⁽²⁾ is 4 · term · 2^exponent.
     """
     if workspace_bytes is None:
-        workspace_bytes = int(os.environ.get("PATHRNN_WORKSPACE_BYTES", WORKSPACE_BYTES))
+        workspace_bytes = _workspace_bytes()
     return _op(weight_hh, h, h_exponents, delta, delta_exponents, workspace_bytes)
 
 
+def _workspace_bytes() -> int:
+    text = os.environ.get("PATHRNN_WORKSPACE_BYTES")
+    if text is None:
+        return WORKSPACE_BYTES
+    if not text.isdecimal():
+        raise ValueError(f"PATHRNN_WORKSPACE_BYTES is {text!r}; it must be a whole number of bytes")
+    return int(text)
+
+
+_op = operator("kappa2")
+
 if extension_problem() is None:
-    _op = torch.ops.pathrnn.kappa2.default  # resolved once
 
     @torch.library.register_fake("pathrnn::kappa2")
     def _(weight_hh, h, h_exponents, delta, delta_exponents, workspace_bytes):  # type: ignore[no-untyped-def]
+        check_devices(weight_hh, h, h_exponents, delta, delta_exponents)
         return torch.empty_like(weight_hh), h_exponents.new_empty(())

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .backend import extension_problem
+from .backend import check_devices, extension_problem, operator
 
 
 class PathChain(NamedTuple):
@@ -25,6 +25,8 @@ class PathChain(NamedTuple):
     delta: list[Tensor]
     h_exponents: Tensor
     delta_exponents: Tensor
+    #: bool, 0-dim: whether a square, an h or a δ underflowed, so that the pass should be run again in a wider dtype.
+    lost: Tensor
 
 
 def path_chain(
@@ -41,7 +43,7 @@ def path_chain(
     kappa1: bool = True,
     sequences: bool = False,
 ) -> PathChain:
-    """κ⁽¹⁾ (eqs. (9), (11)) and log γ² (eq. (3)) in one tempered pass: no overflow for any finite network.
+    """κ⁽¹⁾ (eqs. (9), (11)) and log γ² (eq. (3)) in one tempered pass, which never overflows.
 
     Args:
         weight_ih, weight_hh, bias_ih, bias_hh: one tensor a layer; the bias lists may be empty.
@@ -72,8 +74,9 @@ def path_chain(
     )
 
 
+_op = operator("path_chain")
+
 if extension_problem() is None:
-    _op = torch.ops.pathrnn.path_chain.default  # resolved once: the attribute walk costs as much as a small call
 
     @torch.library.register_fake("pathrnn::path_chain")
     def _(  # type: ignore[no-untyped-def]
@@ -90,6 +93,7 @@ if extension_problem() is None:
         kappa1,
         sequences,
     ):
+        check_devices(*weight_ih, *weight_hh, *bias_ih, *bias_hh, head_weight, head_bias, embedding_weight)
         like = weight_hh[0]
         hidden = like.shape[0]
         factors = []
@@ -115,4 +119,5 @@ if extension_problem() is None:
             like.new_empty((), dtype=torch.float64),
             *chains,
             *exponents,
+            like.new_empty((), dtype=torch.bool),
         )

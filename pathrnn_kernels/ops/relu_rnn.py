@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .backend import choose, extension_problem
+from .backend import check_devices, choose, extension_problem, operator
 
 
 def relu_rnn(
@@ -43,17 +43,20 @@ def relu_rnn(
     return y, y[-1]
 
 
+_op = operator("relu_rnn")
+
 if extension_problem() is None:
-    _op = torch.ops.pathrnn.relu_rnn.default  # resolved once
 
     @torch.library.register_fake("pathrnn::relu_rnn")
     def _(x, h_0, weight_ih, weight_hh, bias_ih, bias_hh):  # type: ignore[no-untyped-def]
+        check_devices(x, h_0, weight_ih, weight_hh, bias_ih, bias_hh)
         seq_len, batch, _ = x.shape
         hidden = weight_hh.shape[0]
         return x.new_empty(seq_len, batch, hidden), x.new_empty(batch, hidden)
 
     @torch.library.register_fake("pathrnn::relu_rnn_backward")
     def _(grad_y, grad_h_n, x, h_0, weight_ih, weight_hh, y, needs):  # type: ignore[no-untyped-def]
+        check_devices(grad_y, grad_h_n, x, h_0, weight_ih, weight_hh, y)
         hidden = y.shape[2]
         shapes = (x.shape, (x.shape[1], hidden), weight_ih.shape, weight_hh.shape, (hidden,))
         return tuple(y.new_empty(shape if need else (0,)) for shape, need in zip(shapes, needs, strict=True))

@@ -20,7 +20,13 @@ def arguments(seq_len=6, hidden_size=5, dtype=F64):
         return torch.rand(shape, generator=generator, dtype=dtype)
 
     zeros = torch.zeros(seq_len, dtype=torch.int64)
-    return [tensor(hidden_size, hidden_size), tensor(seq_len, hidden_size), zeros, tensor(seq_len, hidden_size), zeros.clone()]
+    return [
+        tensor(hidden_size, hidden_size),
+        tensor(seq_len, hidden_size),
+        zeros,
+        tensor(seq_len, hidden_size),
+        zeros.clone(),
+    ]
 
 
 def definition(weight_hh, h, h_exponents, delta, delta_exponents):
@@ -89,10 +95,17 @@ def test_results_are_constants():
 @pytest.mark.parametrize("name", NAMES)
 def test_bad_arguments(name):
     at = NAMES.index(name)
-    for change in (lambda t: t[:-1], lambda t: t[..., :-1], lambda t: t[None], lambda t: t[:0], lambda t: t.float(), lambda t: t.int()):
+    for change in (
+        lambda t: t[:-1],
+        lambda t: t[..., :-1],
+        lambda t: t[None],
+        lambda t: t[:0],
+        lambda t: t.float(),
+        lambda t: t.int(),
+    ):
         call = arguments()
         call[at] = change(call[at])
-        with pytest.raises((ValueError, TypeError), match="has shape|has dtype|must be int64"):
+        with pytest.raises((ValueError, TypeError), match=r"has shape|has dtype|must be int64"):
             ops.kappa2(*call)
     call = arguments()
     call[at] = call[at].to("meta")

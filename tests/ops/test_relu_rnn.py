@@ -48,7 +48,9 @@ def test_one_gradient_alone(wanted):
     for size in ((4, 3, 2, 5), (4, 20, 3, 20), (2, 3, 4, 530)):
         tensors = arguments(*size)
         tensors[wanted].requires_grad_()
-        found, truth = (torch.autograd.grad(f(*tensors)[0].square().sum(), tensors[wanted])[0] for f in (ops.relu_rnn, expected))
+        found, truth = (
+            torch.autograd.grad(f(*tensors)[0].square().sum(), tensors[wanted])[0] for f in (ops.relu_rnn, expected)
+        )
         error = tolerances.rnn(F64, size[0], size[1], max(size[2:])) * truth.abs().max()
         torch.testing.assert_close(found, truth, rtol=0, atol=error.item())
 
@@ -68,7 +70,9 @@ def test_opcheck(h_0, bias, requires_grad):
     torch.library.opcheck(torch.ops.pathrnn.relu_rnn, arguments(h_0=h_0, bias=bias, requires_grad=requires_grad))
 
 
-@pytest.mark.parametrize("needs", ([True] * 5, [False] * 5, [False, False, True, True, True], [True, False, False, True, False]))
+@pytest.mark.parametrize(
+    "needs", ([True] * 5, [False] * 5, [False, False, True, True, True], [True, False, False, True, False])
+)
 def test_opcheck_backward(needs):
     x, h_0, weight_ih, weight_hh, bias_ih, bias_hh = arguments(batch=20)
     y, h_n = ops.relu_rnn(x, h_0, weight_ih, weight_hh, bias_ih, bias_hh)
@@ -111,7 +115,7 @@ def test_bad_dtypes_and_devices(name):
     for dtype in (F32, torch.float16, torch.int64, torch.complex128):
         tensors = arguments()
         tensors[at] = tensors[at].to(dtype)
-        with pytest.raises((ValueError, TypeError), match="has dtype|serve"):
+        with pytest.raises((ValueError, TypeError), match=r"has dtype|serve"):
             ops.relu_rnn(*tensors)
     tensors = arguments()
     tensors[at] = tensors[at].to("meta")
@@ -134,7 +138,7 @@ def test_bad_arguments_of_backward(at):
     good = [torch.ones_like(y), torch.ones_like(h_n), x, h_0, weight_ih, weight_hh, y]
     for bad in (good[at][..., :-1], good[at][:-1], good[at].float(), good[at][None]):
         call = [*good[:at], bad, *good[at + 1 :], [True] * 5]
-        with pytest.raises((ValueError, TypeError), match="has shape|has dtype"):
+        with pytest.raises((ValueError, TypeError), match=r"has shape|has dtype"):
             torch.ops.pathrnn.relu_rnn_backward(*call)
 
 
