@@ -243,12 +243,100 @@ void settle(const Chain<T>& c, int64_t rest, int64_t done, int64_t steps) {
   *c.out.rest = {std::min(begin, end), std::max(begin, end) + 1, from};
 }
 
+// W̃^kLeap by two squarings, in rows padded to ld; false if entries underflowed, which one step at a time would not lose.
+constexpr int64_t kLeap = 4;
+
+template <typename T>
+bool leap_matrix(const Packed<T>& w, int64_t w_exponent, Buffer<T>& power, int64_t& exponent) {
+  const int64_t hidden = w.depth, ld = padded<T>(hidden);
+  Buffer<T> square(hidden * ld), right(Packed<T>::size(hidden, hidden));
+  const Packed<T> factor{right.data(), hidden, hidden, kPanel<T>};
+  power.resize(hidden * ld);
+  for (int64_t p = 0; p < w.panels(); ++p) {
+    for (int64_t k = 0; k < hidden; ++k) {
+      std::copy(w.begin(p) + k * w.row(p), w.begin(p) + (k + 1) * w.row(p), power.data() + k * ld + p * w.panel);
+    }
+  }
+  exponent = w_exponent;
+  const bool lost = FlushDenormals::lost();
+  for (int64_t n = 1; n < kLeap; n *= 2) {
+    pack(factor, power.data(), ld, 1, Team{}, [](T v) { return v; });
+    Vec<T> most{};
+    for (int64_t p = 0; p < factor.panels(); ++p) {
+      Product<T> product{power.data(), ld, 1, factor.begin(p), factor.row(p), hidden};
+      Tile<T> t{};
+      t.alpha = 1;
+      t.num_products = 1;
+      t.columns = factor.row(p);
+      t.c = square.data() + p * factor.panel;
+      t.c_row = ld;
+      panel(t, &product, hidden);
+    }
+    for (int64_t at = 0; at < hidden * ld; at += Simd<T>::width) most = maximum<T>(most, load(square.data() + at));
+    const int64_t m = magnitude(largest_lane<T>(most));
+    if (m == kZeroExponent) return false;  // nilpotent: one step at a time ends sooner
+    const T s = std::ldexp(T(1), static_cast<int>(-m));
+    for (int64_t at = 0; at < hidden * ld; at += Simd<T>::width) store(power.data() + at, load(square.data() + at) * s);
+    exponent = 2 * exponent + m;
+  }
+  if (lost || !FlushDenormals::lost()) return true;
+  FlushDenormals::forget();
+  return false;
+}
+
+// Steps [from, steps), kLeap at a time, where the drive has been one row, or none, for all but the first step:
+// x_{s+m} = W̃^m x_s + d, d what m steps make of nothing. W̃^m is read once for m steps, whose rows fill a register tile.
+template <typename T>
+void leap(const Chain<T>& c, const Packed<T>& w, int64_t w_exponent, const Buffer<T>& power, int64_t power_exponent,
+          int64_t from, int64_t steps) {
+  const int64_t hidden = w.depth, ld = c.out.row, late = c.first + from * c.stride;
+  Buffer<T> drive(2 * ld, T(0));
+  T *driven = drive.data(), *before = driven + ld;
+  int64_t drive_exponent = kZeroExponent, largest;
+  for (int64_t n = 0; n < kLeap; ++n) {
+    std::swap(driven, before);
+    matrix_vector(w, before, driven);
+    finish_step(driven, drive_exponent + w_exponent, c.drive.data, c.drive.exponent[late * c.drive.exponent_step], ld,
+                drive_exponent, largest);
+  }
+  for (int64_t s = from; s < steps; s += kLeap) {
+    const int64_t rows = std::min(kLeap, steps - s), t = c.first + s * c.stride, source = t - kLeap * c.stride;
+    for (int64_t column = 0; column < ld; column += kPanel<T>) {
+      Product<T> product{c.out[source], c.stride * ld, 1, power.data() + column, ld, hidden};
+      Tile<T> tile{};
+      tile.alpha = 1;
+      tile.num_products = 1;
+      tile.columns = std::min(kPanel<T>, ld - column);
+      tile.c = c.out[t] + column;
+      tile.c_row = c.stride * ld;
+      panel(tile, &product, rows);
+    }
+    bool resting = rows == kLeap;
+    for (int64_t r = 0; r < rows; ++r) {
+      const int64_t row = t + r * c.stride, previous = row - c.stride;
+      finish_step(c.out[row], c.out.exponent[source + r * c.stride] + power_exponent, driven, drive_exponent, ld,
+                  c.out.exponent[row], c.out.largest[row]);
+      resting = resting && rests(c, s + r, c.out[row], c.out[previous], c.out.exponent[row], c.out.exponent[previous]);
+    }
+    if (resting) return settle(c, s, s + rows - 1, steps);
+  }
+}
+
 // All steps by one thread: W̃ is packed and small enough for its cache.
 template <typename T>
 void chain(const Chain<T>& c, const Packed<T>& w, int64_t w_exponent, int64_t steps) {
+  // A chain that converges has come to rest by then, mostly; the powers must pay for themselves in the steps left.
+  constexpr int64_t kSettled = 64, kWorthPowers = 3;
   const T* before = c.start;
   int64_t exponent = c.start_exponent;
   for (int64_t s = 0, t = c.first; s < steps; ++s, t += c.stride) {
+    if (s == kSettled && c.drive.row == 0 && steps - s >= kWorthPowers * w.depth) {
+      Buffer<T> power;
+      int64_t power_exponent;
+      if (leap_matrix(w, w_exponent, power, power_exponent)) {
+        return leap(c, w, w_exponent, power, power_exponent, s, steps);
+      }
+    }
     T* out = c.out[t];
     matrix_vector(w, before, out);
     // The drive's rows run with the output's.

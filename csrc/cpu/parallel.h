@@ -16,7 +16,8 @@
 namespace pathrnn {
 
 // Vanishing h and δ turn denormal, which costs up to 5x: results are flushed to zero for the life of this object, on
-// this thread, and operands too unless `operands` is false. `lost` says whether anything was.
+// this thread, and operands too unless `operands` is false. `lost` says whether anything
+// was since then or since `forget`.
 class FlushDenormals {
  public:
 #if defined(__x86_64__)
@@ -26,6 +27,7 @@ class FlushDenormals {
   ~FlushDenormals() { _mm_setcsr(saved_); }
   // A result underflowed, or an operand was denormal.
   static bool lost() { return _mm_getcsr() & 0x12; }
+  static void forget() { _mm_setcsr(_mm_getcsr() & ~0x3fu); }
 
  private:
   unsigned saved_;
@@ -41,12 +43,14 @@ class FlushDenormals {
     asm volatile("mrs %0, fpsr" : "=r"(status));
     return status & ((1u << 3) | (1u << 7));
   }
+  static void forget() { asm volatile("msr fpsr, %0" ::"r"(uint64_t{0})); }
 
  private:
   uint64_t saved_;
 #else
   explicit FlushDenormals(bool = true) {}
   static bool lost() { return false; }
+  static void forget() {}
 #endif
 };
 
