@@ -11,6 +11,11 @@ def pytest_configure(config):
     config.addinivalue_line("markers", "every_isa: run again by test_backend.py on each instruction set")
 
 
+@pytest.fixture(autouse=True)
+def seeded():
+    torch.manual_seed(0)
+
+
 @pytest.fixture
 def poisoned():
     """Memory that torch hands out uninitialised is full of nan (of the largest integer) instead of lucky zeros."""

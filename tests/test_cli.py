@@ -172,6 +172,7 @@ def test_a_signal_leaves_a_checkpoint_and_says_how_to_resume(capsys, tmp_path, n
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+        cwd=tmp_path,  # the source tree would hide the installed package
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     )
     deadline = time.monotonic() + 50
@@ -216,6 +217,7 @@ def test_info_shows_what_the_extension_says_of_its_build(capsys, monkeypatch):
     ]
 
 
-def test_python_m_is_the_command():
-    done = subprocess.run([sys.executable, "-m", "pathrnn_kernels", "train"], capture_output=True, text=True)
+def test_python_m_is_the_command(tmp_path):
+    command = [sys.executable, "-m", "pathrnn_kernels", "train"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 2 and message(done.stderr).startswith("the following arguments are required")

@@ -23,11 +23,12 @@ def pair(*args, **options):
     return theirs, ReLURNN.from_torch(theirs)
 
 
-def assert_close(found, expected, error, name=""):
+def assert_close(found, expected, error, name="", scale=None):
     assert found.shape == expected.shape and found.dtype == expected.dtype, name
     assert found.isfinite().all(), name
+    scale = expected.abs().max().item() if scale is None else scale
     worst = (found - expected).abs().max().item()
-    assert worst <= error * expected.abs().max().item(), f"{name}: {worst / expected.abs().max().item()} > {error}"
+    assert worst <= error * scale, f"{name}: {worst / scale} > {error}"
 
 
 def outcome(rnn, x, h_0, loss):
@@ -53,7 +54,10 @@ def check(theirs, ours, x, h_0=None, loss=("y", "h_n")):
     expected, found = outcome(theirs, x, h_0, loss), outcome(ours, x, h_0, loss)
     assert found.keys() == expected.keys()
     for name in expected:
-        assert_close(found[name], expected[name], error, name)
+        # A layer's gradients sum the same deltas; one sum can cancel by chance, its rounding errors do not.
+        layer = [t for other, t in expected.items() if "_l" in name and other.endswith(name[name.index("_l") :])]
+        scale = max(t.abs().max().item() for t in layer or [expected[name]])
+        assert_close(found[name], expected[name], error, name, scale)
 
 
 @pytest.mark.parametrize("loss", (("y",), ("h_n",), ("y", "h_n")), ids="+".join)
