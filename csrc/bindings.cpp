@@ -26,7 +26,7 @@ TORCH_LIBRARY(pathrnn, m) {
       tags);
   m.def(
       "kappa2(Tensor weight_hh, Tensor h, Tensor h_exponents, Tensor delta, Tensor delta_exponents, "
-      "int workspace_bytes) -> (Tensor, Tensor)",
+      "int workspace_bytes) -> (Tensor, Tensor, Tensor)",
       tags);
 }
 

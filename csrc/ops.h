@@ -42,7 +42,7 @@ struct ReluRnnBackward {
 // The squared network's chains h (forward) and δ (backward), κ⁽¹⁾ and log γ² (eqs. (3), (9), (11)). Every vector of a
 // chain carries a power-of-two exponent of its own and is renormalised when its largest entry leaves a narrow range,
 // so nothing overflows. An entry is lost where it lies too far below the largest of its vector, or a weight's square
-// below that of its matrix, for the dtype; `lost` says so, and the caller has a wider type.
+// below that of its matrix, for the dtype; `lost` says so, for a caller that can use a wider one.
 template <typename T>
 struct PathChain {
   int64_t num_layers, input, hidden, outputs, vocabulary, seq_len;
@@ -82,7 +82,11 @@ struct Kappa2 {
   int64_t workspace_bytes;         // for the cached powers; at least four are held
   T* term;                         // [H, H]
   int64_t* exponent;               // [1]; kZeroExponent when the term is zero
+  bool* lost;                      // whether an entry of a power underflowed
 };
+
+// Rows of the batch that a thread of relu_rnn takes at least; at least half a register tile of every instruction set.
+constexpr int64_t kRowGroup = 3;
 
 // The exponent of a zero: below every other, yet two of them add up without overflow.
 constexpr int64_t kZeroExponent = -(int64_t{1} << 40);

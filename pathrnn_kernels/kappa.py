@@ -84,6 +84,8 @@ def kappa(
     seq_len = _check(net, seq_len)
     if not isinstance(kappa2, str) or kappa2 not in KAPPA2_FACTOR:
         raise ValueError(f"kappa2 is {kappa2!r}; use one of {', '.join(map(repr, KAPPA2_FACTOR))}")
+    if not isinstance(second_term, bool):
+        raise TypeError(f"second_term is {second_term!r}; it must be True or False")
     if not isinstance(rtol, numbers.Real) or not 0 <= rtol < math.inf:
         raise ValueError(f"rtol is {rtol!r}; it must be a finite number, at least 0")
     parameters = net.weights()
@@ -94,22 +96,22 @@ def kappa(
     if _choose(net, parameters, backend) == "reference":
         from . import reference
 
-        detached = {name: p.detach() for name, p in parameters.items()}
-        with torch.enable_grad():  # κ is made of derivatives; callers often hold no_grad
-            factors = reference.kappa(detached, seq_len, net.outputs, net.h0, second_term, kappa2)
-        log_norm = reference.path_norm(detached, seq_len, net.outputs, net.h0).double().log()
+        # κ is made of derivatives; callers often hold no_grad or inference_mode.
+        with torch.inference_mode(False), torch.enable_grad():
+            copies = {name: p.detach().clone() for name, p in parameters.items()}
+            factors = reference.kappa(copies, seq_len, net.outputs, net.h0, second_term, kappa2)
+            log_norm = reference.path_norm(copies, seq_len, net.outputs, net.h0).double().log()
         return Kappa(factors, dict.fromkeys(factors, 0.0), log_norm, lags, 0.0, shapes)
 
     dtype = parameters["rnn.weight_hh_l0"].dtype
     parameters, chain = _run(net, parameters, layout, seq_len, sequences=second_term)
+    terms = _second_terms(parameters, layout, chain) if second_term else []
+    if terms is None:
+        parameters, chain = _run(net, _wide(parameters), layout, seq_len, sequences=True)
+        terms = _second_terms(parameters, layout, chain) or []
     exponents = chain.exponents.tolist()
-    if second_term:
-        coefficient = KAPPA2_FACTOR[kappa2]
-        for i, name in enumerate(layout.kinds[1]):
-            term, exponent = ops.kappa2(
-                parameters[name].detach(), chain.h[i], chain.h_exponents[i], chain.delta[i], chain.delta_exponents[i]
-            )
-            _add_scaled(chain.kappa1, exponents, layout.places[name], coefficient * term, int(exponent))
+    for name, (term, exponent) in zip(layout.kinds[1], terms, strict=False):
+        _add_scaled(chain.kappa1, exponents, layout.places[name], KAPPA2_FACTOR[kappa2] * term, exponent)
     factors = {name: chain.kappa1[place].to(dtype) for name, place in layout.places.items()}
     log_scales = {name: exponents[place] * _LN2 for name, place in layout.places.items()}
     return Kappa(factors, log_scales, chain.log_path_norm, lags, 0.0, shapes)
@@ -170,7 +172,9 @@ class _Norm(torch.autograd.Function):
             # In two halves, so that κ may be out of range where p κ is not.
             half = math.exp(max(-700.0, min(700.0, log_scale / 2)))
             with torch.no_grad():
-                gradient = (p * half) * (ctx.factors[i] * half).to(p.dtype) * (2 * grad)
+                # Zero weights have no gradient, however large κ.
+                gradient = (p.double() * half) * (ctx.factors[i].double() * half) * (2 * grad.double())
+                gradient = torch.where(p == 0, 0.0, gradient).to(p.dtype)
             # create_graph: a second derivative would otherwise be zero without a word.
             gradients.append(_FirstOrder.apply(gradient, p) if torch.is_grad_enabled() else gradient)
         return (None, None, None, None, *gradients)
@@ -195,8 +199,8 @@ def _check(net: PathNetwork, seq_len: int) -> int:
         raise TypeError(f"net is a {type(net).__name__}; it must be a PathNetwork: PathNetwork(rnn, head=…)")
     if isinstance(seq_len, bool) or not isinstance(seq_len, numbers.Integral):
         raise TypeError(f"seq_len is {seq_len!r}; it must be a positive integer")
-    if seq_len < 1:
-        raise ValueError(f"seq_len is {seq_len}; it must be at least 1")
+    if not 1 <= seq_len < 2**31:
+        raise ValueError(f"seq_len is {seq_len}; it must be at least 1, and less than 2**31")
     return int(seq_len)
 
 
@@ -205,6 +209,9 @@ def _choose(net: PathNetwork, parameters: dict[str, Tensor], backend: str) -> st
     backend = choose(weight.device, weight.dtype, backend)
     if backend == "reference":
         net.check_parameters()  # the kernels check for themselves
+        for name, p in parameters.items():
+            if not bool(p.detach().isfinite().all()):
+                raise ValueError(f"{name} has a nan or infinite entry; κ and γ² need finite weights")
     return backend
 
 
@@ -268,10 +275,67 @@ def _run(
         kappa1,
         sequences,
     )
-    if weight_hh[0].dtype == torch.float32 and chain.lost.item():
-        wide = {name: p.detach().double() for name, p in parameters.items()}
-        return _run(net, wide, layout, seq_len, kappa1, sequences)
+    if chain.lost.item():
+        if weight_hh[0].dtype == torch.float32:
+            return _run(net, _wide(parameters), layout, seq_len, kappa1, sequences)
+        if chain.log_path_norm == -math.inf and (connected := _connected(parameters, layout, net.h0 == "ones")):
+            # What grows beside the paths, without being on one, has hidden them.
+            _, alone = _run(net, connected, layout, seq_len, kappa1=False)
+            chain = chain._replace(log_path_norm=alone.log_path_norm)
     return parameters, chain
+
+
+def _wide(parameters: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: p.detach().double() for name, p in parameters.items()}
+
+
+def _second_terms(
+    parameters: dict[str, Tensor], layout: _Layout, chain: ops.PathChain
+) -> list[tuple[Tensor, int]] | None:
+    """W̃ ⊙ S and its exponent for every layer; None where float32 lost something."""
+    terms = []
+    for i, name in enumerate(layout.kinds[1]):
+        term, exponent, lost = ops.kappa2(
+            parameters[name].detach(), chain.h[i], chain.h_exponents[i], chain.delta[i], chain.delta_exponents[i]
+        )
+        if term.dtype == torch.float32 and lost.item():
+            return None
+        terms.append((term, int(exponent)))
+    return terms
+
+
+def _connected(parameters: dict[str, Tensor], layout: _Layout, ones_h0: bool) -> dict[str, Tensor] | None:
+    """The parameters without the units that lie on no path from an input to an output; None if all units do."""
+    edges = {name: p.detach() != 0 for name, p in parameters.items()}
+
+    def closure(units: Tensor, matrix: Tensor) -> Tensor:
+        while not torch.equal(more := units | (matrix & units).any(1), units):
+            units = more
+        return units
+
+    reached, below = [], torch.ones_like(edges[layout.kinds[0][0]][0])
+    if "embedding.weight" in edges:
+        below = edges["embedding.weight"].any(0)
+    for i, (weight_ih, weight_hh) in enumerate(zip(layout.kinds[0], layout.kinds[1], strict=True)):
+        driven = (edges[weight_ih] & below).any(1) | ones_h0
+        for biases in layout.kinds[2:]:
+            driven = driven | edges[biases[i]] if biases else driven
+        below = closure(driven, edges[weight_hh])
+        reached.append(below)
+    above = edges["head.weight"].any(0) if "head.weight" in edges else torch.ones_like(reached[-1])
+    result = dict(parameters)
+    for i in reversed(range(len(reached))):
+        weight_ih, weight_hh = layout.kinds[0][i], layout.kinds[1][i]
+        leads = closure(above, edges[weight_hh].T)
+        keep = reached[i] & leads
+        result[weight_hh] = parameters[weight_hh].detach() * (keep[:, None] & keep)
+        result[weight_ih] = parameters[weight_ih].detach() * keep[:, None]
+        for biases in layout.kinds[2:]:
+            if biases:
+                result[biases[i]] = parameters[biases[i]].detach() * keep
+        above = (edges[weight_ih] & leads[:, None]).any(0)
+        reached[i] = keep
+    return None if all(bool(keep.all()) for keep in reached) else result
 
 
 def _add_scaled(factors: list[Tensor], exponents: list[int], place: int, term: Tensor, exponent: int) -> None:

@@ -6,6 +6,7 @@ from typing import Literal
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 from .rnn import ReLURNN
 
@@ -62,8 +63,11 @@ class PathNetwork(nn.Module):
         modules = self._modules
         rnn, head, embedding = modules["rnn"], modules["head"], modules["embedding"]
         own = rnn._parameters  # type: ignore[union-attr]
-        # A parametrised weight is an attribute computed on access, not a parameter of its module.
-        found = {name: own[key] if key in own else getattr(rnn, key) for name, key in self._rnn_names}
+        try:
+            found = {name: own[key] for name, key in self._rnn_names}
+        except KeyError:
+            self.check_parameters()  # names what has replaced a parameter since
+            raise
         if head is not None:
             found["head.weight"] = head.weight
             if head.bias is not None:
@@ -74,6 +78,12 @@ class PathNetwork(nn.Module):
 
     def check_parameters(self) -> None:
         """Refuse tied, mixed or unsupported parameters; they can become so after construction."""
+        for name, module in self.named_modules():
+            if parametrize.is_parametrized(module):
+                raise ValueError(
+                    f"{name or 'the network'} has parametrizations, which κ does not support: remove them "
+                    "(torch.nn.utils.parametrize.remove_parametrizations)"
+                )
         seen: dict[int, str] = {}
         first: tuple[str, Tensor] | None = None
         for name, p in self.named_parameters(remove_duplicate=False):

@@ -454,7 +454,6 @@ void sum_rows(const Rows<T>& rows, int64_t first, int64_t last, T* out, int64_t&
   int64_t top = kZeroExponent;
   for (int64_t t = first; t < last; ++t) top = std::max(top, rows.exponent[t]);
   std::fill(out, out + rows.row, T(0));
-  Vec<T> most{};
   const Rest rest = rows.resting();
   for (int64_t t = first; t < last; ++t) {
     T s = power_of_two<T>(rows.exponent[t] - top);
@@ -466,12 +465,17 @@ void sum_rows(const Rows<T>& rows, int64_t first, int64_t last, T* out, int64_t&
     if (s == T(0)) continue;
     for (int64_t k = 0; k < rows.row; k += width) store(out + k, load(out + k) + s * load(row + k));
   }
-  for (int64_t k = 0; k < rows.row; k += width) most = maximum<T>(most, load(out + k));
-  const int64_t m = magnitude(largest_lane<T>(most));
-  exponent = m == kZeroExponent ? 0 : natural_exponent(m + top);
-  if (m == kZeroExponent) return;
-  const T s = std::ldexp(T(1), static_cast<int>(top - exponent));
-  for (int64_t k = 0; k < rows.row; k += width) store(out + k, load(out + k) * s);
+  exponent = top;
+}
+
+// out = the first n numbers of a padded vector, on the scale that suits a result; returns that scale's exponent.
+template <typename T>
+int64_t copy_result(const T* vector, int64_t exponent, int64_t n, T* out) {
+  const int64_t m = magnitude(*std::max_element(vector, vector + n));
+  const int64_t result = m == kZeroExponent ? 0 : natural_exponent(m + exponent);
+  const T s = m == kZeroExponent ? T(0) : std::ldexp(T(1), static_cast<int>(exponent - result));
+  std::transform(vector, vector + n, out, [s](T v) { return v * s; });
+  return result;
 }
 
 // out[j, k] = Σ_t d_t[j] h_t[k] with its exponent: κ⁽¹⁾ of a matrix, split by rows over the team. `scratch` is [n, row].

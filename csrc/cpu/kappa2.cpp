@@ -9,7 +9,7 @@ namespace {
 
 using at::Tensor;
 
-std::tuple<Tensor, Tensor> run(const Tensor& weight_hh, const Tensor& h, const Tensor& h_exponents, const Tensor& delta,
+std::tuple<Tensor, Tensor, Tensor> run(const Tensor& weight_hh, const Tensor& h, const Tensor& h_exponents, const Tensor& delta,
                                const Tensor& delta_exponents, int64_t workspace_bytes) {
   check_floating(weight_hh, "weight_hh");
   TORCH_CHECK_VALUE(weight_hh.dim() == 2 && weight_hh.size(0) == weight_hh.size(1) && weight_hh.size(0) > 0,
@@ -29,14 +29,15 @@ std::tuple<Tensor, Tensor> run(const Tensor& weight_hh, const Tensor& h, const T
   const Tensor w = weight_hh.contiguous(), hc = h.contiguous(), dc = delta.contiguous();
   const Tensor he = h_exponents.contiguous(), de = delta_exponents.contiguous();
   Tensor term = at::empty_like(w), exponent = at::empty({}, h_exponents.options());
+  Tensor lost = at::empty({}, w.options().dtype(at::kBool));
   AT_DISPATCH_FLOATING_TYPES(w.scalar_type(), "kappa2", [&] {
     kernels<scalar_t>().kappa2(
         {seq_len, hidden, w.const_data_ptr<scalar_t>(), hc.const_data_ptr<scalar_t>(), he.const_data_ptr<int64_t>(),
          dc.const_data_ptr<scalar_t>(), de.const_data_ptr<int64_t>(), workspace_bytes,
-         term.mutable_data_ptr<scalar_t>(), exponent.mutable_data_ptr<int64_t>()},
+         term.mutable_data_ptr<scalar_t>(), exponent.mutable_data_ptr<int64_t>(), lost.mutable_data_ptr<bool>()},
         threads_for(static_cast<double>(seq_len) * hidden * hidden * (seq_len + hidden)));
   });
-  return {term, exponent};
+  return {term, exponent, lost};
 }
 
 }  // namespace

@@ -15,6 +15,7 @@ class Kappa2Run {
         counterpart_(Packed<T>::size(H_, H_)),
         scans_(threads, T(0)),
         largest_(threads, T(0)),
+        lost_(threads, 0),
         pairs_exponents_(threads) {
     // Lag 0 needs the diagonal alone, so powers 1 … T-2 are cached: all of them, or two chunks at a time.
     const int64_t needed = std::max<int64_t>(T_ - 2, 1);
@@ -30,6 +31,7 @@ class Kappa2Run {
 
   void run() {
     run_team(threads_, [this](const Team& team) { run(team); });
+    *p_.lost = std::find(lost_.begin(), lost_.end(), 1) != lost_.end();
   }
 
  private:
@@ -84,6 +86,7 @@ class Kappa2Run {
       std::fill(row + H_, row + ld_, T(0));
     }
     if (team.rank == 0) exponents_[0] = weight_exponent;
+    lost_[team.rank] = FlushDenormals::lost();
     team.wait();
   }
 
@@ -98,6 +101,8 @@ class Kappa2Run {
   // from[i] has exponent exponents_[from_at + i], to[i] gets exponents_[to_at + i].
   void multiply(const T* from, int64_t from_at, int64_t count, T* to, int64_t to_at, const Team& team) {
     const Packed<T> right = factor();
+    // Adding a lag flushes rows that are negligible, rightly; here it would be a loss.
+    FlushDenormals::forget();
     int64_t row_first, row_last;
     team.share(H_, row_first, row_last);
     if (team.rank == 0) tops_.assign(count * team.size, T(0));
@@ -132,6 +137,7 @@ class Kappa2Run {
         exponents_[to_at + i] = top > T(0) ? exponents_[from_at + i] + factor_exponent_ + m : kZeroExponent;
       }
     }
+    lost_[team.rank] |= FlushDenormals::lost();
     team.wait();
   }
 
@@ -236,6 +242,7 @@ class Kappa2Run {
   int64_t T_, H_, ld_, matrix_, chunk_, factor_exponent_ = 0;
   Buffer<T> pairs_, powers_, next_, counterpart_, h_, d_;
   std::vector<T> scans_, largest_, tops_;
+  std::vector<int> lost_;  // by thread
   std::vector<int64_t> pairs_exponents_, exponents_;
 };
 

@@ -1,6 +1,7 @@
 // Every kernel in one instruction set: the body of a namespace in isa_*.cpp.
 #include "tile.inl"
 // The recurrence needs the tile; the chains need the recurrence's blocked step.
+static_assert(kTileRows / 2 <= kRowGroup, "a row group fills half a tile");
 #include "relu_rnn.inl"
 #include "chain.inl"
 #include "path_chain.inl"

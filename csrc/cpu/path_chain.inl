@@ -114,7 +114,7 @@ class PathChainRun {
     }
     if (L_ > 1) {
       mixed_h_.resize(Packed<T>::size(H_, H_));
-      mixed_d_.resize(Packed<T>::size(H_, H_));
+      if (backward_) mixed_d_.resize(Packed<T>::size(H_, H_));
     }
     outer_ = memory_.take(T_ * ld_);
     partial_.resize(threads * std::max(ld_, padded<T>(net.input)));
@@ -387,7 +387,10 @@ class PathChainRun {
       step(t, rows[first], ld_, p, n, static_cast<const Product<T>*>(nullptr), last - first);
     }
     for (int64_t t = first; t < last; ++t) {
-      exponent[t] = rows.exponent[t] == kZeroExponent ? kZeroExponent : rows.exponent[t] + w.exponent;
+      // A row of zeros must not bring its exponent along: it would push aside what it drives.
+      const T* row = out + t * ld_;
+      const bool zero = std::all_of(row, row + H_, [](T v) { return v == T(0); });
+      exponent[t] = zero ? kZeroExponent : rows.exponent[t] + w.exponent;
       std::fill(out + t * ld_ + H_, out + (t + 1) * ld_, T(0));
     }
     team.wait();
@@ -438,18 +441,12 @@ class PathChainRun {
       ++exponent;
       outer_sum(d(i), h(i), T_, H_, H_, net_.kappa_hh[i], *exponent++, outer_, team);
       if (!net_.kappa_bias.empty()) {
-        if (team.rank == 0) {
-          std::copy(d_sum, d_sum + H_, net_.kappa_bias[i]);
-          *exponent = d_sum_exponent_[i];
-        }
+        if (team.rank == 0) *exponent = copy_result(d_sum, d_sum_exponent_[i], H_, net_.kappa_bias[i]);
         ++exponent;
       }
     }
     if (team.rank != 0) return;
-    if (net_.kappa_head) {
-      std::copy(h_sum_.begin(), h_sum_.begin() + H_, net_.kappa_head);
-      *exponent++ = h_sum_exponent_;
-    }
+    if (net_.kappa_head) *exponent++ = copy_result(h_sum_.data(), h_sum_exponent_, H_, net_.kappa_head);
     if (net_.kappa_head_bias) {
       *net_.kappa_head_bias = static_cast<T>(output_steps());
       *exponent++ = 0;
@@ -460,10 +457,7 @@ class PathChainRun {
   // The input is the same at every step: κ⁽¹⁾ = (Σ_t δ_t) · inputᵀ, equal columns for an input of ones.
   int64_t first_kappa(const T* d_sum, int64_t exponent) {
     T* out = net_.kappa_ih[0];
-    if (!net_.embedding) {
-      std::copy(d_sum, d_sum + H_, out);
-      return exponent;
-    }
+    if (!net_.embedding) return copy_result(d_sum, exponent, H_, out);
     const T* x = input_.data.data();
     const int64_t md = magnitude(*std::max_element(d_sum, d_sum + H_));
     const int64_t mx = magnitude(*std::max_element(x, x + net_.input));

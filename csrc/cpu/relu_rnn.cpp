@@ -35,8 +35,6 @@ Sizes check(const Tensor& x, const optional<Tensor>& h_0, const Tensor& weight_i
 
 // Threads for the recurrence. Splitting the batch costs no barrier; splitting the columns costs one a step, which
 // pays only where a step is long.
-constexpr int64_t kRowGroup = 3;
-
 int64_t row_groups(const Sizes& s) {
   const int threads = threads_for(static_cast<double>(s.seq_len) * s.batch * s.hidden * s.hidden);
   return std::max<int64_t>(1, std::min<int64_t>(threads, s.batch / kRowGroup));

@@ -31,7 +31,7 @@ struct Grid {
   Barrier* barrier;  // of the threads that share these rows; null when alone
 
   Grid(const Team& team, int64_t batch, int64_t panels, std::vector<Barrier>& barriers) {
-    // Row groups hold at least half a tile of rows; what threads are left over split the panels.
+    // What threads are left over when every row group has its rows split the panels.
     const int64_t groups = row_groups(team.size, batch);
     const int64_t group = team.rank * groups / team.size;
     int64_t begin = 0, size = 0;  // ranks of this group
@@ -49,8 +49,7 @@ struct Grid {
   }
 
   static int64_t row_groups(int64_t threads, int64_t batch) {
-    const int64_t half_tile = std::max<int64_t>(1, kTileRows / 2);
-    return std::max<int64_t>(1, std::min(threads, batch / half_tile));
+    return std::max<int64_t>(1, std::min(threads, batch / kRowGroup));
   }
 };
 

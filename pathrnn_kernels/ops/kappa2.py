@@ -20,7 +20,7 @@ def kappa2(
     delta: Tensor,
     delta_exponents: Tensor,
     workspace_bytes: int | None = None,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     """W̃ ⊙ S with S[j, k] = Σ_{t < t'} δ_{t'+1}[j] · (W̃^{t'-t-1})[k, j] · h_t[k] (eq. (11), index corrected).
 
     Powers of W̃ are formed in O(log T) wide products and cached, in chunks where all of them would exceed the budget;
@@ -33,7 +33,8 @@ def kappa2(
         workspace_bytes: budget for the cached powers; PATHRNN_WORKSPACE_BYTES or 256 MiB by default.
 
     Returns:
-        The term ``[H, H]`` and its exponent, int64, 0-dim: κ⁽²⁾ is 4 · term · 2^exponent.
+        The term ``[H, H]``; its exponent, int64, 0-dim: κ⁽²⁾ is 4 · term · 2^exponent; and whether an entry of a power
+        of W̃ underflowed, bool, 0-dim, so that the sum should be formed again in a wider dtype.
     """
     if workspace_bytes is None:
         workspace_bytes = _workspace_bytes()
@@ -56,4 +57,8 @@ if extension_problem() is None:
     @torch.library.register_fake("pathrnn::kappa2")
     def _(weight_hh, h, h_exponents, delta, delta_exponents, workspace_bytes):  # type: ignore[no-untyped-def]
         check_devices(weight_hh, h, h_exponents, delta, delta_exponents)
-        return torch.empty_like(weight_hh), h_exponents.new_empty(())
+        return (
+            weight_hh.new_empty(weight_hh.shape),
+            h_exponents.new_empty(()),
+            weight_hh.new_empty((), dtype=torch.bool),
+        )
