@@ -657,3 +657,67 @@ def test_networks_that_changed_after_construction():
     net.rnn.weight_hh_l0 = nn.Parameter(torch.ones(3, 5, dtype=F64))
     with pytest.raises(ValueError, match=r"weight_hh_l0 has shape \[3, 5\]"):
         pk.kappa(net, 3)
+
+
+def test_powers_that_underflow_are_formed_in_float64():
+    torch.manual_seed(0)
+    net = with_hh(0.9 * torch.eye(6) + 0.3 * torch.randn(6, 6))
+    pk.rescale.node_rescale_(net, [torch.tensor([3e-7, 1, 1, 1, 1, 1])])
+    check_logarithms(net, 30, second_term=True)
+
+
+@pytest.mark.parametrize("dtype", (F32, F64))
+@pytest.mark.parametrize("seq_len", (20, 100, 1000))
+def test_growth_that_reaches_no_output(seq_len, dtype):
+    net = with_hh(torch.diag(torch.tensor([10.0, 0.5])), outputs="last", dtype=dtype)
+    with torch.no_grad():
+        net.head.weight[:, 0] = 0
+        net.head.bias.zero_()
+    found, expected = pk.log_path_norm(net, seq_len), oracles.log_kappa(net, seq_len, False).log_path_norm
+    assert abs(found.item() - expected) <= tolerances.LOG_DOMAIN
+
+
+def test_a_layer_that_passes_nothing_on():
+    """The layer below grows beyond the dtype; what the layer above holds of h_0 is all there is."""
+    net = with_hh(0.5 * torch.eye(3), outputs="last", h0="ones", num_layers=2, dtype=F64)
+    with torch.no_grad():
+        net.rnn.weight_hh_l0.fill_(3)
+        for p in (net.rnn.weight_ih_l1, net.rnn.bias_ih_l1, net.rnn.bias_hh_l1, net.head.bias):
+            p.zero_()
+    per_step = [pk.log_path_norm(net, seq_len).item() / seq_len for seq_len in (100, 300)]
+    # h_T = 0.25^T in the upper layer.
+    head = net.head.weight.square().sum().log().item()
+    assert all(
+        abs(rate - (-2 * math.log(2) + head / seq_len)) < 1e-12
+        for rate, seq_len in zip(per_step, (100, 300), strict=True)
+    )
+
+
+def test_zero_weights_have_no_gradient_however_large_kappa():
+    net = with_hh(torch.tensor([[9.0, 0, 0], [9, 9, 9], [9, 9, 9]]))
+    pk.path_norm(net, 100).backward()
+    assert (net.rnn.weight_hh_l0.grad[0, 1:] == 0).all() and not net.rnn.weight_hh_l0.grad.isnan().any()
+
+
+@pytest.mark.parametrize("backend", ("cpu", "reference"))
+def test_inference_mode_and_nan_weights(backend):
+    net = with_hh(torch.eye(3))
+    expected = pk.kappa(net, 4).log_path_norm
+    with torch.inference_mode():
+        assert abs(pk.kappa(net, 4, backend=backend).log_path_norm - expected) < 1e-5
+    with torch.no_grad():
+        net.rnn.weight_hh_l0[0, 0] = math.nan
+    for call in (pk.kappa, pk.path_norm):
+        with pytest.raises(ValueError, match="weight_hh_l0 has a nan or infinite entry"):
+            call(net, 4, backend=backend)
+
+
+@pytest.mark.parametrize("value", ("a", None, 1.0))
+def test_second_term_is_a_bool(value):
+    with pytest.raises(TypeError, match="second_term is"):
+        pk.kappa(with_hh(torch.eye(3)), 4, second_term=value)
+
+
+def test_absurd_seq_len_is_refused():
+    with pytest.raises(ValueError, match="seq_len is 1000000000000"):
+        pk.kappa(with_hh(torch.eye(3)), 10**12)

@@ -116,3 +116,12 @@ def test_tied_parameters_are_refused():
     rnn.bias_hh_l0 = rnn.bias_ih_l0
     with pytest.raises(ValueError, match=r"rnn.bias_hh_l0 and rnn.bias_ih_l0 are one tied parameter"):
         PathNetwork(rnn)
+
+
+def test_parametrised_weights_are_refused():
+    rnn = ReLURNN(2, 3)
+    net = PathNetwork(rnn)
+    torch.nn.utils.parametrizations.weight_norm(rnn, "weight_hh_l0")
+    for call in (lambda: PathNetwork(rnn), net.weights):
+        with pytest.raises(ValueError, match="rnn has parametrizations"):
+            call()
