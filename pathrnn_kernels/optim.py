@@ -159,8 +159,7 @@ class PathOptimizer(Optimizer):
                 raise ValueError(f"the gradient of {name} is sparse; use nn.Embedding(…, sparse=False)")
         metric = self._metric
         if metric is None:
-            with torch.enable_grad():  # the reference backend differentiates
-                k = kappa(self.net, self._length(), self.second_term, rtol=self.rtol)
+            k = kappa(self.net, self._length(), self.second_term, rtol=self.rtol)
             metric = _Metric(k, self.eps)
             if metric.log_norm == -math.inf and (self.scale == "path_norm" or self.trust_radius is not None):
                 raise ValueError(
