@@ -22,16 +22,13 @@ TORCH_LIBRARY(pathrnn, m) {
   m.def(
       "path_chain(Tensor[] weight_ih, Tensor[] weight_hh, Tensor[] bias_ih, Tensor[] bias_hh, Tensor? head_weight, "
       "Tensor? head_bias, Tensor? embedding_weight, int seq_len, bool last_only, bool ones_h0, bool kappa1, "
-      "bool sequences) -> (Tensor[], Tensor, Tensor, Tensor[], Tensor[], Tensor, Tensor, Tensor)",
-      tags);
-  m.def(
-      "kappa2(Tensor weight_hh, Tensor h, Tensor h_exponents, Tensor delta, Tensor delta_exponents, "
-      "int workspace_bytes) -> (Tensor, Tensor, Tensor)",
+      "float second_factor, float rtol, int[] first_lags, int workspace_bytes) "
+      "-> (Tensor[], Tensor, Tensor, Tensor, Tensor, Tensor)",
       tags);
 }
 
-// No second derivative: backward through it raises, naming the op, instead of silently giving none. path_chain and
-// kappa2 give constants; path_norm differentiates γ² (kappa.py).
+// No second derivative: backward through it raises, naming the op, instead of silently giving none. path_chain
+// gives constants; path_norm differentiates γ² (kappa.py).
 TORCH_LIBRARY_IMPL(pathrnn, Autograd, m) {
   m.impl("relu_rnn_backward", torch::autograd::autogradNotImplementedFallback());
 }

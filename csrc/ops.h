@@ -63,26 +63,17 @@ struct PathChain {
   T* kappa_embedding = nullptr;  // [1, I]
   int64_t* exponents = nullptr;  // per layer ih, hh, bias if any; head, head bias, embedding if any
   double* log_path_norm = nullptr;       // natural logarithm of γ², -inf for 0
-  std::vector<T*> h, delta;              // per layer [T, H]: h_0 … h_{T-1} and δ_1 … δ_T
-  int64_t* h_exponents = nullptr;        // [L, T]
-  int64_t* delta_exponents = nullptr;    // [L, T]
-  bool* lost = nullptr;                  // whether squares, h or δ underflowed somewhere
-};
+  bool* lost = nullptr;                  // whether squares, h, δ or powers of W̃ underflowed somewhere
 
-// W̃ ⊙ S with S[j, k] = Σ_{t < t'} δ_{t'+1}[j] · (W̃^{t'-t-1})[k, j] · h_t[k], every lag (eq. (11), index corrected).
-// Powers of W̃ are formed in O(log T) wide products, in chunks that fit the budget.
-template <typename T>
-struct Kappa2 {
-  int64_t seq_len, hidden;
-  const T* weight_hh;              // [H, H], finite
-  const T* h;                      // [T, H]: h_0 … h_{T-1}
-  const int64_t* h_exponents;      // [T]
-  const T* delta;                  // [T, H]: δ_1 … δ_T
-  const int64_t* delta_exponents;  // [T]
-  int64_t workspace_bytes;         // for the cached powers; at least four are held
-  T* term;                         // [H, H]
-  int64_t* exponent;               // [1]; kZeroExponent when the term is zero
-  bool* lost;                      // whether an entry of a power underflowed
+  // κ⁽²⁾ = factor · W̃ ⊙ S is added to kappa_hh unless the factor is zero, S[j, k] = Σ_n (W̃^n)[k, j] Σ_t δ_{t+n+2}[j] h_t[k]
+  // over the lags n = 0 … T-2 (eq. (11), index corrected). Lags are summed until the rest is known to within `rtol` of κ,
+  // entry by entry; all of them for rtol 0.
+  double second_factor = 0;
+  double rtol = 0;
+  std::vector<int64_t> first_lags;  // per layer: how many a former call needed, tried first; may be empty
+  int64_t workspace_bytes = 0;      // for cached powers of W̃; at least four are held, 16 at first
+  int64_t* lags = nullptr;          // per layer: lags summed one by one
+  double* bounds = nullptr;         // per layer: bound of the relative error of kappa_hh
 };
 
 // Rows of the batch that a thread of relu_rnn takes at least; at least half a register tile of every instruction set.

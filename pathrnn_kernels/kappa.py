@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import math
 import numbers
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -33,7 +34,8 @@ class Kappa:
     log_path_norm: Tensor
     #: Recurrent parameter name → lags of κ⁽²⁾ that were summed explicitly; 0 without the second term.
     lags: dict[str, int]
-    #: Certified relative error of κ from truncation, over all factors; 0 when every lag was summed.
+    #: Certified relative error of κ from truncation, over all entries of all factors; 0 when every lag was summed.
+    #: Rounding comes on top of it, in the dtype of the weights.
     bound: float
     _shapes: dict[str, torch.Size] = field(repr=False)
 
@@ -66,6 +68,9 @@ def kappa(
     kappa2: str = "exact",
     rtol: float = 1e-5,
     backend: str = "auto",
+    *,
+    lags: Mapping[str, int] | None = None,
+    workspace_bytes: int | None = None,
 ) -> Kappa:
     """κ, half the diagonal of the Hessian of γ² (eq. (8)), of every parameter of the network.
 
@@ -75,8 +80,13 @@ def kappa(
         second_term: whether to add κ⁽²⁾ to κ⁽¹⁾ (Lemma 1). It is nonzero for recurrent matrices only.
         kappa2: ``"exact"`` is definition (8); ``"lemma1"`` and ``"theorem3"`` are the paper's printed factors, one
             half and one quarter of it.
-        rtol: truncation error allowed in κ. All lags are summed at present, so every rtol is met.
-        backend: ``"auto"``, ``"cpu"``, or ``"reference"`` (autograd, not protected from overflow).
+        rtol: truncation error allowed in κ⁽¹⁾ + κ⁽²⁾, relative, entry by entry, at most 1; the ``bound`` that was
+            certified is no larger. 0 sums all lags. ``reference.kappa2_certified`` says how and proves it.
+        backend: ``"auto"``, ``"cpu"``, or ``"reference"`` (autograd, all lags, not protected from overflow).
+        lags: the ``lags`` of a former call for similar weights: no fewer are tried, which saves tests.
+        workspace_bytes: budget for the cached powers of the squared recurrent matrix, ``H²`` numbers each, at least
+            four; they are formed in chunks above it. The environment variable PATHRNN_WORKSPACE_BYTES, or 256 MiB, by
+            default. Peak memory beside it: ``(2 L + 3) T H + 6 H²`` numbers.
 
     Raises:
         TypeError, ValueError: naming the argument, its value and the remedy; also for nan or infinite weights.
@@ -86,12 +96,18 @@ def kappa(
         raise ValueError(f"kappa2 is {kappa2!r}; use one of {', '.join(map(repr, KAPPA2_FACTOR))}")
     if not isinstance(second_term, bool):
         raise TypeError(f"second_term is {second_term!r}; it must be True or False")
-    if not isinstance(rtol, numbers.Real) or not 0 <= rtol < math.inf:
-        raise ValueError(f"rtol is {rtol!r}; it must be a finite number, at least 0")
+    if not isinstance(rtol, numbers.Real) or not 0 <= rtol <= 1:
+        raise ValueError(f"rtol is {rtol!r}; it must be a number between 0 and 1")
+    if workspace_bytes is not None and (
+        isinstance(workspace_bytes, bool)
+        or not isinstance(workspace_bytes, numbers.Integral)
+        or not 0 <= workspace_bytes < 2**63
+    ):
+        raise ValueError(f"workspace_bytes is {workspace_bytes!r}; it must be a whole number of bytes, or None")
     parameters = net.weights()
     shapes = {name: p.shape for name, p in parameters.items()}
     layout = _layout(net.num_layers, *_options(parameters))
-    lags = dict.fromkeys(layout.kinds[1], seq_len - 1 if second_term else 0)
+    first_lags = _first_lags(lags, layout.kinds[1])
 
     if _choose(net, parameters, backend) == "reference":
         from . import reference
@@ -101,20 +117,38 @@ def kappa(
             copies = {name: p.detach().clone() for name, p in parameters.items()}
             factors = reference.kappa(copies, seq_len, net.outputs, net.h0, second_term, kappa2)
             log_norm = reference.path_norm(copies, seq_len, net.outputs, net.h0).double().log()
-        return Kappa(factors, dict.fromkeys(factors, 0.0), log_norm, lags, 0.0, shapes)
+        all_lags = dict.fromkeys(layout.kinds[1], seq_len - 1 if second_term else 0)
+        return Kappa(factors, dict.fromkeys(factors, 0.0), log_norm, all_lags, 0.0, shapes)
 
     dtype = parameters["rnn.weight_hh_l0"].dtype
-    parameters, chain = _run(net, parameters, layout, seq_len, sequences=second_term)
-    terms = _second_terms(parameters, layout, chain) if second_term else []
-    if terms is None:
-        parameters, chain = _run(net, _wide(parameters), layout, seq_len, sequences=True)
-        terms = _second_terms(parameters, layout, chain) or []
+    chain = _run(
+        net,
+        parameters,
+        layout,
+        seq_len,
+        second_factor=KAPPA2_FACTOR[kappa2] if second_term else 0.0,
+        rtol=float(rtol),
+        first_lags=first_lags,
+        workspace_bytes=workspace_bytes,
+    )
     exponents = chain.exponents.tolist()
-    for name, (term, exponent) in zip(layout.kinds[1], terms, strict=False):
-        _add_scaled(chain.kappa1, exponents, layout.places[name], KAPPA2_FACTOR[kappa2] * term, exponent)
-    factors = {name: chain.kappa1[place].to(dtype) for name, place in layout.places.items()}
+    factors = {name: chain.kappa[place].to(dtype) for name, place in layout.places.items()}
     log_scales = {name: exponents[place] * _LN2 for name, place in layout.places.items()}
-    return Kappa(factors, log_scales, chain.log_path_norm, lags, 0.0, shapes)
+    summed = dict(zip(layout.kinds[1], chain.lags.tolist(), strict=True))
+    return Kappa(factors, log_scales, chain.log_path_norm, summed, max(chain.bounds.tolist()), shapes)
+
+
+def _first_lags(lags: Mapping[str, int] | None, names: tuple[str, ...]) -> list[int]:
+    if lags is None:
+        return []
+    if not isinstance(lags, Mapping):
+        raise TypeError(f"lags is a {type(lags).__name__}; it must be a mapping from parameter names to numbers")
+    for name, count in lags.items():
+        if name not in names:
+            raise ValueError(f"lags has {name!r}, which is not a recurrent weight; these are {', '.join(names)}")
+        if isinstance(count, bool) or not isinstance(count, numbers.Integral) or not 0 <= count < 2**31:
+            raise ValueError(f"lags[{name!r}] is {count!r}; it must be a whole number, at least 0")
+    return [int(lags.get(name, 0)) for name in names]
 
 
 def path_norm(net: PathNetwork, seq_len: int, backend: str = "auto") -> Tensor:
@@ -149,13 +183,13 @@ class _Norm(torch.autograd.Function):
         need = any(ctx.needs_input_grad)
         parameters = dict(zip(names, values, strict=True))
         layout = _layout(net.num_layers, *_options(parameters))
-        _, chain = _run(net, parameters, layout, seq_len, kappa1=need)
+        chain = _run(net, parameters, layout, seq_len, kappa1=need)
         ctx.log_norm = float(chain.log_path_norm)
         ctx.logarithm = logarithm
         if need:
             places = layout.places
             exponents = chain.exponents.tolist()
-            ctx.factors = [chain.kappa1[places[name]] for name in names]
+            ctx.factors = [chain.kappa[places[name]] for name in names]
             ctx.log_scales = [exponents[places[name]] * _LN2 for name in names]
             ctx.save_for_backward(*values)
         result = chain.log_path_norm if logarithm else chain.log_path_norm.exp()
@@ -252,14 +286,9 @@ def _layout(num_layers: int, bias: bool, head: bool, head_bias: bool, embedding:
 
 
 def _run(
-    net: PathNetwork,
-    parameters: dict[str, Tensor],
-    layout: _Layout,
-    seq_len: int,
-    kappa1: bool = True,
-    sequences: bool = False,
-) -> tuple[dict[str, Tensor], ops.PathChain]:
-    """The pass, and the parameters in the dtype that it was run in: float64 where float32 lost something."""
+    net: PathNetwork, parameters: dict[str, Tensor], layout: _Layout, seq_len: int, **options: Any
+) -> ops.PathChain:
+    """The pass, in float64 where float32 lost something."""
     weight_ih, weight_hh, bias_ih, bias_hh = ([parameters[name] for name in names] for names in layout.kinds)
     chain = ops.path_chain(
         weight_ih,
@@ -272,36 +301,20 @@ def _run(
         seq_len,
         net.outputs == "last",
         net.h0 == "ones",
-        kappa1,
-        sequences,
+        **options,
     )
     if chain.lost.item():
         if weight_hh[0].dtype == torch.float32:
-            return _run(net, _wide(parameters), layout, seq_len, kappa1, sequences)
+            return _run(net, _wide(parameters), layout, seq_len, **options)
         if chain.log_path_norm == -math.inf and (connected := _connected(parameters, layout, net.h0 == "ones")):
             # What grows beside the paths, without being on one, has hidden them.
-            _, alone = _run(net, connected, layout, seq_len, kappa1=False)
+            alone = _run(net, connected, layout, seq_len, kappa1=False)
             chain = chain._replace(log_path_norm=alone.log_path_norm)
-    return parameters, chain
+    return chain
 
 
 def _wide(parameters: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: p.detach().double() for name, p in parameters.items()}
-
-
-def _second_terms(
-    parameters: dict[str, Tensor], layout: _Layout, chain: ops.PathChain
-) -> list[tuple[Tensor, int]] | None:
-    """W̃ ⊙ S and its exponent for every layer; None where float32 lost something."""
-    terms = []
-    for i, name in enumerate(layout.kinds[1]):
-        term, exponent, lost = ops.kappa2(
-            parameters[name].detach(), chain.h[i], chain.h_exponents[i], chain.delta[i], chain.delta_exponents[i]
-        )
-        if term.dtype == torch.float32 and lost.item():
-            return None
-        terms.append((term, int(exponent)))
-    return terms
 
 
 def _connected(parameters: dict[str, Tensor], layout: _Layout, ones_h0: bool) -> dict[str, Tensor] | None:
@@ -336,12 +349,3 @@ def _connected(parameters: dict[str, Tensor], layout: _Layout, ones_h0: bool) ->
         above = (edges[weight_ih] & leads[:, None]).any(0)
         reached[i] = keep
     return None if all(bool(keep.all()) for keep in reached) else result
-
-
-def _add_scaled(factors: list[Tensor], exponents: list[int], place: int, term: Tensor, exponent: int) -> None:
-    """factors[place] · 2^exponents[place] += term · 2^exponent, on the larger of the two scales."""
-    largest = max(exponents[place], exponent)
-    # A term whose scale is below the dtype's range vanishes beside the other, as it should.
-    scaled = [math.ldexp(1.0, max(e - largest, -1074)) for e in (exponents[place], exponent)]
-    factors[place] = factors[place] * scaled[0] + term * scaled[1]
-    exponents[place] = largest

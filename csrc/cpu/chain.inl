@@ -9,10 +9,16 @@ constexpr int64_t kSlack = 6;
 template <typename T>
 constexpr int64_t kNegligible = std::is_same<T, float>::value ? 240 : 1900;
 
-// 2^n, zero where the dtype has no normal number for it.
+// 2^n, zero where the dtype has no normal number for it, infinity above.
 template <typename T>
 inline T power_of_two(int64_t n) {
-  return n < std::numeric_limits<T>::min_exponent - 1 ? T(0) : std::ldexp(T(1), static_cast<int>(n));
+  using Bits = std::conditional_t<std::is_same<T, float>::value, uint32_t, uint64_t>;
+  constexpr int64_t bias = std::numeric_limits<T>::max_exponent - 1;
+  n = std::min<int64_t>(std::max<int64_t>(n, -bias), bias + 1);
+  const Bits bits = static_cast<Bits>(n + bias) << (std::numeric_limits<T>::digits - 1);
+  T result;
+  std::memcpy(&result, &bits, sizeof(T));
+  return result;
 }
 template <typename T>
 inline int64_t magnitude(T largest) {
@@ -56,8 +62,8 @@ template <typename T>
 using Buffer = std::vector<T, Aligned<T>>;
 
 // Memory for one pass, kept by the calling thread between calls up to a limit: fresh pages cost as much as a pass over a
-// small network.
-template <typename T>
+// small network. Slots are kept apart.
+template <typename T, int Slot = 0>
 class Workspace {
  public:
   explicit Workspace(int64_t count) : size_(count) {
@@ -88,10 +94,15 @@ class Workspace {
 // in the dtype.
 inline int64_t natural_exponent(int64_t m) { return m >= 0 && m <= 60 ? 0 : m; }
 
-// The rows [first, last) of a chain that has come to rest: all of them equal, so that only the first (in time, which
-// for δ is the last) is written, unless a layer above or below needs them.
-struct Rest {
-  int64_t first = 0, last = 0, row = 0;
+// Steps [first, last) of a chain in closed form: row t is Σ_i coefficients[i][t] · basis[i], on the scale of the step's
+// exponent; these rows themselves are not written. A chain at rest is one row with the coefficient 1.
+template <typename T>
+struct Closed {
+  static constexpr int kMost = 3;
+  int64_t first = 0, last = 0;
+  int count = 0;
+  const T* basis[kMost] = {};
+  const T* coefficients[kMost] = {};
   bool holds(int64_t t) const { return t >= first && t < last; }
 };
 
@@ -102,17 +113,17 @@ struct Rows {
   int64_t* exponent;
   int64_t* largest;
   int64_t row;
-  Rest* rest;
-  int64_t offset = 0;  // of these rows among those that `rest` counts
+  Closed<T>* closed_form;
+  int64_t offset = 0;  // of these rows among those that `closed_form` counts
   T* operator[](int64_t t) const { return data + t * row; }
-  Rest resting() const {
-    return {std::max<int64_t>(rest->first - offset, 0), std::max<int64_t>(rest->last - offset, 0), rest->row - offset};
+  Closed<T> closed() const {
+    Closed<T> c = *closed_form;
+    c.first = std::max<int64_t>(c.first - offset, 0);
+    c.last = std::max<int64_t>(c.last - offset, 0);
+    for (int i = 0; i < c.count; ++i) c.coefficients[i] += offset;
+    return c;
   }
-  // A row that is sure to have been written, equal to row t.
-  T* at(int64_t t) const {
-    const Rest r = resting();
-    return data + (r.holds(t) ? r.row : t) * row;
-  }
+  Rows from(int64_t t) const { return {data + t * row, exponent + t, largest + t, row, closed_form, offset + t}; }
 };
 
 // A drive of T rows; row 0 means that one row serves all steps.
@@ -218,7 +229,10 @@ struct Chain {
   const T* start;  // padded
   int64_t start_exponent;
   Drive<T> drive;
-  bool fill;  // whether rows at rest are wanted
+  bool fill;  // whether rows in closed form are wanted too
+  T* coefficients[2];  // memory for those of a closed form
+  // Whether the chain starts from nothing and is driven alike at every step, or at the first alone.
+  bool from_nothing() const { return start_exponent == kZeroExponent && drive.row == 0 && drive.constant_from <= 1; }
 };
 
 // The chain is a map of its last row alone once the drive is constant. When it returns that row, bit for bit, every
@@ -240,7 +254,208 @@ void settle(const Chain<T>& c, int64_t rest, int64_t done, int64_t steps) {
     c.out.largest[t] = c.out.largest[from];
   }
   const int64_t begin = c.first + rest * c.stride, end = c.first + (steps - 1) * c.stride;
-  *c.out.rest = {std::min(begin, end), std::max(begin, end) + 1, from};
+  Closed<T>& closed = *c.out.closed_form;
+  closed.first = std::min(begin, end);
+  closed.last = std::max(begin, end) + 1;
+  closed.count = 1;
+  closed.basis[0] = c.out[from];
+  closed.coefficients[0] = c.coefficients[0];
+  std::fill(c.coefficients[0] + closed.first, c.coefficients[0] + closed.last, T(1));
+}
+
+// Doubles from memory that holds T.
+template <typename T>
+inline Vec<double> load_wide(const T* p) {
+  if constexpr (std::is_same<T, double>::value) {
+    return load(p);
+  } else {
+    typedef T Half __attribute__((vector_size(Simd<double>::width * sizeof(T))));
+    Half v;
+    std::memcpy(&v, p, sizeof(v));
+    return __builtin_convertvector(v, Vec<double>);
+  }
+}
+
+// The relative error that a closed form may have: that of one rounding, and in double more than the noise of its ratios.
+template <typename T>
+constexpr double kClosedError = std::is_same<T, float>::value ? 0x1p-24 : 0x1p-40;
+
+// A chain that starts from nothing is a sum of increments, x_{s+1} = d_0 + … + d_s with d_{s+1} = W̃ d_s, or the last of
+// them where only its first step is driven. If lo d_s ≤ d_{s+1} ≤ hi d_s, entry by entry, multiplying by W̃ ≥ 0 shows
+// lo d_{s+m} ≤ d_{s+m+1} ≤ hi d_{s+m}: from the step on at which the two are close enough for all steps that are left,
+// the increments are a geometric sequence and the chain has a closed form. In double, so that rounding does not keep the
+// ratios apart.
+template <typename T>
+class Increments {
+ public:
+  // `memory`: three vectors of c.out.row doubles.
+  Increments(const Chain<T>& c, int64_t steps, int64_t w_exponent, double* memory)
+      : now(memory), next(now + c.out.row), c_(c), steps_(steps), w_exponent_(w_exponent), sum_(next + c.out.row) {
+    const int64_t t = c.first, drive_exponent = c.drive.exponent[t * c.drive.exponent_step];
+    sums_ = steps > 1 && c.drive.exponent[(t + c.stride) * c.drive.exponent_step] != kZeroExponent;
+    drives_ = drive_exponent != kZeroExponent;
+    failed_ = !drives_;
+    const double s = std::ldexp(1.0, static_cast<int>(-kCentre<T>));
+    for (int64_t k = 0; k < c.out.row; ++k) sum_[k] = now[k] = c.drive.data[k] * s;
+    exponent_ = sum_exponent_ = drive_exponent + kCentre<T>;
+    std::fill(next, next + c.out.row, 0.0);
+  }
+
+  bool open() const { return !failed_ && !certified_; }
+  bool certified() const { return certified_; }
+  int64_t step() const { return s_; }
+  int64_t written() const { return drives_ ? s_ + 1 : 0; }
+
+  // Takes W̃ · now from `next`: the increment of the next step.
+  void advance() {
+    double low = std::numeric_limits<double>::infinity(), high = 0, top = 0;
+    for (int64_t k = 0; k < c_.out.row; ++k) {
+      top = std::max(top, next[k]);
+      if (now[k] > 0) {
+        const double r = next[k] / now[k];
+        low = std::min(low, r);
+        high = std::max(high, r);
+      } else if (next[k] > 0) {
+        high = std::numeric_limits<double>::infinity();
+      }
+    }
+    if (!(top > 0) || s_ + 4 >= steps_) {
+      failed_ = true;
+      return;
+    }
+    ++s_;
+    const int64_t m = std::ilogb(top), sum_before = sum_exponent_;
+    const double scale = std::ldexp(1.0, static_cast<int>(-m));
+    exponent_ += w_exponent_ + m;
+    sum_exponent_ = sums_ ? std::max(sum_exponent_, exponent_) : exponent_;
+    const double a = sums_ ? power_of_two<double>(sum_before - sum_exponent_) : 0.0;
+    const double b = power_of_two<double>(exponent_ - sum_exponent_);
+    double share = 0;
+    for (int64_t k = 0; k < c_.out.row; ++k) {
+      next[k] *= scale;
+      sum_[k] = a * sum_[k] + b * next[k];
+      if (next[k] > 0) share = std::max(share, b * next[k] / sum_[k]);
+    }
+    std::swap(now, next);
+    certify(low, high, share);
+  }
+
+  // Writes the row of step `step()`.
+  void write() const {
+    if (written() == 0) return;
+    const int64_t t = c_.first + s_ * c_.stride;
+    write(sum_, sum_exponent_, c_.out[t], c_.out.exponent[t]);
+    c_.out.largest[t] = kCentre<T>;
+  }
+
+  // Gives the chain its closed form, from the step after `step()` on. That step's row must have been written.
+  void close() {
+    const int64_t t = c_.first + s_ * c_.stride, left = steps_ - 1 - s_;
+    T* const increment = c_.out[t + c_.stride];  // a row that the closed form leaves unused
+    int64_t increment_exponent;
+    write(now, exponent_, increment, increment_exponent);
+    Closed<T>& closed = *c_.out.closed_form;
+    const int64_t begin = t + c_.stride, end = t + left * c_.stride;
+    closed.first = std::min(begin, end);
+    closed.last = std::max(begin, end) + 1;
+    closed.count = 2;
+    closed.basis[0] = c_.out[t];
+    closed.basis[1] = increment;
+    for (int i = 0; i < 2; ++i) closed.coefficients[i] = c_.coefficients[i];
+    // x_{s+m} = x_s + (ρ + … + ρ^m) d_s, or ρ^m d_s: g · 2^ge, with ρ = ratio_ · 2^ratio_exponent_, 1 ≤ ratio_ < 2.
+    double g = sums_ ? 0.0 : 1.0;
+    int64_t ge = 0;
+    for (int64_t m = 1; m <= left; ++m) {
+      if (sums_) g += power_of_two<double>(-ge);
+      g *= ratio_;
+      ge += ratio_exponent_;
+      if (g > 0x1p30 || g < 0x1p-30) {
+        const int64_t shift = std::ilogb(g);
+        g = std::ldexp(g, static_cast<int>(-shift));
+        ge += shift;
+      }
+      const int64_t row = t + m * c_.stride, high = increment_exponent + ge + std::max(0, std::ilogb(g));
+      const int64_t exponent = sums_ ? std::max(c_.out.exponent[t], high) : high;
+      c_.coefficients[0][row] = sums_ ? power_of_two<T>(c_.out.exponent[t] - exponent) : T(0);
+      c_.coefficients[1][row] = static_cast<T>(g * power_of_two<double>(increment_exponent + ge - exponent));
+      c_.out.exponent[row] = exponent;
+      c_.out.largest[row] = kCentre<T> + 2;  // a bound
+    }
+  }
+
+  double* now;
+  double* next;
+
+ private:
+  void certify(double low, double high, double share) {
+    const double left = static_cast<double>(steps_ - s_), spread = high / low - 1;
+    double error = left / 2 * spread;
+    const double true_high = std::ldexp(high, static_cast<int>(w_exponent_));
+    if (sums_ && true_high < 1) {
+      // No more is to come than a geometric series.
+      const double true_low = std::ldexp(low, static_cast<int>(w_exponent_));
+      error = std::min(error, share / 2 * (true_high / (1 - true_high) - true_low / (1 - true_low)));
+    }
+    certified_ = error <= kClosedError<T>;
+    if (certified_) {
+      const double ratio = std::sqrt(low) * std::sqrt(high);
+      const int m = std::ilogb(ratio);
+      ratio_ = std::ldexp(ratio, -m);
+      ratio_exponent_ = w_exponent_ + m;
+    } else if (s_ % kPatience == 0) {
+      failed_ = !(spread < spread_before_ / 2);
+      spread_before_ = spread;
+    }
+  }
+
+  void write(const double* v, int64_t exponent, T* out, int64_t& out_exponent) const {
+    const int64_t shift = kCentre<T> - std::ilogb(*std::max_element(v, v + c_.out.row));
+    const double s = std::ldexp(1.0, static_cast<int>(shift));
+    for (int64_t k = 0; k < c_.out.row; ++k) out[k] = static_cast<T>(v[k] * s);
+    out_exponent = exponent - shift;
+  }
+
+  static constexpr int64_t kPatience = 4;  // steps in which the spread of the ratios must halve
+
+  const Chain<T>& c_;
+  int64_t steps_, w_exponent_, s_ = 0;
+  double* sum_;
+  int64_t exponent_, sum_exponent_;
+  bool drives_, sums_, failed_, certified_ = false;
+  double spread_before_ = std::numeric_limits<double>::infinity();
+  double ratio_ = 1;
+  int64_t ratio_exponent_ = 0;
+};
+
+// out = W a in double, W packed in panels.
+template <typename T>
+void matrix_vector_wide(const Packed<T>& w, const double* a, double* out) {
+  constexpr int64_t width = Simd<double>::width, kBlock = 4;
+  for (int64_t p = 0; p < w.panels(); ++p) {
+    for (int64_t n = 0; n < w.row(p); n += kBlock * width) {
+      const int64_t vectors = std::min(kBlock, (w.row(p) - n) / width);
+      Vec<double> acc[kBlock] = {};
+      const T* b = w.begin(p) + n;
+      for (int64_t k = 0; k < w.depth; ++k, b += w.row(p)) {
+        for (int64_t v = 0; v < vectors; ++v) acc[v] += a[k] * load_wide(b + v * width);
+      }
+      for (int64_t v = 0; v < vectors; ++v) store(out + p * w.panel + n + v * width, acc[v]);
+    }
+  }
+}
+
+// Whether the chain, whose steps up to `done` are written, has a closed form; then it is given it.
+template <typename T>
+bool closes(const Chain<T>& c, const Packed<T>& w, int64_t w_exponent, int64_t done, int64_t steps) {
+  if (c.fill || !c.from_nothing()) return false;
+  Buffer<double> memory(3 * c.out.row);
+  Increments<T> increments(c, steps, w_exponent, memory.data());
+  while (increments.open() && increments.step() < done) {
+    matrix_vector_wide(w, increments.now, increments.next);
+    increments.advance();
+  }
+  if (increments.certified()) increments.close();
+  return increments.certified();
 }
 
 // W̃^kLeap by two squarings, in rows padded to ld; false if entries underflowed, which one step at a time would not lose.
@@ -265,7 +480,6 @@ bool leap_matrix(const Packed<T>& w, int64_t w_exponent, Buffer<T>& power, int64
     for (int64_t p = 0; p < factor.panels(); ++p) {
       Product<T> product{power.data(), ld, 1, factor.begin(p), factor.row(p), hidden};
       Tile<T> t{};
-      t.alpha = 1;
       t.num_products = 1;
       t.columns = factor.row(p);
       t.c = square.data() + p * factor.panel;
@@ -304,7 +518,6 @@ void leap(const Chain<T>& c, const Packed<T>& w, int64_t w_exponent, const Buffe
     for (int64_t column = 0; column < ld; column += kPanel<T>) {
       Product<T> product{c.out[source], c.stride * ld, 1, power.data() + column, ld, hidden};
       Tile<T> tile{};
-      tile.alpha = 1;
       tile.num_products = 1;
       tile.columns = std::min(kPanel<T>, ld - column);
       tile.c = c.out[t] + column;
@@ -331,6 +544,7 @@ void chain(const Chain<T>& c, const Packed<T>& w, int64_t w_exponent, int64_t st
   int64_t exponent = c.start_exponent;
   for (int64_t s = 0, t = c.first; s < steps; ++s, t += c.stride) {
     if (s == kSettled && c.drive.row == 0 && steps - s >= kWorthPowers * w.depth) {
+      if (closes(c, w, w_exponent, s, steps)) return;
       Buffer<T> power;
       int64_t power_exponent;
       if (leap_matrix(w, w_exponent, power, power_exponent)) {
@@ -353,8 +567,16 @@ template <typename T>
 struct Pair {
   T* now;
   T* next;
-  int64_t exponent;
+  int64_t exponent = kZeroExponent;
   int64_t rest = -1;  // the step at which the chain came to rest
+
+  // Takes up the chain before step `from`.
+  void begin(const Chain<T>& c, int64_t from) {
+    const int64_t t = c.first + (from - 1) * c.stride;
+    const T* row = from ? c.out[t] : c.start;
+    std::copy(row, row + c.out.row, now);
+    exponent = from ? c.out.exponent[t] : c.start_exponent;
+  }
 
   // Finishes the step whose raw result lies in `next`; `writes` for the one thread that keeps it.
   void finish(const Chain<T>& c, int64_t s, int64_t w_exponent, bool writes) {
@@ -372,10 +594,11 @@ struct Pair {
 };
 
 // Both chains (or one) by a whole team over a W that no cache holds: each thread reads its rows of W once a step and
-// uses them for h (a dot product a row) and for δ (a multiple of the row); W is squared in registers.
+// uses them for h (a dot product a row) and for δ (a multiple of the row); W is squared in registers. Steps from `from`
+// on, those before it having been written.
 template <typename T, bool Forward, bool Backward>
 void chains_shared(const Chain<T>& h, const Chain<T>& d, const T* weight, T scale, int64_t w_exponent, int64_t hidden,
-                   int64_t steps, Buffer<T>& scratch, const Team& team) {
+                   int64_t from, int64_t steps, Buffer<T>& scratch, const Team& team) {
   constexpr int64_t width = Simd<T>::width;
   constexpr int64_t kRows = 4;
   const int64_t ld = padded<T>(hidden);
@@ -384,14 +607,14 @@ void chains_shared(const Chain<T>& h, const Chain<T>& d, const T* weight, T scal
   T* const raw_h = scratch.data();
   T* const partial = raw_h + 2 * ld;
   T* const own = partial + 2 * team.size * ld + 4 * team.rank * ld;
-  Pair<T> own_h{own, own + ld, h.start_exponent}, own_d{own + 2 * ld, own + 3 * ld, d.start_exponent};
+  Pair<T> own_h{own, own + ld}, own_d{own + 2 * ld, own + 3 * ld};
   std::fill(own, own + 4 * ld, T(0));
-  if (Forward) std::copy(h.start, h.start + ld, own_h.now);
-  if (Backward) std::copy(d.start, d.start + ld, own_d.now);
+  if (Forward) own_h.begin(h, from);
+  if (Backward) own_d.begin(d, from);
   int64_t row_first, row_last;
   team.share(hidden, row_first, row_last);
 
-  int64_t s = 0;
+  int64_t s = from;
   for (bool moving = true; moving && s < steps; ++s) {
     T* const next_h = raw_h + (s & 1) * ld;
     T* const next_d = partial + ((s & 1) * team.size + team.rank) * ld;
@@ -447,6 +670,88 @@ void chains_shared(const Chain<T>& h, const Chain<T>& d, const T* weight, T scal
   team.wait();
 }
 
+// The same read of W for the increments of both chains, or of one: until each has a closed form or none is in sight.
+// `scratch` holds (8 + 7 · team.size) rows. Returns the number of steps written of the chains that have none.
+template <typename T>
+int64_t close_shared(const Chain<T>& h, const Chain<T>& d, const T* weight, T scale, int64_t w_exponent, int64_t hidden,
+                     int64_t steps, bool& forward, bool& backward, Buffer<double>& scratch, const Team& team) {
+  constexpr int64_t width = Simd<double>::width;
+  constexpr int64_t kRows = 4;
+  const int64_t ld = h.out.row;
+  double* const raw_h = scratch.data();
+  double* const partial = raw_h + 2 * ld;
+  double* const own = partial + 2 * team.size * ld + 6 * team.rank * ld;
+  Increments<T> own_h(h, steps, w_exponent, own), own_d(d, steps, w_exponent, own + 3 * ld);
+  if (forward && team.rank == 0) own_h.write();
+  if (backward && team.rank == team.size - 1) own_d.write();
+  int64_t row_first, row_last;
+  team.share(hidden, row_first, row_last);
+  while ((forward && own_h.open()) || (backward && own_d.open())) {
+    const bool do_h = forward && own_h.open(), do_d = backward && own_d.open();
+    const int64_t parity = (do_h ? own_h : own_d).step() & 1;
+    double* const next_h = raw_h + parity * ld;
+    double* const next_d = partial + (parity * team.size + team.rank) * ld;
+    std::fill(next_d, next_d + ld, 0.0);
+    for (int64_t j = row_first; j < row_last; j += kRows) {
+      const int64_t rows = std::min(kRows, row_last - j);
+      const T* w[kRows];
+      double dj[kRows];
+      Vec<double> dot[kRows];
+#pragma GCC unroll 4
+      for (int64_t r = 0; r < kRows; ++r) {
+        w[r] = weight + (j + std::min(r, rows - 1)) * hidden;
+        dj[r] = do_d && r < rows ? own_d.now[j + r] : 0.0;
+        dot[r] = Vec<double>{};
+      }
+      const int64_t whole = hidden / width * width;
+      for (int64_t k = 0; k < whole; k += width) {
+        const Vec<double> x = load(own_h.now + k);
+        Vec<double> y = load(next_d + k);
+#pragma GCC unroll 4
+        for (int64_t r = 0; r < kRows; ++r) {
+          Vec<double> v = load_wide(w[r] + k) * static_cast<double>(scale);
+          v *= v;
+          dot[r] += v * x;
+          y += v * dj[r];
+        }
+        store(next_d + k, y);
+      }
+      for (int64_t r = 0; r < kRows; ++r) {
+        double rest = 0;
+        for (int64_t k = whole; k < hidden; ++k) {
+          const double v = static_cast<double>(w[r][k]) * scale;
+          rest += v * v * own_h.now[k];
+          next_d[k] += v * v * dj[r];
+        }
+        if (r < rows) next_h[j + r] = lane_sum<double>(dot[r]) + rest;
+      }
+    }
+    team.wait();
+    if (do_h) {
+      std::copy(next_h, next_h + hidden, own_h.next);
+      own_h.advance();
+      if (team.rank == 0) own_h.write();
+    }
+    if (do_d) {
+      const double* parts = partial + parity * team.size * ld;
+      for (int64_t k = 0; k < ld; k += width) {
+        Vec<double> sum = load(parts + k);
+        for (int64_t r = 1; r < team.size; ++r) sum += load(parts + r * ld + k);
+        store(own_d.next + k, sum);
+      }
+      own_d.advance();
+      if (team.rank == team.size - 1) own_d.write();
+    }
+  }
+  if (forward && own_h.certified() && team.rank == 0) own_h.close();
+  if (backward && own_d.certified() && team.rank == team.size - 1) own_d.close();
+  forward = forward && !own_h.certified();
+  backward = backward && !own_d.certified();
+  team.wait();
+  // Of two chains that go on, both take the step at which the first gave up.
+  return std::min(forward ? own_h.written() : steps, backward ? own_d.written() : steps);
+}
+
 // Σ_t row_t as a vector with an exponent: rows first … last-1, `out` padded.
 template <typename T>
 void sum_rows(const Rows<T>& rows, int64_t first, int64_t last, T* out, int64_t& exponent) {
@@ -454,17 +759,21 @@ void sum_rows(const Rows<T>& rows, int64_t first, int64_t last, T* out, int64_t&
   int64_t top = kZeroExponent;
   for (int64_t t = first; t < last; ++t) top = std::max(top, rows.exponent[t]);
   std::fill(out, out + rows.row, T(0));
-  const Rest rest = rows.resting();
-  for (int64_t t = first; t < last; ++t) {
-    T s = power_of_two<T>(rows.exponent[t] - top);
-    const T* row = rows.at(t);
-    if (rest.holds(t)) {
-      s *= static_cast<T>(std::min(rest.last, last) - t);
-      t = std::min(rest.last, last) - 1;
-    }
-    if (s == T(0)) continue;
+  const auto add = [&](T s, const T* row) {
     for (int64_t k = 0; k < rows.row; k += width) store(out + k, load(out + k) + s * load(row + k));
+  };
+  const Closed<T> closed = rows.closed();
+  double sums[Closed<T>::kMost] = {};
+  for (int64_t t = first; t < last; ++t) {
+    const T s = power_of_two<T>(rows.exponent[t] - top);
+    if (s == T(0)) continue;
+    if (!closed.holds(t)) {
+      add(s, rows[t]);
+      continue;
+    }
+    for (int i = 0; i < closed.count; ++i) sums[i] += s * closed.coefficients[i][t];
   }
+  for (int i = 0; i < closed.count; ++i) add(static_cast<T>(sums[i]), closed.basis[i]);
   exponent = top;
 }
 
@@ -478,71 +787,110 @@ int64_t copy_result(const T* vector, int64_t exponent, int64_t n, T* out) {
   return result;
 }
 
-// out[j, k] = Σ_t d_t[j] h_t[k] with its exponent: κ⁽¹⁾ of a matrix, split by rows over the team. `scratch` is [n, row].
+// Σ_t d_t h_tᵀ, steps 0 … n-1, columns [j0, j1) of d, on the scale 2^exponent, as at most two products: one of the few
+// vectors that closed forms leave, one of the steps at which both chains move.
+template <typename T>
+struct PairSum {
+  int64_t exponent = kZeroExponent;
+  int64_t largest = kZeroExponent;  // a bound of the largest d_t h_tᵀ, its magnitude on the scale 1
+  int count = 0;
+  Product<T> products[2];
+
+  static int64_t left_size(int64_t n, int64_t columns) { return (n + 2 * Closed<T>::kMost) * columns; }
+  static int64_t right_size(int64_t ld) { return 2 * Closed<T>::kMost * ld; }
+
+  // `left` and `right` are memory of the sizes above.
+  PairSum(const Rows<T>& d, const Rows<T>& h, int64_t n, int64_t j0, int64_t j1, T* left, T* right) {
+    for (int64_t t = 0; t < n; ++t) {
+      if (d.largest[t] == kZeroExponent || h.largest[t] == kZeroExponent) continue;
+      const int64_t x = d.exponent[t] + h.exponent[t];
+      exponent = std::max(exponent, x);
+      largest = std::max(largest, x + d.largest[t] + h.largest[t]);
+    }
+    if (exponent == kZeroExponent) return;
+    const int64_t own = j1 - j0, ld = h.row;
+    const Closed<T> dc = d.closed(), hc = h.closed();
+    const auto scale = [&](int64_t t) { return power_of_two<T>(d.exponent[t] + h.exponent[t] - exponent); };
+    const int depth = dc.count + hc.count;
+    if (depth > 0) {
+      // Row i of `right` meets the basis of d, the rows after them are the basis of h, met by sums over d.
+      std::fill(right, right + dc.count * ld, T(0));
+      std::fill(left + dc.count * own, left + depth * own, T(0));
+      for (int i = 0; i < dc.count; ++i) std::copy(dc.basis[i] + j0, dc.basis[i] + j1, left + i * own);
+      for (int l = 0; l < hc.count; ++l) std::copy(hc.basis[l], hc.basis[l] + ld, right + (dc.count + l) * ld);
+    }
+    double both[Closed<T>::kMost][Closed<T>::kMost] = {};
+    int64_t moving = n, moved = 0;  // the steps at which both chains move
+    for (int64_t t = 0; t < n; ++t) {
+      const T s = scale(t);
+      if (s == T(0)) continue;
+      const bool d_closed = dc.holds(t), h_closed = hc.holds(t);
+      if (d_closed && h_closed) {
+        for (int i = 0; i < dc.count; ++i) {
+          const double sd = static_cast<double>(s) * dc.coefficients[i][t];
+          for (int l = 0; l < hc.count; ++l) both[i][l] += sd * hc.coefficients[l][t];
+        }
+      } else if (d_closed) {
+        for (int i = 0; i < dc.count; ++i) axpy(s * dc.coefficients[i][t], h[t], ld, right + i * ld);
+      } else if (h_closed) {
+        for (int l = 0; l < hc.count; ++l) {
+          const T sl = s * hc.coefficients[l][t];
+          T* out = left + (dc.count + l) * own;
+          for (int64_t j = 0; j < own; ++j) out[j] += sl * d[t][j0 + j];
+        }
+      } else {
+        moving = std::min(moving, t);
+        moved = t + 1;
+      }
+    }
+    for (int i = 0; i < dc.count; ++i) {
+      for (int l = 0; l < hc.count; ++l) axpy(static_cast<T>(both[i][l]), hc.basis[l], ld, right + i * ld);
+    }
+    if (depth > 0) products[count++] = {left, 1, own, right, ld, depth};
+    if (moving < moved) {
+      T* const rows = left + depth * own;
+      for (int64_t t = moving; t < moved; ++t) {
+        const T s = scale(t);
+        T* out = rows + (t - moving) * own;
+        for (int64_t j = 0; j < own; ++j) out[j] = d[t][j0 + j] * s;
+      }
+      products[count++] = {rows, 1, own, h[moving], ld, moved - moving};
+    }
+  }
+
+  // out = alpha · the sum, [j1 - j0, columns].
+  void multiply(T* out, int64_t row, int64_t rows, int64_t columns, T alpha) const {
+    for (int64_t column = 0; column < columns; column += kPanel<T>) {
+      Product<T> parts[2];
+      for (int i = 0; i < count; ++i) {
+        parts[i] = products[i];
+        parts[i].b += column;
+      }
+      Tile<T> t{};
+      t.num_products = count;
+      t.columns = std::min(kPanel<T>, columns - column);
+      t.c = out + column;
+      t.c_row = row;
+      t.alpha = alpha;
+      panel(t, parts, rows);
+    }
+  }
+
+ private:
+  static void axpy(T s, const T* x, int64_t n, T* y) {
+    for (int64_t k = 0; k < n; k += Simd<T>::width) store(y + k, load(y + k) + s * load(x + k));
+  }
+};
+
+// out[j, k] = Σ_t d_t[j] h_t[k] with its exponent: κ⁽¹⁾ of a matrix, split by rows over the team.
 template <typename T>
 void outer_sum(const Rows<T>& d, const Rows<T>& h, int64_t n, int64_t rows, int64_t columns, T* out, int64_t& exponent,
-               T* scratch, const Team& team) {
-  int64_t top = kZeroExponent, most = kZeroExponent, least = -kZeroExponent;
-  for (int64_t t = 0; t < n; ++t) {
-    if (d.largest[t] == kZeroExponent || h.largest[t] == kZeroExponent) continue;
-    const int64_t x = d.exponent[t] + h.exponent[t];
-    top = std::max(top, x);
-    least = std::min(least, x);
-    most = std::max(most, x + d.largest[t] + h.largest[t]);
-  }
-  int64_t row_first, row_last;
-  team.share(rows, row_first, row_last);
-  if (most == kZeroExponent) {
-    if (team.rank == 0) exponent = 0;
-    std::fill(out + row_first * columns, out + row_last * columns, T(0));
-    return;
-  }
-  const int64_t result = natural_exponent(most);
+               T* left, T* right, const Team& team) {
+  int64_t first, last;
+  team.share(rows, first, last);
+  const PairSum<T> sum(d, h, n, first, last, left, right);
+  const int64_t result = sum.largest == kZeroExponent ? 0 : natural_exponent(sum.largest);
   if (team.rank == 0) exponent = result;
-  // Steps outside [first, last) contribute less than the dtype can hold beside the largest.
-  const auto counts = [&](int64_t t) { return d.exponent[t] + h.exponent[t] >= top - kNegligible<T>; };
-  int64_t first = 0, last = n;
-  while (!counts(first)) ++first;
-  while (!counts(last - 1)) --last;
-
-  // Where both chains rest, their steps are one step, taken as often.
-  const Rest rest_d = d.resting(), rest_h = h.resting();
-  const int64_t rest = std::max({first, rest_d.first, rest_h.first});
-  const int64_t resumed = std::max(rest, std::min({last, rest_d.last, rest_h.last}));
-  const bool uniform = least == top;
-  int64_t begin, end;
-  team.share(last - first, begin, end);
-  for (int64_t t = first + begin; t < first + end; ++t) {
-    const bool both = t >= rest && t < resumed;
-    if (both ? t != rest : uniform) continue;
-    T s = power_of_two<T>(d.exponent[t] + h.exponent[t] - top);
-    if (both) s *= static_cast<T>(resumed - rest);
-    const T* row = d.at(t);
-    for (int64_t k = 0; k < d.row; k += Simd<T>::width) store(scratch + t * d.row + k, load(row + k) * s);
-  }
-  team.wait();
-  // Between these steps each chain either moves or rests; a resting one is a row taken with stride zero.
-  std::array<int64_t, 6> ends{first, rest_d.first, rest_d.last, rest_h.first, rest_h.last, last};
-  for (int64_t& t : ends) t = std::min(std::max(t, first), last);
-  std::sort(ends.begin(), ends.end());
-  for (int64_t column = 0; column < columns; column += kPanel<T>) {
-    Product<T> products[5];
-    int64_t count = 0;
-    for (size_t i = 0; i + 1 < ends.size(); ++i) {
-      const int64_t from = ends[i], steps = ends[i + 1] - from;
-      if (steps == 0) continue;
-      const bool resting_d = rest_d.holds(from), resting_h = rest_h.holds(from), both = resting_d && resting_h;
-      const T* a = uniform && !both ? d.at(from) : scratch + from * d.row;
-      products[count++] = {a + row_first, 1, uniform && resting_d ? 0 : d.row,
-                           h.at(from) + column, resting_h ? 0 : h.row, both ? 1 : steps};
-    }
-    Tile<T> t{};
-    t.num_products = count;
-    t.columns = std::min(kPanel<T>, columns - column);
-    t.c = out + row_first * columns + column;
-    t.c_row = columns;
-    t.alpha = std::ldexp(T(1), static_cast<int>(top - result));
-    panel(t, products, row_last - row_first);
-  }
-  team.wait();  // scratch is free again
+  const T alpha = sum.count == 0 ? T(1) : std::ldexp(T(1), static_cast<int>(sum.exponent - result));
+  sum.multiply(out + first * columns, columns, last - first, columns, alpha);
 }

@@ -9,6 +9,7 @@
 #include <limits>
 #include <memory>
 #include <new>
+#include <optional>
 #include <string>
 #include <type_traits>
 #include <utility>
@@ -45,7 +46,6 @@ struct Kernels {
   void (*relu_rnn_backward)(const ReluRnnBackward<T>&, int threads);
   // The index of the first weight that is not finite, in the order of PathChain's fields by layer, or -1.
   int64_t (*path_chain)(const PathChain<T>&, int threads);
-  void (*kappa2)(const Kappa2<T>&, int threads);
 };
 
 struct Isa {

@@ -1,11 +1,11 @@
 // Every kernel in one instruction set: the body of a namespace in isa_*.cpp.
 #include "tile.inl"
-// The recurrence needs the tile; the chains need the recurrence's blocked step.
+// Each needs those before it.
 static_assert(kTileRows / 2 <= kRowGroup, "a row group fills half a tile");
 #include "relu_rnn.inl"
 #include "chain.inl"
-#include "path_chain.inl"
 #include "kappa2.inl"
+#include "path_chain.inl"
 
 template <typename T>
-constexpr Kernels<T> kKernels{&relu_rnn_forward<T>, &relu_rnn_backward<T>, &path_chain<T>, &kappa2<T>};
+constexpr Kernels<T> kKernels{&relu_rnn_forward<T>, &relu_rnn_backward<T>, &path_chain<T>};

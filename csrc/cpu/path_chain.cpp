@@ -30,10 +30,11 @@ std::string tensor_name(int64_t index, int64_t num_layers, bool bias, bool head,
   return "embedding.weight";
 }
 
-std::tuple<std::vector<Tensor>, Tensor, Tensor, std::vector<Tensor>, std::vector<Tensor>, Tensor, Tensor, Tensor> run(
+std::tuple<std::vector<Tensor>, Tensor, Tensor, Tensor, Tensor, Tensor> run(
     at::TensorList weight_ih, at::TensorList weight_hh, at::TensorList bias_ih, at::TensorList bias_hh,
     const optional<Tensor>& head_weight, const optional<Tensor>& head_bias, const optional<Tensor>& embedding,
-    int64_t seq_len, bool last_only, bool ones_h0, bool kappa1, bool sequences) {
+    int64_t seq_len, bool last_only, bool ones_h0, bool kappa1, double second_factor, double rtol,
+    at::IntArrayRef first_lags, int64_t workspace_bytes) {
   const int64_t layers = static_cast<int64_t>(weight_hh.size());
   TORCH_CHECK_VALUE(layers > 0, "weight_hh is empty; give one matrix a layer");
   TORCH_CHECK_VALUE(static_cast<int64_t>(weight_ih.size()) == layers, "weight_ih has ", weight_ih.size(),
@@ -44,6 +45,16 @@ std::tuple<std::vector<Tensor>, Tensor, Tensor, std::vector<Tensor>, std::vector
                       " layers; give one a layer in both, or none");
   }
   TORCH_CHECK_VALUE(seq_len >= 1, "seq_len is ", seq_len, "; it must be at least 1");
+  TORCH_CHECK_VALUE(second_factor >= 0 && second_factor <= 1e6, "second_factor is ", second_factor,
+                    "; it must be a number between 0 and 1e6");
+  TORCH_CHECK_VALUE(second_factor == 0 || kappa1, "second_factor is ", second_factor, " without kappa1; ask for both");
+  TORCH_CHECK_VALUE(rtol >= 0 && rtol <= 1, "rtol is ", rtol, "; it must be a number between 0 and 1");
+  TORCH_CHECK_VALUE(first_lags.empty() || static_cast<int64_t>(first_lags.size()) == layers, "first_lags has ",
+                    first_lags.size(), " numbers for ", layers, " layers; give one a layer, or none");
+  for (const int64_t lags : first_lags) {
+    TORCH_CHECK_VALUE(lags >= 0, "first_lags has ", lags, "; its numbers must be at least 0");
+  }
+  TORCH_CHECK_VALUE(workspace_bytes >= 0, "workspace_bytes is ", workspace_bytes, "; it must be at least 0");
   const Tensor& like = weight_hh[0];
   check_floating(like, "weight_hh_l0");
   TORCH_CHECK_VALUE(like.dim() == 2 && like.size(0) == like.size(1) && like.size(0) > 0, "weight_hh_l0 has shape ",
@@ -89,15 +100,14 @@ std::tuple<std::vector<Tensor>, Tensor, Tensor, std::vector<Tensor>, std::vector
   }
 
   const auto options = like.options();
-  std::vector<Tensor> factors, h, delta;
+  std::vector<Tensor> factors;
   const auto add = [&](at::IntArrayRef shape) {
     factors.push_back(at::empty(shape, options));
     return factors.back();
   };
   Tensor log_path_norm = at::empty({}, options.dtype(at::kDouble));
-  const int64_t chains = sequences ? layers : 0;
-  Tensor h_exponents = at::empty({chains, seq_len}, options.dtype(at::kLong));
-  Tensor delta_exponents = at::empty({chains, seq_len}, options.dtype(at::kLong));
+  const bool second = second_factor > 0;
+  Tensor lags = at::zeros({layers}, options.dtype(at::kLong)), bounds = at::zeros({layers}, options.dtype(at::kDouble));
   Tensor exponents, lost = at::empty({}, options.dtype(at::kBool));
   int64_t bad = -1;
 
@@ -133,21 +143,20 @@ std::tuple<std::vector<Tensor>, Tensor, Tensor, std::vector<Tensor>, std::vector
     exponents = at::empty({static_cast<int64_t>(factors.size())}, options.dtype(at::kLong));
     net.exponents = exponents.mutable_data_ptr<int64_t>();
     net.log_path_norm = log_path_norm.mutable_data_ptr<double>();
-    for (int64_t i = 0; i < chains; ++i) {
-      h.push_back(at::empty({seq_len, hidden}, options));
-      delta.push_back(at::empty({seq_len, hidden}, options));
-      net.h.push_back(result(h.back()));
-      net.delta.push_back(result(delta.back()));
-    }
-    net.h_exponents = h_exponents.mutable_data_ptr<int64_t>();
-    net.delta_exponents = delta_exponents.mutable_data_ptr<int64_t>();
+    net.second_factor = second_factor;
+    net.rtol = rtol;
+    net.first_lags = first_lags.vec();
+    net.workspace_bytes = workspace_bytes;
+    net.lags = lags.mutable_data_ptr<int64_t>();
+    net.bounds = bounds.mutable_data_ptr<double>();
     net.lost = lost.mutable_data_ptr<bool>();
-    const double work = static_cast<double>(layers) * seq_len * hidden * hidden + outputs * hidden + vocabulary * input;
+    const double work = static_cast<double>(layers) * (seq_len + (second ? hidden : 0)) * hidden * hidden +
+                        outputs * hidden + vocabulary * input;
     bad = kernels<scalar_t>().path_chain(net, threads_for(work));
   });
   TORCH_CHECK_VALUE(bad < 0, tensor_name(bad, layers, !bias_ih.empty(), head_weight.has_value(), head_bias.has_value()),
                     " has a nan or infinite entry; κ and γ² need finite weights: restore them, or lower the step size");
-  return {factors, exponents, log_path_norm, h, delta, h_exponents, delta_exponents, lost};
+  return {factors, exponents, log_path_norm, lags, bounds, lost};
 }
 
 }  // namespace

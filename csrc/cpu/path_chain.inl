@@ -72,7 +72,7 @@ class PathChainRun {
         H_(net.hidden),
         L_(net.num_layers),
         ld_(padded<T>(net.hidden)),
-        backward_(!net.kappa_hh.empty() || !net.delta.empty()),
+        backward_(!net.kappa_hh.empty()),
         shared_(net.hidden >= kSharedHidden),
         head_(net.hidden),
         input_(net.input),
@@ -82,7 +82,8 @@ class PathChainRun {
         bias_(L_, Scaled<T>(net.hidden)),
         h_sum_(ld_),
         drive_sums_(net.hidden),
-        memory_(ld_ * (L_ * (2 * T_ + 1) + (L_ > 1 ? 2 * T_ + 1 : 0) + T_)) {
+        memory_(ld_ * (L_ * (2 * T_ + 1) + (L_ > 1 ? 2 * T_ + 1 : 0)) + padded<T>(PairSum<T>::left_size(T_, H_)) +
+                padded<T>(threads * PairSum<T>::right_size(ld_))) {
     collect();
     scans_.resize(tensors_.size() * threads);
     lost_.assign(threads, 0);
@@ -104,10 +105,12 @@ class PathChainRun {
       d_drive_ = memory_.take(T_ * ld_);
       d_drive_exponent_.resize(T_);
     }
-    h_rest_.resize(L_);
-    d_rest_.resize(L_);
+    h_closed_.resize(L_);
+    d_closed_.resize(L_);
+    coefficients_.resize(4 * L_ * (T_ + 1));
     if (shared_) {
       scratch_.resize((2 + 6 * threads) * ld_);
+      if (H_ >= kCloseHidden) wide_scratch_.resize((2 + 8 * threads) * ld_);
     } else {
       packed_h_.resize(Packed<T>::size(H_, H_));
       packed_d_.resize(Packed<T>::size(H_, H_));
@@ -116,21 +119,26 @@ class PathChainRun {
       mixed_h_.resize(Packed<T>::size(H_, H_));
       if (backward_) mixed_d_.resize(Packed<T>::size(H_, H_));
     }
-    outer_ = memory_.take(T_ * ld_);
+    left_ = memory_.take(PairSum<T>::left_size(T_, H_));
+    right_ = memory_.take(threads * PairSum<T>::right_size(ld_));
     partial_.resize(threads * std::max(ld_, padded<T>(net.input)));
+    if (net.second_factor > 0) second_.emplace(T_, H_, net.workspace_bytes, threads);
   }
 
   // The index of the first tensor that is not finite, in the order of `collect`, or -1.
   int64_t run() {
     // Denormal weights are kept, so that they are noticed.
     run_team(threads_, [this](const Team& team) { run(team); }, false);
-    *net_.lost = std::find(lost_.begin(), lost_.end(), 1) != lost_.end();
+    *net_.lost = std::find(lost_.begin(), lost_.end(), 1) != lost_.end() || (second_ && second_->lost());
     return bad_;
   }
 
  private:
   // From this size on a thread's cache no longer holds W̃, and both chains share one read of it.
   static constexpr int64_t kSharedHidden = 512;
+  // From this size on every step reads W from beyond the second-level caches: it is worth less steps of dearer
+  // arithmetic. Below, a chain that comes to rest is mostly done as soon.
+  static constexpr int64_t kCloseHidden = 1024;
 
   struct Tensor {
     const T* data;
@@ -163,15 +171,14 @@ class PathChainRun {
   // h_0 … h_T and δ_1 … δ_T (at rows 0 … T-1) of layer i.
   Rows<T> h(int64_t i) {
     const int64_t at = i * (T_ + 1);
-    return {h_ + at * ld_, h_exponent_.data() + at, h_largest_.data() + at, ld_, &h_rest_[i]};
+    return {h_ + at * ld_, h_exponent_.data() + at, h_largest_.data() + at, ld_, &h_closed_[i]};
   }
   Rows<T> d(int64_t i) {
     const int64_t at = i * T_;
-    return {d_ + at * ld_, d_exponent_.data() + at, d_largest_.data() + at, ld_, &d_rest_[i]};
+    return {d_ + at * ld_, d_exponent_.data() + at, d_largest_.data() + at, ld_, &d_closed_[i]};
   }
   Rows<T> h_after_first(int64_t i) {
-    const Rows<T> r = h(i);
-    return {r[1], r.exponent + 1, r.largest + 1, ld_, r.rest, 1};
+    return h(i).from(1);
   }
 
   void run(const Team& team) {
@@ -319,13 +326,17 @@ class PathChainRun {
   Chain<T> h_chain(int64_t i) {
     const Drive<T> drive = i == 0 ? Drive<T>{first_drive_.data.data(), &first_drive_.exponent, 0, 0, 0}
                                   : Drive<T>{h_drive_, h_drive_exponent_.data(), ld_, 1, h_constant_};
-    return {h(i), 1, 1, h(i)[0], net_.ones_h0 ? -kCentre<T> : kZeroExponent, drive, i + 1 < L_};
+    return {h(i), 1, 1, h(i)[0], net_.ones_h0 ? -kCentre<T> : kZeroExponent, drive, i + 1 < L_,
+            {coefficients(2 * i), coefficients(2 * i) + T_ + 1}};
   }
   Chain<T> d_chain(int64_t i) {
     const Drive<T> drive = i == L_ - 1 ? Drive<T>{head_.data.data(), top_exponent_.data(), 0, 1, net_.last_only}
                                        : Drive<T>{d_drive_, d_drive_exponent_.data(), ld_, 1, d_constant_};
-    return {d(i), T_ - 1, -1, zeros_.data(), kZeroExponent, drive, i > 0};
+    return {d(i), T_ - 1, -1, zeros_.data(), kZeroExponent, drive, i > 0,
+            {coefficients(2 * i + 1), coefficients(2 * i + 1) + T_ + 1}};
   }
+
+  T* coefficients(int64_t chain) { return coefficients_.data() + 2 * chain * (T_ + 1); }
 
   void forward(int64_t i, const Team& team) {
     set_start(i, team);
@@ -333,7 +344,7 @@ class PathChainRun {
       mix(h_after_first(i - 1), ih(i), 1, H_, mixed_h_, h_drive_ + ld_, h_drive_exponent_.data() + 1, team);
       add_bias(bias_[i], team);
       // Row t of the drive belongs to step t - 1.
-      const Rest rest = h_rest_[i - 1];
+      const Closed<T>& rest = h_closed_[i - 1];
       if (team.rank == 0) h_constant_ = rest.last > rest.first ? rest.first - 1 : T_;
       team.wait();
     }
@@ -343,7 +354,7 @@ class PathChainRun {
     if (i < L_ - 1) {
       mix(d(i + 1), ih(i + 1), H_, 1, mixed_d_, d_drive_, d_drive_exponent_.data(), team);
       // Row t of the drive belongs to step T - 1 - t.
-      const Rest rest = d_rest_[i + 1];
+      const Closed<T>& rest = d_closed_[i + 1];
       if (team.rank == 0) d_constant_ = rest.last > rest.first ? T_ - rest.last : T_;
       team.wait();
     }
@@ -361,8 +372,19 @@ class PathChainRun {
 
   template <bool Forward, bool Backward>
   void run_shared(const Chain<T>& h, const Chain<T>& d, const Tensor& w, const Team& team) {
-    chains_shared<T, Forward, Backward>(h, d, w.data, w.scale, w.exponent, H_, T_, scratch_, team);
+    bool forward = Forward, backward = Backward;
+    int64_t from = 0;
+    if (H_ >= kCloseHidden && (!Forward || closable(h)) && (!Backward || closable(d))) {
+      from = close_shared(h, d, w.data, w.scale, w.exponent, H_, T_, forward, backward, wide_scratch_, team);
+    }
+    const auto go = [&](auto f, auto b) {
+      chains_shared<T, f.value, b.value>(h, d, w.data, w.scale, w.exponent, H_, from, T_, scratch_, team);
+    };
+    if (forward && backward) go(std::true_type{}, std::true_type{});
+    else if (forward) go(std::true_type{}, std::false_type{});
+    else if (backward) go(std::false_type{}, std::true_type{});
   }
+  static bool closable(const Chain<T>& c) { return !c.fill && c.from_nothing(); }
 
   static auto square(T scale) {
     return [scale](T v) {
@@ -381,7 +403,6 @@ class PathChainRun {
     team.share(T_, first, last);
     for (int64_t n = 0; n < p.panels(); ++n) {
       Tile<T> t{};
-      t.alpha = 1;
       t.c = out + first * ld_ + n * p.panel;
       t.c_row = ld_;
       step(t, rows[first], ld_, p, n, static_cast<const Product<T>*>(nullptr), last - first);
@@ -418,15 +439,6 @@ class PathChainRun {
     team.wait();
     if (team.rank == 0) *net_.log_path_norm = log_path_norm();
     if (wanted) kappas(team);
-    for (int64_t i = 0; i < static_cast<int64_t>(net_.h.size()); ++i) {
-      if (team.rank == 0) copy_rows(h(i), net_.h[i], net_.h_exponents + i * T_);
-      if (team.rank == team.size - 1) copy_rows(d(i), net_.delta[i], net_.delta_exponents + i * T_);
-    }
-  }
-
-  void copy_rows(const Rows<T>& rows, T* out, int64_t* exponents) {
-    for (int64_t t = 0; t < T_; ++t) std::copy(rows.at(t), rows.at(t) + H_, out + t * H_);
-    std::copy(rows.exponent, rows.exponent + T_, exponents);
   }
 
   void kappas(const Team& team) {
@@ -434,12 +446,14 @@ class PathChainRun {
     for (int64_t i = 0; i < L_; ++i) {
       const T* d_sum = d_sum_.data() + i * ld_;
       if (i > 0) {
-        outer_sum(d(i), h_after_first(i - 1), T_, H_, H_, net_.kappa_ih[i], *exponent, outer_, team);
+        outer(d(i), h_after_first(i - 1), net_.kappa_ih[i], *exponent, team);
       } else if (team.rank == 0) {
         *exponent = first_kappa(d_sum, d_sum_exponent_[0]);
       }
       ++exponent;
-      outer_sum(d(i), h(i), T_, H_, H_, net_.kappa_hh[i], *exponent++, outer_, team);
+      outer(d(i), h(i), net_.kappa_hh[i], *exponent, team);
+      if (second_) second_term(i, exponent, team);
+      ++exponent;
       if (!net_.kappa_bias.empty()) {
         if (team.rank == 0) *exponent = copy_result(d_sum, d_sum_exponent_[i], H_, net_.kappa_bias[i]);
         ++exponent;
@@ -452,6 +466,25 @@ class PathChainRun {
       *exponent++ = 0;
     }
     if (net_.kappa_embedding) *exponent++ = embedding_kappa();
+  }
+
+  void second_term(int64_t i, int64_t* exponent, const Team& team) {
+    team.wait();  // κ⁽¹⁾ is there
+    int64_t first, last;
+    team.share(H_, first, last);
+    const Tensor& w = hh(i);
+    second_->run({w.data, w.scale, w.exponent, h(i), d(i), i == 0 ? first_drive_.data.data() : nullptr,
+                  first_drive_.exponent, net_.kappa_hh[i], exponent, net_.second_factor, net_.rtol,
+                  net_.first_lags.empty() ? 0 : net_.first_lags[i], net_.lags + i, net_.bounds + i,
+                  left_ + PairSum<T>::left_size(T_, first), right_ + team.rank * PairSum<T>::right_size(ld_)},
+                 team);
+  }
+
+  void outer(const Rows<T>& d, const Rows<T>& h, T* out, int64_t& exponent, const Team& team) {
+    int64_t first, last;
+    team.share(H_, first, last);
+    outer_sum(d, h, T_, H_, H_, out, exponent, left_ + PairSum<T>::left_size(T_, first),
+              right_ + team.rank * PairSum<T>::right_size(ld_), team);
   }
 
   // The input is the same at every step: κ⁽¹⁾ = (Σ_t δ_t) · inputᵀ, equal columns for an input of ones.
@@ -523,7 +556,7 @@ class PathChainRun {
   int64_t T_, H_, L_, ld_;
   bool backward_, shared_;
   int64_t h_constant_ = 0, d_constant_ = 0;
-  std::vector<Rest> h_rest_, d_rest_;
+  std::vector<Closed<T>> h_closed_, d_closed_;
   int64_t bad_ = -1;
   std::vector<Tensor> tensors_;
   std::vector<T> scans_;
@@ -531,10 +564,13 @@ class PathChainRun {
   Scaled<T> head_, input_, first_drive_;
   Buffer<T> start_, zeros_;
   std::vector<Scaled<T>> bias_;
-  Buffer<T> packed_h_, packed_d_, mixed_h_, mixed_d_, scratch_, partial_, d_sum_, h_sum_;
+  Buffer<T> packed_h_, packed_d_, mixed_h_, mixed_d_, scratch_, partial_, d_sum_, h_sum_, coefficients_;
+  Buffer<double> wide_scratch_;
   std::vector<T> drive_sums_;
   Workspace<T> memory_;
-  T *h_ = nullptr, *d_ = nullptr, *h_drive_ = nullptr, *d_drive_ = nullptr, *outer_ = nullptr;
+  std::optional<Kappa2Run<T>> second_;
+  T *h_ = nullptr, *d_ = nullptr, *h_drive_ = nullptr, *d_drive_ = nullptr, *left_ = nullptr,
+    *right_ = nullptr;
   int64_t h_sum_exponent_ = 0;
   std::vector<int64_t> h_exponent_, h_largest_, d_exponent_, d_largest_, d_sum_exponent_, top_exponent_,
       h_drive_exponent_, d_drive_exponent_;

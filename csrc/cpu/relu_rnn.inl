@@ -71,7 +71,6 @@ void relu_rnn_forward(const ReluRnnForward<T>& p, int threads) {
       for (int64_t n = grid.panel_first; n < grid.panel_last; ++n) {
         const int64_t column = n * weight.panel;
         Tile<T> out{};
-        out.alpha = 1;
         out.activation = Activation::relu;
         out.c = p.y + (t * B + b) * H + column;
         out.c_row = H;
@@ -173,7 +172,6 @@ class WeightGradients {
       Tile<T> tile{};
       tile.num_products = static_cast<int64_t>(products_.size());
       tile.columns = std::min(kPanel<T>, ld - column);
-      tile.alpha = 1;
       tile.c = sum + column;
       tile.c_row = ld;
       tile.start = tile.c;
@@ -213,7 +211,6 @@ void relu_rnn_backward(const ReluRnnBackward<T>& p, int threads) {
       for (int64_t n = grid.panel_first; n < grid.panel_last; ++n) {
         const int64_t column = n * weight.panel, offset = (t * B + b) * H + column;
         Tile<T> out{};
-        out.alpha = 1;
         out.c = (t < 0 ? p.grad_h_0 + b * H : delta(t)) + column;
         out.c_row = H;
         if (t >= 0) {

@@ -1,7 +1,9 @@
-"""path_chain: the squared network's forward and backward chains and κ⁽¹⁾ of every weight. Contract: csrc/ops.h."""
+"""path_chain: the squared network's forward and backward chains and κ of every weight. Contract: csrc/ops.h."""
 
 from __future__ import annotations
 
+import os
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -10,22 +12,25 @@ from torch import Tensor
 from .backend import check_devices, extension_problem, operator
 
 
+#: Bytes that the cached powers of W̃ may take; PATHRNN_WORKSPACE_BYTES overrides.
+WORKSPACE_BYTES = 256 << 20
+
+
 class PathChain(NamedTuple):
     """What one pass over the squared network gives. A true value is its tensor times 2^exponent."""
 
     #: Per layer weight_ih, weight_hh and, with biases, one [H] for both; then head weight [1, H], head bias [1] and
     #: embedding [1, I], those that exist. weight_ih of the first layer is [H, 1] without an embedding.
-    kappa1: list[Tensor]
-    #: int64 [len(kappa1)].
+    kappa: list[Tensor]
+    #: int64 [len(kappa)].
     exponents: Tensor
     #: log γ², float64, 0-dim; -inf if γ² is 0.
     log_path_norm: Tensor
-    #: With ``sequences``, per layer rows h_0 … h_{T-1} and δ_1 … δ_T, [T, H], and their exponents, int64 [L, T].
-    h: list[Tensor]
-    delta: list[Tensor]
-    h_exponents: Tensor
-    delta_exponents: Tensor
-    #: bool, 0-dim: whether a square, an h or a δ underflowed, so that the pass should be run again in a wider dtype.
+    #: Per layer, int64 [L]: lags of κ⁽²⁾ that were summed one by one.
+    lags: Tensor
+    #: Per layer, float64 [L]: bound of the relative error that leaving out the others causes in κ of weight_hh.
+    bounds: Tensor
+    #: bool, 0-dim: whether a square, an h, a δ or a power of W̃ underflowed, so that the pass should be run again in a wider dtype.
     lost: Tensor
 
 
@@ -41,9 +46,16 @@ def path_chain(
     last_only: bool,
     ones_h0: bool,
     kappa1: bool = True,
-    sequences: bool = False,
+    second_factor: float = 0.0,
+    rtol: float = 0.0,
+    first_lags: Sequence[int] = (),
+    workspace_bytes: int | None = None,
 ) -> PathChain:
-    """κ⁽¹⁾ (eqs. (9), (11)) and log γ² (eq. (3)) in one tempered pass, which never overflows.
+    """κ (eqs. (9), (11)) and log γ² (eq. (3)) in one tempered pass, which never overflows.
+
+    Peak memory, in numbers of the weights' dtype: (2 L + 2) T H for the chains; with the second term another T H, 6 H² and the cached
+    powers of W̃, H² each: as many as lags are summed one by one, up to the budget (at least four; 16 where the budget
+    is larger are set aside at once, though not touched).
 
     Args:
         weight_ih, weight_hh, bias_ih, bias_hh: one tensor a layer; the bias lists may be empty.
@@ -51,11 +63,17 @@ def path_chain(
         seq_len: T.
         last_only: outputs at step T alone, instead of at every step.
         ones_h0: h_0 = 1 instead of 0.
-        kappa1, sequences: whether to return κ⁽¹⁾ and the chains; log γ² comes always.
+        kappa1: whether to return κ at all; log γ² comes always.
+        second_factor: f > 0 adds κ⁽²⁾ = f · W̃ ⊙ S to κ of every weight_hh (``reference.kappa2``).
+        rtol: truncation error allowed in κ, relative, entry by entry; 0 sums all lags.
+        first_lags: per layer, how many lags a former call needed: no fewer are tried.
+        workspace_bytes: budget for cached powers of W̃; PATHRNN_WORKSPACE_BYTES or 256 MiB by default.
 
     Raises:
-        ValueError: a weight that is nan or infinite, or shapes that do not fit.
+        ValueError: a weight that is nan or infinite, or arguments that do not fit.
     """
+    if workspace_bytes is None:
+        workspace_bytes = _workspace_bytes()
     return PathChain._make(
         _op(
             weight_ih,
@@ -69,9 +87,21 @@ def path_chain(
             last_only,
             ones_h0,
             kappa1,
-            sequences,
+            second_factor,
+            rtol,
+            first_lags,
+            workspace_bytes,
         )
     )
+
+
+def _workspace_bytes() -> int:
+    text = os.environ.get("PATHRNN_WORKSPACE_BYTES")
+    if text is None:
+        return WORKSPACE_BYTES
+    if not text.isdecimal():
+        raise ValueError(f"PATHRNN_WORKSPACE_BYTES is {text!r}; it must be a whole number of bytes")
+    return int(text)
 
 
 _op = operator("path_chain")
@@ -91,7 +121,10 @@ if extension_problem() is None:
         last_only,
         ones_h0,
         kappa1,
-        sequences,
+        second_factor,
+        rtol,
+        first_lags,
+        workspace_bytes,
     ):
         check_devices(*weight_ih, *weight_hh, *bias_ih, *bias_hh, head_weight, head_bias, embedding_weight)
         like = weight_hh[0]
@@ -110,14 +143,11 @@ if extension_problem() is None:
                 factors.append(like.new_empty(1))
             if embedding_weight is not None:
                 factors.append(like.new_empty(1, embedding_weight.shape[1]))
-        layers = len(weight_hh) if sequences else 0
-        chains = [[like.new_empty(seq_len, hidden) for _ in range(layers)] for _ in range(2)]
-        exponents = [like.new_empty(layers, seq_len, dtype=torch.int64) for _ in range(2)]
         return (
             factors,
             like.new_empty(len(factors), dtype=torch.int64),
             like.new_empty((), dtype=torch.float64),
-            *chains,
-            *exponents,
+            like.new_empty(len(weight_hh), dtype=torch.int64),
+            like.new_empty(len(weight_hh), dtype=torch.float64),
             like.new_empty((), dtype=torch.bool),
         )
