@@ -71,7 +71,7 @@ struct PathChain {
   double second_factor = 0;
   double rtol = 0;
   std::vector<int64_t> first_lags;  // per layer: how many a former call needed, tried first; may be empty
-  int64_t workspace_bytes = 0;      // for cached powers of W̃; at least four are held, 16 at first
+  int64_t workspace_bytes = 0;      // for cached powers of W̃; at least eight are held
   int64_t* lags = nullptr;          // per layer: lags summed one by one
   double* bounds = nullptr;         // per layer: bound of the relative error of kappa_hh
 };

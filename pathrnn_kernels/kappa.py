@@ -85,8 +85,8 @@ def kappa(
         backend: ``"auto"``, ``"cpu"``, or ``"reference"`` (autograd, all lags, not protected from overflow).
         lags: the ``lags`` of a former call for similar weights: no fewer are tried, which saves tests.
         workspace_bytes: budget for the cached powers of the squared recurrent matrix, ``H²`` numbers each, at least
-            four; they are formed in chunks above it. The environment variable PATHRNN_WORKSPACE_BYTES, or 256 MiB, by
-            default. Peak memory beside it: ``(2 L + 3) T H + 6 H²`` numbers.
+            eight; they are formed in chunks above it. The environment variable PATHRNN_WORKSPACE_BYTES, or 16 MiB, by
+            default. Peak memory beside it: ``(2 L + 4) T H + 6 H²`` numbers.
 
     Raises:
         TypeError, ValueError: naming the argument, its value and the remedy; also for nan or infinite weights.

@@ -57,6 +57,19 @@ inline Vec<T> maximum(const Vec<T>& a, const Vec<T>& b) {
   return a > b ? a : b;
 }
 
+// Doubles from memory that holds T.
+template <typename T>
+inline Vec<double> load_wide(const T* p) {
+  if constexpr (std::is_same<T, double>::value) {
+    return load(p);
+  } else {
+    typedef T Half __attribute__((vector_size(Simd<double>::width * sizeof(T))));
+    Half v;
+    std::memcpy(&v, p, sizeof(v));
+    return __builtin_convertvector(v, Vec<double>);
+  }
+}
+
 // Uninitialised, aligned memory: what is read of it has been written, padding included.
 template <typename T>
 using Buffer = std::vector<T, Aligned<T>>;
@@ -73,7 +86,7 @@ class Workspace {
     else memory_.resize(count);
   }
   ~Workspace() {
-    constexpr int64_t kKeep = (int64_t{16} << 20) / static_cast<int64_t>(sizeof(T));
+    constexpr int64_t kKeep = (int64_t{32} << 20) / static_cast<int64_t>(sizeof(T));
     if (size_ <= kKeep) memory_.swap(*kept_);
   }
   Workspace(const Workspace&) = delete;
@@ -261,19 +274,6 @@ void settle(const Chain<T>& c, int64_t rest, int64_t done, int64_t steps) {
   closed.basis[0] = c.out[from];
   closed.coefficients[0] = c.coefficients[0];
   std::fill(c.coefficients[0] + closed.first, c.coefficients[0] + closed.last, T(1));
-}
-
-// Doubles from memory that holds T.
-template <typename T>
-inline Vec<double> load_wide(const T* p) {
-  if constexpr (std::is_same<T, double>::value) {
-    return load(p);
-  } else {
-    typedef T Half __attribute__((vector_size(Simd<double>::width * sizeof(T))));
-    Half v;
-    std::memcpy(&v, p, sizeof(v));
-    return __builtin_convertvector(v, Vec<double>);
-  }
 }
 
 // The relative error that a closed form may have: that of one rounding, and in double more than the noise of its ratios.
@@ -802,60 +802,63 @@ struct PairSum {
   // `left` and `right` are memory of the sizes above.
   PairSum(const Rows<T>& d, const Rows<T>& h, int64_t n, int64_t j0, int64_t j1, T* left, T* right) {
     for (int64_t t = 0; t < n; ++t) {
-      if (d.largest[t] == kZeroExponent || h.largest[t] == kZeroExponent) continue;
       const int64_t x = d.exponent[t] + h.exponent[t];
       exponent = std::max(exponent, x);
       largest = std::max(largest, x + d.largest[t] + h.largest[t]);
     }
-    if (exponent == kZeroExponent) return;
+    // A row of zeros has a sum far below every other.
+    if (largest <= kZeroExponent / 2) {
+      exponent = largest = kZeroExponent;
+      return;
+    }
     const int64_t own = j1 - j0, ld = h.row;
     const Closed<T> dc = d.closed(), hc = h.closed();
     const auto scale = [&](int64_t t) { return power_of_two<T>(d.exponent[t] + h.exponent[t] - exponent); };
     const int depth = dc.count + hc.count;
     if (depth > 0) {
-      // Row i of `right` meets the basis of d, the rows after them are the basis of h, met by sums over d.
+      // Row i of `right` meets the basis of d; the rows after them are the basis of h, met by sums over d.
       std::fill(right, right + dc.count * ld, T(0));
       std::fill(left + dc.count * own, left + depth * own, T(0));
       for (int i = 0; i < dc.count; ++i) std::copy(dc.basis[i] + j0, dc.basis[i] + j1, left + i * own);
       for (int l = 0; l < hc.count; ++l) std::copy(hc.basis[l], hc.basis[l] + ld, right + (dc.count + l) * ld);
     }
-    double both[Closed<T>::kMost][Closed<T>::kMost] = {};
-    int64_t moving = n, moved = 0;  // the steps at which both chains move
-    for (int64_t t = 0; t < n; ++t) {
-      const T s = scale(t);
-      if (s == T(0)) continue;
-      const bool d_closed = dc.holds(t), h_closed = hc.holds(t);
-      if (d_closed && h_closed) {
+    // Between these steps each chain either moves or is in closed form.
+    std::array<int64_t, 6> ends{0, dc.first, dc.last, hc.first, hc.last, n};
+    for (int64_t& t : ends) t = std::min(t, n);
+    std::sort(ends.begin(), ends.end());
+    for (size_t e = 0; e + 1 < ends.size(); ++e) {
+      const int64_t from = ends[e], to = ends[e + 1];
+      if (from == to) continue;
+      if (dc.holds(from) && hc.holds(from)) {
         for (int i = 0; i < dc.count; ++i) {
-          const double sd = static_cast<double>(s) * dc.coefficients[i][t];
-          for (int l = 0; l < hc.count; ++l) both[i][l] += sd * hc.coefficients[l][t];
+          for (int l = 0; l < hc.count; ++l) {
+            const double sum = dot(d, h, dc.coefficients[i], hc.coefficients[l], from, to);
+            axpy(static_cast<T>(sum), hc.basis[l], ld, right + i * ld);
+          }
         }
-      } else if (d_closed) {
-        for (int i = 0; i < dc.count; ++i) axpy(s * dc.coefficients[i][t], h[t], ld, right + i * ld);
-      } else if (h_closed) {
-        for (int l = 0; l < hc.count; ++l) {
-          const T sl = s * hc.coefficients[l][t];
-          T* out = left + (dc.count + l) * own;
-          for (int64_t j = 0; j < own; ++j) out[j] += sl * d[t][j0 + j];
+      } else if (dc.holds(from)) {
+        for (int64_t t = from; t < to; ++t) {
+          for (int i = 0; i < dc.count; ++i) axpy(scale(t) * dc.coefficients[i][t], h[t], ld, right + i * ld);
+        }
+      } else if (hc.holds(from)) {
+        for (int64_t t = from; t < to; ++t) {
+          for (int l = 0; l < hc.count; ++l) {
+            const T s = scale(t) * hc.coefficients[l][t];
+            T* out = left + (dc.count + l) * own;
+            for (int64_t j = 0; j < own; ++j) out[j] += s * d[t][j0 + j];
+          }
         }
       } else {
-        moving = std::min(moving, t);
-        moved = t + 1;
+        T* const rows = left + depth * own;
+        for (int64_t t = from; t < to; ++t) {
+          const T s = scale(t);
+          T* out = rows + (t - from) * own;
+          for (int64_t j = 0; j < own; ++j) out[j] = d[t][j0 + j] * s;
+        }
+        products[count++] = {rows, 1, own, h[from], ld, to - from};
       }
-    }
-    for (int i = 0; i < dc.count; ++i) {
-      for (int l = 0; l < hc.count; ++l) axpy(static_cast<T>(both[i][l]), hc.basis[l], ld, right + i * ld);
     }
     if (depth > 0) products[count++] = {left, 1, own, right, ld, depth};
-    if (moving < moved) {
-      T* const rows = left + depth * own;
-      for (int64_t t = moving; t < moved; ++t) {
-        const T s = scale(t);
-        T* out = rows + (t - moving) * own;
-        for (int64_t j = 0; j < own; ++j) out[j] = d[t][j0 + j] * s;
-      }
-      products[count++] = {rows, 1, own, h[moving], ld, moved - moving};
-    }
   }
 
   // out = alpha · the sum, [j1 - j0, columns].
@@ -877,6 +880,31 @@ struct PairSum {
   }
 
  private:
+  // Σ_t 2^(exponents of d and h - exponent) · a[t] · b[t].
+  double dot(const Rows<T>& d, const Rows<T>& h, const T* a, const T* b, int64_t from, int64_t to) const {
+    typedef int64_t Integers __attribute__((vector_size(kVectorBytes)));
+    constexpr int64_t width = Simd<double>::width, kLeast = -1022, kBias = 1023;
+    const auto scales = [&](int64_t t) {
+      Integers x, y;
+      std::memcpy(&x, d.exponent + t, sizeof(x));
+      std::memcpy(&y, h.exponent + t, sizeof(y));
+      x += y - exponent;
+      x = x < kLeast ? Integers{} - kBias : x;
+      x = (x + kBias) << 52;
+      Vec<double> result;
+      std::memcpy(&result, &x, sizeof(result));
+      return result;
+    };
+    Vec<double> sum{};
+    int64_t t = from;
+    for (; t + width <= to; t += width) sum += scales(t) * load_wide(a + t) * load_wide(b + t);
+    double total = lane_sum<double>(sum);
+    for (; t < to; ++t) {
+      total += power_of_two<double>(d.exponent[t] + h.exponent[t] - exponent) * static_cast<double>(a[t]) * b[t];
+    }
+    return total;
+  }
+
   static void axpy(T s, const T* x, int64_t n, T* y) {
     for (int64_t k = 0; k < n; k += Simd<T>::width) store(y + k, load(y + k) + s * load(x + k));
   }

@@ -29,8 +29,8 @@ class Kappa2Run {
         ld_(padded<T>(hidden)),
         matrix_(H_ * ld_),
         chunk_(chunk(seq_len, hidden, workspace_bytes)),
-        few_(std::min(chunk_, kFew)),
-        memory_((3 + few_) * matrix_ + 2 * padded<T>(Packed<T>::size(H_, H_)) + filtered_size(threads) + (9 + 2 * threads) * ld_),
+        more_(chunk_ < seq_len - 2 ? chunk_ : 0),
+        memory_((3 + chunk_ + more_) * matrix_ + 2 * padded<T>(Packed<T>::size(H_, H_)) + filtered_size(threads) + (9 + 2 * threads) * ld_),
         exponents_(chunk_ + 1),
         x_(ld_),
         u_(ld_),
@@ -41,7 +41,8 @@ class Kappa2Run {
     pairs_ = memory_.take(matrix_);
     sums_ = memory_.take(matrix_);
     spare_ = memory_.take(matrix_);
-    first_powers_ = memory_.take(few_ * matrix_);
+    powers_ = memory_.take(chunk_ * matrix_);
+    other_ = memory_.take(more_ * matrix_);
     packed_first_ = memory_.take(Packed<T>::size(H_, H_));
     packed_wide_ = memory_.take(Packed<T>::size(H_, H_));
     filtered_ = memory_.take(filtered_size(threads));
@@ -62,12 +63,17 @@ class Kappa2Run {
     std::fill(pairs_ + s.j0 * ld_, pairs_ + s.j1 * ld_, T(0));
     FlushDenormals::forget();
     first_power(p, team);
-    int64_t summed = 0;
+    int64_t summed = 0, lags = -1;
     double bound = 0;
     if (T_ > 1) {
-      add_diagonal(p, s);
+      add_diagonal(PairSum<T>(p.d.from(1), p.h, T_ - 1, s.j0, s.j1, p.left, p.right), s);
       summed = 1;
-      const bool perron = p.rtol > 0 && T_ > 3 && find_perron(p, s, team);
+      if (p.rtol > 0 && T_ > 2 && diagonal(s, team)) {
+        add_diagonal_tail(p, s, team);
+        summed = T_ - 1;
+        lags = 1;
+      }
+      Perron perron = Perron::unknown;
       int64_t base = 1;  // the lag of the first cached power
       while (summed < T_ - 1) {
         if (summed == base + chunk_) {
@@ -82,9 +88,13 @@ class Kappa2Run {
         sum_pairs(p, end - 1, s);
         add(end - 1 - base, s);
         const int64_t lag = end - 1;
-        // The Perron certificate wants to have seen the first powers all.
-        for (int64_t n = summed; perron && n < lag && n <= kFew; ++n) mixing(n, n - base, s, team);
-        bool certified = tests && perron && perron_certifies(p, lag, lag - base, s, bound, team);
+        if (p.rtol > 0 && perron == Perron::unknown && lag >= 2 && base == 1) {
+          perron = find_perron(p, s, team) ? Perron::found : Perron::none;
+        }
+        if (perron == Perron::found) {
+          for (int64_t n = std::max(s.seen + 1, base); n < std::min(lag, kMixing); ++n) mixing(n, n - base, s, team);
+        }
+        bool certified = tests && perron == Perron::found && perron_certifies(p, lag, lag - base, s, bound, team);
         if (certified) {
           add_perron_tail(p, lag, s, team);
         } else if (tests && !s.mixes && base == 1 && lag < chunk_) {
@@ -100,7 +110,7 @@ class Kappa2Run {
     }
     finish(p, s, team);
     if (team.rank == 0) {
-      *p.lags = summed;
+      *p.lags = lags < 0 ? summed : lags;
       *p.bound = bound;
     }
     team.wait();
@@ -109,8 +119,10 @@ class Kappa2Run {
  private:
   // Lags that are tested one by one; from there on their number doubles between tests.
   static constexpr int64_t kSingle = 8;
-  // Powers that find place without an allocation.
-  static constexpr int64_t kFew = 16;
+  // Lags whose χ are all looked at; beyond, they are small.
+  static constexpr int64_t kMixing = 16;
+
+  enum class Perron { unknown, found, none };
 
   // What a thread knows alone: its rows of S, on the scale 2^exponent, and of the last lag's C, on 2^sum_exponent.
   struct State {
@@ -127,7 +139,7 @@ class Kappa2Run {
 
   static int64_t chunk(int64_t seq_len, int64_t hidden, int64_t workspace_bytes) {
     const int64_t matrix = hidden * padded<T>(hidden) * static_cast<int64_t>(sizeof(T));
-    const int64_t needed = std::max<int64_t>(seq_len - 2, 1), budget = std::max<int64_t>(workspace_bytes / matrix, 4);
+    const int64_t needed = std::max<int64_t>(seq_len - 2, 1), budget = std::max<int64_t>(workspace_bytes / matrix, 8);
     return needed <= budget ? needed : budget / 2;
   }
   // Rows of a filtered δ, by threads, or of a filtered h.
@@ -146,17 +158,24 @@ class Kappa2Run {
   const T* power(int64_t n) const { return powers_ + n * matrix_; }  // the n-th cached
 
   void first_power(const SecondTerm<T>& p, const Team& team) {
-    if (team.rank == 0) powers_ = big_.empty() ? first_powers_ : big_.data();
-    team.wait();
     int64_t first, last;
     team.share(H_, first, last);
-    for (int64_t j = first; j < last; ++j) {
-      T* row = powers_ + j * ld_;
-      for (int64_t k = 0; k < H_; ++k) {
-        const T v = p.weight[k * H_ + j] * p.scale;
-        row[k] = v * v;
+    constexpr int64_t kBlock = 16;
+    for (int64_t j0 = first; j0 < last; j0 += kBlock) {
+      const int64_t j1 = std::min(j0 + kBlock, last);
+      for (int64_t k0 = 0; k0 < H_; k0 += kBlock) {
+        // By way of a small square: rows of either matrix may lie a power of two apart, on the same cache lines.
+        const int64_t k1 = std::min(k0 + kBlock, H_);
+        T square[kBlock][kBlock + 1];
+        for (int64_t k = k0; k < k1; ++k) {
+          for (int64_t j = j0; j < j1; ++j) {
+            const T v = p.weight[k * H_ + j] * p.scale;
+            square[j - j0][k - k0] = v * v;
+          }
+        }
+        for (int64_t j = j0; j < j1; ++j) std::copy(square[j - j0], square[j - j0] + (k1 - k0), powers_ + j * ld_ + k0);
       }
-      std::fill(row + H_, row + ld_, T(0));
+      for (int64_t j = j0; j < j1; ++j) std::fill(powers_ + j * ld_ + H_, powers_ + (j + 1) * ld_, T(0));
     }
     if (team.rank == 0) {
       exponents_[0] = p.weight_exponent;
@@ -170,15 +189,6 @@ class Kappa2Run {
 
   // Powers 1 … last of the first chunk: one by one, or as many again as there are in one wide product.
   void form(int64_t last, const Team& team) {
-    if (last > few_ && big_.empty()) {
-      team.wait();
-      if (team.rank == 0) {
-        big_.resize(chunk_ * matrix_);
-        std::copy(powers_, powers_ + count_ * matrix_, big_.data());
-        powers_ = big_.data();
-      }
-      team.wait();
-    }
     while (count_ < last) {
       const int64_t have = count_, more = std::min(have, last - have);
       team.wait();
@@ -202,11 +212,7 @@ class Kappa2Run {
   void next_chunk(int64_t wanted, bool first, const Team& team) {
     team.wait();
     if (first) {
-      if (team.rank == 0) {
-        next_.resize(chunk_ * matrix_);
-        other_ = next_.data();
-        wide_exponent_ = exponents_[chunk_ - 1];
-      }
+      if (team.rank == 0) wide_exponent_ = exponents_[chunk_ - 1];
       pack_wide(chunk_ - 1, team);
     }
     multiply(powers_, 0, wanted, wide_factor(), wide_exponent_, other_, 0, team);
@@ -259,13 +265,11 @@ class Kappa2Run {
 
   // ---- lags ---------------------------------------------------------------------------------------------------------
 
-  // Lag 0, Q_0 = I: S[j, j] = Σ_t δ_{t+2}[j] h_t[j].
-  void add_diagonal(const SecondTerm<T>& p, State& s) {
-    const PairSum<T> sum(p.d.from(1), p.h, T_ - 1, s.j0, s.j1, p.left, p.right);
+  // A lag, or a tail, whose power of W̃ is diagonal: S[j, j] += Σ_t d_t[j] h_t[j].
+  void add_diagonal(const PairSum<T>& sum, State& s) {
     if (sum.count == 0) return;
     const int64_t to = sum.largest - kCentre<T>;
-    const T alpha = std::ldexp(T(1), static_cast<int>(sum.exponent - to));
-    s.exponent = to;
+    const T alpha = std::ldexp(T(1), static_cast<int>(sum.exponent - to)) * onto(to, s);
     for (int i = 0; i < sum.count; ++i) {
       const Product<T>& m = sum.products[i];
       for (int64_t t = 0; t < m.depth; ++t) {
@@ -274,6 +278,25 @@ class Kappa2Run {
         }
       }
     }
+  }
+
+  // Whether W̃ is diagonal: then its first power tells all the others.
+  bool diagonal(const State& s, const Team& team) {
+    T beside = 0;
+    for (int64_t j = s.j0; j < s.j1; ++j) {
+      const T* q = power(0) + j * ld_;
+      for (int64_t k = 0; k < H_ && beside == T(0); ++k) beside = k == j ? T(0) : q[k];
+      ratio_low_[j] = ratio_high_[j] = q[j];
+    }
+    return largest_of(beside, team) == T(0);
+  }
+  void add_diagonal_tail(const SecondTerm<T>& p, State& s, const Team& team) {
+    const int64_t n = T_ - 2, own = s.j1 - s.j0;
+    Filtered e(own_memory(s, team), n, padded<T>(own));
+    filter(p.d.from(2), n - 1, -1, s.j0, own, ratio_low_, ratio_high_, exponents_[0], e, width_ + s.j0);
+    // Rows of E are this thread's alone; so are the columns of h that meet them.
+    const PairSum<T> sum(e.rows(), p.h, n, 0, own, p.left, p.right);
+    add_diagonal(sum, s);
   }
 
   // C of a lag, this thread's rows, its entries near 2^kCentre at most.
@@ -302,6 +325,11 @@ class Kappa2Run {
       s.exponent = from;
     }
     return power_of_two<T>(from - s.exponent);
+  }
+
+  // The same, with no effect on S: infinite where S would have to grow beyond the dtype.
+  static T scale_beside(int64_t from, const State& s) {
+    return from <= kZeroExponent / 2 ? T(0) : power_of_two<T>(from - s.exponent);
   }
 
   // S += C ⊙ the n-th cached power.
@@ -340,20 +368,19 @@ class Kappa2Run {
     for (int64_t t = T_ - 1; t > last + 1; --t) add_row(t);
     for (int64_t lag = last - 1; lag >= first; --lag) {
       add_row(lag + 2);  // δ_{lag+3}
-      descend(p, lag, rest, rest_exponent, s);
-      add(lag - base, s);
+      descend(p, lag, lag - base, rest, rest_exponent, s);
     }
   }
 
-  // C of the lag from that of the next.
-  void descend(const SecondTerm<T>& p, int64_t lag, const T* rest, int64_t rest_exponent, State& s) {
+  // C of the lag from that of the next, and S += C ⊙ the n-th cached power.
+  void descend(const SecondTerm<T>& p, int64_t lag, int64_t n, const T* rest, int64_t rest_exponent, State& s) {
     const Packed<T> w = first_factor();
     const int64_t at = s.j0 * ld_, rows = s.j1 - s.j0;
-    for (int64_t n = 0; n < w.panels(); ++n) {
+    for (int64_t panel = 0; panel < w.panels(); ++panel) {
       Tile<T> t{};
-      t.c = s.spare + at + n * w.panel;
+      t.c = s.spare + at + panel * w.panel;
       t.c_row = ld_;
-      step(t, s.sums + at, ld_, w, n, static_cast<const Product<T>*>(nullptr), rows);
+      step(t, s.sums + at, ld_, w, panel, static_cast<const Product<T>*>(nullptr), rows);
     }
     std::swap(s.sums, s.spare);
     const auto pair = [](int64_t a, int64_t b) {
@@ -366,6 +393,8 @@ class Kappa2Run {
     const T a = power_of_two<T>(old - top);
     const T b = power_of_two<T>(driven + kCentre<T> - top), c = power_of_two<T>(started + kCentre<T> - top);
     const T down = power_of_two<T>(-kCentre<T>);
+    const T scale = exponents_[n] == kZeroExponent ? T(0) : onto(top + exponents_[n], s);
+    const T* const q = power(n);
     Vec<T> most{};
     for (int64_t j = s.j0; j < s.j1; ++j) {
       T* row = s.sums + j * ld_;
@@ -376,13 +405,15 @@ class Kappa2Run {
         if (cj != T(0)) v += cj * load(p.h[0] + k);
         store(row + k, v);
         most = maximum<T>(most, v);
+        const int64_t i = j * ld_ + k;
+        store(pairs_ + i, load(pairs_ + i) + v * load(q + i) * scale);
       }
     }
     s.sum_exponent = top;
     const int64_t shift = kCentre<T> - magnitude(largest_lane<T>(most));
     if (shift > 2 * kCentre<T> || std::abs(shift) <= kSlack) return;  // zero, or near enough
-    const T scale = std::ldexp(T(1), static_cast<int>(shift));
-    for (int64_t i = at; i < s.j1 * ld_; i += Simd<T>::width) store(s.sums + i, load(s.sums + i) * scale);
+    const T centring = std::ldexp(T(1), static_cast<int>(shift));
+    for (int64_t i = at; i < s.j1 * ld_; i += Simd<T>::width) store(s.sums + i, load(s.sums + i) * centring);
     s.sum_exponent -= shift;
   }
 
@@ -392,20 +423,16 @@ class Kappa2Run {
   // until the Collatz-Wielandt bounds of the eigenvalue agree well enough for all steps. False if they do not.
   bool find_perron(const SecondTerm<T>& p, State& s, const Team& team) {
     const double wanted = p.rtol / 16 / static_cast<double>(T_);
+    const auto right = [this](const T* q, const double* a, double* out) { multiply_wide<true>(q, a, out); };
+    const auto left = [this](const T* q, const double* a, double* out) { multiply_wide<false>(q, a, out); };
+    double centre = 0;
     if (team.rank == 0) {
-      x_spread_ = power_iteration(x_, wanted, [this](const double* a, double* out) {
-        matrix_vector_wide(first_factor(), a, out);
-      });
+      x_spread_ = power_iteration(x_, wanted, centre, right);
+      const int m = x_spread_ <= wanted ? std::ilogb(centre) : 0;
+      ratio_ = std::ldexp(centre, -m);
+      ratio_exponent_ = exponents_[0] + m;
     }
-    if (team.rank == team.size - 1) {
-      u_spread_ = power_iteration(u_, wanted, [this](const double* a, double* out) {
-        for (int64_t k = 0; k < H_; ++k) {
-          Vec<double> dot{};
-          for (int64_t j = 0; j < ld_; j += Simd<double>::width) dot += load(a + j) * load_wide(powers_ + k * ld_ + j);
-          out[k] = lane_sum<double>(dot);
-        }
-      });
-    }
+    if (team.rank == team.size - 1) u_spread_ = power_iteration(u_, wanted, centre, left);
     team.wait();
     if (!(x_spread_ <= wanted && u_spread_ <= wanted)) return false;
     double least = 1;
@@ -429,74 +456,95 @@ class Kappa2Run {
     return true;
   }
 
-  // The relative distance of the bounds of the eigenvalue; `v` has its largest entry at one.
+  // The relative distance of the bounds of the eigenvalue, infinite for none, and their middle; `v` has its largest entry
+  // at one. Starts with the second power, which is at hand, until its rounding could show.
   template <typename Multiply>
-  double power_iteration(std::vector<double>& v, double wanted, const Multiply& multiply) {
-    constexpr int kMost = 64, kPatience = 8;
+  double power_iteration(std::vector<double>& v, double wanted, double& centre, const Multiply& multiply) {
+    constexpr int kMost = 32, kPatience = 4;
+    constexpr double kNone = std::numeric_limits<double>::infinity();
     std::vector<double> next(ld_, 0.0);
     std::fill(v.begin(), v.end(), 0.0);
     std::fill(v.begin(), v.begin() + H_, 1.0);
-    double spread = std::numeric_limits<double>::infinity(), before = spread;
-    for (int i = 0; i < kMost && spread > wanted; ++i) {
-      multiply(v.data(), next.data());
-      double low = std::numeric_limits<double>::infinity(), high = 0, top = 0;
+    double spread = kNone, before = kNone;
+    for (int i = 1; i <= kMost; ++i) {
+      const bool first = spread < 0x1p-18;
+      multiply(power(first ? 0 : 1), v.data(), next.data());
+      double low = kNone, high = 0, top = 0, least = kNone;
       for (int64_t k = 0; k < H_; ++k) {
         const double r = next[k] / v[k];
         low = std::min(low, r);
         high = std::max(high, r);
         top = std::max(top, next[k]);
+        least = std::min(least, next[k]);
       }
-      if (!(low > 0)) return std::numeric_limits<double>::infinity();
+      // Entries that a float could not hold beside one are refused.
+      if (!(low > 0) || least < top * 0x1p-100) return kNone;
+      for (int64_t k = 0; k < H_; ++k) v[k] = next[k] / top;
       spread = high / low - 1;
-      const double centre = std::sqrt(low) * std::sqrt(high);
-      const int m = std::ilogb(centre);
-      if (&v == &x_) {
-        ratio_ = std::ldexp(centre, -m);
-        ratio_exponent_ = exponents_[0] + m;
-      }
-      double least = 1;
-      for (int64_t k = 0; k < H_; ++k) {
-        v[k] = next[k] / top;
-        least = std::min(least, v[k]);
-      }
-      // Kept within what a float can hold beside one.
-      if (least < 0x1p-100) return std::numeric_limits<double>::infinity();
-      if (i % kPatience == kPatience - 1) {
-        if (!(spread < before / 2)) return std::numeric_limits<double>::infinity();
+      centre = std::sqrt(low) * std::sqrt(high);
+      if (first && spread <= wanted) return spread;
+      if (i % kPatience == 0) {
+        if (!(spread < before / 2)) return kNone;
         before = spread;
       }
     }
-    return spread;
+    return kNone;
+  }
+
+  // out = qᵀ a or q a in double, four rows of q at a time.
+  template <bool Transposed>
+  void multiply_wide(const T* q, const double* a, double* out) const {
+    constexpr int64_t width = Simd<double>::width, kRows = 4;
+    if (Transposed) std::fill(out, out + ld_, 0.0);
+    for (int64_t k = 0; k < H_; k += kRows) {
+      const int64_t rows = std::min(kRows, H_ - k);
+      const T* row[kRows];
+      double s[kRows];
+      Vec<double> dot[kRows];
+#pragma GCC unroll 4
+      for (int64_t r = 0; r < kRows; ++r) {
+        row[r] = q + (k + std::min(r, rows - 1)) * ld_;
+        s[r] = Transposed && r < rows ? a[k + r] : 0.0;
+        dot[r] = Vec<double>{};
+      }
+      for (int64_t j = 0; j < ld_; j += width) {
+        Vec<double> y = load((Transposed ? out : a) + j);
+#pragma GCC unroll 4
+        for (int64_t r = 0; r < kRows; ++r) {
+          if (Transposed) y += s[r] * load_wide(row[r] + j);
+          else dot[r] += y * load_wide(row[r] + j);
+        }
+        if (Transposed) store(out + j, y);
+      }
+      for (int64_t r = 0; !Transposed && r < rows; ++r) out[k + r] = lane_sum<double>(dot[r]);
+    }
   }
 
   // g_j ≥ ρ^m δ_{s+m}[j] / δ_s[j] for all s, m: x · δ_s ≥ ρ^m x · δ_{s+m}, so the largest quotient of
   // δ_s[j] / (u_j x · δ_s) over the steps s by the smallest will do; for a closed form, over its basis.
   void growths(const SecondTerm<T>& p, State& s, const Team& team) {
+    std::vector<const T*> rows;
     const Closed<T> closed = p.d.closed();
-    const int64_t rows = T_ + closed.count;
-    const auto row = [&](int64_t r) -> const T* {
-      if (r >= T_) return closed.basis[r - T_];
-      return closed.holds(r) || p.d.largest[r] == kZeroExponent ? nullptr : p.d[r];
-    };
+    for (int64_t t = 0; t < T_; ++t) {
+      if (closed.holds(t)) t = closed.last;
+      if (t < T_ && p.d.largest[t] != kZeroExponent) rows.push_back(p.d[t]);
+    }
+    for (int i = 0; i < closed.count; ++i) rows.push_back(closed.basis[i]);
     int64_t first, last;
-    team.share(rows, first, last);
+    team.share(static_cast<int64_t>(rows.size()), first, last);
     for (int64_t r = first; r < last; ++r) {
-      const T* d = row(r);
-      double dot = 0;
-      for (int64_t k = 0; d && k < H_; ++k) dot += x_[k] * d[k];
-      row_dots_[r] = static_cast<T>(1 / dot);
+      Vec<double> dot{};
+      for (int64_t k = 0; k < ld_; k += Simd<double>::width) dot += load(x_.data() + k) * load_wide(rows[r] + k);
+      row_dots_[r] = static_cast<T>(1 / lane_sum<double>(dot));
     }
     team.wait();
     const int64_t own = s.j1 - s.j0;
     std::vector<T> most(own, T(0)), least(own, std::numeric_limits<T>::infinity());
-    for (int64_t r = 0; r < rows; ++r) {
-      const T* d = row(r);
-      if (!d) continue;
-      const T scale = row_dots_[r];
+    for (size_t r = 0; r < rows.size(); ++r) {
       for (int64_t j = 0; j < own; ++j) {
-        const T v = d[s.j0 + j] * scale;
-        most[j] = std::max(most[j], v);
-        least[j] = std::min(least[j], v);
+        const T v = rows[r][s.j0 + j] * row_dots_[r];
+        most[j] = v > most[j] ? v : most[j];
+        least[j] = v < least[j] ? v : least[j];
       }
     }
     s.growth.resize(own);
@@ -569,8 +617,10 @@ class Kappa2Run {
         return load(s.sums + j * ld_ + k) * (r * load(weighted_x_ + k));
       }));
     }
-    const double slack = static_cast<double>(T_) * (x_spread_ + u_spread_);
-    const double found = static_cast<double>(largest_of(most, team)) + slack;
+    // x, u and ρ are themselves known to within their bounds alone.
+    const double widest = largest_of(s.sigma.empty() ? T(0) : *std::max_element(s.sigma.begin(), s.sigma.end()), team);
+    const double slack = std::expm1(static_cast<double>(T_) * (x_spread_ + u_spread_)) * (1 + widest / (1 - norm));
+    const double found = slack < 1 ? (largest_of(most, team) + slack) / (1 - slack) : std::numeric_limits<double>::infinity();
     if (!(found <= p.rtol)) return false;
     bound = found;
     return true;
@@ -652,6 +702,7 @@ class Kappa2Run {
     if (begin > 0) {
       e.closed.last = begin;
       e.closed.count = closed.count + 1;
+      std::fill(e.largest.begin(), e.largest.begin() + begin, kCentre<T> + kSlack + 5);  // a bound
       e.coefficients.resize(e.closed.count * begin);
       for (int i = 0; i < e.closed.count; ++i) e.closed.coefficients[i] = e.coefficients.data() + i * begin;
       for (int i = 0; i < closed.count; ++i) e.closed.basis[i] = closed.basis[i] + s.j0;
@@ -664,10 +715,13 @@ class Kappa2Run {
         const int64_t from = at == kZeroExponent ? at : at + ratio_exponent_, top = std::max(from, d.exponent[t]);
         const double a = ratio_ * power_of_two<double>(from - top), b = power_of_two<double>(d.exponent[t] - top);
         double most = 0;
+        const double c0 = c[0];
         for (int i = 0; i < e.closed.count; ++i) {
           c[i] = a * c[i] + (i < closed.count ? b * closed.coefficients[i][t] : 0.0);
           most = std::max(most, c[i]);
         }
+        // δ at rest is alike at every step; once E is, too, so is the rest of it.
+        const bool rests = closed.count == 1 && at == top && from < at && c[0] == c0 && c[1] < c[0] * 0x1p-60;
         at = top;
         if (most > 8 || most < 0.125) {
           const int m = std::ilogb(most);
@@ -676,7 +730,11 @@ class Kappa2Run {
         }
         for (int i = 0; i < e.closed.count; ++i) e.coefficients[i * begin + t] = static_cast<T>(c[i]);
         e.exponent[t] = at;
-        e.largest[t] = kCentre<T> + kSlack + 5;  // a bound
+        if (rests) {
+          for (int i = 0; i < 2; ++i) std::fill_n(e.coefficients.begin() + i * begin, t, static_cast<T>(c[i]));
+          std::fill_n(e.exponent.begin(), t, at);
+          break;
+        }
       }
     }
     // Rows of E are this thread's alone.
@@ -704,20 +762,26 @@ class Kappa2Run {
     if (lag == 0) return false;
     constexpr int64_t width = Simd<T>::width;
     const T infinity = std::numeric_limits<T>::infinity();
-    // The share of the lag that has just been added, for a guess whether it is worth the sums below.
-    T share = 0;
-    const T scale = onto(s.sum_exponent + exponents_[lag - 1], s);
-    for (int64_t j = s.j0; j < s.j1; ++j) {
-      share = std::max(share, largest_share(p, j, s, [&](int64_t k) {
-        return load(s.sums + j * ld_ + k) * load(power(lag - 1) + j * ld_ + k) * scale;
-      }));
-    }
     form(lag + 1, team);
     if (exponents_[lag] == kZeroExponent) {
       team.wait();
       return false;  // nilpotent: the next lag ends the sum
     }
     const int64_t ratio_exponent = exponents_[lag] - exponents_[lag - 1];
+    // The share of the lag that has just been added, for guesses whether it is worth the sums below.
+    const T scale = scale_beside(s.sum_exponent + exponents_[lag - 1], s);
+    const auto share_of = [&](int64_t j) {
+      return largest_share(p, j, s, [&](int64_t k) {
+        return load(s.sums + j * ld_ + k) * load(power(lag - 1) + j * ld_ + k) * scale;
+      });
+    };
+    // One row of S tells for most matrices that it is not.
+    if (!promises(s.j0 < s.j1 ? first_half_width(lag, s.j0) : T(0), s.j0 < s.j1 ? share_of(s.j0) : T(0), T_ - 2 - lag,
+                  p.rtol, team)) {
+      return false;
+    }
+    T share = 0;
+    for (int64_t j = s.j0; j < s.j1; ++j) share = std::max(share, share_of(j));
     T* const low = partial_ + 2 * team.rank * ld_;
     T* const high = low + ld_;
     std::fill(low, low + ld_, infinity);
@@ -757,6 +821,19 @@ class Kappa2Run {
            (finite(row_high_) && rows_certify(p, lag, ratio_exponent, share, s, bound, team));
   }
 
+  // The least half width that a filter with the ratios of row j can have.
+  T first_half_width(int64_t lag, int64_t j) const {
+    const T *now = power(lag - 1) + j * ld_, *next = power(lag) + j * ld_;
+    T low = std::numeric_limits<T>::infinity(), high = 0;
+    for (int64_t k = 0; k < H_; ++k) {
+      if (now[k] == T(0) && next[k] > T(0)) return T(1);
+      if (now[k] == T(0)) continue;
+      low = std::min(low, next[k] / now[k]);
+      high = std::max(high, next[k] / now[k]);
+    }
+    return high > T(0) ? (high - low) / (high + low) : T(0);
+  }
+
   // By columns of P, which are rows of S: δ is filtered, each thread its own entries.
   bool columns_certify(const SecondTerm<T>& p, int64_t lag, int64_t ratio_exponent, T share, State& s, double& bound,
                        const Team& team) {
@@ -790,7 +867,7 @@ class Kappa2Run {
   // A guess, before the sums are formed: no bound rests on it.
   bool promises(T widest, T share, int64_t left, double rtol, const Team& team) {
     const double likely = std::min(1.0, static_cast<double>(largest_of(share, team)) * static_cast<double>(left));
-    return static_cast<double>(largest_of(widest == widest ? widest : T(1), team)) * likely <= rtol;
+    return static_cast<double>(largest_of(widest, team)) * likely <= rtol;
   }
 
   // C holds the filtered sum: times the power it is the tail, wrong by at most the filter's relative half width.
@@ -798,7 +875,7 @@ class Kappa2Run {
   bool accept(const SecondTerm<T>& p, int64_t lag, State& s, T widest, double& bound, const Team& team,
               const Width& half_width) {
     s.stale = true;
-    const T scale = onto(s.sum_exponent + exponents_[lag - 1], s);
+    const T scale = scale_beside(s.sum_exponent + exponents_[lag - 1], s);
     const T* q = power(lag - 1);
     T most = 0;
     for (int64_t j = s.j0; j < s.j1; ++j) {
@@ -806,8 +883,9 @@ class Kappa2Run {
         return load(s.sums + j * ld_ + k) * load(q + j * ld_ + k) * (scale * half_width(j, k));
       }));
     }
-    // Beside the tail, too, which is part of κ.
-    const double found = std::min(largest_of(most, team), largest_of(widest, team));
+    // Beside the tail, too, which is part of κ and no less than the lower end of the enclosure.
+    const double half = largest_of(widest, team), beside = half < 1 ? half / (1 - half) : std::numeric_limits<double>::infinity();
+    const double found = std::min<double>(largest_of(most, team), beside);
     if (!(found <= p.rtol)) return false;
     bound = found;
     add(lag - 1, s);
@@ -839,7 +917,8 @@ class Kappa2Run {
         least[j] = low[j0 + j] * (a * least[j] + b * x[j]);
         most[j] = high[j0 + j] * (a * most[j] + b * x[j]);
         out[j] = (least[j] + most[j]) / 2;
-        if (most[j] > T(0)) width[j] = std::max(width[j], (most[j] - least[j]) / (most[j] + least[j]));
+        const T half = most[j] > T(0) ? (most[j] - least[j]) / (most[j] + least[j]) : T(0);
+        if (!(half <= width[j])) width[j] = half == half ? half : std::numeric_limits<T>::infinity();
       }
       std::fill(out + own, out + e.row, T(0));
       const T scale = e.centre(t, top + ratio_exponent);
@@ -856,19 +935,21 @@ class Kappa2Run {
   // κ = κ⁽¹⁾ + factor · W̃ ⊙ S, all rows on one scale.
   void finish(const SecondTerm<T>& p, State& s, const Team& team) {
     const int64_t first = *p.exponent, second = s.exponent <= kZeroExponent / 2 ? kZeroExponent : s.exponent + p.weight_exponent;
+    constexpr int64_t width = Simd<T>::width;
     const T factor = static_cast<T>(p.factor);
-    T most1 = 0, most2 = 0;
+    Vec<T> largest1{}, largest2{};
     for (int64_t j = s.j0; j < s.j1; ++j) {
-      for (int64_t k = 0; k < H_; ++k) {
-        T w = p.weight[j * H_ + k] * p.scale;
+      for (int64_t k = 0; k < H_; k += width) {
+        const int64_t i = j * H_ + k, n = H_ - k;
+        Vec<T> w = load(p.weight + i, n) * p.scale;
         w *= w * factor;
-        T& term = pairs_[j * ld_ + k];
-        term *= w;
-        most1 = std::max(most1, p.kappa[j * H_ + k]);
-        most2 = std::max(most2, term);
+        const Vec<T> term = w * load(pairs_ + j * ld_ + k);
+        store(pairs_ + j * ld_ + k, term);
+        largest1 = maximum<T>(largest1, load(p.kappa + i, n));
+        largest2 = maximum<T>(largest2, term);
       }
     }
-    const int64_t m1 = magnitude(most1), m2 = magnitude(most2);
+    const int64_t m1 = magnitude(largest_lane<T>(largest1)), m2 = magnitude(largest_lane<T>(largest2));
     tops_[team.rank] = std::max(m1 == kZeroExponent ? m1 : m1 + first, m2 == kZeroExponent ? m2 : m2 + second);
     team.wait();
     const int64_t top = *std::max_element(tops_.begin(), tops_.begin() + team.size);
@@ -878,18 +959,19 @@ class Kappa2Run {
     };
     const T a = to_result(m1, first), b = to_result(m2, second);
     for (int64_t j = s.j0; j < s.j1; ++j) {
-      for (int64_t k = 0; k < H_; ++k) p.kappa[j * H_ + k] = a * p.kappa[j * H_ + k] + b * pairs_[j * ld_ + k];
+      for (int64_t k = 0; k < H_; k += width) {
+        T* const kappa = p.kappa + j * H_ + k;
+        store(kappa, a * load(kappa, H_ - k) + b * load(pairs_ + j * ld_ + k), H_ - k);
+      }
     }
     team.wait();
     if (team.rank == 0) *p.exponent = result;
   }
 
-  int64_t T_, H_, ld_, matrix_, chunk_, few_;
+  int64_t T_, H_, ld_, matrix_, chunk_, more_;
   Workspace<T, 1> memory_;
-  T *pairs_, *sums_, *spare_, *first_powers_, *packed_first_, *packed_wide_, *filtered_;
+  T *pairs_, *sums_, *spare_, *powers_, *other_, *packed_first_, *packed_wide_, *filtered_;
   T *inverse_x_, *x_narrow_, *pi_, *ratio_low_, *ratio_high_, *row_low_, *row_high_, *width_, *weighted_x_, *partial_;
-  T *powers_ = nullptr, *other_ = nullptr;
-  Buffer<T> big_, next_;
   int64_t count_ = 0, wide_exponent_ = 0, ratio_exponent_ = 0;
   double ratio_ = 1, x_spread_ = 0, u_spread_ = 0;
   std::vector<int64_t> exponents_;

@@ -13,7 +13,7 @@ from .backend import check_devices, extension_problem, operator
 
 
 #: Bytes that the cached powers of W̃ may take; PATHRNN_WORKSPACE_BYTES overrides.
-WORKSPACE_BYTES = 256 << 20
+WORKSPACE_BYTES = 16 << 20
 
 
 class PathChain(NamedTuple):
@@ -53,9 +53,8 @@ def path_chain(
 ) -> PathChain:
     """κ (eqs. (9), (11)) and log γ² (eq. (3)) in one tempered pass, which never overflows.
 
-    Peak memory, in numbers of the weights' dtype: (2 L + 2) T H for the chains; with the second term another T H, 6 H² and the cached
-    powers of W̃, H² each: as many as lags are summed one by one, up to the budget (at least four; 16 where the budget
-    is larger are set aside at once, though not touched).
+    Peak memory, in numbers of the weights' dtype: ``(2 L + 3) T H`` for the chains; with the second term another
+    ``T H``, ``6 H²`` and the cached powers of W̃, ``H²`` each, as many as the budget holds, at least eight.
 
     Args:
         weight_ih, weight_hh, bias_ih, bias_hh: one tensor a layer; the bias lists may be empty.
@@ -67,7 +66,7 @@ def path_chain(
         second_factor: f > 0 adds κ⁽²⁾ = f · W̃ ⊙ S to κ of every weight_hh (``reference.kappa2``).
         rtol: truncation error allowed in κ, relative, entry by entry; 0 sums all lags.
         first_lags: per layer, how many lags a former call needed: no fewer are tried.
-        workspace_bytes: budget for cached powers of W̃; PATHRNN_WORKSPACE_BYTES or 256 MiB by default.
+        workspace_bytes: budget for cached powers of W̃; PATHRNN_WORKSPACE_BYTES or 16 MiB by default.
 
     Raises:
         ValueError: a weight that is nan or infinite, or arguments that do not fit.
