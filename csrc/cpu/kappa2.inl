@@ -55,7 +55,10 @@ class Kappa2Run {
 
   bool lost() const { return std::find(lost_.begin(), lost_.end(), 1) != lost_.end(); }
 
-  void run(const SecondTerm<T>& p, const Team& team) {
+  void run(SecondTerm<T> p, const Team& team) {
+    // A few lags of a small matrix cost less than to ask whether they are needed.
+    const double products = 2.0 * static_cast<double>(H_) * static_cast<double>(H_) * static_cast<double>(H_);
+    if (T_ - 1 <= kMixing && products * static_cast<double>(T_) < 4e6) p.rtol = 0;
     State s;
     team.share(H_, s.j0, s.j1);
     s.sums = sums_;
@@ -123,6 +126,8 @@ class Kappa2Run {
   static constexpr int64_t kMixing = 16;
 
   enum class Perron { unknown, found, none };
+  // A product of two vectors has its largest entry near 2^(2 kCentre); C and S keep some bits free for sums.
+  static constexpr int64_t kHeadroom = 16, kLargest = 2 * kCentre<T> - kHeadroom;
 
   // What a thread knows alone: its rows of S, on the scale 2^exponent, and of the last lag's C, on 2^sum_exponent.
   struct State {
@@ -268,7 +273,7 @@ class Kappa2Run {
   // A lag, or a tail, whose power of W̃ is diagonal: S[j, j] += Σ_t d_t[j] h_t[j].
   void add_diagonal(const PairSum<T>& sum, State& s) {
     if (sum.count == 0) return;
-    const int64_t to = sum.largest - kCentre<T>;
+    const int64_t to = sum.largest - kLargest;
     const T alpha = std::ldexp(T(1), static_cast<int>(sum.exponent - to)) * onto(to, s);
     for (int i = 0; i < sum.count; ++i) {
       const Product<T>& m = sum.products[i];
@@ -299,7 +304,7 @@ class Kappa2Run {
     add_diagonal(sum, s);
   }
 
-  // C of a lag, this thread's rows, its entries near 2^kCentre at most.
+  // C of a lag, this thread's rows, its entries near 2^kLargest at most.
   void sum_pairs(const SecondTerm<T>& p, int64_t lag, State& s) {
     collect(PairSum<T>(p.d.from(lag + 1), p.h, T_ - 1 - lag, s.j0, s.j1, p.left, p.right), s);
   }
@@ -310,7 +315,7 @@ class Kappa2Run {
       std::fill(s.sums + s.j0 * ld_, s.sums + s.j1 * ld_, T(0));
       return;
     }
-    s.sum_exponent = sum.largest - kCentre<T>;
+    s.sum_exponent = sum.largest - kLargest;
     sum.multiply(s.sums + s.j0 * ld_, ld_, s.j1 - s.j0, H_,
                  std::ldexp(T(1), static_cast<int>(sum.exponent - s.sum_exponent)));
     for (int64_t j = s.j0; j < s.j1; ++j) std::fill(s.sums + j * ld_ + H_, s.sums + (j + 1) * ld_, T(0));
@@ -386,13 +391,13 @@ class Kappa2Run {
     const auto pair = [](int64_t a, int64_t b) {
       return a == kZeroExponent || b == kZeroExponent ? kZeroExponent : a + b;
     };
-    // Products of two vectors lie near 2^(2 kCentre), C near 2^kCentre.
     const int64_t driven = pair(rest_exponent, p.drive_exponent);
     const int64_t started = pair(p.d.exponent[lag + 1], p.h.exponent[0]);
-    const int64_t old = pair(s.sum_exponent, p.weight_exponent), top = std::max({old, driven + kCentre<T>, started + kCentre<T>});
+    const int64_t old = pair(s.sum_exponent, p.weight_exponent), 
+                  top = std::max({old, driven + kHeadroom, started + kHeadroom});
     const T a = power_of_two<T>(old - top);
-    const T b = power_of_two<T>(driven + kCentre<T> - top), c = power_of_two<T>(started + kCentre<T> - top);
-    const T down = power_of_two<T>(-kCentre<T>);
+    const T b = power_of_two<T>(driven + kHeadroom - top), c = power_of_two<T>(started + kHeadroom - top);
+    const T down = power_of_two<T>(-kHeadroom);
     const T scale = exponents_[n] == kZeroExponent ? T(0) : onto(top + exponents_[n], s);
     const T* const q = power(n);
     Vec<T> most{};
@@ -410,8 +415,8 @@ class Kappa2Run {
       }
     }
     s.sum_exponent = top;
-    const int64_t shift = kCentre<T> - magnitude(largest_lane<T>(most));
-    if (shift > 2 * kCentre<T> || std::abs(shift) <= kSlack) return;  // zero, or near enough
+    const int64_t m = magnitude(largest_lane<T>(most)), shift = kLargest - m;
+    if (m == kZeroExponent || std::abs(shift) <= kSlack) return;
     const T centring = std::ldexp(T(1), static_cast<int>(shift));
     for (int64_t i = at; i < s.j1 * ld_; i += Simd<T>::width) store(s.sums + i, load(s.sums + i) * centring);
     s.sum_exponent -= shift;

@@ -11,7 +11,6 @@ from torch import Tensor
 
 from .backend import check_devices, extension_problem, operator
 
-
 #: Bytes that the cached powers of W̃ may take; PATHRNN_WORKSPACE_BYTES overrides.
 WORKSPACE_BYTES = 16 << 20
 
@@ -30,7 +29,8 @@ class PathChain(NamedTuple):
     lags: Tensor
     #: Per layer, float64 [L]: bound of the relative error that leaving out the others causes in κ of weight_hh.
     bounds: Tensor
-    #: bool, 0-dim: whether a square, an h, a δ or a power of W̃ underflowed, so that the pass should be run again in a wider dtype.
+    #: bool, 0-dim: whether a square, an h, a δ or a power of W̃ underflowed, so that the pass should be run again in a
+    #: wider dtype.
     lost: Tensor
 
 

@@ -1,4 +1,6 @@
-"""The path_chain operator itself; its values are checked through kappa and path_norm in test_kappa.py."""
+"""The path_chain operator without the second term (test_kappa2.py); test_kappa.py checks its values at length."""
+
+import math
 
 import pytest
 import tolerances
@@ -35,7 +37,10 @@ def arguments(
         "last_only": False,
         "ones_h0": False,
         "kappa1": True,
-        "sequences": False,
+        "second_factor": 0.0,
+        "rtol": 0.0,
+        "first_lags": (),
+        "workspace_bytes": 0,
     } | flags
 
 
@@ -49,57 +54,93 @@ def parameters(call):
     return named
 
 
-@pytest.mark.parametrize("sequences", (False, True))
+def kappa_names(call):
+    """Of ``PathChain.kappa``, in its order; one κ serves both biases of a layer."""
+    for i in range(len(call["weight_hh"])):
+        yield from (f"rnn.weight_ih_l{i}", f"rnn.weight_hh_l{i}")
+        if call["bias_ih"]:
+            yield f"rnn.bias_ih_l{i}"
+    names = {"head_weight": "head.weight", "head_bias": "head.bias", "embedding_weight": "embedding.weight"}
+    yield from (name for kind, name in names.items() if call[kind] is not None)
+
+
+@pytest.mark.parametrize(
+    "options",
+    (
+        {"kappa1": False},
+        {"second_factor": 0.0},
+        {"second_factor": 4.0},
+        {"second_factor": 1.0, "rtol": 1e-3, "first_lags": (2, 0), "workspace_bytes": 1 << 20},
+    ),
+    ids=str,
+)
+@pytest.mark.parametrize("dtype", (F32, F64))
+@pytest.mark.parametrize("rest", (False, True))
+def test_opcheck(rest, dtype, options):
+    call = arguments(bias=rest, head=rest, embedding=rest, dtype=dtype, **options)
+    torch.library.opcheck(torch.ops.pathrnn.path_chain, tuple(call.values()))
+
+
 @pytest.mark.parametrize("kappa1", (False, True))
 @pytest.mark.parametrize("rest", (False, True))
-def test_opcheck(rest, kappa1, sequences):
-    call = arguments(bias=rest, head=rest, embedding=rest, kappa1=kappa1, sequences=sequences)
-    torch.library.opcheck(torch.ops.pathrnn.path_chain, tuple(call.values()))
+@pytest.mark.parametrize("num_layers", (1, 3))
+@pytest.mark.parametrize("dtype", (F32, F64))
+def test_shapes(dtype, num_layers, rest, kappa1):
+    """Every result has the shape and dtype that PathChain documents."""
+    chain = ops.path_chain(**arguments(num_layers, rest, rest, rest, rest, dtype=dtype, kappa1=kappa1))
+    shapes = []
+    for i in range(num_layers if kappa1 else 0):
+        shapes += [(5, 5 if i else 3 if rest else 1), (5, 5), *[(5,)] * rest]
+    shapes += [(1, 5), (1,), (1, 3)] * (rest and kappa1)
+    assert [tuple(k.shape) for k in chain.kappa] == shapes
+    assert all(k.dtype == dtype and k.is_contiguous() and k.isfinite().all() for k in chain.kappa)
+    assert chain.exponents.shape == (len(shapes),) and chain.exponents.dtype == torch.int64
+    assert chain.log_path_norm.shape == () and chain.log_path_norm.dtype == F64 and chain.log_path_norm.isfinite()
+    assert chain.lags.tolist() == [0] * num_layers and chain.lags.dtype == torch.int64
+    assert chain.bounds.tolist() == [0] * num_layers and chain.bounds.dtype == F64
+    assert chain.lost.shape == () and chain.lost.dtype == torch.bool and not chain.lost
 
 
 @pytest.mark.every_isa
 @pytest.mark.parametrize("hidden_size", (5, 33, 520))
 @pytest.mark.parametrize("ones_h0, last_only", ((False, False), (True, True)))
 @pytest.mark.parametrize("dtype", (F32, F64))
-def test_sequences(dtype, ones_h0, last_only, hidden_size, threads):
-    call = arguments(dtype=dtype, hidden_size=hidden_size, last_only=last_only, ones_h0=ones_h0, sequences=True)
+def test_values(dtype, ones_h0, last_only, hidden_size, threads):
+    call = arguments(dtype=dtype, hidden_size=hidden_size, last_only=last_only, ones_h0=ones_h0)
     chain = ops.path_chain(**call)
-    options = ("last" if last_only else "all", "ones" if ones_h0 else "zeros")
-    squared = {name: p.double().square().requires_grad_() for name, p in parameters(call).items()}
-    layers = reference.hidden(squared, 6, options[1])
-    gamma2 = reference.total(squared, layers[-1], options[0])
-    rtol = tolerances.path(dtype, 8, hidden_size)
-    for i, h in enumerate(layers):
-        delta = torch.autograd.grad(gamma2, h[1:], retain_graph=True, allow_unused=True)
-        for rows, exponents, truth in (
-            (chain.h[i], chain.h_exponents[i], h[:-1]),
-            (chain.delta[i], chain.delta_exponents[i], delta),
-        ):
-            assert rows.shape == (6, hidden_size) and rows.isfinite().all()
-            found = rows.double() * exponents.double().exp2()[:, None]
-            truth = torch.stack([torch.zeros(hidden_size, dtype=F64) if t is None else t.detach() for t in truth])
-            torch.testing.assert_close(found, truth, rtol=rtol, atol=0)
+    options = (6, "last" if last_only else "all", "ones" if ones_h0 else "zeros")
+    doubles = {name: p.double() for name, p in parameters(call).items()}
+    expected, rtol = reference.kappa1(doubles, *options), tolerances.path(dtype, 8, hidden_size)
+    found = dict(zip(kappa_names(call), zip(chain.kappa, chain.exponents, strict=True), strict=True))
+    assert found.keys() == expected.keys() - {"rnn.bias_hh_l0", "rnn.bias_hh_l1"}
+    for name, (factor, exponent) in found.items():
+        value = torch.ldexp(factor.double(), exponent).expand_as(expected[name])
+        torch.testing.assert_close(value, expected[name], rtol=rtol, atol=0, msg=lambda m, n=name: f"{n}: {m}")
+    log_norm = reference.path_norm(doubles, *options).log()
+    # The logarithm is of a number near 2^800, whose exponent, times ln 2, is taken off again.
+    large = 3 * tolerances.unit_roundoff(F64) * 800 * math.log(2)
+    torch.testing.assert_close(chain.log_path_norm, log_norm, rtol=0, atol=rtol + large)
 
 
 def test_the_norm_alone_is_the_same():
     whole, norm = (ops.path_chain(**arguments(kappa1=kappa1)) for kappa1 in (True, False))
     assert torch.equal(whole.log_path_norm, norm.log_path_norm)
-    assert norm.kappa1 == [] and norm.exponents.shape == (0,)
+    assert norm.kappa == [] and norm.exponents.shape == (0,)
 
 
 def test_inputs_are_left_alone():
-    call = arguments(sequences=True)
+    call = arguments()
     copies = {name: p.clone() for name, p in parameters(call).items()}
     ops.path_chain(**call)
     assert all(torch.equal(p, copies[name]) for name, p in parameters(call).items())
 
 
 def test_results_are_constants():
-    call = arguments(sequences=True)
+    call = arguments()
     for p in parameters(call).values():
         p.requires_grad_()
     chain = ops.path_chain(**call)
-    assert not any(t.requires_grad for t in (*chain.kappa1, chain.log_path_norm, *chain.h, *chain.delta))
+    assert not any(t.requires_grad for t in (*chain.kappa, *chain[1:]))
 
 
 def changed(**changes):
