@@ -80,8 +80,8 @@ def kappa(
         second_term: whether to add κ⁽²⁾ to κ⁽¹⁾ (Lemma 1). It is nonzero for recurrent matrices only.
         kappa2: ``"exact"`` is definition (8); ``"lemma1"`` and ``"theorem3"`` are the paper's printed factors, one
             half and one quarter of it.
-        rtol: truncation error allowed in κ⁽¹⁾ + κ⁽²⁾, relative, entry by entry, at most 1; the ``bound`` that was
-            certified is no larger. 0 sums all lags. ``reference.kappa2_certified`` says how and proves it.
+        rtol: truncation error allowed in κ⁽¹⁾ + κ⁽²⁾, relative, entry by entry; the ``bound`` that was certified is
+            no larger, nor than 1. 0 sums all lags. ``reference.kappa2_certified`` says how and proves it.
         backend: ``"auto"``, ``"cpu"``, or ``"reference"`` (autograd, all lags, not protected from overflow).
         lags: the ``lags`` of a former call for similar weights: no fewer are tried, which saves tests.
         workspace_bytes: budget for the cached powers of the squared recurrent matrix, ``H²`` numbers each, at least
@@ -96,8 +96,8 @@ def kappa(
         raise ValueError(f"kappa2 is {kappa2!r}; use one of {', '.join(map(repr, KAPPA2_FACTOR))}")
     if not isinstance(second_term, bool):
         raise TypeError(f"second_term is {second_term!r}; it must be True or False")
-    if not isinstance(rtol, numbers.Real) or not 0 <= rtol <= 1:
-        raise ValueError(f"rtol is {rtol!r}; it must be a number between 0 and 1")
+    if not isinstance(rtol, numbers.Real) or not 0 <= rtol < math.inf:
+        raise ValueError(f"rtol is {rtol!r}; it must be a finite number, at least 0")
     if workspace_bytes is not None and (
         isinstance(workspace_bytes, bool)
         or not isinstance(workspace_bytes, numbers.Integral)
@@ -127,7 +127,7 @@ def kappa(
         layout,
         seq_len,
         second_factor=KAPPA2_FACTOR[kappa2] if second_term else 0.0,
-        rtol=float(rtol),
+        rtol=min(float(rtol), 1.0),
         first_lags=first_lags,
         workspace_bytes=workspace_bytes,
     )

@@ -53,7 +53,7 @@ class PathOptimizer(Optimizer):
         trust_radius: shortens the network's step Δp to sqrt(Σ κ Δp²) = trust_radius · γ where it is longer.
         update_every: steps between two computations of κ, which is cached, in state dicts too.
         seq_len: T; by default the length of the last forward pass before the step.
-        rtol: relative truncation error allowed in κ.
+        rtol: relative truncation error allowed in κ⁽¹⁾ + κ⁽²⁾, as for :func:`kappa`.
 
     Raises:
         TypeError, ValueError: naming the argument, its value and the remedy.
@@ -107,6 +107,7 @@ class PathOptimizer(Optimizer):
         self._steps = 0
         self._log_constant: float | None = None  # of scale="first_step"
         self._metric: _Metric | None = None
+        self._lags: dict[str, int] = {}  # of the last κ
         # In place of Optimizer.__init__, which would make groups and state of its own: its hooks and its patch of step.
         self.__setstate__({})
         for kind in ("state_dict_pre", "state_dict_post", "load_state_dict_pre", "load_state_dict_post"):
@@ -157,9 +158,12 @@ class PathOptimizer(Optimizer):
         for name, gradient in zip(names, gradients, strict=True):
             if gradient.layout != torch.strided:
                 raise ValueError(f"the gradient of {name} is sparse; use nn.Embedding(…, sparse=False)")
-        metric = self._metric
+        metric, lags = self._metric, self._lags
         if metric is None:
-            k = kappa(self.net, self._length(), self.second_term, rtol=self.rtol)
+            seq_len = self._length()
+            k = kappa(self.net, seq_len, self.second_term, rtol=self.rtol, lags=self._first_lags())
+            # Where all lags were summed there is nothing to start from.
+            lags = {name: count for name, count in k.lags.items() if count < seq_len - 1}
             metric = _Metric(k, self.eps)
             if metric.log_norm == -math.inf and (self.scale == "path_norm" or self.trust_radius is not None):
                 raise ValueError(
@@ -177,7 +181,7 @@ class PathOptimizer(Optimizer):
         if self.trust_radius is not None:
             self._shorten(metric, names, parameters, before)
         self._steps += 1
-        self._log_constant = constant
+        self._log_constant, self._lags = constant, lags
         self._metric = metric if self._steps % self.update_every else None  # else its memory is of no use
         return loss
 
@@ -201,6 +205,10 @@ class PathOptimizer(Optimizer):
                 "run one before the step, or give PathOptimizer its seq_len"
             )
         return self.net.last_seq_len
+
+    def _first_lags(self) -> dict[str, int] | None:
+        """What κ tries first: one lag less than it needed before, so that the number can shrink again."""
+        return {name: max(count - 1, 0) for name, count in self._lags.items()} if self.second_term else None
 
     def _precondition(self, metric: _Metric, names: Sequence[str], gradients: _Tensors, log_scale: float) -> _Tensors:
         result = metric.divide(names, gradients, log_scale)
@@ -235,6 +243,7 @@ class PathOptimizer(Optimizer):
             "second_term": self.second_term,
             "steps": self._steps,
             "log_constant": self._log_constant,
+            "lags": dict(self._lags),
             "kappa": None if self._metric is None else self._metric.state(),
         }
         return {**self.base.state_dict(), "path": path}
@@ -265,12 +274,17 @@ class PathOptimizer(Optimizer):
             raise ValueError(f"state_dict has steps={steps!r}; it must be a count")
         if constant is not None and (type(constant) is not float or not math.isfinite(constant)):
             raise ValueError(f"state_dict has log_constant={constant!r}; it must be None or a finite number")
+        lags = path.get("lags", {})
+        if not isinstance(lags, dict) or not all(
+            name in dict(self._parameters) and type(count) is int and count >= 0 for name, count in lags.items()
+        ):
+            raise ValueError(f"state_dict has lags={lags!r}; they must be counts by recurrent weight")
         metric = None
         if path.get("kappa") is not None:
             metric = _Metric.from_state(path["kappa"], dict(self._parameters), self.eps)
         _check_groups(state_dict)
         self.base.load_state_dict({key: value for key, value in state_dict.items() if key != "path"})
-        self._steps, self._log_constant, self._metric = steps, constant, metric
+        self._steps, self._log_constant, self._metric, self._lags = steps, constant, metric, dict(lags)
 
     def _shapes(self) -> list[list[list[int]]]:
         return [[list(p.shape) for p in group["params"]] for group in self.param_groups]

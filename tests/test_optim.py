@@ -554,6 +554,31 @@ def mutate(path, value):
     return apply
 
 
+def test_lags_of_one_step_are_tried_first_in_the_next(monkeypatch):
+    net = pk.PathNetwork(pk.ReLURNN(2, 40), nn.Linear(40, 1))
+    optimizer = pk.PathSGD(net, lr=1e-6, scale="path_norm", second_term=True, seq_len=200)
+    tried, found = [], []
+
+    def spy(*arguments, **keywords):
+        k = pk.kappa(*arguments, **keywords)
+        tried.append(keywords["lags"])
+        found.append(k.lags)
+        return k
+
+    monkeypatch.setattr("pathrnn_kernels.optim.kappa", spy)
+    for _ in range(3):
+        backward(net)
+        optimizer.step()
+    name = "rnn.weight_hh_l0"
+    assert tried == [{}, {name: found[0][name] - 1}, {name: found[1][name] - 1}]
+    assert optimizer.state_dict()["path"]["lags"] == found[2]
+    with torch.no_grad():
+        net.rnn.weight_hh_l0.copy_(torch.eye(40) + 0.02 * torch.randn(40, 40))  # nothing certifies: all lags
+    backward(net)
+    optimizer.step()
+    assert optimizer.state_dict()["path"]["lags"] == {}
+
+
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
@@ -566,6 +591,9 @@ def mutate(path, value):
         (mutate(["path", "steps"], -1), "steps=-1"),
         (mutate(["path", "steps"], 1.0), "steps=1.0"),
         (mutate(["path", "log_constant"], math.nan), "log_constant=nan"),
+        (mutate(["path", "lags"], {"rnn.weight_hh_l0": -1}), "lags="),
+        (mutate(["path", "lags"], {"nothing": 1}), "lags="),
+        (mutate(["path", "lags"], 3), "lags="),
         (mutate(["path", "kappa"], 3), "cached κ"),
         (mutate(["path", "kappa", "factors", "head.bias"], KeyError), "cached κ"),
         (mutate(["path", "kappa", "factors", "head.bias"], torch.ones(7)), "cached κ"),
