@@ -86,9 +86,10 @@ def bench_kappa1(hidden: int, seq_len: int, identity: bool, goal: float | None, 
 
 def paper_kappa2(net: pk.PathNetwork, seq_len: int) -> Callable[[], torch.Tensor]:
     """κ⁽²⁾ as the paper writes it (Theorem 3, index corrected): a power of W̃ and a product over time for every lag."""
+    weights = list(net.parameters())
 
     def run() -> torch.Tensor:
-        w_ih, w_hh, b_ih, b_hh, w_out, _ = (w.detach().square() for w in net.parameters())
+        w_ih, w_hh, b_ih, b_hh, w_out, _ = [w.detach().square() for w in weights]
         h, drive, top = [torch.zeros_like(b_ih)], w_ih.sum(1) + b_ih + b_hh, w_out.sum(0)
         delta = [top]
         for _ in range(seq_len - 1):
@@ -107,11 +108,12 @@ def paper_kappa2(net: pk.PathNetwork, seq_len: int) -> Callable[[], torch.Tensor
 def recurrent(hidden: int, kind: str) -> pk.PathNetwork:
     """A network with Gaussian W_hh, of spectral radius of W̃ about 1, or near-identity W_hh, or nn.RNN's."""
     net = pk.PathNetwork(pk.ReLURNN(2, hidden), nn.Linear(hidden, 10))
+    weight = dict(net.named_parameters())["rnn.weight_hh_l0"]
     with torch.no_grad():
         if kind == "Gaussian":
-            net.rnn.weight_hh_l0.normal_(0, hidden**-0.5)
+            weight.normal_(0, hidden**-0.5)
         elif kind == "I+0.02N":
-            net.rnn.weight_hh_l0.copy_(torch.eye(hidden) + 0.02 * torch.randn(hidden, hidden))
+            weight.copy_(torch.eye(hidden) + 0.02 * torch.randn(hidden, hidden))
     return net
 
 
