@@ -12,7 +12,8 @@ struct SecondTerm {
   int64_t drive_exponent;
   T* kappa;  // [H, H]: κ⁽¹⁾ comes, κ goes
   int64_t* exponent;
-  double factor;  // κ⁽²⁾ = factor · W̃ ⊙ S
+  bool monotone;   // whether δ_t ≥ δ_{t+1}: where every step is an output
+  double factor;   // κ⁽²⁾ = factor · W̃ ⊙ S
   double rtol;
   int64_t first_lags;  // how many a former call needed, or 0
   int64_t* lags;
@@ -76,7 +77,8 @@ class Kappa2Run {
         summed = T_ - 1;
         lags = 1;
       }
-      Perron perron = Perron::unknown;
+      bool perron = false;
+      int64_t next_search = 0;
       int64_t base = 1;  // the lag of the first cached power
       while (summed < T_ - 1) {
         if (summed == base + chunk_) {
@@ -91,13 +93,14 @@ class Kappa2Run {
         sum_pairs(p, end - 1, s);
         add(end - 1 - base, s);
         const int64_t lag = end - 1;
-        if (p.rtol > 0 && perron == Perron::unknown && lag >= 2 && base == 1) {
-          perron = find_perron(p, s, team) ? Perron::found : Perron::none;
+        if (p.rtol > 0 && !perron && base == 1 && end >= next_search) {
+          perron = find_perron(p, lag, s, team);
+          next_search = 2 * end;
         }
-        if (perron == Perron::found) {
+        if (perron) {
           for (int64_t n = std::max(s.seen + 1, base); n < std::min(lag, kMixing); ++n) mixing(n, n - base, s, team);
         }
-        bool certified = tests && perron == Perron::found && perron_certifies(p, lag, lag - base, s, bound, team);
+        bool certified = tests && perron && perron_certifies(p, lag, lag - base, s, bound, team);
         if (certified) {
           add_perron_tail(p, lag, s, team);
         } else if (tests && !s.mixes && base == 1 && lag < chunk_) {
@@ -125,7 +128,6 @@ class Kappa2Run {
   // Lags whose χ are all looked at; beyond, they are small.
   static constexpr int64_t kMixing = 16;
 
-  enum class Perron { unknown, found, none };
   // A product of two vectors has its largest entry near 2^(2 kCentre); C and S keep some bits free for sums.
   static constexpr int64_t kHeadroom = 16, kLargest = 2 * kCentre<T> - kHeadroom;
 
@@ -134,8 +136,8 @@ class Kappa2Run {
     int64_t j0, j1;
     int64_t exponent = kZeroExponent, sum_exponent = kZeroExponent;
     T *sums, *spare;
-    // For the Perron certificate: χ of the last lag that was looked at, their sum over the lags, σ of own rows.
-    std::vector<T> chi, chi_sum, sigma;
+    // For the Perron certificate: χ of the last lag that was looked at, Σ_m χ_m, Σ_m ρ^m χ_m, and σ of own rows.
+    std::vector<T> chi, chi_sum, chi_series, sigma;
     int64_t seen = 0;
     bool mixes = false;
     std::vector<T> growth;  // g_j of own rows
@@ -426,18 +428,18 @@ class Kappa2Run {
 
   // The right (x) and left (u) Perron vectors by power iteration in double, one on either end of the team, u · x = 1,
   // until the Collatz-Wielandt bounds of the eigenvalue agree well enough for all steps. False if they do not.
-  bool find_perron(const SecondTerm<T>& p, State& s, const Team& team) {
-    const double wanted = p.rtol / 16 / static_cast<double>(T_);
+  bool find_perron(const SecondTerm<T>& p, int64_t lag, State& s, const Team& team) {
+    const double wanted = p.rtol / 64 / static_cast<double>(T_);
     const auto right = [this](const T* q, const double* a, double* out) { multiply_wide<true>(q, a, out); };
     const auto left = [this](const T* q, const double* a, double* out) { multiply_wide<false>(q, a, out); };
     double centre = 0;
     if (team.rank == 0) {
-      x_spread_ = power_iteration(x_, wanted, centre, right);
+      x_spread_ = power_iteration(x_, lag, wanted, centre, right);
       const int m = x_spread_ <= wanted ? std::ilogb(centre) : 0;
       ratio_ = std::ldexp(centre, -m);
       ratio_exponent_ = exponents_[0] + m;
     }
-    if (team.rank == team.size - 1) u_spread_ = power_iteration(u_, wanted, centre, left);
+    if (team.rank == team.size - 1) u_spread_ = power_iteration(u_, lag, wanted, centre, left);
     team.wait();
     if (!(x_spread_ <= wanted && u_spread_ <= wanted)) return false;
     double least = 1;
@@ -457,14 +459,15 @@ class Kappa2Run {
     growths(p, s, team);
     s.chi.assign(ld_, T(0));
     s.chi_sum.assign(ld_, T(0));
+    s.chi_series.assign(ld_, T(0));
     s.sigma.resize(s.j1 - s.j0);
     return true;
   }
 
   // The relative distance of the bounds of the eigenvalue, infinite for none, and their middle; `v` has its largest entry
-  // at one. Starts with the second power, which is at hand, until its rounding could show.
+  // at one. Starts with the power of the lag, which is at hand, until its rounding could show.
   template <typename Multiply>
-  double power_iteration(std::vector<double>& v, double wanted, double& centre, const Multiply& multiply) {
+  double power_iteration(std::vector<double>& v, int64_t lag, double wanted, double& centre, const Multiply& multiply) {
     constexpr int kMost = 32, kPatience = 4;
     constexpr double kNone = std::numeric_limits<double>::infinity();
     std::vector<double> next(ld_, 0.0);
@@ -472,8 +475,8 @@ class Kappa2Run {
     std::fill(v.begin(), v.begin() + H_, 1.0);
     double spread = kNone, before = kNone;
     for (int i = 1; i <= kMost; ++i) {
-      const bool first = spread < 0x1p-18;
-      multiply(power(first ? 0 : 1), v.data(), next.data());
+      const bool first = lag == 1 || spread < 0x1p-18;
+      multiply(power(first ? 0 : lag - 1), v.data(), next.data());
       double low = kNone, high = 0, top = 0, least = kNone;
       for (int64_t k = 0; k < H_; ++k) {
         const double r = next[k] / v[k];
@@ -556,6 +559,7 @@ class Kappa2Run {
     for (int64_t j = 0; j < own; ++j) s.growth[j] = most[j] / least[j];
   }
 
+  double ratio() const { return std::ldexp(ratio_, static_cast<int>(std::clamp<int64_t>(ratio_exponent_, -2000, 2000))); }
   // ρ^n as a mantissa and an exponent.
   void power_of_ratio(int64_t n, double& mantissa, int64_t& exponent) const {
     const double logarithm = std::log2(ratio_) * static_cast<double>(n);
@@ -588,12 +592,16 @@ class Kappa2Run {
     }
     team.wait();
     double total = 0;
+    // ρ^lag, and the sum of the powers left out.
+    const double rho = ratio(), power = rho < 1 ? std::pow(rho, static_cast<double>(lag)) : 0;
+    const double others = rho < 1 ? (std::pow(rho, static_cast<double>(s.seen + 1)) - power) / (1 - rho) : 0;
     for (int64_t k = 0; k < H_; ++k) {
       T squared = 0;
       for (int64_t r = 0; r < team.size; ++r) squared += partial_[r * ld_ + k];
       const T chi = std::sqrt(squared);
       // χ does not grow with the lag: it stands for the lags that were left out, too.
       s.chi_sum[k] += s.chi[k] * static_cast<T>(lag - s.seen - 1) + chi;
+      s.chi_series[k] += s.chi[k] * static_cast<T>(others) + chi * static_cast<T>(power);
       s.chi[k] = chi;
       total += static_cast<double>(pi_[k]) * squared;
     }
@@ -606,17 +614,32 @@ class Kappa2Run {
   bool perron_certifies(const SecondTerm<T>& p, int64_t lag, int64_t n, State& s, double& bound, const Team& team) {
     const double norm = mixing(lag, n, s, team);
     s.mixes = norm < 1;
-    if (!s.mixes) return false;
+    // Later lags weigh no more than σ_j χ_m[k] each, which shrinks as a whole by X every `lag` lags (A), or, where their C
+    // does not grow, by ρ every lag (B).
+    const double rho = ratio();
+    const bool decays = p.monotone && rho < 1;
+    if (!s.mixes && !decays) return false;
+    const T last = decays ? static_cast<T>(std::pow(rho, static_cast<double>(lag + 1)) / (1 - rho)) : T(0);
+    T largest_a = 0, largest_b = 0, largest_chi = 0;
+    for (int64_t k = 0; k < H_; ++k) {
+      largest_a = std::max(largest_a, s.chi_sum[k]);
+      largest_b = std::max(largest_b, s.chi_series[k] + last * s.chi[k]);
+      largest_chi = std::max(largest_chi, s.chi_sum[k]);
+    }
+    const bool series = decays && (!s.mixes || largest_b < largest_a / (1 - norm));
+    if (team.rank == 0) {
+      for (int64_t k = 0; k < ld_; ++k) {
+        const T weight = series ? s.chi_series[k] + last * s.chi[k] : s.chi_sum[k] / static_cast<T>(1 - norm);
+        weighted_x_[k] = k < H_ ? x_narrow_[k] * weight : T(0);
+      }
+    }
+    team.wait();
     double mantissa;
     int64_t exponent;
     power_of_ratio(lag, mantissa, exponent);
-    if (team.rank == 0) {
-      for (int64_t k = 0; k < ld_; ++k) weighted_x_[k] = k < H_ ? x_narrow_[k] * s.chi_sum[k] : T(0);
-    }
-    team.wait();
     T most = 0;
     for (int64_t j = s.j0; j < s.j1; ++j) {
-      const double row = u_[j] * s.sigma[j - s.j0] * s.growth[j - s.j0] * mantissa / (1 - norm);
+      const double row = u_[j] * s.sigma[j - s.j0] * (series ? T(1) : s.growth[j - s.j0]) * mantissa;
       const T r = static_cast<T>(std::ldexp(row, static_cast<int>(s.sum_exponent + exponent - s.exponent)));
       most = std::max(most, largest_share(p, j, s, [&](int64_t k) {
         return load(s.sums + j * ld_ + k) * (r * load(weighted_x_ + k));
@@ -624,7 +647,8 @@ class Kappa2Run {
     }
     // x, u and ρ are themselves known to within their bounds alone.
     const double widest = largest_of(s.sigma.empty() ? T(0) : *std::max_element(s.sigma.begin(), s.sigma.end()), team);
-    const double slack = std::expm1(static_cast<double>(T_) * (x_spread_ + u_spread_)) * (1 + widest / (1 - norm));
+    const double slack = std::expm1(static_cast<double>(T_) * (x_spread_ + u_spread_)) *
+                         (series ? 2 + widest * static_cast<double>(largest_chi) : 1 + widest / (1 - norm));
     const double found = slack < 1 ? (largest_of(most, team) + slack) / (1 - slack) : std::numeric_limits<double>::infinity();
     if (!(found <= p.rtol)) return false;
     bound = found;

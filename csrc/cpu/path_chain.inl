@@ -474,7 +474,7 @@ class PathChainRun {
     team.share(H_, first, last);
     const Tensor& w = hh(i);
     second_->run({w.data, w.scale, w.exponent, h(i), d(i), i == 0 ? first_drive_.data.data() : nullptr,
-                  first_drive_.exponent, net_.kappa_hh[i], exponent, net_.second_factor, net_.rtol,
+                  first_drive_.exponent, net_.kappa_hh[i], exponent, !net_.last_only, net_.second_factor, net_.rtol,
                   net_.first_lags.empty() ? 0 : net_.first_lags[i], net_.lags + i, net_.bounds + i,
                   left_ + PairSum<T>::left_size(T_, first), right_ + team.rank * PairSum<T>::right_size(ld_)},
                  team);
