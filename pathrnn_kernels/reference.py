@@ -119,7 +119,7 @@ def kappa2_certified(
     terms, lags, bound = {}, {}, 0.0
     for name, weight, h, delta in _sequences(parameters, seq_len, outputs, h0):
         factor = KAPPA2_FACTOR[convention]
-        pairs, lags[name], error = _certified_pairs(weight, h, delta, factor, rtol)
+        pairs, lags[name], error = _certified_pairs(weight, h, delta, factor, rtol, outputs == "all")
         terms[name] = factor * weight * pairs
         bound = max(bound, error)
     return terms, lags, bound
@@ -168,8 +168,10 @@ def _sequences(parameters: Parameters, seq_len: int, outputs: str, h0: str) -> l
     return result
 
 
-def _certified_pairs(weight: Tensor, h: Tensor, delta: Tensor, factor: float, rtol: float) -> tuple[Tensor, int, float]:
-    """S of one layer, the number of explicit lags, and the bound of ``kappa2_certified``."""
+def _certified_pairs(
+    weight: Tensor, h: Tensor, delta: Tensor, factor: float, rtol: float, shrinks: bool
+) -> tuple[Tensor, int, float]:
+    """S of one layer, the number of explicit lags, and the bound of ``kappa2_certified``; whether δ_t ≥ δ_{t+1}."""
     seq_len = len(h)
     kappa1 = delta.T @ h
     pairs, power = torch.zeros_like(weight), torch.eye(len(weight), dtype=weight.dtype, device=weight.device)
@@ -182,7 +184,7 @@ def _certified_pairs(weight: Tensor, h: Tensor, delta: Tensor, factor: float, rt
             return pairs, n + 1, 0.0
         if rtol > 0:
             kappa = kappa1 + factor * weight * pairs
-            found = _rank_one(h, delta, n, power, kappa, factor * weight, perron, spreads, rtol)
+            found = _rank_one(h, delta, n, power, kappa, factor * weight, perron, spreads, rtol, shrinks)
             # Four filtered sequences and four products with h cost several lags: not at every n.
             if found is None and n & (n - 1) == 0:
                 found = _geometric(h, delta, n, power, following, kappa, factor * weight, rtol)
@@ -202,6 +204,7 @@ def _rank_one(
     perron: tuple[Tensor, Tensor, Tensor, float, Tensor] | None,
     spreads: list[Tensor],
     rtol: float,
+    shrinks: bool,
 ) -> tuple[Tensor, float] | None:
     """The tail with P_{n+m} ≈ ρ^{n+m} x uᵀ (Perron), and its bound; None if that exceeds rtol.
 
@@ -220,6 +223,13 @@ def _rank_one(
 
     R is at most (the true tail + F) / (1 - θ'), and the true κ is at least that of the lags so far, and at least f W̃
     times the true tail: relative to the true κ, the error is at most (max f W̃ ⊙ F / κ + θ') / (1 - θ').
+
+    Where every step is an output (``shrinks``), δ_s - δ_{s+1} obeys the recurrence of δ with a drive ≥ 0, so that
+    δ_s ≥ δ_{s+1} and C_{n+m} ≤ C_n: ρ^m χ_m takes the place of g_j χ_m, and by 3. the sum of ρ^m χ_m[k] over m is at
+    most Σ_{r=1..n} ρ^r χ_r[k] / (1 - ρⁿ X_n). If ρ < 1, that needs no X_n < 1: χ does not grow, since x⁻¹ W̃ x / ρ
+    averages, π is left alone by it, and averages shorten vectors of L²(π). So Σ_m ρ^m χ_m[k] σ_n[j] C_{n+m} is at most
+    F[j, k] = (1 + θ) σ_n[j] (Σ_{r=1..n} ρ^r χ_r[k] + ρ^{n+1} χ_n[k] / (1 - ρ)) · ρⁿ x_k u_j C_n[j, k], and
+    θ' = θ (2 + max σ_n max χ_1).
     """
     if perron is None or n == 0:
         return None
@@ -230,14 +240,24 @@ def _rank_one(
     row, column = (deviation.square() @ pi).sqrt(), (pi @ deviation.square()).sqrt()
     spreads.append(row)
     contraction = (pi @ row.square()).sqrt().item()
-    if not contraction < 1:
-        return None
-    series = torch.stack(spreads).sum(0) / (1 - contraction)
-    error = (1 + theta) * torch.outer(growth * column, series) * limit.T * _overlap(h, delta, n)
-    drift = theta * (1 + column.max().item() / (1 - contraction))
-    if not drift < 1:
-        return None
-    bound = (_largest(scale * error, kappa) + drift) / (1 - drift)
+    cases = []
+    if contraction < 1:
+        series = torch.stack(spreads).sum(0) / (1 - contraction)
+        cases.append((torch.outer(growth * column, series), 1 + column.max().item() / (1 - contraction)))
+    if shrinks:
+        powers = rho ** torch.arange(1, n + 2, dtype=power.dtype, device=power.device)
+        first = (powers[:n, None] * torch.stack(spreads)).sum(0)
+        sensitivity = 2 + (column.max() * spreads[0].max()).item()
+        if powers[n - 1] * contraction < 1:
+            cases.append((torch.outer(column, first / (1 - powers[n - 1] * contraction)), sensitivity))
+        if rho < 1:
+            cases.append((torch.outer(column, first + powers[n] * row / (1 - rho)), sensitivity))
+    bound = math.inf
+    for weights, sensitivity in cases:
+        drift = theta * sensitivity
+        error = (1 + theta) * weights * limit.T * _overlap(h, delta, n)
+        if drift < 1:
+            bound = min(bound, (_largest(scale * error, kappa) + drift) / (1 - drift))
     if not bound <= rtol:
         return None
     return limit.T * _discounted(h, delta, n + 1, rho, "column"), bound

@@ -538,13 +538,13 @@ void leap(const Chain<T>& c, const Packed<T>& w, int64_t w_exponent, const Buffe
 // All steps by one thread: W̃ is packed and small enough for its cache.
 template <typename T>
 void chain(const Chain<T>& c, const Packed<T>& w, int64_t w_exponent, int64_t steps) {
-  // A chain that converges has come to rest by then, mostly; the powers must pay for themselves in the steps left.
-  constexpr int64_t kSettled = 64, kWorthPowers = 3;
+  // A chain that converges has come to rest by then, mostly; other ways must pay for themselves in the steps left.
+  constexpr int64_t kSettled = 64, kWorthClosing = 1, kWorthPowers = 3;
   const T* before = c.start;
   int64_t exponent = c.start_exponent;
   for (int64_t s = 0, t = c.first; s < steps; ++s, t += c.stride) {
+    if (s == kSettled && steps - s >= kWorthClosing * w.depth && closes(c, w, w_exponent, s, steps)) return;
     if (s == kSettled && c.drive.row == 0 && steps - s >= kWorthPowers * w.depth) {
-      if (closes(c, w, w_exponent, s, steps)) return;
       Buffer<T> power;
       int64_t power_exponent;
       if (leap_matrix(w, w_exponent, power, power_exponent)) {
@@ -830,11 +830,10 @@ struct PairSum {
       const int64_t from = ends[e], to = ends[e + 1];
       if (from == to) continue;
       if (dc.holds(from) && hc.holds(from)) {
+        double sums[Closed<T>::kMost][Closed<T>::kMost];
+        dots(d, h, dc, hc, from, to, sums);
         for (int i = 0; i < dc.count; ++i) {
-          for (int l = 0; l < hc.count; ++l) {
-            const double sum = dot(d, h, dc.coefficients[i], hc.coefficients[l], from, to);
-            axpy(static_cast<T>(sum), hc.basis[l], ld, right + i * ld);
-          }
+          for (int l = 0; l < hc.count; ++l) axpy(static_cast<T>(sums[i][l]), hc.basis[l], ld, right + i * ld);
         }
       } else if (dc.holds(from)) {
         for (int64_t t = from; t < to; ++t) {
@@ -880,29 +879,38 @@ struct PairSum {
   }
 
  private:
-  // Σ_t 2^(exponents of d and h - exponent) · a[t] · b[t].
-  double dot(const Rows<T>& d, const Rows<T>& h, const T* a, const T* b, int64_t from, int64_t to) const {
+  // sums[i][l] = Σ_t 2^(exponents of d and h - exponent) · (coefficient i of d)[t] · (coefficient l of h)[t].
+  void dots(const Rows<T>& d, const Rows<T>& h, const Closed<T>& dc, const Closed<T>& hc, int64_t from, int64_t to,
+            double (&sums)[Closed<T>::kMost][Closed<T>::kMost]) const {
     typedef int64_t Integers __attribute__((vector_size(kVectorBytes)));
     constexpr int64_t width = Simd<double>::width, kLeast = -1022, kBias = 1023;
-    const auto scales = [&](int64_t t) {
+    Vec<double> parts[Closed<T>::kMost][Closed<T>::kMost] = {};
+    int64_t t = from;
+    for (; t + width <= to; t += width) {
       Integers x, y;
       std::memcpy(&x, d.exponent + t, sizeof(x));
       std::memcpy(&y, h.exponent + t, sizeof(y));
       x += y - exponent;
       x = x < kLeast ? Integers{} - kBias : x;
       x = (x + kBias) << 52;
-      Vec<double> result;
-      std::memcpy(&result, &x, sizeof(result));
-      return result;
-    };
-    Vec<double> sum{};
-    int64_t t = from;
-    for (; t + width <= to; t += width) sum += scales(t) * load_wide(a + t) * load_wide(b + t);
-    double total = lane_sum<double>(sum);
-    for (; t < to; ++t) {
-      total += power_of_two<double>(d.exponent[t] + h.exponent[t] - exponent) * static_cast<double>(a[t]) * b[t];
+      Vec<double> scale;
+      std::memcpy(&scale, &x, sizeof(scale));
+      for (int i = 0; i < dc.count; ++i) {
+        const Vec<double> a = scale * load_wide(dc.coefficients[i] + t);
+        for (int l = 0; l < hc.count; ++l) parts[i][l] += a * load_wide(hc.coefficients[l] + t);
+      }
     }
-    return total;
+    for (int i = 0; i < dc.count; ++i) {
+      for (int l = 0; l < hc.count; ++l) sums[i][l] = lane_sum<double>(parts[i][l]);
+    }
+    for (; t < to; ++t) {
+      const double scale = power_of_two<double>(d.exponent[t] + h.exponent[t] - exponent);
+      for (int i = 0; i < dc.count; ++i) {
+        for (int l = 0; l < hc.count; ++l) {
+          sums[i][l] += scale * static_cast<double>(dc.coefficients[i][t]) * hc.coefficients[l][t];
+        }
+      }
+    }
   }
 
   static void axpy(T s, const T* x, int64_t n, T* y) {

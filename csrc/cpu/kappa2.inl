@@ -31,7 +31,8 @@ class Kappa2Run {
         matrix_(H_ * ld_),
         chunk_(chunk(seq_len, hidden, workspace_bytes)),
         more_(chunk_ < seq_len - 2 ? chunk_ : 0),
-        memory_((3 + chunk_ + more_) * matrix_ + 2 * padded<T>(Packed<T>::size(H_, H_)) + filtered_size(threads) + (9 + 2 * threads) * ld_),
+        memory_((3 + chunk_ + more_) * matrix_ + 2 * padded<T>(Packed<T>::size(H_, H_)) + filtered_size(threads) +
+                (9 + 2 * threads) * ld_),
         exponents_(chunk_ + 1),
         x_(ld_),
         u_(ld_),
@@ -593,8 +594,9 @@ class Kappa2Run {
     team.wait();
     double total = 0;
     // ρ^lag, and the sum of the powers left out.
-    const double rho = ratio(), power = rho < 1 ? std::pow(rho, static_cast<double>(lag)) : 0;
-    const double others = rho < 1 ? (std::pow(rho, static_cast<double>(s.seen + 1)) - power) / (1 - rho) : 0;
+    const double rho = ratio(), power = std::pow(rho, static_cast<double>(lag));
+    double others = 0;
+    for (int64_t m = s.seen + 1; m < lag; ++m) others += std::pow(rho, static_cast<double>(m));
     for (int64_t k = 0; k < H_; ++k) {
       T squared = 0;
       for (int64_t r = 0; r < team.size; ++r) squared += partial_[r * ld_ + k];
@@ -614,22 +616,25 @@ class Kappa2Run {
   bool perron_certifies(const SecondTerm<T>& p, int64_t lag, int64_t n, State& s, double& bound, const Team& team) {
     const double norm = mixing(lag, n, s, team);
     s.mixes = norm < 1;
-    // Later lags weigh no more than σ_j χ_m[k] each, which shrinks as a whole by X every `lag` lags (A), or, where their C
-    // does not grow, by ρ every lag (B).
-    const double rho = ratio();
-    const bool decays = p.monotone && rho < 1;
-    if (!s.mixes && !decays) return false;
-    const T last = decays ? static_cast<T>(std::pow(rho, static_cast<double>(lag + 1)) / (1 - rho)) : T(0);
-    T largest_a = 0, largest_b = 0, largest_chi = 0;
+    // Later lags weigh no more than σ_j χ_m[k] each, which shrinks by X every `lag` lags. Where C does not grow, ρ^m stands
+    // beside it, and may be enough by itself.
+    const double rho = ratio(), infinity = std::numeric_limits<double>::infinity();
+    const T decay = static_cast<T>(rho < 1 ? std::pow(rho, static_cast<double>(lag + 1)) / (1 - rho) : infinity);
+    const double both = std::pow(rho, static_cast<double>(lag)) * norm;
+    const T repeat = static_cast<T>(both < 1 ? 1 / (1 - both) : infinity);
+    const auto series_weight = [&](int64_t k) {
+      return std::min(s.chi_series[k] + decay * s.chi[k], s.chi_series[k] * repeat);
+    };
+    T largest_sum = 0, largest_series = 0;
     for (int64_t k = 0; k < H_; ++k) {
-      largest_a = std::max(largest_a, s.chi_sum[k]);
-      largest_b = std::max(largest_b, s.chi_series[k] + last * s.chi[k]);
-      largest_chi = std::max(largest_chi, s.chi_sum[k]);
+      largest_sum = std::max(largest_sum, s.chi_sum[k]);
+      largest_series = std::max(largest_series, series_weight(k));
     }
-    const bool series = decays && (!s.mixes || largest_b < largest_a / (1 - norm));
+    const bool series = p.monotone && largest_series < (s.mixes ? largest_sum / (1 - norm) : infinity);
+    if (!s.mixes && !series) return false;
     if (team.rank == 0) {
       for (int64_t k = 0; k < ld_; ++k) {
-        const T weight = series ? s.chi_series[k] + last * s.chi[k] : s.chi_sum[k] / static_cast<T>(1 - norm);
+        const T weight = series ? series_weight(k) : s.chi_sum[k] / static_cast<T>(1 - norm);
         weighted_x_[k] = k < H_ ? x_narrow_[k] * weight : T(0);
       }
     }
@@ -648,7 +653,7 @@ class Kappa2Run {
     // x, u and ρ are themselves known to within their bounds alone.
     const double widest = largest_of(s.sigma.empty() ? T(0) : *std::max_element(s.sigma.begin(), s.sigma.end()), team);
     const double slack = std::expm1(static_cast<double>(T_) * (x_spread_ + u_spread_)) *
-                         (series ? 2 + widest * static_cast<double>(largest_chi) : 1 + widest / (1 - norm));
+                         (series ? 2 + widest * static_cast<double>(largest_sum) : 1 + widest / (1 - norm));
     const double found = slack < 1 ? (largest_of(most, team) + slack) / (1 - slack) : std::numeric_limits<double>::infinity();
     if (!(found <= p.rtol)) return false;
     bound = found;
