@@ -135,10 +135,20 @@ def test_sizes_that_no_cache_holds(hidden_size, num_layers, dtype, threads):
 
 @pytest.mark.every_isa
 @DTYPES
-def test_second_term_of_a_matrix_that_no_cache_holds(dtype):
-    net = make(513, dtype=dtype)
-    expected = reference.kappa(doubles(net), 9, second_term=True)
-    check_kappa(pk.kappa(net, 9, second_term=True, rtol=0), expected, tolerances.path(dtype, 9, 513))
+@pytest.mark.parametrize("seq_len, outputs", ((9, "all"), (60, "all"), (60, "last")))
+def test_second_term_of_a_matrix_that_no_cache_holds(seq_len, outputs, dtype, threads):
+    """With 60 steps both chains end in closed form, and the lags' sums with them."""
+    net = make(513, outputs=outputs, dtype=dtype)
+    expected, rtol = (
+        reference.kappa(doubles(net), seq_len, outputs, second_term=True),
+        tolerances.path(dtype, seq_len, 513),
+    )
+    if threads == 1:
+        check_kappa(pk.kappa(net, seq_len, second_term=True, rtol=0), expected, rtol)
+    found = pk.kappa(net, seq_len, second_term=True)
+    check_kappa(found, expected, rtol + found.bound)
+    if seq_len == 60:
+        assert found.lags["rnn.weight_hh_l0"] <= 8
 
 
 @pytest.mark.every_isa

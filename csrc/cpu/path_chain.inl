@@ -74,6 +74,7 @@ class PathChainRun {
         ld_(padded<T>(net.hidden)),
         backward_(!net.kappa_hh.empty()),
         shared_(net.hidden >= kSharedHidden),
+        closes_(net.hidden >= (net.second_factor > 0 ? kSharedHidden : kCloseHidden)),
         head_(net.hidden),
         input_(net.input),
         first_drive_(net.hidden),
@@ -110,7 +111,7 @@ class PathChainRun {
     coefficients_.resize(4 * L_ * (T_ + 1));
     if (shared_) {
       scratch_.resize((2 + 6 * threads) * ld_);
-      if (H_ >= kCloseHidden) wide_scratch_.resize((2 + 8 * threads) * ld_);
+      if (closes_) wide_scratch_.resize((2 + 8 * threads) * ld_);
     } else {
       packed_h_.resize(Packed<T>::size(H_, H_));
       packed_d_.resize(Packed<T>::size(H_, H_));
@@ -137,7 +138,8 @@ class PathChainRun {
   // From this size on a thread's cache no longer holds W̃, and both chains share one read of it.
   static constexpr int64_t kSharedHidden = 512;
   // From this size on every step reads W from beyond the second-level caches: it is worth less steps of dearer
-  // arithmetic. Below, a chain that comes to rest is mostly done as soon.
+  // arithmetic. Below, a chain that comes to rest is mostly done as soon; but with the second term, a closed form saves
+  // every lag's sum over time, too.
   static constexpr int64_t kCloseHidden = 1024;
 
   struct Tensor {
@@ -374,7 +376,7 @@ class PathChainRun {
   void run_shared(const Chain<T>& h, const Chain<T>& d, const Tensor& w, const Team& team) {
     bool forward = Forward, backward = Backward;
     int64_t from = 0;
-    if (H_ >= kCloseHidden && (!Forward || closable(h)) && (!Backward || closable(d))) {
+    if (closes_ && (!Forward || closable(h)) && (!Backward || closable(d))) {
       from = close_shared(h, d, w.data, w.scale, w.exponent, H_, T_, forward, backward, wide_scratch_, team);
     }
     const auto go = [&](auto f, auto b) {
@@ -554,7 +556,7 @@ class PathChainRun {
   const PathChain<T>& net_;
   int threads_;
   int64_t T_, H_, L_, ld_;
-  bool backward_, shared_;
+  bool backward_, shared_, closes_;
   int64_t h_constant_ = 0, d_constant_ = 0;
   std::vector<Closed<T>> h_closed_, d_closed_;
   int64_t bad_ = -1;
