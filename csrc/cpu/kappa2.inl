@@ -396,8 +396,8 @@ class Kappa2Run {
     };
     const int64_t driven = pair(rest_exponent, p.drive_exponent);
     const int64_t started = pair(p.d.exponent[lag + 1], p.h.exponent[0]);
-    const int64_t old = pair(s.sum_exponent, p.weight_exponent), 
-                  top = std::max({old, driven + kHeadroom, started + kHeadroom});
+    const int64_t old = pair(s.sum_exponent, p.weight_exponent);
+    const int64_t top = std::max({old, driven + kHeadroom, started + kHeadroom});
     const T a = power_of_two<T>(old - top);
     const T b = power_of_two<T>(driven + kHeadroom - top), c = power_of_two<T>(started + kHeadroom - top);
     const T down = power_of_two<T>(-kHeadroom);
@@ -652,9 +652,9 @@ class Kappa2Run {
     }
     // x, u and ρ are themselves known to within their bounds alone.
     const double widest = largest_of(s.sigma.empty() ? T(0) : *std::max_element(s.sigma.begin(), s.sigma.end()), team);
-    const double slack = std::expm1(static_cast<double>(T_) * (x_spread_ + u_spread_)) *
-                         (series ? 2 + widest * static_cast<double>(largest_sum) : 1 + widest / (1 - norm));
-    const double found = slack < 1 ? (largest_of(most, team) + slack) / (1 - slack) : std::numeric_limits<double>::infinity();
+    const double theta = std::expm1(static_cast<double>(T_) * (x_spread_ + u_spread_));
+    const double slack = theta * (series ? 2 + widest * static_cast<double>(largest_sum) : 1 + widest / (1 - norm));
+    const double found = slack < 1 ? ((1 + theta) * largest_of(most, team) + slack) / (1 - slack) : infinity;
     if (!(found <= p.rtol)) return false;
     bound = found;
     return true;
@@ -793,14 +793,10 @@ class Kappa2Run {
   // Whether the ratios of the next power to this one are so close, in every column of P or in every row, that the sum of
   // all later lags is enclosed tightly enough; then the middle of the enclosure is added.
   bool ratios_certify(const SecondTerm<T>& p, int64_t lag, State& s, double& bound, const Team& team) {
-    if (lag == 0) return false;
     constexpr int64_t width = Simd<T>::width;
     const T infinity = std::numeric_limits<T>::infinity();
     form(lag + 1, team);
-    if (exponents_[lag] == kZeroExponent) {
-      team.wait();
-      return false;  // nilpotent: the next lag ends the sum
-    }
+    if (exponents_[lag] == kZeroExponent) return false;  // nilpotent: the next lag ends the sum
     const int64_t ratio_exponent = exponents_[lag] - exponents_[lag - 1];
     // The share of the lag that has just been added, for guesses whether it is worth the sums below.
     const T scale = scale_beside(s.sum_exponent + exponents_[lag - 1], s);
@@ -893,9 +889,7 @@ class Kappa2Run {
     const T widest = *std::max_element(width_, width_ + H_);
     if (!promises(widest, share, n, p.rtol, team)) return false;
     collect(PairSum<T>(p.d.from(lag + 2), shared_filter_->rows(), n, s.j0, s.j1, p.left, p.right), s);
-    const bool accepted =
-        accept(p, lag, s, widest, bound, team, [&](int64_t, int64_t k) { return load(width_ + k); });
-    return accepted;
+    return accept(p, lag, s, widest, bound, team, [&](int64_t, int64_t k) { return load(width_ + k); });
   }
 
   // A guess, before the sums are formed: no bound rests on it.
