@@ -1,7 +1,7 @@
 // path_chain: checks and allocation. The pass itself: path_chain.inl.
 #include <torch/library.h>
 
-#include "check.h"
+#include "../check.h"
 #include "isa.h"
 
 namespace pathrnn {

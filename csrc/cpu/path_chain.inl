@@ -533,7 +533,10 @@ class PathChainRun {
     double dot = 0;
     const double centre = std::ldexp(1.0, static_cast<int>(-kCentre<T>));
     for (int64_t k = 0; k < H_; ++k) dot += static_cast<double>(head_.data[k]) * centre * h_sum_[k];
-    double logarithm = dot > 0 ? std::log(dot) + (head_.exponent + kCentre<T> + h_sum_exponent_) * kLn2
+    // Large exponents of opposite signs cancel as integers, not as rounded logarithms.
+    int own = 0;
+    const double mantissa = std::frexp(dot, &own);
+    double logarithm = dot > 0 ? std::log(mantissa) + (own + head_.exponent + kCentre<T> + h_sum_exponent_) * kLn2
                                : -std::numeric_limits<double>::infinity();
     if (net_.head_bias) {
       const Tensor& b = head_bias();

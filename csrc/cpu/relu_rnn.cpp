@@ -1,8 +1,8 @@
-// relu_rnn: checks, the products outside the recurrence (through ATen), autograd. Recurrence: relu_rnn.inl.
-#include <torch/library.h>
-#include <torch/csrc/autograd/custom_function.h>
+// relu_rnn on the CPU: the products outside the recurrence, through ATen. Recurrence: relu_rnn.inl.
+#include "../relu_rnn.h"
 
-#include "check.h"
+#include <torch/library.h>
+
 #include "isa.h"
 
 namespace pathrnn {
@@ -11,27 +11,7 @@ namespace {
 using at::Tensor;
 using std::optional;
 
-struct Sizes {
-  int64_t seq_len, batch, input, hidden;
-};
-
-Sizes check(const Tensor& x, const optional<Tensor>& h_0, const Tensor& weight_ih, const Tensor& weight_hh) {
-  check_floating(x, "x");
-  TORCH_CHECK_VALUE(x.dim() == 3, "x has shape ", x.sizes(), "; it must be [T, B, I]");
-  TORCH_CHECK_VALUE(weight_hh.dim() == 2 && weight_hh.size(0) == weight_hh.size(1), "weight_hh has shape ",
-                    weight_hh.sizes(), "; it must be [H, H]");
-  const Sizes s{x.size(0), x.size(1), x.size(2), weight_hh.size(0)};
-  TORCH_CHECK_VALUE(s.seq_len > 0 && s.batch > 0 && s.input > 0 && s.hidden > 0, "x has shape ", x.sizes(),
-                    " and weight_hh ", weight_hh.sizes(), "; every size must be at least 1");
-  check_shape(weight_ih, "weight_ih", {s.hidden, s.input});
-  check_like(weight_ih, "weight_ih", x, "x");
-  check_like(weight_hh, "weight_hh", x, "x");
-  if (h_0) {
-    check_shape(*h_0, "h_0", {s.batch, s.hidden});
-    check_like(*h_0, "h_0", x, "x");
-  }
-  return s;
-}
+using Sizes = ReluRnnSizes;
 
 // Threads for the recurrence. Splitting the batch costs no barrier; splitting the columns costs one a step, which
 // pays only where a step is long.
@@ -60,16 +40,8 @@ bool fuses_gradients(const Sizes& s) {
 std::tuple<Tensor, Tensor> forward(const Tensor& x_, const optional<Tensor>& h_0_, const Tensor& weight_ih_,
                                    const Tensor& weight_hh_, const optional<Tensor>& bias_ih,
                                    const optional<Tensor>& bias_hh) {
-  const Sizes s = check(x_, h_0_, weight_ih_, weight_hh_);
-  TORCH_CHECK_VALUE(bias_ih.has_value() == bias_hh.has_value(), "give both bias_ih and bias_hh, or neither");
-  Tensor bias;
-  if (bias_ih) {
-    check_shape(*bias_ih, "bias_ih", {s.hidden});
-    check_shape(*bias_hh, "bias_hh", {s.hidden});
-    check_like(*bias_ih, "bias_ih", x_, "x");
-    check_like(*bias_hh, "bias_hh", x_, "x");
-    bias = *bias_ih + *bias_hh;
-  }
+  const Sizes s = check_relu_rnn(x_, h_0_, weight_ih_, weight_hh_, bias_ih, bias_hh, at::kCPU);
+  const Tensor bias = bias_ih ? *bias_ih + *bias_hh : Tensor();
   const Tensor x = x_.contiguous(), weight_ih = weight_ih_.contiguous(), weight_hh = weight_hh_.contiguous();
   const Tensor h_0 = h_0_ ? h_0_->contiguous() : Tensor();
   Tensor y = at::empty({s.seq_len, s.batch, s.hidden}, x.options());
@@ -93,21 +65,12 @@ std::tuple<Tensor, Tensor> forward(const Tensor& x_, const optional<Tensor>& h_0
   return {y, y[s.seq_len - 1].clone()};
 }
 
-// grad_x, grad_h_0, grad_weight_ih, grad_weight_hh, grad_bias; empty where not needed.
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward(
-    const optional<Tensor>& grad_y_, const optional<Tensor>& grad_h_n_, const Tensor& x_, const optional<Tensor>& h_0_,
-    const Tensor& weight_ih, const Tensor& weight_hh_, const Tensor& y_, std::array<bool, 5> needs) {
-  const Sizes s = check(x_, h_0_, weight_ih, weight_hh_);
-  check_shape(y_, "y", {s.seq_len, s.batch, s.hidden});
-  check_like(y_, "y", x_, "x");
-  if (grad_y_) {
-    check_shape(*grad_y_, "grad_y", y_.sizes());
-    check_like(*grad_y_, "grad_y", x_, "x");
-  }
-  if (grad_h_n_) {
-    check_shape(*grad_h_n_, "grad_h_n", {s.batch, s.hidden});
-    check_like(*grad_h_n_, "grad_h_n", x_, "x");
-  }
+Gradients backward(const optional<Tensor>& grad_y_, const optional<Tensor>& grad_h_n_, const Tensor& x_,
+                   const optional<Tensor>& h_0_, const Tensor& weight_ih, const Tensor& weight_hh_,
+                   const optional<Tensor>& bias_ih, const optional<Tensor>& bias_hh, const Tensor& y_,
+                   std::array<bool, 5> needs) {
+  const Sizes s = check_relu_rnn(x_, h_0_, weight_ih, weight_hh_, bias_ih, bias_hh, at::kCPU);
+  check_gradients(s, grad_y_, grad_h_n_, x_, y_);
   const auto dense = [](const optional<Tensor>& t) { return t ? t->contiguous() : Tensor(); };
   const Tensor grad_y = dense(grad_y_), grad_h_n = dense(grad_h_n_), weight_hh = weight_hh_.contiguous();
   const Tensor y = y_.contiguous(), x = x_.contiguous();
@@ -149,66 +112,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward(
   return {grad_x, grad_h_0, grad_weight_ih, grad_weight_hh, grad_bias};
 }
 
-class ReluRnn : public torch::autograd::Function<ReluRnn> {
- public:
-  static torch::autograd::variable_list forward(torch::autograd::AutogradContext* ctx, const Tensor& x,
-                                                const optional<Tensor>& h_0, const Tensor& weight_ih,
-                                                const Tensor& weight_hh, const optional<Tensor>& bias_ih,
-                                                const optional<Tensor>& bias_hh) {
-    at::AutoDispatchBelowADInplaceOrView below;
-    static const auto op = c10::Dispatcher::singleton()
-                               .findSchemaOrThrow("pathrnn::relu_rnn", "")
-                               .typed<decltype(pathrnn::forward)>();
-    auto [y, h_n] = op.call(x, h_0, weight_ih, weight_hh, bias_ih, bias_hh);
-    ctx->save_for_backward({x, h_0.value_or(Tensor()), weight_ih, weight_hh, y});
-    ctx->saved_data["bias"] = bias_ih.has_value();
-    // A loss on h_n alone, or on y alone, should not cost a tensor of zeros for the other.
-    ctx->set_materialize_grads(false);
-    return {y, h_n};
-  }
-
-  static torch::autograd::variable_list backward(torch::autograd::AutogradContext* ctx,
-                                                 torch::autograd::variable_list grads) {
-    if (!grads[0].defined() && !grads[1].defined()) return torch::autograd::variable_list(6);
-    const auto saved = ctx->get_saved_variables();
-    static const auto op = c10::Dispatcher::singleton()
-                               .findSchemaOrThrow("pathrnn::relu_rnn_backward", "")
-                               .typed<decltype(pathrnn::backward)>();
-    const auto maybe = [](const Tensor& t) { return t.defined() ? optional<Tensor>(t) : std::nullopt; };
-    // Autograd counts the tensors that were given, so an absent h_0 or bias shifts those after it.
-    size_t edge = 0;
-    const auto need = [&](bool given) { return given && ctx->needs_input_grad(edge++); };
-    const bool has_bias = ctx->saved_data["bias"].toBool();
-    const bool need_x = need(true), need_h_0 = need(saved[1].defined());
-    const bool need_ih = need(true), need_hh = need(true);
-    const bool need_bias_ih = need(has_bias), need_bias_hh = need(has_bias);
-    const std::array<bool, 5> needs{need_x, need_h_0, need_ih, need_hh, need_bias_ih || need_bias_hh};
-    const auto [x, h_0, weight_ih, weight_hh, b] =
-        op.call(maybe(grads[0]), maybe(grads[1]), saved[0], maybe(saved[1]), saved[2], saved[3], saved[4], needs);
-    const auto take = [](const Tensor& t, bool needed) { return needed ? t : Tensor(); };
-    return {take(x, need_x),
-            take(h_0, need_h_0),
-            take(weight_ih, need_ih),
-            take(weight_hh, need_hh),
-            take(b, need_bias_ih),
-            // A gradient of its own: the two are accumulated and scaled separately.
-            need_bias_hh ? b.clone() : Tensor()};
-  }
-};
-
-std::tuple<Tensor, Tensor> differentiable(const Tensor& x, const optional<Tensor>& h_0, const Tensor& weight_ih,
-                                          const Tensor& weight_hh, const optional<Tensor>& bias_ih,
-                                          const optional<Tensor>& bias_hh) {
-  const auto out = ReluRnn::apply(x, h_0, weight_ih, weight_hh, bias_ih, bias_hh);
-  return {out[0], out[1]};
-}
-
 }  // namespace
 
 TORCH_LIBRARY_IMPL(pathrnn, CPU, m) {
   m.impl("relu_rnn", &forward);
   m.impl("relu_rnn_backward", &backward);
 }
-TORCH_LIBRARY_IMPL(pathrnn, Autograd, m) { m.impl("relu_rnn", &differentiable); }
 
 }  // namespace pathrnn

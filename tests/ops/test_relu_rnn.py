@@ -77,7 +77,7 @@ def test_opcheck_backward(needs):
     x, h_0, weight_ih, weight_hh, bias_ih, bias_hh = arguments(batch=20)
     y, h_n = ops.relu_rnn(x, h_0, weight_ih, weight_hh, bias_ih, bias_hh)
     for grads in ((torch.ones_like(y), torch.ones_like(h_n)), (None, torch.ones_like(h_n)), (torch.ones_like(y), None)):
-        call = (*grads, x, h_0, weight_ih, weight_hh, y, needs)
+        call = (*grads, x, h_0, weight_ih, weight_hh, bias_ih, bias_hh, y, needs)
         torch.library.opcheck(torch.ops.pathrnn.relu_rnn_backward, call)
         for gradient, need in zip(torch.ops.pathrnn.relu_rnn_backward(*call), needs, strict=True):
             assert gradient.isfinite().all() and (gradient.numel() > 0) == need
@@ -131,11 +131,11 @@ def test_one_bias_alone():
             ops.relu_rnn(*tensors)
 
 
-@pytest.mark.parametrize("at", range(7))
+@pytest.mark.parametrize("at", range(9))
 def test_bad_arguments_of_backward(at):
     x, h_0, weight_ih, weight_hh, bias_ih, bias_hh = arguments()
     y, h_n = ops.relu_rnn(x, h_0, weight_ih, weight_hh, bias_ih, bias_hh)
-    good = [torch.ones_like(y), torch.ones_like(h_n), x, h_0, weight_ih, weight_hh, y]
+    good = [torch.ones_like(y), torch.ones_like(h_n), x, h_0, weight_ih, weight_hh, bias_ih, bias_hh, y]
     for bad in (good[at][..., :-1], good[at][:-1], good[at].float(), good[at][None]):
         call = [*good[:at], bad, *good[at + 1 :], [True] * 5]
         with pytest.raises((ValueError, TypeError), match=r"has shape|has dtype"):
@@ -161,11 +161,11 @@ def test_fuzz(changes):
 
 
 @settings(max_examples=300)
-@given(st.lists(st.tuples(st.integers(0, 6), st.one_of(st.none(), tensors)), min_size=1, max_size=3))
+@given(st.lists(st.tuples(st.integers(0, 8), st.one_of(st.none(), tensors)), min_size=1, max_size=3))
 def test_fuzz_backward(changes):
     x, h_0, weight_ih, weight_hh, bias_ih, bias_hh = arguments()
     y, h_n = ops.relu_rnn(x, h_0, weight_ih, weight_hh, bias_ih, bias_hh)
-    call = [torch.ones_like(y), torch.ones_like(h_n), x, h_0, weight_ih, weight_hh, y]
+    call = [torch.ones_like(y), torch.ones_like(h_n), x, h_0, weight_ih, weight_hh, bias_ih, bias_hh, y]
     for at, value in changes:
         call[at] = value
     try:

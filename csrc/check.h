@@ -13,9 +13,9 @@ inline void check_like(const at::Tensor& tensor, const char* name, const at::Ten
                    other, " has ", reference.scalar_type(), ": convert one");
 }
 
-inline void check_floating(const at::Tensor& tensor, const char* name) {
-  TORCH_CHECK_TYPE(tensor.device().is_cpu() && tensor.layout() == at::kStrided, name, " is ", tensor.toString(),
-                   "; this kernel serves dense CPU tensors");
+inline void check_floating(const at::Tensor& tensor, const char* name, at::DeviceType device = at::kCPU) {
+  TORCH_CHECK_TYPE(tensor.device().type() == device && tensor.layout() == at::kStrided, name, " is ", tensor.toString(),
+                   "; this kernel serves dense ", at::DeviceTypeName(device), " tensors");
   TORCH_CHECK_TYPE(tensor.scalar_type() == at::kFloat || tensor.scalar_type() == at::kDouble, name, " has dtype ",
                    tensor.scalar_type(), "; use float32 or float64");
 }

@@ -1,0 +1,119 @@
+// relu_rnn's autograd, on every device.
+//
+// cuDNN's backward pass wants the forward pass's "reserve", a number of bytes that cuDNN alone knows, so that no op can
+// return it to a tracer. Called with plain CUDA tensors, autograd runs cuDNN's two passes itself and keeps the reserve
+// between them, as nn.RNN does and at its cost. Under a tracer (torch.compile, export) or another dispatch mode it
+// calls the ops relu_rnn and relu_rnn_backward, which keep nothing: relu_rnn_backward on CUDA then costs another
+// forward pass, and the memory of the reserve is saved.
+#include "relu_rnn.h"
+
+#include <c10/core/impl/TorchDispatchModeTLS.h>
+#include <torch/csrc/autograd/custom_function.h>
+#include <torch/csrc/autograd/graph_task.h>
+#include <torch/library.h>
+
+#include <algorithm>
+
+namespace pathrnn {
+namespace {
+
+using at::Tensor;
+using std::optional;
+using torch::autograd::AutogradContext;
+using torch::autograd::variable_list;
+
+using Forward = std::tuple<Tensor, Tensor>(const Tensor&, const optional<Tensor>&, const Tensor&, const Tensor&,
+                                           const optional<Tensor>&, const optional<Tensor>&);
+using Backward = Gradients(const optional<Tensor>&, const optional<Tensor>&, const Tensor&, const optional<Tensor>&,
+                           const Tensor&, const Tensor&, const optional<Tensor>&, const optional<Tensor>&,
+                           const Tensor&, std::array<bool, 5>);
+
+// What the backward pass finds saved: the arguments, y, and after cuDNN's training pass what that gave besides.
+enum Saved { kX, kH0, kWeightIh, kWeightHh, kBiasIh, kBiasHh, kY, kDenseH0, kWeights, kReserve };
+
+optional<Tensor> maybe(const Tensor& t) { return t.defined() ? optional<Tensor>(t) : std::nullopt; }
+
+class ReluRnn : public torch::autograd::Function<ReluRnn> {
+ public:
+  static variable_list forward(AutogradContext* ctx, const Tensor& x, const optional<Tensor>& h_0,
+                               const Tensor& weight_ih, const Tensor& weight_hh, const optional<Tensor>& bias_ih,
+                               const optional<Tensor>& bias_hh, bool keep_reserve) {
+    at::AutoDispatchBelowADInplaceOrView below;
+    Tensor y, h_n;
+    variable_list saved{x, h_0.value_or(Tensor()), weight_ih, weight_hh, bias_ih.value_or(Tensor()),
+                        bias_hh.value_or(Tensor())};
+    if (keep_reserve) {
+      const CudnnForward pass = cudnn_forward(x, h_0, weight_ih, weight_hh, bias_ih, bias_hh, /*training=*/true);
+      y = pass.y;
+      h_n = pass.h_n;
+      saved.insert(saved.end(), {y, pass.h_0, pass.weights, pass.reserve});
+    } else {
+      static const auto op = c10::Dispatcher::singleton().findSchemaOrThrow("pathrnn::relu_rnn", "").typed<Forward>();
+      std::tie(y, h_n) = op.call(x, h_0, weight_ih, weight_hh, bias_ih, bias_hh);
+      saved.push_back(y);
+    }
+    ctx->save_for_backward(std::move(saved));
+    // A loss on h_n alone, or on y alone, should not cost a tensor of zeros for the other.
+    ctx->set_materialize_grads(false);
+    return {y, h_n};
+  }
+
+  static variable_list backward(AutogradContext* ctx, variable_list grads) {
+    if (!grads[0].defined() && !grads[1].defined()) return variable_list(7);
+    // Under autocast ATen's products would run in half precision, whatever these tensors are.
+    const c10::impl::ExcludeDispatchKeyGuard without_autocast(c10::autocast_dispatch_keyset);
+    const variable_list saved = ctx->get_saved_variables();
+    const optional<Tensor> grad_y = maybe(grads[0]), grad_h_n = maybe(grads[1]);
+    // Autograd counts the tensors that were given, so an absent h_0 or bias shifts those after it.
+    std::array<bool, 6> need;
+    size_t edge = 0;
+    for (size_t i = 0; i < need.size(); ++i) need[i] = saved[i].defined() && ctx->needs_input_grad(edge++);
+    const bool need_bias = need[kBiasIh] || need[kBiasHh];
+
+    std::array<Tensor, 6> found;
+    // With create_graph, the op is called for the error that it puts in the place of the second derivative.
+    if (saved.size() > kReserve && !at::GradMode::is_enabled()) {
+      CudnnForward pass{saved[kY], {}, saved[kDenseH0], saved[kWeights], saved[kReserve]};
+      if (torch::autograd::get_current_graph_task_keep_graph()) pass.reserve = pass.reserve.clone();
+      found = cudnn_backward(grad_y, grad_h_n, saved[kX], pass, need[kX], need[kH0],
+                             need[kWeightIh] || need[kWeightHh] || need_bias);
+    } else {
+      static const auto op =
+          c10::Dispatcher::singleton().findSchemaOrThrow("pathrnn::relu_rnn_backward", "").typed<Backward>();
+      std::tie(found[kX], found[kH0], found[kWeightIh], found[kWeightHh], found[kBiasIh]) =
+          op.call(grad_y, grad_h_n, saved[kX], maybe(saved[kH0]), saved[kWeightIh], saved[kWeightHh],
+                  maybe(saved[kBiasIh]), maybe(saved[kBiasHh]), saved[kY],
+                  {need[kX], need[kH0], need[kWeightIh], need[kWeightHh], need_bias});
+      // A gradient of its own: the two are accumulated and scaled separately.
+      if (need[kBiasHh]) found[kBiasHh] = found[kBiasIh].clone();
+    }
+    variable_list result(7);
+    for (size_t i = 0; i < need.size(); ++i) {
+      if (need[i]) result[i] = std::move(found[i]);
+    }
+    return result;
+  }
+};
+
+bool learns(const Tensor& t) { return t.requires_grad(); }
+bool is_traced(const Tensor& t) { return t.unsafeGetTensorImpl()->is_python_dispatch(); }
+
+bool is_any(std::initializer_list<optional<Tensor>> tensors, bool (*test)(const Tensor&)) {
+  return std::any_of(tensors.begin(), tensors.end(), [&](const optional<Tensor>& t) { return t && test(*t); });
+}
+
+std::tuple<Tensor, Tensor> differentiable(const Tensor& x, const optional<Tensor>& h_0, const Tensor& weight_ih,
+                                          const Tensor& weight_hh, const optional<Tensor>& bias_ih,
+                                          const optional<Tensor>& bias_hh) {
+  const bool keep_reserve = x.is_cuda() && at::GradMode::is_enabled() && !c10::impl::dispatch_mode_enabled() &&
+                            is_any({x, h_0, weight_ih, weight_hh, bias_ih, bias_hh}, learns) &&
+                            !is_any({x, h_0, weight_ih, weight_hh, bias_ih, bias_hh}, is_traced);
+  const variable_list out = ReluRnn::apply(x, h_0, weight_ih, weight_hh, bias_ih, bias_hh, keep_reserve);
+  return {out[0], out[1]};
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(pathrnn, Autograd, m) { m.impl("relu_rnn", &differentiable); }
+
+}  // namespace pathrnn
