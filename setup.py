@@ -41,15 +41,17 @@ if platform.system() != "Darwin":  # Apple's compiler has no OpenMP; the kernels
     compile_args.append("-fopenmp")
     link_args.append("-fopenmp")
 
-# Decided by what this torch and toolkit can compile, not by whether a GPU is present.
+# Decided by what this torch and toolkit can compile, not by whether a GPU is present. Architectures are
+# TORCH_CUDA_ARCH_LIST, by default the GPUs that are present.
 cuda_sources = files("csrc/cuda/*.cu") if torch.version.cuda and CUDA_HOME else []
 
 setup(
     ext_modules=[
         (CUDAExtension if cuda_sources else CppExtension)(
             f"{PACKAGE}._C",
-            ["csrc/bindings.cpp", *files("csrc/cpu/*.cpp"), *cuda_sources],
-            depends=files("csrc/**/*.h") + files("csrc/**/*.inl"),
+            [*files("csrc/*.cpp"), *files("csrc/cpu/*.cpp"), *files("csrc/cuda/*.cpp"), *cuda_sources],
+            depends=files("csrc/**/*.h") + files("csrc/**/*.inl") + files("csrc/**/*.cuh"),
+            define_macros=[("PATHRNN_WITH_CUDA", None)] if cuda_sources else [],
             extra_compile_args={"cxx": compile_args, "nvcc": ["-O3"]},
             extra_link_args=link_args,
         )

@@ -9,6 +9,12 @@
 
 #include "cpu/isa.h"
 
+#ifdef PATHRNN_WITH_CUDA
+namespace pathrnn {
+std::string cuda_build();  // cuda/build.cu
+}
+#endif
+
 TORCH_LIBRARY(pathrnn, m) {
   const std::vector<at::Tag> tags{at::Tag::pt2_compliant_tag};
   m.def(
@@ -17,13 +23,42 @@ TORCH_LIBRARY(pathrnn, m) {
       tags);
   m.def(
       "relu_rnn_backward(Tensor? grad_y, Tensor? grad_h_n, Tensor x, Tensor? h_0, Tensor weight_ih, Tensor weight_hh, "
-      "Tensor y, bool[5] needs) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+      "Tensor? bias_ih, Tensor? bias_hh, Tensor y, bool[5] needs) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
       tags);
   m.def(
       "path_chain(Tensor[] weight_ih, Tensor[] weight_hh, Tensor[] bias_ih, Tensor[] bias_hh, Tensor? head_weight, "
       "Tensor? head_bias, Tensor? embedding_weight, int seq_len, bool last_only, bool ones_h0, bool kappa1, "
       "float second_factor, float rtol, int[] first_lags, int workspace_bytes) "
       "-> (Tensor[], Tensor, Tensor, Tensor, Tensor, Tensor)",
+      tags);
+
+  // The steps of path_chain on a GPU (ops/gpu.py); tests/gpu_model.py says in plain torch what each computes. `largest`
+  // of a weight is its largest magnitude; rows with their int64 exponents stand for rows[t] · 2^exponents[t]; `lost` is
+  // set where something underflowed, and never cleared.
+  m.def("column_sums(Tensor w, Tensor largest, Tensor(a!) lost) -> (Tensor sums, Tensor exponent)", tags);
+  m.def(
+      "ends(Tensor weight_ih, Tensor[] bias_ih, Tensor[] bias_hh, Tensor? head_weight, Tensor? head_bias, "
+      "Tensor? inputs, Tensor? inputs_exponent, int layers, Tensor largest, Tensor(a!) lost) "
+      "-> (Tensor drive, Tensor drive_exponents, Tensor head, Tensor head_exponent, Tensor bias, Tensor bias_exponent)",
+      tags);
+  m.def(
+      "chains(Tensor weight_h, Tensor largest_h, Tensor drive_h, Tensor drive_h_exponents, Tensor? weight_d, "
+      "Tensor? largest_d, Tensor? drive_d, Tensor? drive_d_exponents, int seq_len, bool last_only, bool ones_h0, "
+      "str plan, int blocks, Tensor(a!) lost) -> (Tensor h, Tensor h_exponents, Tensor d, Tensor d_exponents)",
+      tags);
+  m.def("row_sums(Tensor rows, Tensor exponents) -> (Tensor sum, Tensor exponent)", tags);
+  m.def(
+      "pair_sums(Tensor d, Tensor d_exponents, Tensor h, Tensor h_exponents, int offset, Tensor? weights=None, "
+      "Tensor? weight_exponents=None, Tensor? previous=None, Tensor? previous_exponent=None) "
+      "-> (Tensor sums, Tensor exponent)",
+      tags);
+  m.def(
+      "filtered(Tensor rows, Tensor exponents, Tensor ratio, Tensor ratio_exponent, bool reverse) "
+      "-> (Tensor rows, Tensor exponents)",
+      tags);
+  m.def(
+      "finish(Tensor outputs, Tensor outputs_exponent, Tensor head, Tensor head_exponent, Tensor head_bias, "
+      "Tensor head_bias_exponent, int steps, Tensor largest) -> Tensor",
       tags);
 }
 
@@ -53,7 +88,11 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
 #else
             {"openmp", "none: one thread"},
 #endif
+#ifdef PATHRNN_WITH_CUDA
+            {"cuda", pathrnn::cuda_build()},
+#else
             {"cuda", "not built"},
+#endif
         };
       },
       "The versions and options that this extension was built with, and the instruction set that it uses.");

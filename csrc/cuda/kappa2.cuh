@@ -1,0 +1,354 @@
+// Sums over the steps of tempered rows: what κ is made of once the chains are known. Shapes and meaning of arguments:
+// the schemas in bindings.cpp; the functions of the same names in tests/gpu_model.py say what is computed.
+// Every sum is taken in an order that shapes and device alone decide, so repeats agree to the last bit.
+#pragma once
+
+#include "device.cuh"
+
+namespace pathrnn {
+
+// kZero for whatever exponent a zero has got by multiplication.
+__device__ inline int64_t settled(int64_t exponent) { return exponent > kZero / 2 ? exponent : kZero; }
+
+// The exponent that a sum on 2^top is handed out with: 0 if entries of about 2^usual are at home there, else such that
+// they come out at about 1.
+__device__ inline int64_t natural(int64_t top, int64_t usual) {
+  constexpr int64_t most = 60;
+  return top == kZero || (top + usual >= 0 && top + usual <= most) ? 0 : top + usual;
+}
+
+// The largest of all threads' values; scratch has an entry per warp.
+__device__ inline int64_t block_max(int64_t v, Shared<int64_t> scratch) {
+  for (int offset = kWarp / 2; offset > 0; offset /= 2) v = max(v, __shfl_xor_sync(kAllLanes, v, offset));
+  if (threadIdx.x % kWarp == 0) scratch[threadIdx.x / kWarp] = v;
+  __syncthreads();
+  for (unsigned warp = 0; warp < blockDim.x / kWarp; ++warp) v = max(v, static_cast<int64_t>(scratch[warp]));
+  return v;
+}
+
+// ---- row_sums -------------------------------------------------------------------------------------------------------
+
+constexpr int kSumThreads = 1024;
+
+constexpr int64_t sum_rows_shared(int64_t size) {
+  return shared_bytes<int64_t>(kSumThreads / kWarp) + kSumThreads * size;
+}
+
+// Σ_t rows[t] · 2^exponents[t] on a natural scale, or with null exponents Σ_t rows[t]. Block b: columns 32 b …, a lane
+// each; its warps share the rows.
+template <typename T>
+__global__ void __launch_bounds__(kSumThreads)
+    sum_rows(const T* rows, const int64_t* exponents, int64_t count, int64_t width, T* sum, int64_t* exponent) {
+  SharedMemory memory;
+  const Shared<int64_t> scratch = memory.take<int64_t>(kSumThreads / kWarp);
+  const Shared<T> partial = memory.take<T>(kSumThreads);
+  int64_t top = kZero, up = 0;
+  if (exponents != nullptr) {
+    for (int64_t t = threadIdx.x; t < count; t += kSumThreads) top = max(top, exponents[t]);
+    top = block_max(top, scratch);
+    const int64_t result = natural(top, Format<T>::centre);
+    up = top - result;
+    if (blockIdx.x == 0 && threadIdx.x == 0) *exponent = result;
+  }
+  const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
+  const int64_t column = int64_t{blockIdx.x} * kWarp + lane;
+  T total = 0;
+  if (column < width) {
+#pragma unroll 4
+    for (int64_t t = warp; t < count; t += kSumThreads / kWarp) {
+      const T x = rows[t * width + column];
+      total += exponents != nullptr ? scaled(x, exponents[t] - top) : x;
+    }
+  }
+  partial[threadIdx.x] = total;
+  __syncthreads();
+  if (warp == 0 && column < width) {
+    for (int other = 1; other < kSumThreads / kWarp; ++other) total += partial[other * kWarp + lane];
+    sum[column] = scaled(total, up);
+  }
+}
+
+// ---- pair_sums ------------------------------------------------------------------------------------------------------
+
+constexpr int kPairThreads = 256, kPairSide = 16;  // threads of a block: 16 along j, 16 along k
+// Steps that are held in shared memory at a time, fewer where a thread has more to do with each.
+constexpr int pair_depth(int micro) { return 64 / micro; }
+
+// The arguments of the op, rows of h and d beyond the last pair left out.
+template <typename T>
+struct PairSums {
+  int64_t hidden, offset, d_rows, h_rows;
+  int64_t lags;  // those that have pairs
+  const T *d, *h;
+  const int64_t *d_exponents, *h_exponents;
+  const T* weights;                 // [c, H, H] or null: c is 1 and the weight one
+  const int64_t* weight_exponents;  // [c]
+  const T* previous;                // [H, H] or null
+  const int64_t* previous_exponent;
+  T* factors;     // [lags, pairs(0)]: 2^ of each pair's exponent, seen from the largest of its lag
+  int64_t* tops;  // [lags]: that largest one, the weight's included
+  T* sums;        // [slices, H, H], to be added up
+  int64_t* exponent;
+
+  __device__ int64_t pairs(int64_t lag) const { return min(d_rows - offset - lag, h_rows); }
+  __device__ int64_t step_of_d(int64_t t, int64_t lag) const { return t + offset + lag; }
+};
+
+// Block i: the factors and the top of lag i.
+template <typename T>
+__global__ void __launch_bounds__(kPairThreads) scale_pairs(PairSums<T> p) {
+  SharedMemory memory;
+  const Shared<int64_t> scratch = memory.take<int64_t>(kPairThreads / kWarp);
+  const int64_t lag = blockIdx.x, pairs = p.pairs(lag);
+  const auto exponent = [&](int64_t t) { return settled(p.d_exponents[p.step_of_d(t, lag)] + p.h_exponents[t]); };
+  int64_t top = kZero;
+  for (int64_t t = threadIdx.x; t < pairs; t += kPairThreads) top = max(top, exponent(t));
+  top = block_max(top, scratch);
+  for (int64_t t = threadIdx.x; t < pairs; t += kPairThreads) {
+    p.factors[lag * p.pairs(0) + t] = scaled(T(1), exponent(t) - top);
+  }
+  if (threadIdx.x == 0) p.tops[lag] = settled(top + (p.weights != nullptr ? p.weight_exponents[lag] : 0));
+}
+
+constexpr int64_t pair_tiles_shared(int64_t size, int micro) {
+  return shared_bytes<int64_t>(kPairThreads / kWarp) + 4 * pair_depth(micro) * kPairSide * micro * size;
+}
+
+// A slice of the (lag, step) pairs for a tile of S: block (x, y) has tile x and slice y. Each thread keeps kMicro x
+// kMicro entries of the tile of S and of the lag's C = Σ_t d h in registers; steps pass through shared memory, a few at
+// a time, the next ones on their way while these are multiplied. Beyond the edge of S a tile repeats the last column.
+template <typename T, int kMicro>
+class PairTile {
+ public:
+  __device__ explicit PairTile(const PairSums<T>& p) : p_(p), hidden_(static_cast<int>(p.hidden)) {
+    SharedMemory memory;
+    const Shared<int64_t> scratch = memory.take<int64_t>(kPairThreads / kWarp);
+    d_steps_ = memory.take<T>(2 * kDepth * kTile);
+    h_steps_ = memory.take<T>(2 * kDepth * kTile);
+    const unsigned tiles = (hidden_ + kTile - 1) / kTile;
+    j0_ = static_cast<int>(blockIdx.x / tiles) * kTile;
+    k0_ = static_cast<int>(blockIdx.x % tiles) * kTile;
+    // A warp is 8 along j, whose entries of the weights lie side by side, by 4 along k.
+    const int thread = threadIdx.x;
+    along_j_ = thread % 8 + thread / kWarp % 2 * 8;
+    along_k_ = thread / 8 % 4 + thread / (2 * kWarp) * 4;
+    int64_t top = p.previous != nullptr ? settled(*p.previous_exponent) : kZero;
+    for (int64_t lag = thread; lag < p.lags; lag += kPairThreads) top = max(top, p.tops[lag]);
+    top_ = block_max(top, scratch);
+  }
+
+  __device__ void run() {
+    begin();
+    const int64_t stages = p_.lags > 0 ? (p_.pairs(0) + kDepth - 1) / kDepth : 1, all = stages * p_.lags;
+    const int64_t first = all * blockIdx.y / gridDim.y, last = all * (blockIdx.y + 1) / gridDim.y;
+    Place here = from(first / stages, first % stages * kDepth);
+    const Place end{last / stages, last % stages * kDepth};
+    if (here.before(end)) fetch(here);
+    for (int buffer = 0; here.before(end); buffer ^= 1) {
+      put(buffer);
+      __syncthreads();
+      const Place next = from(here.lag, here.t + kDepth);
+      const bool more = next.before(end);
+      if (more) fetch(next);
+      multiply(buffer);
+      if (!more || next.lag != here.lag) fold(here.lag);
+      here = next;
+    }
+    finish();
+  }
+
+ private:
+  static constexpr int kTile = kPairSide * kMicro, kPack = Pack<T>::size;
+  static constexpr int kDepth = pair_depth(kMicro);
+  static constexpr int kRows = kPairThreads / kTile, kSweeps = kDepth / kRows;  // how threads share a load
+
+  struct Place {
+    int64_t lag, t;
+    __device__ bool before(const Place& o) const { return lag < o.lag || (lag == o.lag && t < o.t); }
+  };
+  // Step t of a lag, or the first of the next lag if there is no such pair.
+  __device__ Place from(int64_t lag, int64_t t) const {
+    return lag >= p_.lags || t < p_.pairs(lag) ? Place{lag, t} : Place{lag + 1, 0};
+  }
+
+  // The column of a thread's entry u: 16 bytes side by side, then those of the other threads.
+  __device__ static int entry(int along, int u) { return u / kPack * (kPairSide * kPack) + along * kPack + u % kPack; }
+  __device__ int j(int u) const { return j0_ + entry(along_j_, u); }
+  __device__ int k(int v) const { return k0_ + entry(along_k_, v); }
+  __device__ int within(int column) const { return min(column, hidden_ - 1); }
+
+  __device__ void begin() {
+    const bool continues = p_.previous != nullptr && blockIdx.y == 0;
+    const int64_t shift = continues ? settled(*p_.previous_exponent) - top_ : 0;
+#pragma unroll
+    for (int u = 0; u < kMicro; ++u) {
+      const int64_t row = within(j(u)) * p_.hidden;
+#pragma unroll
+      for (int v = 0; v < kMicro; ++v) {
+        sums_[u][v] = continues ? scaled(p_.previous[row + within(k(v))], shift) : T(0);
+        pairs_[u][v] = 0;
+      }
+    }
+  }
+
+  __device__ void fetch(const Place& at) {
+    const int column = threadIdx.x % kTile;
+    const int64_t last = p_.pairs(at.lag) - 1;
+    const T* d = p_.d + p_.step_of_d(0, at.lag) * p_.hidden + within(j0_ + column);
+    const T* h = p_.h + within(k0_ + column);
+    const T* factors = p_.factors + at.lag * p_.pairs(0);
+#pragma unroll
+    for (int i = 0; i < kSweeps; ++i) {
+      const int64_t step = at.t + threadIdx.x / kTile + i * kRows, t = min(step, last);
+      d_next_[i] = d[t * p_.hidden];
+      h_next_[i] = h[t * p_.hidden];
+      factor_next_[i] = step == t ? factors[t] : T(0);
+    }
+  }
+
+  __device__ void put(int buffer) {
+#pragma unroll
+    for (int i = 0; i < kSweeps; ++i) {
+      const int at = buffer * kDepth * kTile + threadIdx.x + i * kRows * kTile;
+      d_steps_[at] = d_next_[i] * factor_next_[i];
+      h_steps_[at] = h_next_[i];
+    }
+  }
+
+  __device__ void multiply(int buffer) {
+#pragma unroll
+    for (int t = 0; t < kDepth; ++t) {
+      const int at = (buffer * kDepth + t) * kTile;
+      T d[kMicro], h[kMicro];
+#pragma unroll
+      for (int u = 0; u < kMicro; u += kPack) {
+        const Pack<T> some_d = load(d_steps_ + at + entry(along_j_, u));
+        const Pack<T> some_h = load(h_steps_ + at + entry(along_k_, u));
+#pragma unroll
+        for (int i = 0; i < kPack; ++i) {
+          d[u + i] = some_d.value[i];
+          h[u + i] = some_h.value[i];
+        }
+      }
+#pragma unroll
+      for (int u = 0; u < kMicro; ++u) {
+#pragma unroll
+        for (int v = 0; v < kMicro; ++v) pairs_[u][v] = fma(d[u], h[v], pairs_[u][v]);
+      }
+    }
+  }
+
+  // S += weightᵀ ⊙ C, and C starts again.
+  __device__ void fold(int64_t lag) {
+    const bool weighted = p_.weights != nullptr;
+    const T* weight = p_.weights + lag * p_.hidden * p_.hidden;
+    const T scale = scaled(T(1), p_.tops[lag] - top_);
+#pragma unroll
+    for (int v = 0; v < kMicro; ++v) {
+      const int64_t row = within(k(v)) * p_.hidden;
+#pragma unroll
+      for (int u = 0; u < kMicro; ++u) {
+        const T w = weighted ? weight[row + within(j(u))] : T(1);
+        sums_[u][v] = fma(pairs_[u][v] * scale, w, sums_[u][v]);
+        pairs_[u][v] = 0;
+      }
+    }
+  }
+
+  __device__ void finish() {
+    T* sums = p_.sums + blockIdx.y * p_.hidden * p_.hidden;
+    // A term of a longer sum wants the range that a natural scale would give away.
+    const int64_t exponent = p_.weights == nullptr ? natural(top_, 2 * Format<T>::centre) : top_;
+#pragma unroll
+    for (int u = 0; u < kMicro; ++u) {
+#pragma unroll
+      for (int v = 0; v < kMicro; ++v) {
+        if (j(u) < hidden_ && k(v) < hidden_) sums[j(u) * p_.hidden + k(v)] = scaled(sums_[u][v], top_ - exponent);
+      }
+    }
+    if (blockIdx.x == 0 && blockIdx.y == 0 && threadIdx.x == 0) *p_.exponent = exponent;
+  }
+
+  const PairSums<T>& p_;
+  const int hidden_;
+  Shared<T> d_steps_, h_steps_;  // [2, kDepth, kTile]
+  int j0_, k0_, along_j_, along_k_;
+  int64_t top_;
+  T sums_[kMicro][kMicro], pairs_[kMicro][kMicro];
+  T d_next_[kSweeps], h_next_[kSweeps], factor_next_[kSweeps];
+};
+
+template <typename T, int kMicro>
+__global__ void __launch_bounds__(kPairThreads) sum_pairs(PairSums<T> p) {
+  PairTile<T, kMicro>(p).run();
+}
+
+// ---- filtered -------------------------------------------------------------------------------------------------------
+
+// A number x · 2^exponent, 1 <= x < 2 or both x = 0 and exponent = kZero.
+template <typename T>
+struct Scalar {
+  T x = 0;
+  int64_t exponent = kZero;
+
+  Scalar() = default;
+  __device__ Scalar(T value, int64_t value_exponent) {
+    if (value > T(0)) {
+      const int m = exponent_of(value);
+      x = scaled(value, -m);
+      exponent = value_exponent + m;
+    }
+  }
+};
+
+// A thread runs one column through all steps, with exponents of its own, so no step waits for other columns.
+template <typename T>
+__global__ void __launch_bounds__(kWarp)
+    filter_columns(const T* rows, const int64_t* exponents, const T* ratio, const int64_t* ratio_exponent,
+                   int64_t count, int64_t width, bool reverse, T* out, int64_t* out_exponents) {
+  const int64_t column = int64_t{blockIdx.x} * kWarp + threadIdx.x;
+  if (column >= width) return;
+  const Scalar<T> r(ratio[column], *ratio_exponent);
+  const auto step = [&](int64_t i) { return reverse ? count - 1 - i : i; };
+  constexpr int batch = 64 / sizeof(T);  // steps that are loaded ahead
+  Scalar<T> y;
+  for (int64_t first = 0; first < count; first += batch) {
+    Scalar<T> x[batch];
+#pragma unroll
+    for (int i = 0; i < batch; ++i) {
+      if (first + i < count) {
+        const int64_t t = step(first + i);
+        x[i] = Scalar<T>(rows[t * width + column], exponents[t]);
+      }
+    }
+#pragma unroll
+    for (int i = 0; i < batch; ++i) {
+      if (first + i < count) {
+        const int64_t top = max(x[i].exponent, y.exponent);
+        y = Scalar<T>(r.x * (scaled(x[i].x, x[i].exponent - top) + scaled(y.x, y.exponent - top)), r.exponent + top);
+        const int64_t at = step(first + i) * width + column;
+        out[at] = y.x;
+        out_exponents[at] = y.exponent;
+      }
+    }
+  }
+}
+
+constexpr int kJoinThreads = 256;
+
+// Block t: row t, whose entries have exponents of their own, gets one for all, its largest entry near 2^centre.
+template <typename T>
+__global__ void __launch_bounds__(kJoinThreads)
+    join_exponents(const int64_t* entry_exponents, int64_t width, T* rows, int64_t* exponents) {
+  SharedMemory memory;
+  const Shared<int64_t> scratch = memory.take<int64_t>(kJoinThreads / kWarp);
+  T* row = rows + blockIdx.x * width;
+  const int64_t* own = entry_exponents + blockIdx.x * width;
+  int64_t top = kZero;
+  for (int64_t j = threadIdx.x; j < width; j += kJoinThreads) top = max(top, own[j]);
+  const int64_t exponent = settled(block_max(top, scratch) - Format<T>::centre);
+  for (int64_t j = threadIdx.x; j < width; j += kJoinThreads) row[j] = scaled(row[j], own[j] - exponent);
+  if (threadIdx.x == 0) exponents[blockIdx.x] = exponent;
+}
+
+}  // namespace pathrnn

@@ -1,0 +1,103 @@
+"""The kernels of ``ops.gpu`` in CUDA (csrc/cuda), specified by tests/gpu_model.py; schemas: csrc/bindings.cpp.
+
+They return new tensors, set ``lost``, run on the current stream, and never wait for the device.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .backend import check_devices, extension_problem, operator
+
+column_sums = operator("column_sums")
+ends = operator("ends")
+chains = operator("chains")
+row_sums = operator("row_sums")
+pair_sums = operator("pair_sums")
+filtered = operator("filtered")
+finish = operator("finish")
+
+
+def _exponents(like: Tensor, count: int) -> Tensor:
+    return like.new_empty(count, dtype=torch.int64)
+
+
+if extension_problem() is None:
+
+    @torch.library.register_fake("pathrnn::column_sums")
+    def _(w, largest, lost):  # type: ignore[no-untyped-def]
+        check_devices(w, largest, lost)
+        return w.new_empty(w.shape[1]), _exponents(w, 1)
+
+    @torch.library.register_fake("pathrnn::ends")
+    def _(  # type: ignore[no-untyped-def]
+        weight_ih, bias_ih, bias_hh, head_weight, head_bias, inputs, inputs_exponent, layers, largest, lost
+    ):
+        check_devices(weight_ih, *bias_ih, *bias_hh, head_weight, head_bias, inputs, inputs_exponent, largest, lost)
+        hidden = weight_ih.shape[0]
+        result = []
+        for shape in (layers, hidden), (hidden,), (1,):
+            result += [weight_ih.new_empty(shape), _exponents(weight_ih, layers if len(shape) > 1 else 1)]
+        return tuple(result)
+
+    @torch.library.register_fake("pathrnn::chains")
+    def _(  # type: ignore[no-untyped-def]
+        weight_h,
+        largest_h,
+        drive_h,
+        drive_h_exponents,
+        weight_d,
+        largest_d,
+        drive_d,
+        drive_d_exponents,
+        seq_len,
+        last_only,
+        ones_h0,
+        plan,
+        blocks,
+        lost,
+    ):
+        check_devices(weight_h, largest_h, drive_h, drive_h_exponents, lost)
+        check_devices(weight_h, weight_d, largest_d, drive_d, drive_d_exponents)
+        hidden = weight_h.shape[0]
+        steps = 0 if weight_d is None else seq_len
+        return (
+            weight_h.new_empty(seq_len + 1, hidden),
+            _exponents(weight_h, seq_len + 1),
+            weight_h.new_empty(steps, hidden),
+            _exponents(weight_h, steps),
+        )
+
+    @torch.library.register_fake("pathrnn::row_sums")
+    def _(rows, exponents):  # type: ignore[no-untyped-def]
+        check_devices(rows, exponents)
+        return rows.new_empty(rows.shape[1]), exponents.new_empty(1)
+
+    @torch.library.register_fake("pathrnn::pair_sums")
+    def _(  # type: ignore[no-untyped-def]
+        d,
+        d_exponents,
+        h,
+        h_exponents,
+        offset,
+        weights=None,
+        weight_exponents=None,
+        previous=None,
+        previous_exponent=None,
+    ):
+        check_devices(d, d_exponents, h, h_exponents, weights, weight_exponents, previous, previous_exponent)
+        hidden = d.shape[1]
+        return d.new_empty(hidden, hidden), d_exponents.new_empty(1)
+
+    @torch.library.register_fake("pathrnn::filtered")
+    def _(rows, exponents, ratio, ratio_exponent, reverse):  # type: ignore[no-untyped-def]
+        check_devices(rows, exponents, ratio, ratio_exponent)
+        return torch.empty_like(rows), torch.empty_like(exponents)
+
+    @torch.library.register_fake("pathrnn::finish")
+    def _(  # type: ignore[no-untyped-def]
+        outputs, outputs_exponent, head, head_exponent, head_bias, head_bias_exponent, steps, largest
+    ):
+        check_devices(outputs, outputs_exponent, head, head_exponent, head_bias, head_bias_exponent, largest)
+        return outputs.new_empty((), dtype=torch.float64)

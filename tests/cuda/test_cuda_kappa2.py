@@ -1,0 +1,309 @@
+"""row_sums, pair_sums and filtered in CUDA, emulated, against their specification."""
+
+import gpu_model
+import pytest
+import tolerances
+import torch
+from gpu_model import ZERO, centre, same
+
+from pathrnn_kernels.ops import cuda
+
+pytestmark = pytest.mark.usefixtures("poisoned")
+
+F32, F64, I64 = torch.float32, torch.float64, torch.int64
+DTYPES = pytest.mark.parametrize("dtype", (F32, F64), ids=("float32", "float64"))
+SIZES = pytest.mark.parametrize("hidden, steps", ((1, 1), (1, 7), (3, 2), (17, 40), (100, 7), (130, 2)))
+#: Exponents: of the same size, so that every row counts, or so far apart that only the rows with the largest do.
+NEAR, FAR = (-3, 0, 2, 5), (-(10**6), 0, 10**6)
+
+
+def tempered(count, hidden, dtype, exponents=NEAR, zeros=True):
+    """Rows with some zero entries, the largest near 2^centre, and some zero rows."""
+    rows = torch.rand(count, hidden, dtype=dtype) * 2.0 ** centre(dtype)
+    powers = torch.tensor(exponents)[torch.randint(len(exponents), (count,))]
+    if zeros:
+        rows *= torch.rand(count, hidden) > 0.1
+        rows[torch.rand(count) < 0.1] = 0
+    return rows, torch.where((rows != 0).any(1), powers, ZERO)
+
+
+def weights(count, hidden, dtype, exponents=NEAR):
+    """Matrices whose largest entry is in [1, 2), the last one zero if there are several."""
+    matrices = 1 + torch.rand(count, hidden, hidden, dtype=dtype)
+    matrices *= torch.rand(count, hidden, hidden) > 0.2
+    if count > 1:
+        matrices[-1] = 0
+    powers = torch.tensor(exponents)[torch.randint(len(exponents), (count,))]
+    return matrices, torch.where((matrices != 0).any(2).any(1), powers, ZERO)
+
+
+def identical(first, second):
+    return all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+# ---- row_sums --------------------------------------------------------------------------------------------------------
+
+
+@DTYPES
+@SIZES
+@pytest.mark.parametrize("exponents", (NEAR, FAR), ids=("near", "far"))
+def test_row_sums(hidden, steps, dtype, exponents):
+    rows = tempered(steps, hidden, dtype, exponents)
+    found, wanted = cuda.row_sums(*rows), gpu_model.row_sums(*rows)
+    same(found, wanted, tolerances.path(dtype, steps, 1))
+    assert identical(found, cuda.row_sums(*rows)) and torch.equal(found[1], wanted[1])
+
+
+@DTYPES
+@pytest.mark.parametrize("exponent", (-1, 0, 60, 61))
+def test_sums_come_on_a_natural_scale(exponent, dtype):
+    """Entries of about 2^0 to 2^60 as they are, others as about 1; with weights on the terms' own scale."""
+    row, at = torch.full((1, 3), 2.0 ** centre(dtype), dtype=dtype), torch.tensor([exponent - centre(dtype)])
+    one = row, torch.tensor([-centre(dtype)])
+    scale = 0 if 0 <= exponent <= 60 else exponent
+    for total, found in (cuda.row_sums(row, at), cuda.pair_sums(row, at, *one, 0)):
+        assert found == scale and (total == 2.0 ** (exponent - scale)).all()
+    weight = torch.ones(1, 3, 3, dtype=dtype), torch.tensor([0])
+    assert cuda.pair_sums(row, at, *one, 0, *weight)[1] == exponent - 2 * centre(dtype)
+
+
+def test_row_sums_of_zeros():
+    total, exponent = cuda.row_sums(torch.zeros(5, 3), torch.full((5,), ZERO))
+    assert not total.any() and exponent == 0
+
+
+# ---- pair_sums -------------------------------------------------------------------------------------------------------
+
+
+def pair_arguments(hidden, steps, dtype, lags=None, previous=False, exponents=NEAR, more_h=1):
+    """d of ``steps`` rows, h of ``more_h`` more."""
+    call = [*tempered(steps, hidden, dtype, exponents), *tempered(steps + more_h, hidden, dtype, exponents)]
+    start = weights(1, hidden, dtype, exponents) if previous else None
+    return (
+        call,
+        (None, None) if lags is None else weights(lags, hidden, dtype, exponents),
+        (None, None) if start is None else (start[0][0] * 2.0 ** (2 * centre(dtype)), start[1]),
+    )
+
+
+def check_pairs(hidden, steps, dtype, offset, **options):
+    sequences, powers, previous = pair_arguments(hidden, steps, dtype, **options)
+    found = cuda.pair_sums(*sequences, offset, *powers, *previous)
+    wanted = gpu_model.pair_sums(*sequences, offset, *powers, *previous)
+    same(found, wanted, tolerances.path(dtype, steps + (options.get("lags") or 1), 1))
+    assert identical(found, cuda.pair_sums(*sequences, offset, *powers, *previous))
+    assert powers[0] is not None or torch.equal(found[1], wanted[1])
+
+
+@DTYPES
+@SIZES
+@pytest.mark.parametrize("lags", (None, 1, 9))
+def test_pair_sums(hidden, steps, lags, dtype):
+    check_pairs(hidden, steps, dtype, 1 if steps > 1 else 0, lags=lags, previous=lags != 1)
+
+
+@DTYPES
+@pytest.mark.parametrize("lags", (None, 2, 3, 8))
+@pytest.mark.parametrize("previous", (False, True))
+def test_pair_sums_of_every_number_of_lags(lags, previous, dtype):
+    check_pairs(17, 7, dtype, 0, lags=lags, previous=previous)
+
+
+@DTYPES
+@pytest.mark.parametrize("offset", (0, 1, 5, 36, 39, 40, 45))
+@pytest.mark.parametrize("more_h", (-40, -33, 1))
+def test_pair_sums_to_and_beyond_the_end(offset, more_h, dtype):
+    check_pairs(5, 40, dtype, offset, lags=4, previous=True, more_h=more_h)
+    check_pairs(5, 40, dtype, offset, lags=4, more_h=more_h)
+
+
+@DTYPES
+@pytest.mark.parametrize("seed", range(6))
+def test_pair_sums_of_extreme_exponents(seed, dtype):
+    torch.manual_seed(seed)
+    check_pairs(17, 20, dtype, 2, lags=5, previous=seed % 2 > 0, exponents=FAR)
+
+
+def test_pair_sums_in_wide_tiles():
+    """Enough rows and columns for the tiles of large matrices, in a device as small as the emulated one."""
+    check_pairs(257, 19, F32, 1, lags=2, previous=True)
+
+
+def test_pair_sums_of_zeros():
+    zeros = torch.zeros(4, 3), torch.full((4,), ZERO)
+    exponent = torch.tensor([ZERO])
+    start = torch.zeros(3, 3), exponent
+    for powers in ((None, None), (torch.zeros(2, 3, 3), torch.full((2,), ZERO)), weights(2, 3, F32, (10**6,))):
+        for previous in ((None, None), start):
+            total, exponent = cuda.pair_sums(*zeros, *zeros, 0, *powers, *previous)
+            assert not total.any() and exponent == (0 if powers[0] is None else ZERO)
+
+
+def test_pair_sums_transposes_the_weights():
+    one, exponent = torch.ones(1, 2), torch.tensor([0])
+    weight = torch.tensor([[[1.0, 2.0], [4.0, 8.0]]])
+    total, exponent = cuda.pair_sums(one, exponent, one, exponent, 0, weight, exponent)
+    assert torch.equal(gpu_model.true(total, exponent), weight[0].T.double())
+
+
+def test_pair_sums_that_differ_much_within_a_lag():
+    """Entries that only rows of small exponents have are not lost beside larger ones."""
+    d = torch.tensor([[2.0**30, 0.0], [0.0, 2.0**30]])
+    exponents = torch.tensor([0, -100])
+    total, exponent = cuda.pair_sums(d, exponents, torch.ones(2, 2), torch.zeros(2, dtype=I64), 0)
+    assert torch.equal(gpu_model.true(total, exponent), torch.tensor([[2.0**30] * 2, [2.0**-70] * 2], dtype=F64))
+
+
+# ---- filtered --------------------------------------------------------------------------------------------------------
+
+
+@DTYPES
+@SIZES
+@pytest.mark.parametrize("reverse", (False, True))
+@pytest.mark.parametrize("ratio_exponent", (0, -3, 10**6, -(10**6)))
+def test_filtered(hidden, steps, reverse, ratio_exponent, dtype):
+    rows = tempered(steps, hidden, dtype)
+    ratio = (0.5 + torch.rand(hidden, dtype=dtype)) * (torch.rand(hidden) > 0.1)
+    call = (*rows, ratio, torch.tensor([ratio_exponent]), reverse)
+    found = cuda.filtered(*call)
+    same(found, gpu_model.filtered(*call), tolerances.path(dtype, steps, 1))
+    assert identical(found, cuda.filtered(*call))
+    live = found[1] != ZERO
+    assert torch.equal(live, (found[0] != 0).any(1))
+    assert (torch.frexp(found[0][live].amax(1)).exponent == centre(dtype) + 1).all()
+
+
+@DTYPES
+@pytest.mark.parametrize("reverse", (False, True))
+def test_filtered_of_extreme_exponents(reverse, dtype):
+    rows = tempered(20, 33, dtype, FAR)
+    call = (*rows, torch.rand(33, dtype=dtype) + 0.5, torch.tensor([1]), reverse)
+    same(cuda.filtered(*call), gpu_model.filtered(*call), tolerances.path(dtype, 20, 1))
+
+
+@DTYPES
+def test_filtered_columns_do_not_disturb_each_other(dtype):
+    """A column that is far below its row where another is large, and alone later: ratios 2^-20 and 2^-1, 40 steps."""
+    rows = torch.zeros(40, 2, dtype=dtype)
+    rows[0] = 2.0 ** centre(dtype)
+    exponents = torch.full((40,), ZERO)
+    exponents[0] = 7
+    found, found_exponents = cuda.filtered(
+        rows, exponents, torch.tensor([2.0**-20, 0.5], dtype=dtype), torch.tensor([0]), False
+    )
+    steps = torch.arange(1, 41)
+    assert torch.equal(found_exponents, 7 - steps)
+    assert torch.equal(gpu_model.true(found[:, 1:], found_exponents)[:, 0], 2.0 ** (centre(dtype) + 7 - steps.double()))
+
+
+# ---- all -------------------------------------------------------------------------------------------------------------
+
+
+def calls(dtype=F32, hidden=40):
+    sequences, powers, previous = pair_arguments(hidden, 9, dtype, lags=3, previous=True)
+    return {
+        "row_sums": dict(zip(("rows", "exponents"), sequences[:2], strict=True)),
+        "pair_sums": dict(
+            zip(("d", "d_exponents", "h", "h_exponents"), sequences, strict=True),
+            offset=1,
+            weights=powers[0],
+            weight_exponents=powers[1],
+            previous=previous[0],
+            previous_exponent=previous[1],
+        ),
+        "filtered": {
+            "rows": sequences[0],
+            "exponents": sequences[1],
+            "ratio": torch.rand(hidden, dtype=dtype),
+            "ratio_exponent": torch.tensor([0]),
+            "reverse": True,
+        },
+    }
+
+
+NAMES = pytest.mark.parametrize("name", ("row_sums", "pair_sums", "filtered"))
+
+
+@NAMES
+def test_order_of_threads_does_not_matter(name, monkeypatch):
+    call = calls()[name]
+    wanted = getattr(cuda, name)(**call)
+    for seed in "1", "2":
+        monkeypatch.setenv("PATHRNN_EMULATION_SEED", seed)
+        assert identical(getattr(cuda, name)(**call), wanted)
+
+
+@NAMES
+def test_strided_tensors(name):
+    call = calls()[name]
+    strided = {
+        key: value.repeat_interleave(2, -1)[..., ::2] if isinstance(value, torch.Tensor) else value
+        for key, value in call.items()
+    }
+    assert identical(getattr(cuda, name)(**strided), getattr(cuda, name)(**call))
+
+
+@NAMES
+def test_inputs_are_left_alone(name):
+    call = calls()[name]
+    before = {key: value.clone() for key, value in call.items() if isinstance(value, torch.Tensor)}
+    getattr(cuda, name)(**call)
+    assert all(torch.equal(call[key], value) for key, value in before.items())
+
+
+@NAMES
+@DTYPES
+def test_opcheck(name, dtype):
+    torch.library.opcheck(getattr(torch.ops.pathrnn, name), (), calls(dtype, 5)[name])
+
+
+def test_opcheck_without_the_optional_tensors():
+    sequences, _, _ = pair_arguments(5, 9, F32)
+    torch.library.opcheck(torch.ops.pathrnn.pair_sums, (*sequences, 1))
+
+
+BAD = [
+    ("row_sums", {"rows": torch.ones(9, 40, dtype=I64)}, TypeError, "rows has dtype Long"),
+    ("row_sums", {"rows": torch.ones(9)}, ValueError, r"rows has shape \[9\]; it must be \[n, H\]"),
+    ("row_sums", {"rows": torch.ones(9, 0)}, ValueError, "rows has shape"),
+    ("row_sums", {"exponents": torch.ones(9)}, TypeError, "exponents has dtype Float; use int64"),
+    ("row_sums", {"exponents": torch.ones(8, dtype=I64)}, ValueError, "exponents has shape"),
+    ("pair_sums", {"d": torch.ones(9, 40, dtype=torch.float16)}, TypeError, "d has dtype Half"),
+    ("pair_sums", {"d": torch.ones(9, 3, 40)}, ValueError, "d has shape"),
+    ("pair_sums", {"d_exponents": torch.ones(9, dtype=torch.int32)}, TypeError, "d_exponents has dtype Int"),
+    ("pair_sums", {"d_exponents": torch.ones(1, dtype=I64)}, ValueError, "d_exponents has shape"),
+    ("pair_sums", {"h": torch.ones(10, 40, dtype=F64)}, TypeError, "h has dtype Double, but d has Float"),
+    ("pair_sums", {"h": torch.ones(10, 41)}, ValueError, "h has shape"),
+    ("pair_sums", {"h": torch.ones(40)}, ValueError, "h has shape"),
+    ("pair_sums", {"h_exponents": torch.ones(9, dtype=I64)}, ValueError, "h_exponents has shape"),
+    ("pair_sums", {"offset": -1}, ValueError, "offset is -1"),
+    ("pair_sums", {"weights": torch.ones(40, 40)}, ValueError, "weights has shape"),
+    ("pair_sums", {"weights": torch.ones(3, 40, 39)}, ValueError, "weights has shape"),
+    ("pair_sums", {"weights": torch.ones(3, 40, 40, dtype=F64)}, TypeError, "weights has dtype"),
+    ("pair_sums", {"weights": None}, ValueError, "weights and weight_exponents belong together"),
+    ("pair_sums", {"weight_exponents": torch.ones(2, dtype=I64)}, ValueError, "weight_exponents has shape"),
+    ("pair_sums", {"previous": torch.ones(40)}, ValueError, "previous has shape"),
+    ("pair_sums", {"previous": torch.ones(40, 40, dtype=F64)}, TypeError, "previous has dtype"),
+    ("pair_sums", {"previous_exponent": None}, ValueError, "previous and previous_exponent belong together"),
+    ("pair_sums", {"previous_exponent": torch.ones(2, dtype=I64)}, ValueError, "previous_exponent has shape"),
+    ("filtered", {"rows": torch.ones(9, 40, dtype=torch.bfloat16)}, TypeError, "rows has dtype BFloat16"),
+    ("filtered", {"exponents": torch.ones(9, dtype=F64)}, TypeError, "exponents has dtype Double"),
+    ("filtered", {"ratio": torch.ones(40, dtype=F64)}, TypeError, "ratio has dtype Double, but rows has Float"),
+    ("filtered", {"ratio": torch.ones(39)}, ValueError, "ratio has shape"),
+    ("filtered", {"ratio_exponent": torch.ones(1)}, TypeError, "ratio_exponent has dtype Float"),
+    ("filtered", {"ratio_exponent": torch.ones((), dtype=I64)}, ValueError, "ratio_exponent has shape"),
+]
+
+
+@pytest.mark.parametrize("name, wrong, error, message", BAD, ids=lambda value: "" if isinstance(value, dict) else None)
+def test_bad_input(name, wrong, error, message):
+    with pytest.raises(error, match=message):
+        getattr(cuda, name)(**(calls()[name] | wrong))
+
+
+@NAMES
+def test_another_device(name):
+    for key, value in calls()[name].items():
+        if isinstance(value, torch.Tensor):
+            with pytest.raises(TypeError, match="move all of them to one device"):
+                getattr(cuda, name)(**(calls()[name] | {key: value.to("meta")}))

@@ -1,0 +1,47 @@
+"""Compiles csrc/cuda for the host: the CUDA kernels and their launches then serve CPU tensors in torch.ops.pathrnn."""
+
+import functools
+from pathlib import Path
+
+import torch
+from torch.utils import cpp_extension
+
+HERE = Path(__file__).parent
+ROOT = HERE.parents[1]
+CUDA = ROOT / "csrc" / "cuda"
+WARNINGS = ("-Wall", "-Wextra", "-Wno-unused-parameter", "-Wno-unknown-pragmas")
+
+
+def compiler() -> str:
+    return cpp_extension.get_cxx_compiler()
+
+
+@functools.cache
+def load() -> None:
+    """Registers the emulated kernels, for this process; compiles what changed since the last time.
+
+    Raises:
+        RuntimeError: the extension pathrnn_kernels._C, whose schemas they implement, is not built.
+    """
+    from pathrnn_kernels.ops.backend import extension_problem
+
+    if extension_problem() is not None:
+        raise RuntimeError(extension_problem())
+    folder = ROOT / "build" / f"emulation-{torch.__version__}"
+    folder.mkdir(parents=True, exist_ok=True)
+    sources = [str(HERE / "cuda_emulation.cpp")]
+    for kernel in sorted(CUDA.glob("*.cu")):
+        # By its name a .cu would be handed to nvcc.
+        source = folder / f"{kernel.stem}_emulated.cpp"
+        line = f'#include "{kernel}"\n'
+        if not source.exists() or source.read_text() != line:
+            source.write_text(line)
+        sources.append(str(source))
+    cpp_extension.load(
+        name="pathrnn_emulation",
+        sources=sources,
+        extra_include_paths=[str(ROOT / "csrc"), str(CUDA), str(HERE)],
+        extra_cflags=["-DPATHRNN_EMULATE", "-O2", "-g0", *WARNINGS],
+        build_directory=str(folder),
+        is_python_module=False,
+    )
