@@ -1,0 +1,239 @@
+"""Compiles every Triton kernel ahead of time, without a GPU: `python bench/triton_aot.py --json results.json`.
+
+The launch functions are called as they are, on small CPU tensors of the sizes below, with the launch itself replaced by
+a note of kernel, arguments and options: what is compiled is what would be launched. Bytes of stack are spills, since no
+kernel has an array of its own.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from triton.runtime import JITFunction
+
+from pathrnn_kernels.ops.triton import kappa2, path_chain, relu_rnn, sums, update
+
+TARGETS = {
+    "sm_80": GPUTarget("cuda", 80, 32),
+    "sm_90": GPUTarget("cuda", 90, 32),
+    "sm_100": GPUTarget("cuda", 100, 32),
+    "gfx942": GPUTarget("hip", "gfx942", 64),
+}
+DTYPES = {"float32": torch.float32, "float64": torch.float64}
+_POINTERS = {
+    torch.float32: "*fp32",
+    torch.float64: "*fp64",
+    torch.int64: "*i64",
+    torch.int32: "*i32",
+    torch.bool: "*i1",
+}
+
+
+@dataclasses.dataclass
+class Launch:
+    """A kernel with everything that its compilation depends on."""
+
+    kernel: JITFunction[Any]
+    signature: dict[str, str]
+    constants: dict[str, Any]
+    divisible: list[int]  # places of arguments that are multiples of 16
+    options: dict[str, Any]
+
+    @property
+    def name(self) -> str:
+        return self.kernel.fn.__name__.lstrip("_")
+
+    def source(self) -> ASTSource:
+        attributes = {(place,): [["tt.divisibility", 16]] for place in self.divisible}
+        return ASTSource(self.kernel, self.signature, self.constants, attributes)
+
+
+@dataclasses.dataclass
+class Result:
+    kernel: str
+    case: str
+    target: str
+    warps: int
+    shared_bytes: int
+    registers: int  # of a thread; on AMD vector registers
+    scalar_registers: int | None
+    spill_bytes: int  # a thread
+
+
+def note(kernel: JITFunction[Any], *args: Any, **kwargs: Any) -> Launch:
+    """What Triton would compile for these arguments."""
+    names = [p.name for p in kernel.params]
+    given = dict(zip(names, args, strict=False)) | {name: kwargs.pop(name) for name in names if name in kwargs}
+    launch = Launch(kernel, {}, {}, [], kwargs)
+    for place, parameter in enumerate(kernel.params):
+        value = given.get(parameter.name, parameter.default)
+        if isinstance(value, Tensor):
+            launch.signature[parameter.name] = _POINTERS[value.dtype]
+            launch.divisible.append(place)  # as torch allocates
+        elif parameter.is_constexpr or value is None or (value == 1 and not parameter.do_not_specialize):
+            launch.signature[parameter.name], launch.constants[parameter.name] = "constexpr", value
+        elif isinstance(value, float):
+            launch.signature[parameter.name] = "fp32"
+        else:
+            launch.signature[parameter.name] = "i32" if -(1 << 31) <= value < 1 << 31 else "i64"
+            if value % 16 == 0 and not parameter.do_not_specialize:
+                launch.divisible.append(place)
+    return launch
+
+
+@contextlib.contextmanager
+def noted() -> Iterator[list[Launch]]:
+    """Launches are noted instead of run."""
+    launches: list[Launch] = []
+    run = JITFunction.run
+
+    def instead(kernel: JITFunction[Any], *args: Any, grid: object, warmup: bool, **kwargs: Any) -> None:
+        launches.append(note(kernel, *args, **kwargs))
+
+    JITFunction.run = instead  # type: ignore[method-assign]
+    try:
+        yield launches
+    finally:
+        JITFunction.run = run  # type: ignore[method-assign]
+
+
+def chains(hidden: int, dtype: torch.dtype, plan: str, blocks: int) -> None:
+    w, drive, e = torch.ones(hidden, hidden, dtype=dtype), torch.ones(1, hidden, dtype=dtype), torch.zeros(1).long()
+    lost = torch.zeros(1, dtype=torch.bool)
+    path_chain.chains(w, w[0, :1], drive, e, w, w[0, :1], drive, e, 3, False, False, plan, blocks, lost)
+
+
+def single_vectors(hidden: int, dtype: torch.dtype) -> None:
+    w, largest, e = torch.ones(hidden, hidden, dtype=dtype), torch.ones(8, dtype=dtype), torch.zeros(1).long()
+    lost, bias = torch.zeros(1, dtype=torch.bool), torch.ones(hidden, dtype=dtype)
+    sums.column_sums(w, largest, lost)
+    sums.ends(w, [], [], None, None, None, None, 1, largest, lost)
+    sums.ends(w, [bias], [bias], w, bias, bias, e, 1, largest, lost)
+    sums.row_sums(w, torch.zeros(hidden).long())
+    sums.finish(bias, e, bias, e, bias, e, 3, largest)
+
+
+def second_term(hidden: int, dtype: torch.dtype) -> None:
+    rows, e = torch.ones(3, hidden, dtype=dtype), torch.zeros(3).long()
+    powers = torch.ones(2, hidden, hidden, dtype=dtype)
+    kappa2.pair_sums(rows, e, rows, e, 0, None, None, None, None)
+    kappa2.pair_sums(rows, e, rows, e, 0, powers, e[:2], None, None)
+    kappa2.pair_sums(rows, e, rows, e, 0, powers, e[:2], powers[0], e[:1])
+    kappa2.filtered(rows, e, rows[0], e[:1], False)
+
+
+def updates(dtype: torch.dtype) -> None:
+    # One table for all tensors; beside it, tensors that are not aligned, and the largest table of a small network.
+    for tensors in ([torch.ones(8, 16, dtype=dtype)] * 3, [torch.ones(33, dtype=dtype)[1:]] * 12):
+        update.precondition(tensors, tensors, [1.0] * len(tensors), 1)
+        update.shorten_(tensors, tensors, tensors, [0.0] * len(tensors))
+
+
+def layer(hidden: int, dtype: torch.dtype) -> None:
+    x, w = torch.ones(3, 2, hidden, dtype=dtype), torch.ones(hidden, hidden, dtype=dtype)
+    y, h_n = relu_rnn.relu_rnn(x, None, w, w, None, None)
+    relu_rnn.relu_rnn_backward(y, h_n, x, None, w, w, y, [True, False, True, True, False])
+
+
+def cases() -> dict[str, Callable[[], None]]:
+    """Of every kernel, the configurations that launches choose: label and a call that launches it."""
+    found: dict[str, Callable[[], None]] = {}
+
+    def add(label: str, call: Callable[..., None], *args: Any) -> None:
+        found[label] = lambda: call(*args)
+
+    for name, dtype in DTYPES.items():
+        for hidden in (32, 64, 128):
+            if hidden * hidden * dtype.itemsize <= path_chain.RESIDENT_BYTES:
+                add(f"H={hidden} block {name}", chains, hidden, dtype, "block", 1)
+        # What stays in registers, the most of that, and what is streamed.
+        for hidden, blocks in ((200, 16), (256, 64), (512, 32), (1024, 64), (2048, 64), (4096, 64)):
+            add(f"H={hidden} grid of {blocks} {name}", chains, hidden, dtype, "grid", blocks)
+        add(f"H=128 {name} vectors", single_vectors, 128, dtype)
+        for hidden in (128, 2048):
+            add(f"H={hidden} {name}", second_term, hidden, dtype)
+        add(name, updates, dtype)
+        for hidden in (16, 64, relu_rnn.limit(dtype)):
+            add(f"H={hidden} layer {name}", layer, hidden, dtype)
+    return found
+
+
+def launches(chosen: str) -> Iterator[tuple[str, Launch]]:
+    """Every distinct compilation of the cases whose label, after the kernel's name, matches."""
+    seen = set()
+    for label, call in cases().items():
+        with noted() as notes:
+            call()
+        for launch in notes:
+            key = (launch.name, repr(launch.signature), repr(launch.constants), repr(launch.options))
+            if key not in seen and re.search(chosen, f"{launch.name} {label}"):
+                seen.add(key)
+                yield label, launch
+
+
+def compile_for(launch: Launch, label: str, target: str) -> Result:
+    compiled = triton.compile(launch.source(), target=TARGETS[target], options=launch.options)
+    usage = _nvidia(compiled.asm["cubin"]) if "cubin" in compiled.asm else _amd(compiled.asm["amdgcn"])
+    return Result(launch.name, label, target, compiled.metadata.num_warps, compiled.metadata.shared, **usage)
+
+
+def _nvidia(cubin: bytes) -> dict[str, Any]:
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        text = subprocess.run([tool, "-res-usage", file.name], check=True, capture_output=True, text=True).stdout
+    used = {key: int(value) for key, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", text)}
+    return {"registers": used["REG"], "scalar_registers": None, "spill_bytes": used["STACK"] + used["LOCAL"]}
+
+
+def _amd(assembly: str) -> dict[str, Any]:
+    def number(key: str) -> int:
+        return int(re.findall(rf"\.{key}:\s+(\d+)", assembly)[-1])
+
+    # Scalar registers are spilled to lanes of vector registers: only what goes to memory counts.
+    return {
+        "registers": number("vgpr_count"),
+        "scalar_registers": number("sgpr_count"),
+        "spill_bytes": number("private_segment_fixed_size"),
+    }
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--targets", nargs="+", choices=TARGETS, default=list(TARGETS))
+    parser.add_argument("--only", default="", metavar="REGEX", help="of kernel and case, such as 'chains.*float32'")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the results there, too")
+    arguments = parser.parse_args()
+    results = []
+    print(f"Triton {triton.__version__}, torch {torch.__version__}")
+    row = "{:<14} {:<29}{:<8}{:>6}{:>8}{:>11}{:>9}{:>8}"
+    print(row.format("kernel", "case", "target", "warps", "shared", "registers", "scalar", "spills"))
+    for label, launch in launches(arguments.only):
+        for target in arguments.targets:
+            result = dataclasses.asdict(compile_for(launch, label, target))
+            results.append(result)
+            print(row.format(*("" if value is None else value for value in result.values())), flush=True)
+    if arguments.json:
+        header = {"triton": triton.__version__, "torch": torch.__version__}
+        arguments.json.write_text(json.dumps(header | {"results": results}, indent=1) + "\n")
+    return int(any(r["spill_bytes"] for r in results))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

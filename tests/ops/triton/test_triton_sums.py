@@ -1,0 +1,155 @@
+"""Squared sums, drives, sums over time and log γ² in Triton against their specification, gpu_model."""
+
+import math
+
+import gpu_model
+import pytest
+import tolerances
+import torch
+from triton_cases import F32, F64, MARKS, dtypes, largest, moved, run, same, truth
+
+pytestmark = MARKS
+
+ZERO = gpu_model.ZERO
+
+
+@dtypes
+@pytest.mark.parametrize("rows, columns", ((1, 1), (130, 17), (1030, 3)))
+def test_column_sums(rows, columns, dtype):
+    w = torch.randn(rows, columns, dtype=dtype)
+    for scale in (1.0, 0.9 * torch.finfo(dtype).max / w.abs().max().item(), 1e-30):
+        arguments = (w * scale, largest(w * scale))
+        *found, lost = run("column_sums", *arguments)
+        same(found, truth("column_sums", *arguments), tolerances.path(dtype, 0, rows))
+        assert not lost
+    sums, exponent, lost = run("column_sums", torch.zeros_like(w), torch.zeros(1, dtype=dtype))
+    assert not sums.any() and exponent.item() == ZERO and not lost
+
+
+def ends(hidden, width, layers, dtype, bias=False, head=0, head_bias=False, inputs=False, scale=1.0):
+    """Arguments of ``ends``; layers differ in the sizes of their biases, some of which are zero."""
+    weight = 2.0**9 * scale * torch.randn(hidden, width, dtype=dtype)
+    bias_ih, bias_hh = ([4.0**i * torch.randn(hidden, dtype=dtype) for i in range(bias * layers)] for _ in range(2))
+    if layers > 1 and bias:
+        bias_ih[0].zero_()
+        bias_hh[1] *= 2.0**20
+    head_weight = torch.randn(head, hidden, dtype=dtype) if head else None
+    head_bias = 8 * torch.randn(head, dtype=dtype) if head_bias else None
+    x = (torch.rand(width, dtype=dtype), torch.tensor([-31])) if inputs else (None, None)
+    last = [t for t in (head_weight, head_bias) if t is not None]
+    most = largest(weight, *[torch.full((1,), math.nan)] * (2 * layers - 1), *bias_ih, *bias_hh, *last, weight)
+    return [weight, bias_ih, bias_hh, head_weight, head_bias, *x, layers, most]
+
+
+def check_ends(arguments, size, lost=False):
+    *found, flag = run("ends", *arguments)
+    wanted = truth("ends", *arguments)
+    for i in (0, 2, 4):
+        same(found[i : i + 2], wanted[i : i + 2], tolerances.path(found[0].dtype, 0, size))
+    assert flag.item() == lost
+    return found
+
+
+@dtypes
+@pytest.mark.parametrize(
+    "sizes, options",
+    (
+        ((1, 1, 1), {}),
+        ((17, 3, 1), {"bias": True, "head": 5, "head_bias": True, "inputs": True}),
+        ((100, 130, 3), {"bias": True, "head": 1030}),
+        ((33, 70, 2), {"head": 1030, "head_bias": True, "inputs": True}),
+        ((3, 5, 2), {"bias": True}),
+    ),
+    ids=str,
+)
+def test_ends(sizes, options, dtype):
+    check_ends(ends(*sizes, dtype, **options), max(sizes[1], options.get("head", 0)))
+
+
+@dtypes
+def test_ends_far_apart(dtype):
+    """Of weights and biases that differ by more than the dtype holds, the larger remain."""
+    for scale in (1e-30, 1e25):
+        check_ends(ends(5, 3, 2, dtype, bias=True, head=2, head_bias=True, scale=scale), 3)
+
+
+def test_nothing_enters():
+    for options in ({}, {"bias": True, "head": 2, "head_bias": True, "inputs": True}):
+        arguments = ends(3, 2, 2, F64, **options)
+        arguments = [x.zero_() if isinstance(x, torch.Tensor) and x.is_floating_point() else x for x in arguments]
+        arguments[1:3] = ([torch.zeros_like(b) for b in biases] for biases in arguments[1:3])
+        drive, exponents, head, head_exponent, *_ = check_ends(arguments, 2)
+        assert not drive.any() and (exponents == ZERO).all()
+        assert head_exponent.item() == (ZERO if options else 0) and head.any() == (not options)
+
+
+@dtypes
+@pytest.mark.parametrize("place", ("weight_ih", "bias_ih", "bias_hh", "head", "head_bias", "sum", "column_sums"))
+def test_lost(place, dtype):
+    """A square that the dtype cannot hold is noticed wherever it is, and one that it can is not."""
+    for power, lost in ((-70, True), (-30, False)) if dtype == F32 else ((-520, True), (-480, False)):
+        weight, head, head_bias = (torch.ones(shape, dtype=dtype) for shape in ((20, 3), (1030, 20), (1030,)))
+        bias_ih, bias_hh = ([torch.ones(20, dtype=dtype) for _ in range(2)] for _ in range(2))
+        if place == "sum":  # the largest of its tensor, which is why it is lost beside another alone
+            weight[2], bias_ih[0][:], bias_hh[0][:] = 0, 0, 0
+            bias_ih[0][2] = 2.0**power
+        else:
+            places = {"weight_ih": weight[19], "bias_ih": bias_ih[1], "bias_hh": bias_hh[0], "head_bias": head_bias}
+            places.get(place, head[1029])[1] = 2.0**power
+        if place == "column_sums":
+            found = run("column_sums", head, largest(head))
+        else:
+            most = largest(*[weight] * 4, *bias_ih, *bias_hh, head, head_bias)
+            found = run("ends", weight, bias_ih, bias_hh, head, head_bias, None, None, 2, most)
+        assert found[-1].item() == lost
+
+
+@dtypes
+@pytest.mark.parametrize("count, hidden", ((1, 1), (7, 3), (130, 17), (70, 100)))
+def test_row_sums(count, hidden, dtype):
+    centre = gpu_model.centre(dtype)
+    for usual in (-500, 500, 10 - centre, 59 - centre, 62 - centre):
+        rows, exponents = 2.0**centre * torch.rand(count, hidden, dtype=dtype), torch.randint(-99, 1, (count,)) + usual
+        exponents[-1], exponents[count // 2] = usual, usual if count == 1 else ZERO
+        rows[count // 2] *= count == 1
+        total, exponent = run("row_sums", rows, exponents)
+        same((total, exponent), truth("row_sums", rows, exponents), tolerances.path(dtype, 0, count))
+        assert exponent == gpu_model.row_sums(rows, exponents)[1]
+    total, exponent = run("row_sums", torch.zeros_like(rows), torch.full_like(exponents, ZERO))
+    assert not total.any() and exponent == 0
+
+
+def finish(*arguments):
+    from pathrnn_kernels.ops import triton
+
+    found, again = (triton.finish(*map(moved, arguments)) for _ in range(2))
+    assert found.shape == () and found.dtype == F64
+    assert found == again or found.isnan()
+    return found.cpu()
+
+
+@dtypes
+@pytest.mark.parametrize("hidden", (1, 17, 1500))
+def test_finish(hidden, dtype):
+    """Products, and products and biases, as far apart as exponents go."""
+    outputs, head, most = torch.rand(hidden, dtype=dtype), torch.rand(hidden, dtype=dtype), torch.rand(7, dtype=dtype)
+    bias, zero = torch.rand(1, dtype=dtype), torch.zeros(1, dtype=dtype)
+    places = (0, 0, 0), (-4000, 4003, 1), (1 << 30, -(1 << 29), 1 << 29), (-(1 << 30), 5, -(1 << 30))
+    for e, head_e, bias_e in places:
+        for b, e_b in ((bias, bias_e), (bias, e + head_e), (zero, ZERO)):
+            arguments = (outputs, torch.tensor([e]), head, torch.tensor([head_e]), b, torch.tensor([e_b]), 9, most)
+            wanted = truth("finish", *arguments)
+            # The logarithm's own rounding, and the exponent's times log 2, beside that of γ².
+            error = 4 * tolerances.unit_roundoff(F64)
+            atol = tolerances.path(F64, 0, hidden)
+            torch.testing.assert_close(finish(*arguments), wanted, rtol=error, atol=atol)
+
+
+def test_finish_of_nothing_and_of_what_is_not_finite():
+    zero, none, most = torch.zeros(3), torch.tensor([ZERO]), torch.ones(1030)
+    one = torch.ones(1)
+    assert finish(zero, none, zero + 1, one.long(), one * 0, none, 2, most) == -math.inf
+    assert finish(zero, none, zero + 1, one.long(), one, one.long(), 2, most) == pytest.approx(math.log(4))
+    for bad in (math.nan, math.inf):
+        most[1029] = bad
+        assert finish(zero, none, zero, none, one, one.long(), 2, most).isnan()
