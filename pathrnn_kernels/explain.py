@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import nn
 
 from .network import PathNetwork
 from .ops.backend import ENVIRONMENT, choose, refusals
+from .ops.plan import Plan, describe, plans
+from .ops.plan import choose as choose_plan
 from .rnn import ReLURNN
 
 
@@ -25,6 +27,10 @@ class Explanation:
     requested: str
     device: torch.device
     dtype: torch.dtype
+    #: On a GPU: how the chains of κ run. None on other backends.
+    plan: Plan | None = None
+    #: For every plan its cost by the model, or why it does not serve; empty on other backends.
+    plans: dict[str, Plan | str] = field(default_factory=dict)
 
     def __str__(self) -> str:
         width = max(map(len, self.reasons))
@@ -32,19 +38,28 @@ class Explanation:
         for name, reason in self.reasons.items():
             verdict = f"no: {reason}" if reason else "serves" if name == self.backend else "would serve"
             lines.append(f"  {name:<{width}}  {verdict}")
+        if self.plan is not None:
+            lines.append(f"plan of its chains → {self.plan.name}")
+            for name, plan in self.plans.items():
+                lines.append(f"  {name:<{width}}  {f'no: {plan}' if isinstance(plan, str) else plan}")
         return "\n".join(lines)
 
 
-def explain(rnn_or_net: ReLURNN | nn.RNN | PathNetwork, backend: str = "auto") -> Explanation:
-    """Which backend serves κ and the forward pass of a module, and why each other one would not.
+def explain(
+    rnn_or_net: ReLURNN | nn.RNN | PathNetwork, backend: str = "auto", seq_len: int | None = None, plan: str = "auto"
+) -> Explanation:
+    """Which backend serves κ and the forward pass of a module, by which plan, and why not the others.
 
     Args:
         rnn_or_net: a ReLURNN, a ``torch.nn.RNN`` (whose forward pass is torch's own) or a PathNetwork.
         backend: as for :func:`kappa`; with ``"auto"`` the environment variable PATHRNN_BACKEND is heeded.
+        seq_len: T, on which the plan depends; by default that of the last forward pass, or 100.
+        plan: as for :func:`kappa`.
 
     Raises:
         TypeError: ``rnn_or_net`` is none of these.
-        ValueError: ``backend``, or PATHRNN_BACKEND, is not a backend's name.
+        ValueError: ``backend`` or ``plan``, or PATHRNN_BACKEND or PATHRNN_PLAN, is not a name of one, or the plan does
+            not serve.
     """
     if not isinstance(rnn_or_net, (ReLURNN, nn.RNN, PathNetwork)):
         raise TypeError(
@@ -59,4 +74,8 @@ def explain(rnn_or_net: ReLURNN | nn.RNN | PathNetwork, backend: str = "auto") -
         if requested not in ("auto", *reasons):
             raise
         chosen = None
-    return Explanation(chosen, reasons, requested, weight.device, weight.dtype)
+    if chosen not in ("cuda", "triton"):
+        return Explanation(chosen, reasons, requested, weight.device, weight.dtype)
+    steps = seq_len or getattr(getattr(rnn_or_net, "rnn", rnn_or_net), "last_seq_len", None) or 100
+    call = (chosen, describe(weight.device), rnn_or_net.hidden_size, steps, weight.element_size())
+    return Explanation(chosen, reasons, requested, weight.device, weight.dtype, choose_plan(*call, plan), plans(*call))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import math
 import numbers
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -71,6 +71,7 @@ def kappa(
     *,
     lags: Mapping[str, int] | None = None,
     workspace_bytes: int | None = None,
+    plan: str = "auto",
 ) -> Kappa:
     """κ, half the diagonal of the Hessian of γ² (eq. (8)), of every parameter of the network.
 
@@ -82,14 +83,38 @@ def kappa(
             half and one quarter of it.
         rtol: truncation error allowed in κ⁽¹⁾ + κ⁽²⁾, relative, entry by entry; the ``bound`` that was certified is
             no larger, nor than 1. 0 sums all lags. ``reference.kappa2_certified`` says how and proves it.
-        backend: ``"auto"``, ``"cpu"``, or ``"reference"`` (autograd, all lags, not protected from overflow).
+        backend: ``"auto"``, ``"cpu"``, ``"cuda"``, ``"triton"``, or ``"reference"`` (autograd, all lags, not protected
+            from overflow).
         lags: the ``lags`` of a former call for similar weights: no fewer are tried, which saves tests.
         workspace_bytes: budget for the cached powers of the squared recurrent matrix, ``H²`` numbers each, at least
             eight; they are formed in chunks above it. The environment variable PATHRNN_WORKSPACE_BYTES, or 16 MiB, by
             default. Peak memory beside it: ``(2 L + 4) T H + 6 H²`` numbers.
+        plan: on a GPU, how the chains run: ``"auto"``, or one that :func:`explain` lists; PATHRNN_PLAN by default.
 
     Raises:
         TypeError, ValueError: naming the argument, its value and the remedy; also for nan or infinite weights.
+    """
+    found = kappa_later(
+        net, seq_len, second_term, kappa2, rtol, backend, lags=lags, workspace_bytes=workspace_bytes, plan=plan
+    )
+    return found()
+
+
+def kappa_later(
+    net: PathNetwork,
+    seq_len: int,
+    second_term: bool = False,
+    kappa2: str = "exact",
+    rtol: float = 1e-5,
+    backend: str = "auto",
+    *,
+    lags: Mapping[str, int] | None = None,
+    workspace_bytes: int | None = None,
+    plan: str = "auto",
+) -> Callable[[], Kappa]:
+    """:func:`kappa` in two halves: this launches it on a GPU's current stream, and what it returns waits for it.
+
+    Before the call returns, the host waits for the second term's certificates, if those are asked for, and no more.
     """
     seq_len = _check(net, seq_len)
     if not isinstance(kappa2, str) or kappa2 not in KAPPA2_FACTOR:
@@ -109,7 +134,8 @@ def kappa(
     layout = _layout(net.num_layers, *_options(parameters))
     first_lags = _first_lags(lags, layout.kinds[1])
 
-    if _choose(net, parameters, backend) == "reference":
+    backend = _choose(net, parameters, backend)
+    if backend == "reference":
         from . import reference
 
         # κ is made of derivatives; callers often hold no_grad or inference_mode.
@@ -118,24 +144,30 @@ def kappa(
             factors = reference.kappa(copies, seq_len, net.outputs, net.h0, second_term, kappa2)
             log_norm = reference.path_norm(copies, seq_len, net.outputs, net.h0).double().log()
         all_lags = dict.fromkeys(layout.kinds[1], seq_len - 1 if second_term else 0)
-        return Kappa(factors, dict.fromkeys(factors, 0.0), log_norm, all_lags, 0.0, shapes)
+        return lambda: Kappa(factors, dict.fromkeys(factors, 0.0), log_norm, all_lags, 0.0, shapes)
 
     dtype = parameters["rnn.weight_hh_l0"].dtype
-    chain = _run(
+    launched = _launch(
         net,
         parameters,
         layout,
         seq_len,
+        backend=backend,
+        plan=plan,
         second_factor=KAPPA2_FACTOR[kappa2] if second_term else 0.0,
         rtol=min(float(rtol), 1.0),
         first_lags=first_lags,
         workspace_bytes=workspace_bytes,
     )
-    exponents = chain.exponents.tolist()
-    factors = {name: chain.kappa[place].to(dtype) for name, place in layout.places.items()}
-    log_scales = {name: exponents[place] * _LN2 for name, place in layout.places.items()}
-    summed = dict(zip(layout.kinds[1], chain.lags.tolist(), strict=True))
-    return Kappa(factors, log_scales, chain.log_path_norm, summed, max(chain.bounds.tolist()), shapes)
+
+    def collect() -> Kappa:
+        chain, exponents, _ = launched()
+        factors = {name: chain.kappa[place].to(dtype) for name, place in layout.places.items()}
+        log_scales = {name: exponents[place] * _LN2 for name, place in layout.places.items()}
+        summed = dict(zip(layout.kinds[1], chain.lags.tolist(), strict=True))
+        return Kappa(factors, log_scales, chain.log_path_norm, summed, max(chain.bounds.tolist()), shapes)
+
+    return collect
 
 
 def _first_lags(lags: Mapping[str, int] | None, names: tuple[str, ...]) -> list[int]:
@@ -167,28 +199,29 @@ def log_path_norm(net: PathNetwork, seq_len: int, backend: str = "auto") -> Tens
 def _norm(net: PathNetwork, seq_len: int, backend: str, logarithm: bool) -> Tensor:
     seq_len = _check(net, seq_len)
     parameters = net.weights()
-    if _choose(net, parameters, backend) == "reference":
+    backend = _choose(net, parameters, backend)
+    if backend == "reference":
         from . import reference
 
         norm = reference.path_norm(parameters, seq_len, net.outputs, net.h0)
         return norm.log() if logarithm else norm
-    return _Norm.apply(net, seq_len, logarithm, list(parameters), *parameters.values())
+    return _Norm.apply(net, seq_len, backend, logarithm, list(parameters), *parameters.values())
 
 
 class _Norm(torch.autograd.Function):
     """γ² or its logarithm, with the κ⁽¹⁾ kernel as backward: ∂γ²/∂p = 2 p κ⁽¹⁾."""
 
     @staticmethod
-    def forward(ctx: Any, net: PathNetwork, seq_len: int, logarithm: bool, names: list[str], *values: Tensor) -> Tensor:
+    def forward(
+        ctx: Any, net: PathNetwork, seq_len: int, backend: str, logarithm: bool, names: list[str], *values: Tensor
+    ) -> Tensor:
         need = any(ctx.needs_input_grad)
         parameters = dict(zip(names, values, strict=True))
         layout = _layout(net.num_layers, *_options(parameters))
-        chain = _run(net, parameters, layout, seq_len, kappa1=need)
-        ctx.log_norm = float(chain.log_path_norm)
+        chain, exponents, ctx.log_norm = _launch(net, parameters, layout, seq_len, backend=backend, kappa1=need)()
         ctx.logarithm = logarithm
         if need:
             places = layout.places
-            exponents = chain.exponents.tolist()
             ctx.factors = [chain.kappa[places[name]] for name in names]
             ctx.log_scales = [exponents[places[name]] * _LN2 for name in names]
             ctx.save_for_backward(*values)
@@ -199,7 +232,7 @@ class _Norm(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         gradients: list[Tensor | None] = []
         for i, p in enumerate(ctx.saved_tensors):
-            if not ctx.needs_input_grad[4 + i]:
+            if not ctx.needs_input_grad[5 + i]:
                 gradients.append(None)
                 continue
             log_scale = ctx.log_scales[i] - (ctx.log_norm if ctx.logarithm else 0.0)
@@ -211,7 +244,7 @@ class _Norm(torch.autograd.Function):
                 gradient = torch.where(p == 0, 0.0, gradient).to(p.dtype)
             # create_graph: a second derivative would otherwise be zero without a word.
             gradients.append(_FirstOrder.apply(gradient, p) if torch.is_grad_enabled() else gradient)
-        return (None, None, None, None, *gradients)
+        return (None, None, None, None, None, *gradients)
 
 
 class _FirstOrder(torch.autograd.Function):
@@ -243,9 +276,7 @@ def _choose(net: PathNetwork, parameters: dict[str, Tensor], backend: str) -> st
     backend = choose(weight.device, weight.dtype, backend)
     if backend == "reference":
         net.check_parameters()  # the kernels check for themselves
-        for name, p in parameters.items():
-            if not bool(p.detach().isfinite().all()):
-                raise ValueError(f"{name} has a nan or infinite entry; κ and γ² need finite weights")
+        _check_finite(parameters)
     return backend
 
 
@@ -285,12 +316,12 @@ def _layout(num_layers: int, bias: bool, head: bool, head_bias: bool, embedding:
     return _Layout(names, places)
 
 
-def _run(
+def _launch(
     net: PathNetwork, parameters: dict[str, Tensor], layout: _Layout, seq_len: int, **options: Any
-) -> ops.PathChain:
-    """The pass, in float64 where float32 lost something."""
+) -> Callable[[], tuple[ops.PathChain, list[int], float]]:
+    """The pass, in float64 where float32 lost something; with its exponents and log γ² on the host."""
     weight_ih, weight_hh, bias_ih, bias_hh = ([parameters[name] for name in names] for names in layout.kinds)
-    chain = ops.path_chain(
+    launched = ops.path_chain(
         weight_ih,
         weight_hh,
         bias_ih,
@@ -303,14 +334,33 @@ def _run(
         net.h0 == "ones",
         **options,
     )
-    if chain.lost.item():
-        if weight_hh[0].dtype == torch.float32:
-            return _run(net, _wide(parameters), layout, seq_len, **options)
-        if chain.log_path_norm == -math.inf and (connected := _connected(parameters, layout, net.h0 == "ones")):
-            # What grows beside the paths, without being on one, has hidden them.
-            alone = _run(net, connected, layout, seq_len, kappa1=False)
-            chain = chain._replace(log_path_norm=alone.log_path_norm)
-    return chain
+    transfer = launched.to_host()
+
+    def collect() -> tuple[ops.PathChain, list[int], float]:
+        chain = launched
+        exponents, log_norm, lost = transfer()
+        if math.isnan(log_norm):
+            _check_finite(parameters)
+        if lost:
+            if weight_hh[0].dtype == torch.float32:
+                return _launch(net, _wide(parameters), layout, seq_len, **options)()
+            if log_norm == -math.inf and (connected := _connected(parameters, layout, net.h0 == "ones")):
+                # What grows beside the paths, without being on one, has hidden them.
+                options.update(kappa1=False, second_factor=0.0)
+                alone, _, log_norm = _launch(net, connected, layout, seq_len, **options)()
+                chain = chain._replace(log_path_norm=alone.log_path_norm)
+        return chain, exponents, log_norm
+
+    return collect
+
+
+def _check_finite(parameters: dict[str, Tensor]) -> None:
+    for name, p in parameters.items():
+        if not bool(p.detach().isfinite().all()):
+            raise ValueError(
+                f"{name} has a nan or infinite entry; κ and γ² need finite weights: restore them, or lower the step "
+                "size"
+            )
 
 
 def _wide(parameters: dict[str, Tensor]) -> dict[str, Tensor]:

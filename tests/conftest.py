@@ -1,14 +1,36 @@
+import os
+
 import pytest
 import torch
-from hypothesis import settings
 
-# Generated cases are the same in every run: a red test is red for everybody. Times vary too much for deadlines.
-settings.register_profile("pathrnn", deadline=None, derandomize=True, max_examples=50)
-settings.load_profile("pathrnn")
+if not torch.cuda.is_available():
+    # Before anything imports triton: its kernels then run on the CPU.
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
+try:
+    from hypothesis import settings
+except ImportError:  # the tests of a GPU do without
+    pass
+else:
+    # Generated cases are the same in every run: a red test is red for everybody. Times vary too much for deadlines.
+    settings.register_profile("pathrnn", deadline=None, derandomize=True, max_examples=50)
+    settings.load_profile("pathrnn")
 
 
 def pytest_configure(config):
     config.addinivalue_line("markers", "every_isa: run again by test_backend.py on each instruction set")
+    config.addinivalue_line(
+        "markers", "gpu: needs a GPU; PATHRNN_GPU_TESTS_ON_CPU=1 runs it, shrunk, with kernels interpreted and emulated"
+    )
+
+
+def pytest_collection_modifyitems(items):
+    if torch.cuda.is_available() or os.environ.get("PATHRNN_GPU_TESTS_ON_CPU") == "1":
+        return
+    skip = pytest.mark.skip(reason="no GPU here: torch.cuda.is_available() is False")
+    for item in items:
+        if item.get_closest_marker("gpu"):
+            item.add_marker(skip)
 
 
 @pytest.fixture(autouse=True)

@@ -1,14 +1,17 @@
+import sys
+
 import pytest
 import torch
 from torch import nn
 
 import pathrnn_kernels as pk
-from pathrnn_kernels.ops import backend
+from pathrnn_kernels.ops import backend, plan
 
 
 @pytest.fixture(autouse=True)
 def no_override(monkeypatch):
     monkeypatch.delenv(backend.ENVIRONMENT, raising=False)
+    monkeypatch.delenv(plan.ENVIRONMENT, raising=False)
 
 
 MODULES = [pk.ReLURNN(2, 3), nn.RNN(2, 3, nonlinearity="relu"), pk.PathNetwork(pk.ReLURNN(2, 3), nn.Linear(3, 1))]
@@ -24,7 +27,7 @@ def test_every_backend_has_a_verdict(module):
     assert lines[0] == "torch.float32 on cpu, backend 'reference' → reference"
     assert [line.split()[0] for line in lines[1:]] == list(backend.BACKENDS)
     assert lines[-1].split() == ["reference", "serves"]
-    assert "no: this version has no CUDA kernels yet" in str(found)
+    assert found.plan is None and found.plans == {}
 
 
 def test_the_extension_serves_cpu_tensors():
@@ -43,7 +46,7 @@ def test_where_nothing_serves_the_reason_is_given(monkeypatch):
 def test_the_environment_is_heeded(monkeypatch):
     monkeypatch.setenv(backend.ENVIRONMENT, "reference")
     assert pk.explain(pk.ReLURNN(2, 3)).backend == "reference"
-    assert pk.explain(pk.ReLURNN(2, 3), backend="triton").backend is None
+    assert pk.explain(pk.ReLURNN(2, 3, device=torch.device("meta")), backend="triton").backend is None
     monkeypatch.setenv(backend.ENVIRONMENT, "cpuu")
     with pytest.raises(ValueError, match="backend is 'cpuu'"):
         pk.explain(pk.ReLURNN(2, 3))
@@ -63,3 +66,24 @@ def test_other_modules_are_refused():
 def test_unknown_backends_are_refused():
     with pytest.raises(ValueError, match="backend is 'gpu'; use one of"):
         pk.explain(pk.ReLURNN(2, 3), backend="gpu")
+
+
+def test_a_gpu_backend_comes_with_its_plan(monkeypatch):
+    """As on a GPU, where the backend's device is known; here, the verdicts on a CPU tensor are overruled."""
+    module = sys.modules["pathrnn_kernels.explain"]  # the name in the package is the function
+    monkeypatch.setattr(module, "refusals", lambda *_: dict.fromkeys(backend.BACKENDS))
+    monkeypatch.setattr(module, "choose", lambda *_: "cuda")
+    found = pk.explain(pk.ReLURNN(2, 100), backend="cuda", seq_len=784)
+    assert found.plan == found.plans[found.plan.name]
+    assert list(found.plans) == list(plan.PLANS)
+    lines = str(found).splitlines()
+    assert lines[5] == f"plan of its chains → {found.plan.name}"
+    assert [line.split()[0] for line in lines[6:]] == list(plan.PLANS)
+    assert pk.explain(pk.ReLURNN(2, 100), backend="cuda", plan="grid:4").plan.blocks == 4
+    rnn = pk.ReLURNN(2, 1000)
+    rnn(torch.randn(7, 1, 2))
+    found = pk.explain(pk.PathNetwork(rnn), backend="cuda")
+    assert found.plans == plan.plans("cuda", plan.describe(torch.device("cpu")), 1000, 7, 4)
+    assert "bytes of shared memory" in found.plans["block"] and "block      no: W̃ takes" in str(found)
+    with pytest.raises(ValueError, match="plan 'block' does not serve this call on backend 'cuda'"):
+        pk.explain(rnn, backend="cuda", plan="block")

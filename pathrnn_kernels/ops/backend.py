@@ -61,22 +61,54 @@ def check_devices(*tensors: Tensor | None) -> None:
         raise TypeError(f"the tensors are on {', '.join(sorted(map(str, devices)))}: move all of them to one device")
 
 
-def refusals(device: torch.device, dtype: torch.dtype) -> dict[str, str | None]:
+def has_kernel(op: str, device_type: str) -> bool:
+    """Whether torch.ops.pathrnn.op is implemented for tensors of this device in the extension that is loaded."""
+    key = {"cpu": "CPU", "cuda": "CUDA"}.get(device_type)
+    return key is not None and torch._C._dispatch_has_kernel_for_dispatch_key(f"pathrnn::{op}", key)
+
+
+def _refusal_of_cuda(device: torch.device, op: str) -> str | None:
+    if (problem := extension_problem()) is not None:
+        return problem
+    kernel = "chains" if op == "path_chain" else op
+    if device.type == "cpu" and op == "path_chain" and has_kernel(kernel, "cpu"):
+        return None  # the emulation that the tests load
+    if device.type != "cuda":
+        return f"the tensors are on {device}; it serves NVIDIA GPUs"
+    if torch.version.hip is not None:
+        return "this torch is built for AMD GPUs; it serves NVIDIA's"
+    if not has_kernel(kernel, "cuda"):
+        return f"the extension was built without CUDA kernels: with nvcc at hand and CUDA_HOME set, {_REBUILD}"
+    return None
+
+
+def _refusal_of_triton(device: torch.device) -> str | None:
+    from . import triton
+
+    if (problem := triton.problem()) is not None:
+        return problem
+    if device.type == "cpu" and triton.interpreted():
+        return None
+    if device.type != "cuda":
+        return f"the tensors are on {device}; it serves GPUs (and, with TRITON_INTERPRET=1 in the environment, the CPU)"
+    return None
+
+
+def refusals(device: torch.device, dtype: torch.dtype, op: str = "path_chain") -> dict[str, str | None]:
     """For every backend, why it would not serve tensors of this device and dtype; None where it would."""
     reasons: dict[str, str | None] = dict.fromkeys(BACKENDS)
-    if device.type != "cpu":
-        reasons["cpu"] = f"the tensors are on {device}; it serves the CPU"
-    elif dtype not in (torch.float32, torch.float64):
-        reasons["cpu"] = f"the tensors are {dtype}; it serves torch.float32 and torch.float64"
-    else:
-        reasons["cpu"] = extension_problem()
-    reasons["cuda"] = "this version has no CUDA kernels yet"
-    reasons["triton"] = "this version has no Triton kernels yet"
+    wrong_dtype = None
+    if dtype not in (torch.float32, torch.float64):
+        wrong_dtype = f"the tensors are {dtype}; it serves torch.float32 and torch.float64"
+    wrong_device = None if device.type == "cpu" else f"the tensors are on {device}; it serves the CPU"
+    reasons["cpu"] = wrong_device or wrong_dtype or extension_problem()
+    reasons["cuda"] = wrong_dtype or _refusal_of_cuda(device, op)
+    reasons["triton"] = wrong_dtype or _refusal_of_triton(device)
     return reasons
 
 
-def choose(device: torch.device, dtype: torch.dtype, backend: str = "auto") -> str:
-    """The backend that serves a call.
+def choose(device: torch.device, dtype: torch.dtype, backend: str = "auto", op: str = "path_chain") -> str:
+    """The backend that serves a call of an op.
 
     Raises:
         ValueError: an unknown backend, or one that does not serve the call, with every reason.
@@ -88,7 +120,7 @@ def choose(device: torch.device, dtype: torch.dtype, backend: str = "auto") -> s
         return "cpu"  # the hot path: no table of reasons is built
     if backend not in (*BACKENDS, "auto"):
         raise ValueError(f"backend is {backend!r}; use one of {', '.join(map(repr, ('auto', *BACKENDS)))}")
-    reasons = refusals(device, dtype)
+    reasons = refusals(device, dtype, op)
     if backend == "auto":
         # On a CPU a missing extension is a mistake to hear of, not a reason to run a hundred times slower.
         backend = "cpu" if device.type == "cpu" else next(name for name in BACKENDS if reasons[name] is None)

@@ -1,15 +1,20 @@
-"""path_chain: the squared network's forward and backward chains and κ of every weight. Contract: csrc/ops.h."""
+"""path_chain: the squared network's forward and backward chains and κ of every weight. Contract: csrc/ops.h.
+
+On the CPU one C++ op; on a GPU the kernels of a backend in the order of gpu.py.
+"""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from .backend import check_devices, extension_problem, operator
+from .plan import choose as choose_plan
+from .plan import describe
 
 #: Bytes that the cached powers of W̃ may take; PATHRNN_WORKSPACE_BYTES overrides.
 WORKSPACE_BYTES = 16 << 20
@@ -33,6 +38,23 @@ class PathChain(NamedTuple):
     #: wider dtype.
     lost: Tensor
 
+    def to_host(self) -> Callable[[], tuple[list[int], float, bool]]:
+        """Starts the transfer of exponents, log γ² and ``lost``; calling what it returns waits for that alone."""
+        if not self.exponents.is_cuda:
+            found = self.exponents.tolist(), float(self.log_path_norm), bool(self.lost)
+            return lambda: found
+        log_norm = self.log_path_norm.reshape(1).view(torch.int64)
+        packed = torch.cat([self.exponents, log_norm, self.lost.reshape(1).long()])
+        host = torch.empty(packed.shape, dtype=torch.int64, pin_memory=True).copy_(packed, non_blocking=True)
+        done = torch.cuda.Event()
+        done.record()
+
+        def wait() -> tuple[list[int], float, bool]:
+            done.synchronize()
+            return host[:-2].tolist(), float(host[-2].view(torch.float64)), bool(host[-1])
+
+        return wait
+
 
 def path_chain(
     weight_ih: list[Tensor],
@@ -50,6 +72,8 @@ def path_chain(
     rtol: float = 0.0,
     first_lags: Sequence[int] = (),
     workspace_bytes: int | None = None,
+    backend: str = "cpu",
+    plan: str = "auto",
 ) -> PathChain:
     """κ (eqs. (9), (11)) and log γ² (eq. (3)) in one tempered pass, which never overflows.
 
@@ -67,31 +91,72 @@ def path_chain(
         rtol: truncation error allowed in κ, relative, entry by entry; 0 sums all lags.
         first_lags: per layer, how many lags a former call needed: no fewer are tried.
         workspace_bytes: budget for cached powers of W̃; PATHRNN_WORKSPACE_BYTES or 16 MiB by default.
+        backend: ``"cpu"``, ``"cuda"`` or ``"triton"``.
+        plan: on a GPU, how the chains run (plan.py); ``"auto"`` heeds PATHRNN_PLAN.
 
     Raises:
-        ValueError: a weight that is nan or infinite, or arguments that do not fit.
+        TypeError: tensors on different devices, or of different dtypes.
+        ValueError: arguments that do not fit, a plan that does not serve, or (on the CPU; on a GPU, where nothing waits
+            for an answer, log γ² is nan instead) a weight that is nan or infinite.
     """
     if workspace_bytes is None:
         workspace_bytes = _workspace_bytes()
-    return PathChain._make(
-        _op(
-            weight_ih,
-            weight_hh,
-            bias_ih,
-            bias_hh,
-            head_weight,
-            head_bias,
-            embedding_weight,
-            seq_len,
-            last_only,
-            ones_h0,
-            kappa1,
-            second_factor,
-            rtol,
-            first_lags,
-            workspace_bytes,
-        )
-    )
+    weights = (weight_ih, weight_hh, bias_ih, bias_hh, head_weight, head_bias, embedding_weight)
+    options: tuple[Any, ...] = (seq_len, last_only, ones_h0, kappa1, second_factor, rtol, first_lags, workspace_bytes)
+    if backend == "cpu":
+        if plan != "auto":
+            raise ValueError(f"plan is {plan!r}; backend 'cpu' has none to choose from: leave it at 'auto'")
+        return PathChain._make(_op(*weights, *options))
+    _check(*weights)
+    from . import gpu
+
+    like = weight_hh[0]
+    chosen = choose_plan(backend, describe(like.device), len(like), seq_len, like.element_size(), plan)
+    return PathChain._make(gpu.path_chain(_kernels(backend), chosen, *weights, *options))
+
+
+def _kernels(backend: str) -> Any:
+    if backend == "cuda":
+        from . import cuda
+
+        return cuda
+    from . import triton
+
+    return triton
+
+
+def _check(
+    weight_ih: list[Tensor],
+    weight_hh: list[Tensor],
+    bias_ih: list[Tensor],
+    bias_hh: list[Tensor],
+    head_weight: Tensor | None,
+    head_bias: Tensor | None,
+    embedding_weight: Tensor | None,
+) -> None:
+    """What csrc/cpu/path_chain.cpp checks for the CPU, before any launch."""
+    like = weight_hh[0]
+    hidden, inputs = len(like), weight_ih[0].shape[1]
+    expected: list[tuple[str, Tensor, tuple[int, ...]]] = []
+    for i in range(len(weight_hh)):
+        expected.append((f"weight_ih_l{i}", weight_ih[i], (hidden, hidden if i else inputs)))
+        expected.append((f"weight_hh_l{i}", weight_hh[i], (hidden, hidden)))
+        if bias_ih:
+            expected.append((f"bias_ih_l{i}", bias_ih[i], (hidden,)))
+            expected.append((f"bias_hh_l{i}", bias_hh[i], (hidden,)))
+    if head_weight is not None:
+        expected.append(("head.weight", head_weight, (len(head_weight), hidden)))
+        if head_bias is not None:
+            expected.append(("head.bias", head_bias, (len(head_weight),)))
+    if embedding_weight is not None:
+        expected.append(("embedding.weight", embedding_weight, (len(embedding_weight), inputs)))
+    for name, tensor, shape in expected:
+        if tensor.device != like.device:
+            raise TypeError(f"{name} is on {tensor.device}, but weight_hh_l0 is on {like.device}: move one")
+        if tensor.dtype != like.dtype:
+            raise TypeError(f"{name} has dtype {tensor.dtype}, but weight_hh_l0 has {like.dtype}: convert one")
+        if tensor.shape != shape:
+            raise ValueError(f"{name} has shape {list(tensor.shape)}; it must be {list(shape)}")
 
 
 def _workspace_bytes() -> int:

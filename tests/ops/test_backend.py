@@ -71,8 +71,11 @@ def test_unknown_names(name):
         ("cpu", META, torch.float32, "the tensors are on meta; it serves the CPU"),
         ("cpu", CPU, torch.bfloat16, "the tensors are torch.bfloat16; it serves torch.float32 and torch.float64"),
         ("auto", CPU, torch.float16, "the tensors are torch.float16"),
-        ("cuda", CPU, torch.float32, "no CUDA kernels yet"),
-        ("triton", CPU, torch.float32, "no Triton kernels yet"),
+        # Not on a CPU, where other tests load emulated and interpreted kernels into this process.
+        ("cuda", META, torch.float32, "the tensors are on meta; it serves NVIDIA GPUs"),
+        ("cuda", CPU, torch.float16, "the tensors are torch.float16"),
+        ("triton", META, torch.float32, "the tensors are on meta; it serves GPUs"),
+        ("triton", CPU, torch.float16, "the tensors are torch.float16"),
     ),
 )
 def test_refusals_list_every_reason(name, device, dtype, why):

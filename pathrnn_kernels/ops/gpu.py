@@ -1,0 +1,584 @@
+"""path_chain on a GPU: which kernels run, in which order. The backends cuda and triton share it.
+
+Nothing here waits for the device, except for one number after each block of lags of κ⁽²⁾: whether its certificate
+holds. While a CUDA graph is captured no number can come back, and all lags are summed.
+
+A sequence of vectors is a :class:`Rows`; matrices and single vectors carry one exponent. ``largest`` of a weight is its
+largest magnitude, from which kernels and this file alike derive the power of two that brings it to [1, 2).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from .plan import Plan
+
+#: The exponent of a zero: below every other, yet two of them add up without overflow.
+ZERO = -(1 << 40)
+
+#: The largest entry of a row is brought to about 2^CENTRE: high enough that entries far below it are normal numbers,
+#: low enough that products of two rows, summed over steps and lags, stay finite.
+CENTRE = {torch.float32: 30, torch.float64: 300}
+
+_LN2 = math.log(2)
+_BIAS = {torch.float32: 127, torch.float64: 1023}
+#: Products have this much room to be scaled down in before they underflow.
+_ROOM = 2.0**40
+
+#: Lags summed before the first certificate is tried. Of small matrices more: their products are launches, not work.
+_FIRST_LAGS, _FIRST_LAGS_LARGE, _LARGE = 8, 4, 512
+#: Powers of W̃ that are held at least, whatever the budget.
+_LEAST_POWERS = 8
+
+
+class Kernels(Protocol):
+    """The kernels of a backend; tests/gpu_model.py specifies them."""
+
+    column_sums: Any
+    ends: Any
+    chains: Any
+    row_sums: Any
+    pair_sums: Any
+    filtered: Any
+    finish: Any
+
+
+class Rows(NamedTuple):
+    """Vectors, or one matrix or vector: the true value is ``data[t] · 2^exponents[t]``."""
+
+    data: Tensor
+    exponents: Tensor
+
+    def from_row(self, first: int) -> Rows:
+        return Rows(self.data[first:], self.exponents[first:])
+
+
+class Network(NamedTuple):
+    """The arguments of ``ops.path_chain``, contiguous, with the largest magnitude of every tensor."""
+
+    weight_ih: list[Tensor]
+    weight_hh: list[Tensor]
+    bias_ih: list[Tensor]
+    bias_hh: list[Tensor]
+    head_weight: Tensor | None
+    head_bias: Tensor | None
+    embedding_weight: Tensor | None
+    seq_len: int
+    last_only: bool
+    ones_h0: bool
+    largest: Tensor
+
+    def largest_of(self, kind: int, layer: int) -> Tensor:
+        """Of weight_ih, weight_hh, bias_ih, bias_hh, as 1-element tensors: kinds 0 to 3."""
+        at = kind * len(self.weight_hh) + layer
+        return self.largest[at : at + 1]
+
+
+def path_chain(
+    kernels: Kernels,
+    plan: Plan,
+    weight_ih: Sequence[Tensor],
+    weight_hh: Sequence[Tensor],
+    bias_ih: Sequence[Tensor],
+    bias_hh: Sequence[Tensor],
+    head_weight: Tensor | None,
+    head_bias: Tensor | None,
+    embedding_weight: Tensor | None,
+    seq_len: int,
+    last_only: bool,
+    ones_h0: bool,
+    kappa1: bool,
+    second_factor: float,
+    rtol: float,
+    first_lags: Sequence[int],
+    workspace_bytes: int,
+) -> tuple[list[Tensor], Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The results of ``ops.path_chain``, whose log γ² is nan where a weight is not finite; arguments are checked."""
+    ih, hh, b_ih, b_hh = (
+        [t.detach().contiguous() for t in tensors] for tensors in (weight_ih, weight_hh, bias_ih, bias_hh)
+    )
+    head, head_b, embedding = (
+        None if t is None else t.detach().contiguous() for t in (head_weight, head_bias, embedding_weight)
+    )
+    every = [*ih, *hh, *b_ih, *b_hh, *(t for t in (head, head_b, embedding) if t is not None)]
+    largest = torch.stack(torch._foreach_norm(every, math.inf))
+    net = Network(ih, hh, b_ih, b_hh, head, head_b, embedding, seq_len, last_only, ones_h0, largest)
+    with torch.no_grad(), _full_precision():
+        return _Pass(kernels, plan, net).run(kappa1, second_factor, rtol, first_lags, workspace_bytes)
+
+
+@contextlib.contextmanager
+def _full_precision() -> Iterator[None]:
+    """Products of float32 in float32, whatever precision the user's own products have."""
+    matmul = torch.backends.cuda.matmul
+    before = matmul.fp32_precision
+    if before != "tf32":
+        yield
+        return
+    matmul.fp32_precision = "ieee"
+    try:
+        yield
+    finally:
+        matmul.fp32_precision = before
+
+
+@dataclass
+class _Doubling:
+    """A sequence under way from one row to T."""
+
+    rows: Rows
+    sums: bool  # of a constant drive; else the drive acts at the first step alone
+    transposed: bool
+
+
+class _Pass:
+    """One pass over the squared network."""
+
+    def __init__(self, kernels: Kernels, plan: Plan, net: Network) -> None:
+        self.kernels, self.plan, self.net = kernels, plan, net
+        self.layers = len(net.weight_hh)
+        like = net.weight_hh[0]
+        self.dtype, self.device, self.hidden = like.dtype, like.device, len(like)
+        # Whether something underflowed: a flag that kernels set, and those of the products outside kernels.
+        self.lost = torch.zeros(1, dtype=torch.bool, device=self.device)
+        self.losses: list[Tensor] = []
+
+    def run(
+        self, kappa1: bool, second_factor: float, rtol: float, first_lags: Sequence[int], workspace_bytes: int
+    ) -> tuple[list[Tensor], Tensor, Tensor, Tensor, Tensor, Tensor]:
+        net, kernels = self.net, self.kernels
+        inputs = None
+        if net.embedding_weight is not None:
+            inputs = Rows(*kernels.column_sums(net.embedding_weight, net.largest[-1:], self.lost))
+        ends = kernels.ends(
+            net.weight_ih[0],
+            net.bias_ih,
+            net.bias_hh,
+            net.head_weight,
+            net.head_bias,
+            *(inputs or (None, None)),
+            self.layers,
+            net.largest,
+            self.lost,
+        )
+        drive, head = Rows(*ends[:2]), Rows(*ends[2:4])
+        h, d = self.chains(kappa1, head, drive)
+
+        top = h[-1].from_row(net.seq_len if net.last_only else 1)
+        outputs = Rows(*kernels.row_sums(*top))
+        log_norm = kernels.finish(*outputs, *ends[2:], len(top.data), net.largest)
+
+        lags, bounds = torch.zeros(self.layers, dtype=torch.int64), torch.zeros(self.layers, dtype=torch.float64)
+        factors: list[Rows] = []
+        for i in range(self.layers if kappa1 else 0):
+            deltas = Rows(*kernels.row_sums(*d[i]))
+            if i > 0:
+                factors.append(self.pair_sums(d[i], h[i - 1].from_row(1)))
+            elif inputs is None:
+                factors.append(Rows(deltas.data[:, None], deltas.exponents))
+            else:
+                factors.append(Rows(torch.outer(deltas.data, inputs.data), deltas.exponents + inputs.exponents))
+            kappa_hh = self.pair_sums(d[i], h[i])
+            if second_factor > 0 and net.seq_len > 1:
+                term = _SecondTerm(self, i, h[i], d[i], kappa_hh, second_factor, workspace_bytes)
+                kappa_hh, lags[i], bounds[i] = term.run(rtol, first_lags[i] if first_lags else 0)
+            factors.append(kappa_hh)
+            if net.bias_ih:
+                factors.append(deltas)
+            if i == 0:
+                first_deltas = deltas
+        if kappa1:
+            if net.head_weight is not None:
+                factors.append(Rows(outputs.data[None], outputs.exponents))
+            if net.head_bias is not None:
+                factors.append(Rows(torch.full_like(head.data[:1], len(top.data)), self.exponent(0)))
+            if net.embedding_weight is not None:
+                squares, exponent = self.squares(net.weight_ih[0], net.largest_of(0, 0))
+                factors.append(Rows(first_deltas.data[None] @ squares, first_deltas.exponents + exponent))
+        exponents = torch.cat([f.exponents for f in factors]) if factors else self.lost.new_empty(0, dtype=torch.int64)
+        lost = torch.cat([self.lost, *self.losses]).any() if self.losses else self.lost[0]
+        return [f.data for f in factors], exponents, log_norm, lags, bounds, lost
+
+    # ---- the chains --------------------------------------------------------------------------------------------------
+
+    def chains(self, kappa1: bool, head: Rows, drive: Rows) -> tuple[list[Rows], list[Rows]]:
+        """h and δ of every layer; h from the bottom up beside δ from the top down."""
+        net, layers = self.net, self.layers
+        h: list[Rows] = []
+        d: list[Rows] = []
+        for i in range(layers):
+            below = Rows(drive.data[:1], drive.exponents[:1])
+            above = Rows(head.data[None], head.exponents)
+            j = layers - 1 - i
+            if i > 0:
+                below = self.mix(h[-1].from_row(1), net.weight_ih[i], net.largest_of(0, i), False)
+                if net.bias_ih:
+                    below = self.add(below, Rows(drive.data[i : i + 1], drive.exponents[i : i + 1]))
+                if kappa1:
+                    above = self.mix(d[-1], net.weight_ih[j + 1], net.largest_of(0, j + 1), True)
+            if self.plan.name == "gemm" and i == 0:
+                rows, deltas = self.doubled(i, below, j, above, kappa1)
+            else:
+                plan = self.plan.stepwise or self.plan
+                backward = (net.weight_hh[j], net.largest_of(1, j), *above) if kappa1 else (None, None, None, None)
+                forward = (net.weight_hh[i], net.largest_of(1, i), *below)
+                last_only = net.last_only and i == 0
+                found = self.kernels.chains(
+                    *forward, *backward, net.seq_len, last_only, net.ones_h0, plan.name, plan.blocks, self.lost
+                )
+                rows, deltas = Rows(*found[:2]), Rows(*found[2:])
+            h.append(rows)
+            d.append(deltas)
+        return h, d[::-1]
+
+    def mix(self, rows: Rows, weight: Tensor, largest: Tensor, transposed: bool) -> Rows:
+        """What one layer's rows are to the next: times W̃_ihᵀ upwards, W̃_ih downwards."""
+        squares, exponent = self.squares(weight, largest)
+        self.losses += [_loses(rows.data, squares), _faded(squares, weight != 0, 1.0)]
+        return centred(Rows(rows.data @ (squares if transposed else squares.T), rows.exponents + exponent))
+
+    def doubled(self, layer: int, drive: Rows, above: int, head: Rows, backward: bool) -> tuple[Rows, Rows]:
+        """h of one layer and δ of one above it by log₂ T products instead of T steps, for constant drives."""
+        net = self.net
+        matrix = Rows(*self.squares(net.weight_hh[layer], net.largest_of(1, layer)))
+        ones = Rows(torch.ones_like(drive.data), self.exponent(0))
+        start = ones if net.ones_h0 else Rows(torch.zeros_like(drive.data), self.exponent(ZERO))
+        forward = [_Doubling(drive, True, False)]
+        if net.ones_h0:
+            first = centred(Rows(ones.data @ matrix.data.T, matrix.exponents))
+            forward.append(_Doubling(first, False, False))
+        back = [_Doubling(head, not net.last_only, True)] if backward else []
+        if layer == above:
+            self.grow(net.weight_hh[layer], matrix, forward + back)
+        else:
+            self.grow(net.weight_hh[layer], matrix, forward)
+            other = Rows(*self.squares(net.weight_hh[above], net.largest_of(1, above)))
+            self.grow(net.weight_hh[above], other, back)
+        h = forward[0].rows if len(forward) == 1 else self.add(forward[0].rows, forward[1].rows)
+        d = (
+            Rows(back[0].rows.data.flip(0), back[0].rows.exponents.flip(0))
+            if back
+            else Rows(h.data[:0], h.exponents[:0])
+        )
+        return _joined(start, h), d
+
+    def grow(self, weight: Tensor, matrix: Rows, sequences: list[_Doubling]) -> None:
+        """Sequences y_1, y_2, … from y_1 to y_T, where y_{n+m} = W̃ⁿ y_m, plus y_n if it is a sum."""
+        self.losses.append(_faded(matrix.data, weight != 0, 1.0))
+        length, steps, power = 1, self.net.seq_len, matrix
+        while sequences and length < steps:
+            for s in sequences:
+                m = min(length, steps - length)
+                product = s.rows.data[:m] @ (power.data if s.transposed else power.data.T)
+                self.losses.append(_loses(s.rows.data, power.data))
+                later = centred(Rows(product, s.rows.exponents[:m] + power.exponents))
+                if s.sums:
+                    later = centred(self.add(later, s.rows.from_row(length - 1)))
+                s.rows = _joined(s.rows, later)
+            length *= 2
+            if length < steps:
+                power = self.squared(power)
+
+    def squared(self, power: Rows) -> Rows:
+        """A matrix times itself, its largest entry in [1, 2)."""
+        self.losses.append(_loses(power.data, power.data))
+        product = power.data @ power.data
+        m = torch.frexp(product.amax()).exponent.long() - 1
+        return Rows(product * power_of_two(-m, self.dtype), 2 * power.exponents + m)
+
+    # ---- sums --------------------------------------------------------------------------------------------------------
+
+    def pair_sums(self, d: Rows, h: Rows, offset: int = 0) -> Rows:
+        return Rows(*self.kernels.pair_sums(*d, *h, offset, None, None, None, None))
+
+    def add(self, rows: Rows, row: Rows) -> Rows:
+        """The sum with one row more, or with as many, on the larger exponents."""
+        top = torch.maximum(rows.exponents, row.exponents)
+        total = rows.data * power_of_two(rows.exponents - top, self.dtype)[:, None]
+        total += row.data * power_of_two(row.exponents - top, self.dtype)[:, None]
+        self.losses.append(_faded(total, (rows.data != 0) | (row.data != 0)))
+        return Rows(total, top)
+
+    def squares(self, weight: Tensor, largest: Tensor) -> tuple[Tensor, Tensor]:
+        """(w · 2^-m)² and its exponent 2m, ``[1]``."""
+        # The inverse of the very largest powers is subnormal, that of subnormal ones infinite: those come less close.
+        m = (torch.frexp(largest).exponent.long() - 1).clamp(-_BIAS[self.dtype], _BIAS[self.dtype] - 1)
+        return (weight * power_of_two(-m, self.dtype)).square(), torch.where(largest > 0, 2 * m, ZERO)
+
+    def exponent(self, value: int) -> Tensor:
+        return torch.full((1,), value, dtype=torch.int64, device=self.device)
+
+
+class _SecondTerm:
+    """κ⁽²⁾ of one layer by the certificates that ``reference.kappa2_certified`` states and proves, in blocks of lags.
+
+    A block's powers of W̃ are wide products, and one kernel adds all of its lags to S. Then the certificates are tried
+    on its last lag, in float64; where one holds, the rest is one filtered sequence and one product.
+    """
+
+    def __init__(
+        self, parent: _Pass, layer: int, h: Rows, d: Rows, kappa1: Rows, factor: float, workspace_bytes: int
+    ) -> None:
+        self.parent, self.kernels = parent, parent.kernels
+        self.h, self.d, self.kappa1, self.factor = h, d, kappa1, factor
+        weight = parent.net.weight_hh[layer]
+        self.weight = Rows(*parent.squares(weight, parent.net.largest_of(1, layer)))
+        self.wide = self.weight.data.double()
+        self.least = _least_positive(self.weight.data)
+        self.shrinks = not parent.net.last_only  # δ_t ≥ δ_{t+1} then
+        self.lags = parent.net.seq_len - 1
+        self.most = max(_LEAST_POWERS, workspace_bytes // (self.wide.numel() * weight.element_size()))
+        self.pairs: Rows | None = None  # S of the lags so far
+
+    def run(self, rtol: float, first: int) -> tuple[Rows, int, float]:
+        """κ⁽¹⁾ + κ⁽²⁾, the lags summed one by one, and the certified bound."""
+        block_size = _FIRST_LAGS_LARGE if len(self.wide) > _LARGE else _FIRST_LAGS
+        # While a graph is captured, nothing can be decided here.
+        capturing = self.h.data.is_cuda and torch.cuda.is_current_stream_capturing()
+        certifies = rtol > 0 and not capturing and self.lags > block_size
+        perron = _Perron(self) if certifies else None
+        done = 0
+        for block in self.powers(max(first, block_size) if certifies else self.lags):
+            self.pairs = Rows(
+                *self.kernels.pair_sums(*self.d, *self.h, done + 1, *block, *(self.pairs or (None, None)))
+            )
+            done += len(block.data)
+            if perron is None or done == self.lags:
+                continue
+            last = Rows(block.data[-1], block.exponents[-1:])
+            kappa, top = self.kappa()
+            perron.add(block)
+            bound = perron.bound(last, done - 1, kappa, top)
+            if bound <= rtol:
+                self.pairs = perron.tail(last, done - 1)
+                return self.result(), done, bound
+            bound = self.geometric(last, done - 1, kappa, top, rtol)
+            if bound <= rtol:
+                return self.result(), done, bound
+        return self.result(), self.lags, 0.0
+
+    def powers(self, first: int) -> Iterator[Rows]:
+        """P_0, P_1, … up to the last lag: at least ``first``, as many again while the budget lasts, and so on."""
+        one = torch.eye(len(self.wide), dtype=self.parent.dtype, device=self.parent.device)
+        block = cached = _joined(
+            Rows(one[None], self.parent.exponent(0)), Rows(self.weight.data[None], self.weight.exponents)
+        )
+        while len(cached.data) < min(first, self.lags) and 2 * len(cached.data) <= self.most:
+            block = cached = _joined(cached, self.next_block(cached))
+        step, given = None, 0
+        while True:
+            yield Rows(block.data[: self.lags - given], block.exponents[: self.lags - given])
+            given += len(block.data)
+            if given >= self.lags:
+                return
+            if given == len(cached.data) and 2 * given <= self.most:
+                block = self.next_block(cached)
+                step = Rows(block.data[0], block.exponents[:1])
+                cached = _joined(cached, block)
+            else:
+                step = step or self.following(cached)
+                block = self.times(block, step)
+
+    def next_block(self, cached: Rows) -> Rows:
+        """P_n … P_{2n-1} from P_0 … P_{n-1}."""
+        step = self.following(cached)
+        return _joined(step, self.times(cached.from_row(1), step))
+
+    def following(self, powers: Rows) -> Rows:
+        """The power after the last."""
+        return self.times(Rows(powers.data[-1:], powers.exponents[-1:]), self.weight)
+
+    def times(self, block: Rows, power: Rows) -> Rows:
+        """Every matrix of a block times one power, as one wide product; the largest entry of each in [1, 2)."""
+        matrix = power.data.reshape(self.wide.shape)
+        data = (block.data.reshape(-1, len(matrix)) @ matrix).reshape(block.data.shape)
+        m = torch.frexp(data.amax((1, 2))).exponent.long() - 1
+        data = data * power_of_two(-m, data.dtype)[:, None, None]
+        # No product with W̃, or with an entry of W̃'s size, underflows above this.
+        floor = torch.finfo(data.dtype).tiny / self.least
+        self.parent.losses.append(((data > 0) & (data < floor)).any().reshape(1))
+        dead = data.amax((1, 2)) == 0
+        return Rows(data, torch.where(dead, ZERO, block.exponents + power.exponents + m))
+
+    def kappa(self) -> tuple[Tensor, Tensor]:
+        """κ of the lags so far, in float64 on the scale 2^top."""
+        assert self.pairs is not None
+        second = self.pairs.exponents + self.weight.exponents
+        top = torch.maximum(self.kappa1.exponents, second)
+        kappa = self.kappa1.data.double() * power_of_two(self.kappa1.exponents - top, torch.float64)
+        kappa += self.factor * self.wide * self.pairs.data.double() * power_of_two(second - top, torch.float64)
+        return kappa, top
+
+    def result(self) -> Rows:
+        kappa, top = self.kappa()
+        m = torch.frexp(kappa.amax()).exponent + top - 1
+        exponent = torch.where((m >= 0) & (m <= 60), 0, m)
+        return Rows((kappa * power_of_two(top - exponent, torch.float64)).to(self.parent.dtype), exponent)
+
+    def share(self, error: Tensor, exponent: Tensor, kappa: Tensor, top: Tensor) -> Tensor:
+        """f W̃ ⊙ error / κ entry by entry; nan, which certifies nothing, where either leaves float64's range."""
+        scale = power_of_two(exponent + self.weight.exponents - top, torch.float64)
+        return torch.where(self.wide == 0, 0.0, self.factor * self.wide * error * scale / kappa)
+
+    def geometric(self, last: Rows, n: int, kappa: Tensor, top: Tensor, rtol: float) -> float:
+        """Certificate B (``reference._geometric``): the tail enclosed between two filtered sequences."""
+        power, left = last.data.double(), self.lags - 1 - n
+        following = power @ self.wide
+        ratio = torch.where(power > 0, following / power, torch.where(following > 0, math.inf, math.nan))
+        lines = []
+        for axis in (0, 1):
+            # A line without any positive entry stays zero: its ratios do not matter.
+            low = ratio.nan_to_num(math.inf, posinf=math.inf).amin(axis).nan_to_num(posinf=0.0)
+            lines += [low, ratio.nan_to_num(0.0, posinf=math.inf).amax(axis)]
+        column, row = torch.stack(
+            [((high - low) / low).nan_to_num(0.0, posinf=math.inf).amax() for low, high in (lines[:2], lines[2:])]
+        ).tolist()
+        # Wider ratios give enclosures too wide: no bound rests on this guess.
+        if min(column, row) * left > 1:
+            return math.inf
+        by_column = column <= row
+        sequence = self.d.from_row(n + 2) if by_column else Rows(self.h.data[:left], self.h.exponents[:left])
+        lower, upper = (
+            Rows(
+                *self.kernels.filtered(sequence.data.double(), sequence.exponents, r, self.weight.exponents, by_column)
+            )
+            for r in (lines[:2] if by_column else lines[2:])
+        )
+        high = upper.data * power_of_two(upper.exponents - lower.exponents, torch.float64)[:, None]
+        middle, half = (lower.data + high) / 2, (high - lower.data) / 2
+        width = torch.where(middle > 0, half / middle, 0.0).amax(0)
+        enclosed = centred(Rows(middle, lower.exponents), self.parent.dtype)
+        pair = (enclosed, self.h) if by_column else (self.d.from_row(n + 2), enclosed)
+        tail = Rows(*self.kernels.pair_sums(*pair[0], *pair[1], 0, last.data[None], last.exponents, None, None))
+        error = tail.data.double() * (width[:, None] if by_column else width)
+        most = torch.stack([self.share(error, tail.exponents, kappa, top).amax(), width.amax()])
+        # Beside the tail, too, which is part of κ and no less than the lower end of the enclosure.
+        share, widest = most.nan_to_num(math.inf).tolist()
+        bound = min(share, widest / (1 - widest) if widest < 1 else math.inf)
+        if bound <= rtol:
+            assert self.pairs is not None
+            self.pairs = self.parent.add(self.pairs, tail)
+        return bound
+
+
+class _Perron:
+    """Certificate A (``reference._rank_one``): P_{n+m} ≈ ρ^{n+m} x uᵀ, the names and steps as there.
+
+    Where power iteration has not brought out x and u, the error that this leaves certifies nothing.
+    """
+
+    def __init__(self, term: _SecondTerm) -> None:
+        self.term, wide = term, term.wide
+        power = wide
+        # To W̃¹⁶ and, below, 1 times its square; large random matrices have the wider gap below ρ.
+        for _ in range(3 if len(wide) > _LARGE else 4):
+            power = power @ power
+            power = power / power.amax()
+        vectors, brackets = [], []
+        for matrix, own in ((power, wide), (power.T, wide.T)):
+            x = matrix @ matrix.sum(1)
+            x = x / x.amax()
+            vectors.append(x)
+            brackets.append(own @ x / x)
+        bracket = torch.cat(brackets)
+        self.log_rho = (bracket.amin().log() + bracket.amax().log()) / 2  # of the stored W̃
+        self.x, self.u = vectors[0], vectors[1] / (vectors[1] @ vectors[0])
+        self.pi = self.x * self.u
+        self.theta = torch.expm1(len(term.d.data) * (bracket.log() - self.log_rho).abs().amax())
+        shares = term.d.data[1:].double()
+        shares = shares / (shares @ self.x)[:, None]
+        self.growth = shares.amax(0) / shares.amin(0)
+        self.spreads: list[Tensor] = []  # χ_0, χ_1, …
+
+    def limit(self, exponents: Tensor, lags: Tensor) -> Tensor:
+        """ρⁿ x uᵀ on the scale of the stored powers, by lag."""
+        ahead = (lags * self.term.weight.exponents - exponents).double() * _LN2
+        return torch.exp(lags * self.log_rho + ahead)[:, None, None] * torch.outer(self.x, self.u)
+
+    def add(self, block: Rows) -> None:
+        first = sum(map(len, self.spreads))
+        lags = torch.arange(first, first + len(block.data), device=self.x.device)
+        deviation = (block.data.double() / self.limit(block.exponents, lags) - 1).square()
+        self.spreads.append((deviation @ self.pi).sqrt())
+        self.column = (self.pi @ deviation[-1]).sqrt()
+
+    def bound(self, last: Rows, n: int, kappa: Tensor, top: Tensor) -> float:
+        term, column = self.term, self.column
+        spreads = torch.cat(self.spreads)[1:]
+        limit = self.limit(last.exponents, torch.tensor([n], device=self.x.device))[0]
+        overlap = term.parent.pair_sums(term.d, term.h, n + 1)
+        share = term.share(limit.T * overlap.data.double(), last.exponents + overlap.exponents, kappa, top)
+        contraction = (self.pi @ spreads[-1].square()).sqrt()
+        cases = [
+            (
+                self.growth * column,
+                spreads.sum(0) / (1 - contraction),
+                contraction < 1,
+                1 + column.amax() / (1 - contraction),
+            ),
+        ]
+        if term.shrinks:
+            rho = torch.exp(self.log_rho + term.weight.exponents[0].double() * _LN2)
+            powers = rho ** torch.arange(1, n + 2, dtype=torch.float64, device=rho.device)
+            first, sensitivity = powers[:n] @ spreads, 2 + column.amax() * spreads[0].amax()
+            shrunk = powers[n - 1] * contraction
+            cases.append((column, first / (1 - shrunk), shrunk < 1, sensitivity))
+            cases.append((column, first + powers[n] * spreads[-1] / (1 - rho), rho < 1, sensitivity))
+        bounds = []
+        for own, series, holds, sensitivity in cases:
+            drift = self.theta * sensitivity
+            error = (1 + self.theta) * (torch.outer(own, series) * share).amax()
+            bounds.append(torch.where(holds & (drift < 1), (error + drift) / (1 - drift), math.inf))
+        return float(torch.stack(bounds).nan_to_num(math.inf).amin())
+
+    def tail(self, last: Rows, n: int) -> Rows:
+        """S with all lags after n."""
+        term, dtype = self.term, self.term.parent.dtype
+        ratio = self.log_rho.exp().to(dtype).expand(len(self.x)).contiguous()
+        rest = term.kernels.filtered(*term.d.from_row(n + 2), ratio, term.weight.exponents, True)
+        limit = self.limit(last.exponents, torch.tensor([n], device=self.x.device)).to(dtype)
+        return Rows(*term.kernels.pair_sums(*rest, *term.h, 0, limit, last.exponents, *(term.pairs or (None, None))))
+
+
+# ---- arithmetic on rows ----------------------------------------------------------------------------------------------
+
+
+def power_of_two(exponent: Tensor, dtype: torch.dtype) -> Tensor:
+    """2^exponent, exactly, of an int64 tensor: 0 below the normal numbers, clamped to the largest power above."""
+    bits, integer = (23, torch.int32) if dtype == torch.float32 else (52, torch.int64)
+    biased = (exponent + _BIAS[dtype]).clamp(0, 2 * _BIAS[dtype])
+    return (biased.to(integer) << bits).view(dtype)
+
+
+def centred(rows: Rows, dtype: torch.dtype | None = None) -> Rows:
+    """Every row on the scale on which its largest entry lies in [1, 2) · 2^CENTRE of the dtype."""
+    dtype = dtype or rows.data.dtype
+    most = rows.data.amax(1)
+    shift = CENTRE[dtype] + 1 - torch.frexp(most).exponent.long()
+    data = (rows.data * power_of_two(shift, rows.data.dtype)[:, None]).to(dtype)
+    return Rows(data, torch.where(most > 0, rows.exponents - shift, ZERO))
+
+
+def _joined(first: Rows, second: Rows) -> Rows:
+    return Rows(torch.cat([first.data, second.data]), torch.cat([first.exponents, second.exponents]))
+
+
+def _least_positive(x: Tensor) -> Tensor:
+    return torch.where(x > 0, x, math.inf).amin()
+
+
+def _loses(rows: Tensor, matrix: Tensor) -> Tensor:
+    """Whether a product of two entries that are not zero may underflow; conservative."""
+    return (_least_positive(rows) * _least_positive(matrix) < _ROOM * torch.finfo(rows.dtype).tiny).reshape(1)
+
+
+def _faded(result: Tensor, expected: Tensor, room: float = _ROOM) -> Tensor:
+    """Whether an entry that is ``expected`` to be positive is so small that some of it may have underflowed."""
+    return (expected & (result < room * torch.finfo(result.dtype).tiny)).any().reshape(1)

@@ -1,0 +1,141 @@
+"""How a GPU runs the chains of path_chain: the plans, what each costs, and the choice among them."""
+
+from __future__ import annotations
+
+import math
+import os
+from dataclasses import dataclass
+
+import torch
+
+#: In the order in which ``explain`` lists them.
+PLANS = {
+    "block": "one thread block a chain, W̃ on chip",
+    "cluster": "one thread-block cluster a chain, W̃ sliced over its shared memories",
+    "grid": "half of the multiprocessors a chain, W̃ sliced over them, one barrier a step",
+    "gemm": "log₂ T matrix products (constant drives: the first layer's h, the last layer's δ)",
+}
+ENVIRONMENT = "PATHRNN_PLAN"
+
+
+@dataclass(frozen=True)
+class Device:
+    """What the cost model knows of a GPU. The defaults are an H100's."""
+
+    multiprocessors: int = 132
+    shared_bytes: int = 227 << 10  # that one block may take
+    clusters: bool = True
+    cache_bytes: int = 50 << 20
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A way to run the chains, and the time that the cost model gives it."""
+
+    name: str
+    #: Thread blocks a chain; for "grid", at most.
+    blocks: int
+    microseconds: float
+    #: For "gemm": how upper layers, whose drives vary, are run.
+    stepwise: Plan | None = None
+
+    def __str__(self) -> str:
+        shape = f" ({self.blocks} blocks a chain)" if self.blocks > 1 else ""
+        return f"{PLANS[self.name]}{shape}; about {self.microseconds:.3g} µs by the cost model"
+
+
+# The cost model: per step the bytes of W̃ over a rate, plus a latency. Rates and latencies are an H100's by its data
+# sheet and by published microbenchmarks; no GPU has measured this package's kernels yet. bench/gpu_gate.py times every
+# plan, so that these can be corrected by a commit that shows the figures.
+_SHARED_RATE = 200e3  # bytes a microsecond that one multiprocessor reads from its shared memory
+_CACHE_RATE = 4e6  # bytes a microsecond from the second-level cache, all multiprocessors together
+_MEMORY_RATE = 2.5e6  # the same from device memory
+_STEP = {"block": 0.2, "cluster": 1.0, "grid": 2.5}  # microseconds of barrier and reduction a step
+_LAUNCH = 5.0  # microseconds of a kernel, or a product, of its own
+_FLOPS = {4: 40e6, 8: 40e6}  # a microsecond, in products of float32 without TF32, and of float64
+_CLUSTER_SIZES = (2, 4, 8)  # portable; 16 would need a kernel attribute of its own
+#: Largest hidden size that one Triton program holds in registers, by bytes a number.
+TRITON_RESIDENT = {4: 128, 8: 64}
+
+
+def describe(device: torch.device) -> Device:
+    """The device of a tensor; of CPU tensors, which come by emulation or interpretation, a small H100."""
+    if device.type != "cuda":
+        return Device(multiprocessors=2)  # one block a chain: interpreted programs run one after another
+    found = torch.cuda.get_device_properties(device)
+    nvidia = torch.version.hip is None
+    return Device(
+        found.multi_processor_count,
+        getattr(found, "shared_memory_per_block_optin", found.shared_memory_per_block),
+        nvidia and found.major >= 9,
+        found.L2_cache_size,
+    )
+
+
+def plans(backend: str, device: Device, hidden: int, seq_len: int, itemsize: int) -> dict[str, Plan | str]:
+    """For every plan, what it would cost, or why it does not serve."""
+    matrix = hidden * hidden * itemsize
+    # Beside its slice of W̃, a block keeps two rows, their maxima and the drive.
+    room = device.shared_bytes - 4 * hidden * itemsize - 2048
+    result: dict[str, Plan | str] = {}
+
+    def stepwise(name: str, blocks: int, rate: float) -> Plan:
+        return Plan(name, blocks, _LAUNCH + seq_len * (_STEP[name] + matrix / rate))
+
+    if backend == "triton":
+        limit = TRITON_RESIDENT[itemsize]
+        result["block"] = (
+            stepwise("block", 1, _SHARED_RATE)
+            if hidden <= limit
+            else f"hidden_size is {hidden}; a program holds {limit}"
+        )
+        result["cluster"] = "Triton has no distributed shared memory; use the cuda backend"
+    else:
+        result["block"] = (
+            stepwise("block", 1, _SHARED_RATE)
+            if matrix <= room
+            else f"W̃ takes {matrix} bytes of shared memory; a block has room for {max(room, 0)}"
+        )
+        sizes = [n for n in _CLUSTER_SIZES if math.ceil(hidden / n) * hidden * itemsize <= room]
+        if not device.clusters:
+            result["cluster"] = "the device has no thread-block clusters (compute capability 9.0 on)"
+        elif not sizes:
+            result["cluster"] = (
+                f"W̃ takes {matrix} bytes of shared memory; eight blocks have room for {max(8 * room, 0)}"
+            )
+        else:
+            result["cluster"] = stepwise("cluster", sizes[0], sizes[0] * _SHARED_RATE)
+    blocks = max(1, min(device.multiprocessors // 2, hidden))
+    on_chip = backend == "cuda" and math.ceil(hidden / blocks) * hidden * itemsize <= room
+    rate = _CACHE_RATE if 2 * matrix <= device.cache_bytes else _MEMORY_RATE
+    result["grid"] = stepwise("grid", blocks, blocks * _SHARED_RATE if on_chip else rate / 2)
+
+    best = min((plan for plan in result.values() if isinstance(plan, Plan)), key=lambda plan: plan.microseconds)
+    flops = math.log2(max(seq_len, 2)) * 2 * hidden**3 + 4 * seq_len * hidden**2
+    result["gemm"] = Plan("gemm", 1, 20 * _LAUNCH * math.log2(max(seq_len, 2)) + 2 * flops / _FLOPS[itemsize], best)
+    return result
+
+
+def choose(backend: str, device: Device, hidden: int, seq_len: int, itemsize: int, plan: str = "auto") -> Plan:
+    """The cheapest plan, or the one asked for: "grid", or "grid:4" for that many blocks a chain.
+
+    Raises:
+        ValueError: an unknown plan, or one that does not serve, with every reason.
+    """
+    if plan == "auto":
+        plan = os.environ.get(ENVIRONMENT, "auto")
+    found = plans(backend, device, hidden, seq_len, itemsize)
+    if plan == "auto":
+        return min((p for p in found.values() if isinstance(p, Plan)), key=lambda p: p.microseconds)
+    name, colon, count = plan.partition(":")
+    counted = name in ("cluster", "grid") and count.isdecimal() and int(count) > 0
+    if name not in found or (colon and not counted):
+        raise ValueError(
+            f"plan is {plan!r}; use one of {', '.join(map(repr, ('auto', *PLANS)))}, or 'grid:4' or 'cluster:4' for "
+            "that many blocks a chain"
+        )
+    wanted = found[name]
+    if isinstance(wanted, str):
+        others = "; ".join(f"{k}: {v if isinstance(v, str) else 'would serve'}" for k, v in found.items() if k != name)
+        raise ValueError(f"plan {name!r} does not serve this call on backend {backend!r}: {wanted} ({others})")
+    return Plan(name, int(count), wanted.microseconds) if count else wanted

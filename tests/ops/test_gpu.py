@@ -1,0 +1,215 @@
+"""The order of kernels that the GPU backends share, with the kernels of gpu_model.py: the C++ kernels are the truth."""
+
+import itertools
+import math
+
+import gpu_model
+import pytest
+import tolerances
+import torch
+
+import pathrnn_kernels as pk
+from pathrnn_kernels import ops
+from pathrnn_kernels.ops import gpu
+from pathrnn_kernels.ops.plan import Plan
+
+STEPS = Plan("block", 1, 0.0)
+PLANS = {"steps": STEPS, "gemm": Plan("gemm", 1, 0.0, STEPS)}
+
+
+def network(hidden, layers=1, bias=True, head=2, embedding=False, outputs="all", h0="zeros", dtype=torch.float64):
+    """head: 0 for none, 1 without a bias, 2 with one."""
+    return pk.PathNetwork(
+        pk.ReLURNN(3, hidden, layers, bias=bias, dtype=dtype),
+        torch.nn.Linear(hidden, 2, bias=head == 2, dtype=dtype) if head else None,
+        torch.nn.Embedding(7, 3, dtype=dtype) if embedding else None,
+        outputs,
+        h0,
+    )
+
+
+def arguments(net, seq_len):
+    weights = {name: p.detach() for name, p in net.named_parameters()}
+    kinds = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
+    lists = [[p for name, p in weights.items() if name.startswith(f"rnn.{kind}_l")] for kind in kinds]
+    ends = [weights.get(name) for name in ("head.weight", "head.bias", "embedding.weight")]
+    return *lists, *ends, seq_len, net.outputs == "last", net.h0 == "ones"
+
+
+def run(net, seq_len, plan=STEPS, kappa1=True, factor=0.0, rtol=0.0, first_lags=(), workspace=1 << 24):
+    found = gpu.path_chain(gpu_model, plan, *arguments(net, seq_len), kappa1, factor, rtol, first_lags, workspace)
+    return ops.PathChain._make(found)
+
+
+def truth(net, seq_len, factor=0.0):
+    wide = network(
+        net.hidden_size, net.num_layers, net.rnn.bias, 0 if net.head is None else 1 + (net.head.bias is not None),
+        net.embedding is not None, net.outputs, net.h0,
+    )  # fmt: skip
+    wide.load_state_dict(net.state_dict())
+    return ops.path_chain(*arguments(wide, seq_len), second_factor=factor)
+
+
+def log(factor, exponent):
+    mantissa, own = torch.frexp(factor.double())
+    return mantissa.log() + (own + exponent).double() * math.log(2)
+
+
+def check(found, wanted, rtol):
+    assert not found.lost
+    torch.testing.assert_close(found.log_path_norm, wanted.log_path_norm, rtol=0, atol=rtol)
+    assert len(found.kappa) == len(wanted.kappa) == len(found.exponents)
+    for factor, exponent, other, other_exponent in zip(
+        found.kappa, found.exponents, wanted.kappa, wanted.exponents, strict=True
+    ):
+        assert factor.shape == other.shape
+        # Zeros are zeros in both: -inf equals itself.
+        torch.testing.assert_close(log(factor, exponent), log(other, other_exponent), rtol=0, atol=rtol)
+
+
+@pytest.mark.parametrize("plan", PLANS.values(), ids=PLANS)
+@pytest.mark.parametrize("dtype", (torch.float32, torch.float64), ids=str)
+@pytest.mark.parametrize("layers", (1, 2, 3))
+def test_every_network_equals_the_cpu_kernels(layers, dtype, plan):
+    options = itertools.product((False, True), (0, 1, 2), (False, True), ("all", "last"), ("zeros", "ones"), (1, 2, 9))
+    # All of them for one layer; a fifth, in which every option meets every other, where passes take longer.
+    for bias, head, embedding, outputs, h0, seq_len in itertools.islice(options, 0, None, 1 if layers == 1 else 5):
+        net = network(5, layers, bias, head, embedding, outputs, h0, dtype)
+        for factor in (0.0, 4.0):
+            rtol = tolerances.path(dtype, layers * seq_len, 7)
+            check(run(net, seq_len, plan, factor=factor), truth(net, seq_len, factor), rtol)
+        norm = run(net, seq_len, plan, kappa1=False)
+        assert norm.kappa == [] and norm.log_path_norm == run(net, seq_len, plan).log_path_norm
+
+
+HIDDEN, SEQ_LEN = 30, 150
+
+
+def matrices():
+    gaussian = torch.randn(HIDDEN, HIDDEN) / math.sqrt(HIDDEN)
+    half = HIDDEN // 2
+    return {
+        "gaussian": gaussian,
+        "uniform": (torch.rand(HIDDEN, HIDDEN) * 2 - 1) / math.sqrt(HIDDEN),
+        "orthogonal": torch.linalg.qr(gaussian)[0],
+        "identity": torch.eye(HIDDEN),
+        "near the identity": torch.eye(HIDDEN) + 0.02 * torch.randn(HIDDEN, HIDDEN),
+        "diagonal": torch.diag(torch.rand(HIDDEN) + 0.5),
+        "nilpotent": torch.triu(gaussian, 1),
+        "permutation": torch.eye(HIDDEN)[torch.randperm(HIDDEN)],
+        "sparse": gaussian * (torch.rand(HIDDEN, HIDDEN) < 0.1),
+        "growing": gaussian * 9,
+        "vanishing": gaussian * 1e-3,
+        "two blocks": torch.block_diag(gaussian[:half, :half], 1.5 * gaussian[half:, half:]),
+        "a dead row": gaussian * (torch.arange(HIDDEN) != 3)[:, None],
+        "a dead column": gaussian * (torch.arange(HIDDEN) != 3),
+    }
+
+
+@pytest.mark.parametrize("outputs", ("all", "last"))
+@pytest.mark.parametrize("name", matrices())
+def test_lags_left_out_cost_no_more_than_the_bound(name, outputs):
+    net = network(HIDDEN, outputs=outputs)
+    with torch.no_grad():
+        net.rnn.weight_hh_l0.copy_(matrices()[name])
+    wanted = truth(net, SEQ_LEN, 4.0)
+    for rtol in (1e-3, 1e-6):
+        found = run(net, SEQ_LEN, factor=4.0, rtol=rtol)
+        bound, lags = found.bounds.item(), found.lags.item()
+        assert 0 <= bound <= rtol and 1 <= lags <= SEQ_LEN - 1
+        assert bound == 0 or lags < SEQ_LEN - 1
+        check(found, wanted, bound + tolerances.path(torch.float64, SEQ_LEN, HIDDEN))
+    if name in ("gaussian", "uniform", "orthogonal", "identity", "diagonal", "growing", "vanishing"):
+        assert lags <= 32
+
+
+def test_the_budget_cuts_the_powers_into_blocks_and_changes_nothing_else():
+    net = network(HIDDEN, outputs="last")
+    with torch.no_grad():
+        net.rnn.weight_hh_l0.copy_(matrices()["near the identity"])
+    found = [run(net, SEQ_LEN, factor=4.0, rtol=1e-6, workspace=w) for w in (0, 20 * 8 * HIDDEN**2, 1 << 30)]
+    for other in found:
+        assert other.lags == SEQ_LEN - 1 and other.bounds == 0
+        check(other, truth(net, SEQ_LEN, 4.0), tolerances.path(torch.float64, SEQ_LEN, HIDDEN))
+
+
+def test_first_lags_start_where_a_former_call_ended():
+    net = network(HIDDEN)
+    for first in (1, 20, 70, 1000):
+        found = run(net, SEQ_LEN, factor=4.0, rtol=1e-5, first_lags=[first])
+        assert min(first, SEQ_LEN - 1) <= found.lags <= SEQ_LEN - 1
+        check(found, truth(net, SEQ_LEN, 4.0), 1e-5 + tolerances.path(torch.float64, SEQ_LEN, HIDDEN))
+
+
+@pytest.mark.parametrize("plan", PLANS.values(), ids=PLANS)
+def test_growth_beyond_every_dtype(plan):
+    net = network(HIDDEN, dtype=torch.float32)
+    with torch.no_grad():
+        net.rnn.weight_hh_l0.mul_(20)
+    for factor in (0.0, 4.0):
+        wanted = truth(net, 1000, factor)
+        assert wanted.log_path_norm > 2000
+        check(run(net, 1000, plan, factor=factor, rtol=0.0), wanted, tolerances.path(torch.float32, 1000, HIDDEN))
+
+
+@pytest.mark.parametrize("plan", PLANS.values(), ids=PLANS)
+@pytest.mark.parametrize("where", ("weight_hh", "weight_ih", "head", "bias"))
+def test_what_float32_loses_is_told(where, plan):
+    """One entry far below the others whose square vanishes in float32, on a path that matters to a unit."""
+    net = network(4, dtype=torch.float32)
+    with torch.no_grad():
+        net.rnn.weight_hh_l0.copy_(torch.eye(4))
+        if where == "weight_hh":
+            net.rnn.weight_hh_l0[1, 1] = 1e-30
+        elif where == "weight_ih":
+            net.rnn.bias_ih_l0.zero_()
+            net.rnn.bias_hh_l0.zero_()
+            net.rnn.weight_ih_l0[2] = 1e-30
+        elif where == "head":
+            net.head.weight[:, 3] = 1e-30
+        else:
+            net.rnn.weight_ih_l0[1] = 0
+            net.rnn.bias_ih_l0[1] = 1e-30
+            net.rnn.bias_hh_l0[1] = 0
+    assert run(net, 6, plan).lost
+    assert not run(network(4, dtype=torch.float32), 6, plan).lost
+
+
+def test_dead_units_are_not_taken_for_losses():
+    net = network(6, dtype=torch.float32)
+    with torch.no_grad():
+        net.rnn.weight_hh_l0[2] = 0
+        net.rnn.weight_ih_l0[2] = 0
+        net.rnn.bias_ih_l0.zero_()
+        net.rnn.bias_hh_l0.zero_()
+        net.head.weight[:, 4] = 0
+        net.rnn.weight_hh_l0[:, 4] = 0
+    check(run(net, 9, factor=4.0), truth(net, 9, 4.0), tolerances.path(torch.float32, 9, 6))
+
+
+@pytest.mark.parametrize("value", (math.nan, math.inf))
+def test_a_weight_that_is_not_finite_gives_nan(value):
+    for name, _ in network(4, 2, embedding=True).named_parameters():
+        net = network(4, 2, embedding=True)
+        with torch.no_grad():
+            dict(net.named_parameters())[name].view(-1)[1] = value
+        assert run(net, 3).log_path_norm.isnan()
+
+
+def test_products_keep_full_precision_whatever_the_user_chose():
+    matmul = torch.backends.cuda.matmul
+    before = matmul.fp32_precision
+    try:
+        matmul.fp32_precision = "tf32"
+        with gpu._full_precision():
+            assert matmul.fp32_precision == "ieee"
+        assert matmul.fp32_precision == "tf32"
+    finally:
+        matmul.fp32_precision = before
+
+
+def test_powers_of_two_are_exact():
+    for dtype, least in ((torch.float32, -126), (torch.float64, -1022)):
+        exponents = torch.tensor([least - 1, least, -1, 0, 1, 1 - least, 5000, -(1 << 41)])
+        wanted = [0.0, 2.0**least, 0.5, 1.0, 2.0, 2.0 ** (1 - least), 2.0 ** (1 - least), 0.0]
+        assert gpu.power_of_two(exponents, dtype).tolist() == wanted
