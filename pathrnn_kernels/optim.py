@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import math
 import numbers
+import os
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, TypeAlias
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from .kappa import Kappa, kappa
+from .kappa import Kappa, kappa_later
 from .network import PathNetwork
+from .ops.backend import ENVIRONMENT
+from .overlap import Cuda, Overlap, around_forward
 
 #: What torch._foreach_* take and return.
 _Tensors: TypeAlias = tuple[Tensor, ...] | list[Tensor]
@@ -38,6 +42,10 @@ class PathOptimizer(Optimizer):
     its buffers too), and weight decay, because p scales as g/κ does. It does not for Adam, AdamW and RMSprop, which
     normalise each entry; nor with eps > 0, as κ of different weights scales differently but eps γ² does not; nor with
     ``PathNetwork(h0="ones")``, where γ² itself is not invariant. ``trust_radius`` keeps it.
+
+    On a GPU, from the second step on, κ is launched on a side stream when the RNN's forward pass in training mode
+    ends, and the step takes it if weights, T and options are still the same. A weight that is changed in between
+    through its ``.data``, in place, is not noticed.
 
     Args:
         base: an optimiser of ``torch.optim`` that takes one gradient a step and holds every trainable parameter of
@@ -108,6 +116,7 @@ class PathOptimizer(Optimizer):
         self._log_constant: float | None = None  # of scale="first_step"
         self._metric: _Metric | None = None
         self._lags: dict[str, int] = {}  # of the last κ
+        self._overlap: Overlap[Kappa] | None = None  # once a step has found the network on a GPU
         # In place of Optimizer.__init__, which would make groups and state of its own: its hooks and its patch of step.
         self.__setstate__({})
         for kind in ("state_dict_pre", "state_dict_post", "load_state_dict_pre", "load_state_dict_post"):
@@ -133,7 +142,8 @@ class PathOptimizer(Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         # Without hooks and the step that a scheduler wraps, which torch's optimisers do not pickle either.
-        return {k: v for k, v in self.__dict__.items() if k != "step" and not isinstance(v, OrderedDict)}
+        state = {k: v for k, v in self.__dict__.items() if k != "step" and not isinstance(v, OrderedDict)}
+        return {**state, "_overlap": None}
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -144,6 +154,7 @@ class PathOptimizer(Optimizer):
             FloatingPointError: a preconditioned gradient overflows though the gradient does not.
             In every case parameters, gradients and state are untouched.
         """
+        self._start_overlap()
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -161,7 +172,7 @@ class PathOptimizer(Optimizer):
         metric, lags = self._metric, self._lags
         if metric is None:
             seq_len = self._length()
-            k = kappa(self.net, seq_len, self.second_term, rtol=self.rtol, lags=self._first_lags())
+            k = self._overlapped(seq_len) or self._kappa_later(seq_len)()
             # Where all lags were summed there is nothing to start from.
             lags = {name: count for name, count in k.lags.items() if count < seq_len - 1}
             metric = _Metric(k, self.eps)
@@ -206,30 +217,81 @@ class PathOptimizer(Optimizer):
             )
         return self.net.last_seq_len
 
+    def _kappa_later(self, seq_len: int) -> Callable[[], Kappa]:
+        return kappa_later(self.net, seq_len, self.second_term, rtol=self.rtol, lags=self._first_lags())
+
     def _first_lags(self) -> dict[str, int] | None:
         """What κ tries first: one lag less than it needed before, so that the number can shrink again."""
         return {name: max(count - 1, 0) for name, count in self._lags.items()} if self.second_term else None
 
+    def _start_overlap(self) -> None:
+        """On a GPU, to which the network may be moved late: κ beside the minibatch's backward pass from now on."""
+        device = self._parameters[0][1].device
+        if self._overlap is None and (cuda := _streams(device)) is not None:
+            self._overlap = Overlap(device, cuda)
+            around_forward(self.net.rnn, self._ready, self._launch)
+
+    def _ready(self, rnn: nn.Module) -> None:
+        if self._overlap is not None and self._metric is None and rnn is self.net.rnn:
+            self._overlap.weights_are_ready(self.net.weights().values())
+
+    def _launch(self, rnn: nn.Module) -> None:
+        """After a forward pass: κ, where a backward pass and a step that needs it will follow."""
+        seq_len = self.seq_len or self.net.last_seq_len
+        # Replicas of the module share its hooks.
+        due = self._metric is None and rnn.training and torch.is_grad_enabled() and rnn is self.net.rnn
+        if self._overlap is None or seq_len is None or not due:
+            return
+        try:
+            with torch.no_grad(), torch.autocast(self._parameters[0][1].device.type, enabled=False):
+                weights = self.net.weights().values()
+                self._overlap.launch(self._settings(seq_len), weights, lambda: self._kappa_later(seq_len))
+        except Exception:
+            self._overlap.drop()  # step() computes it again, and raises where that is expected
+
+    def _overlapped(self, seq_len: int) -> Kappa | None:
+        if self._overlap is None:
+            return None
+        return self._overlap.take(
+            self._settings(seq_len), self.net.weights().values(), lambda k: [*k.factors.values(), k.log_path_norm]
+        )
+
+    def _settings(self, seq_len: int) -> tuple[Any, ...]:
+        return seq_len, self.second_term, self.rtol, self._first_lags(), self.net.outputs, self.net.h0
+
     def _precondition(self, metric: _Metric, names: Sequence[str], gradients: _Tensors, log_scale: float) -> _Tensors:
-        result = metric.divide(names, gradients, log_scale)
-        # The cheapest test that no nan or infinity passes, with one transfer from the device.
-        if math.isfinite(torch.stack([x.sum() for x in result]).sum().item()):
-            return result
-        metric.mask_zeros()
-        result = metric.divide(names, gradients, log_scale)
-        for name, raw, new in zip(names, gradients, result, strict=True):
-            if (raw.isfinite() & ~new.isfinite()).any():
+        if (fused := _fused(gradients[0].device)) is not None:
+            log_scales = [log_scale - metric.log_divisors[name] for name in names]
+            scalars, power = split_scales(log_scales, gradients[0].dtype)
+            divisors = [metric.divisors[name] for name in names]
+            result, lost = fused.precondition(gradients, divisors, scalars, power)
+            overflowed = lost.tolist()
+        else:
+            result = metric.divide(names, gradients, log_scale)
+            # The cheapest test that no nan or infinity passes, with one transfer from the device.
+            if math.isfinite(torch.stack([x.sum() for x in result]).sum().item()):
+                return result
+            metric.mask_zeros()
+            result = metric.divide(names, gradients, log_scale)
+            overflowed = [(raw.isfinite() & ~new.isfinite()).any() for raw, new in zip(gradients, result, strict=True)]
+        for name, lost in zip(names, overflowed, strict=True):
+            if lost:
                 remedy = "a small eps, such as 1e-6" if self.scale == "path_norm" else "scale='path_norm'"
                 raise FloatingPointError(
-                    f"the path-normalised gradient of {name} overflows {new.dtype} with scale={self.scale!r}: "
+                    f"the path-normalised gradient of {name} overflows {gradients[0].dtype} with scale={self.scale!r}: "
                     f"use {remedy}"
                 )
         return result
 
     def _shorten(self, metric: _Metric, names: Sequence[str], parameters: _Tensors, before: _Tensors) -> None:
+        log_radius = math.log(self.trust_radius)  # type: ignore[arg-type]
+        if (fused := _fused(parameters[0].device)) is not None:
+            log_scales = [metric.log_scales[name] - metric.log_norm - 2 * log_radius for name in names]
+            fused.shorten_(parameters, before, [metric.factors[name] for name in names], log_scales)
+            return
         deltas = torch._foreach_sub(parameters, before)
         # nan, from a gradient that is not finite, compares false: torch's own optimisers let it through too.
-        log_ratio = metric.log_length(names, deltas) - math.log(self.trust_radius)  # type: ignore[arg-type]
+        log_ratio = metric.log_length(names, deltas) - log_radius
         if log_ratio > 0:
             torch._foreach_mul_(deltas, math.exp(-log_ratio))
             torch._foreach_copy_(parameters, torch._foreach_add(before, deltas))
@@ -285,6 +347,8 @@ class PathOptimizer(Optimizer):
         _check_groups(state_dict)
         self.base.load_state_dict({key: value for key, value in state_dict.items() if key != "path"})
         self._steps, self._log_constant, self._metric, self._lags = steps, constant, metric, dict(lags)
+        if self._overlap is not None:
+            self._overlap.drop()
 
     def _shapes(self) -> list[list[list[int]]]:
         return [[list(p.shape) for p in group["params"]] for group in self.param_groups]
@@ -306,6 +370,27 @@ class PathSGD(PathOptimizer):
             raise TypeError(f"net is a {type(net).__name__}; it must be a PathNetwork: PathNetwork(rnn, head=…)")
         base = torch.optim.SGD(net.parameters(), lr=lr, momentum=momentum, weight_decay=weight_decay)
         super().__init__(base, net, **keywords)
+
+
+def _streams(device: torch.device) -> type[Cuda] | None:
+    return Cuda if device.type == "cuda" else None
+
+
+def _fused(device: torch.device) -> Any:
+    """The Triton kernels of the update where they serve, else None."""
+    backend = os.environ.get(ENVIRONMENT, "auto")
+    return _kernels() if backend == "triton" or (backend == "auto" and device.type == "cuda") else None
+
+
+@functools.cache
+def _kernels() -> Any:
+    from .ops import triton
+
+    if triton.problem() is not None:
+        return None
+    from .ops.triton import update
+
+    return update
 
 
 class _Metric:
@@ -339,14 +424,9 @@ class _Metric:
 
     def divide(self, names: Sequence[str], gradients: _Tensors, log_scale: float) -> _Tensors:
         """exp(log_scale) g/κ, the scales combined before they touch a tensor."""
-        limit, part = _EXPONENTS[gradients[0].dtype]
-        exponents = [max(-limit, min(limit, log_scale - self.log_divisors[name])) for name in names]
-        # In several factors, half of them before the division, where one would leave the dtype's range: the result
-        # need not.
-        parts = math.ceil(max(map(abs, exponents)) / part)
-        scalars = [math.exp(exponent / max(parts, 1)) for exponent in exponents]
-        for i in range(parts + 1):
-            if i == parts // 2:
+        scalars, power = split_scales([log_scale - self.log_divisors[name] for name in names], gradients[0].dtype)
+        for i in range(power + 1):
+            if i == power // 2:  # half of the factors before it
                 gradients = torch._foreach_div(gradients, [self.divisors[name] for name in names])
             else:
                 gradients = torch._foreach_mul(gradients, scalars)
@@ -391,6 +471,17 @@ class _Metric:
         metric = cls.__new__(cls)
         metric._fill({name: factors[name].to(p.device) for name, p in parameters.items()}, log_scales, log_norm, eps)
         return metric
+
+
+def split_scales(log_scales: Sequence[float], dtype: torch.dtype) -> tuple[list[float], int]:
+    """Scalars and one power, scalar^power = exp(log_scale).
+
+    Several factors where one would leave the dtype's range: what is multiplied with them need not.
+    """
+    limit, part = _EXPONENTS[dtype]
+    exponents = [max(-limit, min(limit, value)) for value in log_scales]
+    power = math.ceil(max(map(abs, exponents)) / part)
+    return [math.exp(exponent / max(power, 1)) for exponent in exponents], power
 
 
 def _log_length(tensors: _Tensors, log_scales: list[float]) -> float:

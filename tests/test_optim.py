@@ -490,8 +490,8 @@ def test_the_bias_of_the_head_needs_eps_where_the_path_norm_overflows():
 def test_update_every_reuses_kappa(monkeypatch):
     net = make()
     calls = []
-    original = pk.optim.kappa
-    monkeypatch.setattr(pk.optim, "kappa", lambda *args, **kw: calls.append(args[1]) or original(*args, **kw))
+    original = pk.optim.kappa_later
+    monkeypatch.setattr(pk.optim, "kappa_later", lambda *args, **kw: calls.append(args[1]) or original(*args, **kw))
     optimizer = pk.PathSGD(net, lr=1e-3, update_every=3)
     cached = None
     for step in range(7):
@@ -563,9 +563,9 @@ def test_lags_of_one_step_are_tried_first_in_the_next(monkeypatch):
         k = pk.kappa(*arguments, **keywords)
         tried.append(keywords["lags"])
         found.append(k.lags)
-        return k
+        return lambda: k
 
-    monkeypatch.setattr("pathrnn_kernels.optim.kappa", spy)
+    monkeypatch.setattr("pathrnn_kernels.optim.kappa_later", spy)
     for _ in range(3):
         backward(net)
         optimizer.step()
