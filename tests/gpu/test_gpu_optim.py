@@ -1,0 +1,139 @@
+"""Training on a GPU follows the CPU: PathSGD and PathOptimizer, κ beside the minibatch's work or not."""
+
+import pytest
+import tolerances
+import torch
+from gpu_cases import F64, ON_CPU, assert_close, needs_gpu
+from torch import nn
+
+import pathrnn_kernels as pk
+from pathrnn_kernels import optim
+
+pytestmark = pytest.mark.gpu
+
+STEPS, SEQ_LEN, BATCH, HIDDEN = 5, 8, 4, 19
+
+CASES = {
+    "kappa1": {},
+    "kappa2": {"second_term": True},
+    "path_norm": {"scale": "path_norm"},
+    "first_step": {"scale": "first_step", "update_every": 2},
+    "eps": {"scale": "path_norm", "eps": 1e-3},
+    "trust_radius": {"scale": "path_norm", "trust_radius": 1e-3},
+}
+#: The path-normalised step of each case moves the weights by about a thousandth of their size.
+LEARNING_RATE = {
+    "kappa1": 1e-2,
+    "kappa2": 1e-2,
+    "path_norm": 1e-4,
+    "first_step": 1e-3,
+    "eps": 1e-4,
+    "trust_radius": 1e-2,
+}
+
+
+@pytest.fixture(params=("cuda", "triton"))
+def path(request, device, monkeypatch):
+    """What computes κ and the update on the GPU: by default, or Triton alone. On the CPU Triton stands for both."""
+    from pathrnn_kernels.ops.backend import refusals
+
+    name = "triton" if ON_CPU else request.param
+    if (reason := refusals(device, F64)[name]) is not None:
+        pytest.skip(f"{name}: {reason}")
+    if request.param == "triton" or ON_CPU:
+        monkeypatch.setenv("PATHRNN_BACKEND", "triton")
+    else:
+        monkeypatch.delenv("PATHRNN_BACKEND", raising=False)
+    return request.param
+
+
+def build(device):
+    generator = torch.Generator().manual_seed(0)
+    net = pk.PathNetwork(pk.ReLURNN(2, HIDDEN, 2, dtype=F64), nn.Linear(HIDDEN, 1, dtype=F64), outputs="last")
+    with torch.no_grad():
+        for p in net.parameters():
+            p.normal_(generator=generator).div_(p.shape[-1] ** 0.5)
+    return net.to(device)
+
+
+def train(net, optimizer):
+    """The weights before the first step and after each."""
+    generator = torch.Generator().manual_seed(1)
+    device = next(net.parameters()).device
+    history = [[p.detach().clone() for p in net.parameters()]]
+    for _ in range(STEPS):
+        x = torch.rand(SEQ_LEN, BATCH, 2, generator=generator, dtype=F64).to(device)
+        target = torch.rand(BATCH, 1, generator=generator, dtype=F64).to(device)
+        optimizer.zero_grad()
+        nn.functional.mse_loss(net(x), target).backward()
+        optimizer.step()
+        history.append([p.detach().clone() for p in net.parameters()])
+    return history
+
+
+def assert_same_history(found, expected):
+    """Relative to the way that a weight has come; each step adds a few roundings of κ and of the gradient."""
+    error = tolerances.path(F64, 2 * SEQ_LEN, HIDDEN) + 2 * tolerances.rnn(F64, SEQ_LEN, BATCH, HIDDEN)
+    start = expected[0]
+    for step in range(1, STEPS + 1):
+        for i, (a, b) in enumerate(zip(found[step], expected[step], strict=True)):
+            way = (b - start[i]).abs().max().item()
+            assert way > 0
+            # Differences in the weights grow with the loss's curvature: tenfold over these few small steps is ample.
+            rounding = step * tolerances.unit_roundoff(F64) * b.abs().max().item()
+            assert_close(a, b, 1.0, f"step {step}, parameter {i}", scale=10 * step * error * way + 10 * rounding)
+
+
+def optimizer_of(net, base, case):
+    lr = LEARNING_RATE[case]
+    if base == "PathSGD":
+        return pk.PathSGD(net, lr=lr, momentum=0.5, **CASES[case])
+    return pk.PathOptimizer(torch.optim.SGD(net.parameters(), lr=lr, nesterov=True, momentum=0.9), net, **CASES[case])
+
+
+@pytest.mark.parametrize("base", ("PathSGD", "PathOptimizer"))
+@pytest.mark.parametrize("case", CASES)
+def test_training_follows_the_cpu(path, device, monkeypatch, case, base):
+    net = build(device)
+    found = train(net, optimizer_of(net, base, case))
+    monkeypatch.delenv("PATHRNN_BACKEND", raising=False)
+    truth = build("cpu")
+    assert_same_history(found, train(truth, optimizer_of(truth, base, case)))
+
+
+@needs_gpu
+@pytest.mark.parametrize("case", ("kappa1", "kappa2"))
+def test_the_side_stream_changes_nothing(path, device, monkeypatch, case):
+    net = build(device)
+    optimizer = optimizer_of(net, "PathSGD", case)
+    beside = train(net, optimizer)
+    assert optimizer._overlap is not None
+    monkeypatch.setattr(optim, "_streams", lambda device: None)
+    net = build(device)
+    optimizer = optimizer_of(net, "PathSGD", case)
+    assert_same_history(train(net, optimizer), beside)
+    assert optimizer._overlap is None
+
+
+@needs_gpu
+def test_the_weights_may_change_under_way(path, device):
+    """κ that was started for other weights than the step finds is not used."""
+    results = []
+    for late in (False, True):
+        net = build(device)
+        optimizer = pk.PathSGD(net, lr=1e-2)
+        train(net, optimizer)
+        x = torch.ones(SEQ_LEN, BATCH, 2, dtype=F64, device=device)
+        optimizer.zero_grad()
+        loss = net(x).square().sum()
+        gradients = torch.autograd.grad(loss, list(net.parameters()))
+        with torch.no_grad():
+            for p, g in zip(net.parameters(), gradients, strict=True):
+                p.grad = g
+                p.mul_(1.5)
+        if not late:
+            optimizer._overlap.drop()
+        optimizer.step()
+        results.append([p.detach().clone() for p in net.parameters()])
+    for a, b in zip(*results, strict=True):
+        assert_close(a, b, 10 * STEPS * tolerances.path(F64, 2 * SEQ_LEN, HIDDEN))
