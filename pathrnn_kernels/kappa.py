@@ -117,6 +117,11 @@ def kappa_later(
     Before the call returns, the host waits for the second term's certificates, if those are asked for, and no more.
     """
     seq_len = _check(net, seq_len)
+    if _autocasts(net):
+        with torch.autocast(_device_type(net), enabled=False):
+            return kappa_later(
+                net, seq_len, second_term, kappa2, rtol, backend, lags=lags, workspace_bytes=workspace_bytes, plan=plan
+            )
     if not isinstance(kappa2, str) or kappa2 not in KAPPA2_FACTOR:
         raise ValueError(f"kappa2 is {kappa2!r}; use one of {', '.join(map(repr, KAPPA2_FACTOR))}")
     if not isinstance(second_term, bool):
@@ -198,6 +203,9 @@ def log_path_norm(net: PathNetwork, seq_len: int, backend: str = "auto") -> Tens
 
 def _norm(net: PathNetwork, seq_len: int, backend: str, logarithm: bool) -> Tensor:
     seq_len = _check(net, seq_len)
+    if _autocasts(net):
+        with torch.autocast(_device_type(net), enabled=False):
+            return _norm(net, seq_len, backend, logarithm)
     parameters = net.weights()
     backend = _choose(net, parameters, backend)
     if backend == "reference":
@@ -259,6 +267,16 @@ class _FirstOrder(torch.autograd.Function):
         raise RuntimeError(
             'path_norm and log_path_norm are differentiable once; for second derivatives use backend="reference"'
         )
+
+
+def _device_type(net: PathNetwork) -> str:
+    weight: Tensor = net.rnn.weight_hh_l0  # type: ignore[assignment]
+    return weight.device.type
+
+
+def _autocasts(net: PathNetwork) -> bool:
+    """Whether torch's products would come in half precision, in which κ means nothing."""
+    return torch.is_autocast_enabled(_device_type(net))
 
 
 def _check(net: PathNetwork, seq_len: int) -> int:

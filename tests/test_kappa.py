@@ -731,3 +731,14 @@ def test_second_term_is_a_bool(value):
 def test_absurd_seq_len_is_refused():
     with pytest.raises(ValueError, match="seq_len is 1000000000000"):
         pk.kappa(with_hh(torch.eye(3)), 10**12)
+
+
+@pytest.mark.parametrize("backend", ("cpu", "reference"))
+def test_autocast_does_not_reach_kappa(backend):
+    net = pk.PathNetwork(pk.ReLURNN(3, 8), torch.nn.Linear(8, 2))
+    with torch.autocast("cpu"):
+        found = pk.kappa(net, 5, second_term=True, backend=backend)
+        norm = pk.path_norm(net, 5, backend=backend)
+    wanted = pk.kappa(net, 5, second_term=True, backend=backend)
+    assert torch.equal(norm, pk.path_norm(net, 5, backend=backend))
+    assert all(torch.equal(found.factors[name], factor) for name, factor in wanted.factors.items())

@@ -262,18 +262,6 @@ def test_an_error_is_the_steps_to_raise(cuda):
     assert all(torch.equal(p, before[name]) or name == "head.weight" for name, p in net.named_parameters())
 
 
-def test_autocast_does_not_reach_kappa(cuda, monkeypatch):
-    net = make()
-    optimizer = started(net, cuda)
-    inner, seen = pk.optim.kappa_later, []
-    monkeypatch.setattr(
-        pk.optim, "kappa_later", lambda *args, **kw: seen.append(torch.is_autocast_enabled("cpu")) or inner(*args, **kw)
-    )
-    with torch.autocast("cpu"):
-        net.rnn(torch.ones(SEQ_LEN, 1, 2, dtype=torch.float64))
-    assert seen == [False] and optimizer is not None
-
-
 # --- the hook ---------------------------------------------------------------------------------------------------------
 
 

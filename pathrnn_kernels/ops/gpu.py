@@ -497,7 +497,7 @@ class _Perron:
         self.growth = shares.amax(0) / shares.amin(0)
         self.spreads: list[Tensor] = []  # χ_0, χ_1, …
 
-    def limit(self, exponents: Tensor, lags: Tensor) -> Tensor:
+    def limit(self, exponents: Tensor, lags: Tensor | int) -> Tensor:
         """ρⁿ x uᵀ on the scale of the stored powers, by lag."""
         ahead = (lags * self.term.weight.exponents - exponents).double() * _LN2
         return torch.exp(lags * self.log_rho + ahead)[:, None, None] * torch.outer(self.x, self.u)
@@ -512,7 +512,7 @@ class _Perron:
     def bound(self, last: Rows, n: int, kappa: Tensor, top: Tensor) -> float:
         term, column = self.term, self.column
         spreads = torch.cat(self.spreads)[1:]
-        limit = self.limit(last.exponents, torch.tensor([n], device=self.x.device))[0]
+        limit = self.limit(last.exponents, n)[0]
         overlap = term.parent.pair_sums(term.d, term.h, n + 1)
         share = term.share(limit.T * overlap.data.double(), last.exponents + overlap.exponents, kappa, top)
         contraction = (self.pi @ spreads[-1].square()).sqrt()
@@ -543,7 +543,7 @@ class _Perron:
         term, dtype = self.term, self.term.parent.dtype
         ratio = self.log_rho.exp().to(dtype).expand(len(self.x)).contiguous()
         rest = term.kernels.filtered(*term.d.from_row(n + 2), ratio, term.weight.exponents, True)
-        limit = self.limit(last.exponents, torch.tensor([n], device=self.x.device)).to(dtype)
+        limit = self.limit(last.exponents, n).to(dtype)
         return Rows(*term.kernels.pair_sums(*rest, *term.h, 0, limit, last.exponents, *(term.pairs or (None, None))))
 
 

@@ -47,7 +47,7 @@ class PathChain(NamedTuple):
         packed = torch.cat([self.exponents, log_norm, self.lost.reshape(1).long()])
         host = torch.empty(packed.shape, dtype=torch.int64, pin_memory=True).copy_(packed, non_blocking=True)
         done = torch.cuda.Event()
-        done.record()
+        done.record(torch.cuda.current_stream(packed.device))
 
         def wait() -> tuple[list[int], float, bool]:
             done.synchronize()
