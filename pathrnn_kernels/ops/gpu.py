@@ -168,8 +168,10 @@ class _Pass:
             net.largest,
             self.lost,
         )
-        drive, head = Rows(*ends[:2]), Rows(*ends[2:4])
-        h, d = self.chains(kappa1, head, drive)
+        # Near the centre, as the chains keep what they make of them: the scale of sums of their rows is known then.
+        data = torch._foreach_mul([ends[0], ends[2]], 2.0 ** CENTRE[self.dtype])
+        exponents = torch._foreach_sub([ends[1], ends[3]], CENTRE[self.dtype])
+        h, d = self.chains(kappa1, Rows(data[1], exponents[1]), Rows(data[0], exponents[0]))
 
         top = h[-1].from_row(net.seq_len if net.last_only else 1)
         outputs = Rows(*kernels.row_sums(*top))
@@ -198,13 +200,13 @@ class _Pass:
             if net.head_weight is not None:
                 factors.append(Rows(outputs.data[None], outputs.exponents))
             if net.head_bias is not None:
-                factors.append(Rows(torch.full_like(head.data[:1], len(top.data)), self.exponent(0)))
+                factors.append(Rows(torch.full_like(outputs.data[:1], len(top.data)), self.exponent(0)))
             if net.embedding_weight is not None:
                 squares, exponent = self.squares(net.weight_ih[0], net.largest_of(0, 0))
                 factors.append(Rows(first_deltas.data[None] @ squares, first_deltas.exponents + exponent))
-        exponents = torch.cat([f.exponents for f in factors]) if factors else self.lost.new_empty(0, dtype=torch.int64)
+        scales = torch.cat([f.exponents for f in factors]) if factors else self.lost.new_empty(0, dtype=torch.int64)
         lost = torch.cat([self.lost, *self.losses]).any() if self.losses else self.lost[0]
-        return [f.data for f in factors], exponents, log_norm, lags, bounds, lost
+        return [f.data for f in factors], scales, log_norm, lags, bounds, lost
 
     # ---- the chains --------------------------------------------------------------------------------------------------
 

@@ -213,3 +213,12 @@ def test_powers_of_two_are_exact():
         exponents = torch.tensor([least - 1, least, -1, 0, 1, 1 - least, 5000, -(1 << 41)])
         wanted = [0.0, 2.0**least, 0.5, 1.0, 2.0, 2.0 ** (1 - least), 2.0 ** (1 - least), 0.0]
         assert gpu.power_of_two(exponents, dtype).tolist() == wanted
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.float64), ids=str)
+def test_factors_are_near_their_values(dtype):
+    """The scale of a sum is guessed from the exponents of its rows alone; users divide by its factor as it comes."""
+    for outputs in ("all", "last"):
+        found = run(network(5, 2, embedding=True, outputs=outputs, dtype=dtype), 9, factor=4.0)
+        assert all(abs(exponent) <= 20 for exponent in found.exponents.tolist())
+        assert all(2**-20 < factor.max() < 2**40 for factor in found.kappa)
