@@ -207,6 +207,9 @@ def _differentiate(ctx: Any, grad_y: Tensor | None, grad_h_n: Tensor | None) -> 
 
 
 relu_rnn.register_autograd(_differentiate, setup_context=_setup)
+for _device in ("cuda", "cpu"):  # the products inside must not come in half precision
+    relu_rnn.register_autocast(_device, torch.float32)
+    relu_rnn_backward.register_autocast(_device, torch.float32)
 
 
 def options(hidden: int, dtype: torch.dtype) -> dict[str, Any]:

@@ -184,3 +184,11 @@ def test_bad_arguments_of_backward(at):
 
 def test_limit():
     assert (limit(F32), limit(F64), limit(torch.float16)) == (128, 64, 0)
+
+
+def test_autocast_does_not_reach_the_products_inside():
+    tensors = arguments(6, 2, 3, 9, dtype=F32, requires_grad=True)
+    expected = gradients(relu_rnn, tensors)
+    with torch.autocast(DEVICE):
+        found = gradients(relu_rnn, tensors)
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
