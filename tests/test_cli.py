@@ -71,7 +71,7 @@ def test_version(capsys):
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
-        ([], "required: {train,info}"),
+        ([], "required: {train,bench,info}"),
         (["fit"], "invalid choice: 'fit'"),
         (["train"], "required: {adding,smnist}"),
         (["train", "adding", "--lr", "fast"], "argument --lr: invalid float value: 'fast'"),

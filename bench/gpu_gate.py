@@ -1,0 +1,814 @@
+"""Proves and times everything on the GPU at hand: `python bench/gpu_gate.py`, under eight minutes on an H100.
+
+In this order: what machine this is; the tests marked gpu; compute-sanitizer on small sizes; the card's ceilings; every
+kernel, then κ, ReLURNN and whole training steps against what a user would otherwise run, and the goals beside what was
+measured. No figure is given for code that disagrees with its oracle. What is missing, and what no time was left for, is
+skipped with a reason. One JSON and one Markdown file, named by device and date, are written anew after every part, so
+that a run that is cut off leaves what it found. No setting of the card is changed.
+
+Times are medians of turns with CUDA events around them, the contenders of a row taking turns: bench/measure.py.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import datetime
+import faulthandler
+import functools
+import json
+import math
+import os
+import platform
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+import traceback
+import xml.etree.ElementTree as ElementTree
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, cast
+
+if "--cpu" in sys.argv:
+    os.environ["TRITON_INTERPRET"] = "1"  # heeded when triton is first imported
+
+import torch
+from torch import Tensor, nn
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.append(str(ROOT))  # last: an installed pathrnn_kernels goes before the tree's
+
+import pathrnn_kernels as pk  # noqa: E402
+from bench import measure  # noqa: E402
+from bench.baselines import paper_kappa1, paper_kappa2  # noqa: E402
+from bench.measure import Row, Run, Skip, commit, output_of, quartiles, working  # noqa: E402
+from bench.rows import assert_close, forward_backward, recurrent, rounding  # noqa: E402
+from pathrnn_kernels import _C, optim  # noqa: E402
+from pathrnn_kernels.ops.backend import refusals  # noqa: E402
+from pathrnn_kernels.ops.plan import Plan, choose, describe, plans  # noqa: E402
+
+F32, F64 = torch.float32, torch.float64
+
+
+class Gate:
+    """The results so far, the time that is left, and the files that both end up in."""
+
+    def __init__(self, options: argparse.Namespace) -> None:
+        self.device = torch.device("cpu" if options.cpu else "cuda")
+        self.cpu: bool = options.cpu
+        self.seconds: float = options.seconds
+        self.started = time.monotonic()
+        self.limit = 60.0 * options.minutes
+        name = "cpu" if self.cpu else torch.cuda.get_device_name()
+        stamp = datetime.datetime.now().strftime("%Y-%m-%d-%H%M")
+        slug = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+        self.path = Path(options.out) / f"gpu-gate-{slug}-{stamp}"
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self.result: dict[str, Any] = {"device": name, "date": stamp, "complete": False, "skipped": {}, "rows": []}
+
+    def left(self) -> float:
+        return self.limit - (time.monotonic() - self.started)
+
+    def part(self, name: str, run: Callable[[], Any]) -> None:
+        """One part: its result under its name, or the reason why there is none."""
+        start = time.monotonic()
+        try:
+            if self.left() <= 0:
+                raise Skip(f"the limit of {self.limit / 60:g} minutes was reached")
+            found = run()
+            if found is not None:
+                self.result[name] = found
+        except Skip as reason:
+            self.result["skipped"][name] = str(reason)
+        except Exception as error:
+            self.result["skipped"][name] = f"{type(error).__name__}: {error}"
+            self.result.setdefault("errors", {})[name] = traceback.format_exc()
+        verdict = self.result["skipped"].get(name, "done")
+        print(f"{name:<56} {time.monotonic() - start:6.1f} s  {str(verdict).splitlines()[0][:160]}", flush=True)
+        self.write()
+
+    def write(self) -> None:
+        self.result["minutes"] = round((time.monotonic() - self.started) / 60, 2)
+        for suffix, text in ((".json", json.dumps(self.result, indent=1)), (".md", markdown(self.result))):
+            scratch = self.path.with_name(self.path.name + suffix + ".part")
+            scratch.write_text(text, encoding="utf-8")
+            scratch.replace(self.path.with_name(self.path.name + suffix))
+
+
+# ---- the machine -----------------------------------------------------------------------------------------------------
+
+
+def tool(name: str) -> str | None:
+    """A program of the CUDA toolkit, from PATH or CUDA_HOME."""
+    homes = [os.environ.get(key, "") for key in ("CUDA_HOME", "CUDA_PATH")] + ["/usr/local/cuda"]
+    folders = [str(Path(home) / part) for home in homes if home for part in ("bin", "compute-sanitizer")]
+    return shutil.which(name) or shutil.which(name, path=os.pathsep.join(folders))
+
+
+NVIDIA_SMI = (
+    "name,driver_version,vbios_version,pstate,clocks.sm,clocks.mem,clocks.max.sm,clocks.max.mem,power.limit,"
+    "temperature.gpu,mig.mode.current"
+)
+
+
+def environment(gate: Gate) -> dict[str, str]:
+    try:
+        import triton
+
+        triton_version = triton.__version__
+    except ImportError:
+        triton_version = "not installed"
+    nvcc = tool("nvcc")
+    found = {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "cuda of torch": str(torch.version.cuda or torch.version.hip),
+        "cudnn": str(torch.backends.cudnn.version()),
+        "triton": triton_version,
+        "nvcc": output_of(nvcc, "--version").splitlines()[-1] if nvcc else "not found",
+        "commit": commit(),
+        "processor": f"{platform.machine()}, {os.cpu_count()} threads",
+        "backends": "; ".join(f"{k}: {v or 'serves'}" for k, v in refusals(gate.device, F32).items()),
+    }
+    found |= {f"extension: {key}": value for key, value in _C.build_info().items()}
+    if not gate.cpu:
+        card = torch.cuda.get_device_properties(0)
+        found["card"] = (
+            f"{card.name}, compute capability {card.major}.{card.minor}, {card.multi_processor_count} multiprocessors, "
+            f"{card.total_memory >> 30} GiB, of {torch.cuda.device_count()}"
+        )
+        smi = output_of("nvidia-smi", f"--query-gpu={NVIDIA_SMI}", "--format=csv,noheader", "--id=0")
+        found["nvidia-smi"] = f"{NVIDIA_SMI}: {smi}"
+    return found
+
+
+def backends(gate: Gate) -> list[str]:
+    return [name for name in ("cuda", "triton") if refusals(gate.device, F32)[name] is None]
+
+
+# ---- tests and sanitizers --------------------------------------------------------------------------------------------
+
+
+def child_environment(**more: str) -> dict[str, str]:
+    """The same package for a child that runs elsewhere: in the source tree it would take the tree's."""
+    return os.environ | {"PYTHONPATH": str(Path(pk.__file__).parents[1])} | more
+
+
+def stop(process: subprocess.Popen[str], seconds: float) -> bool:
+    """Waits; whether the process had to be stopped, first politely, so that it writes down what it has."""
+    try:
+        process.wait(max(1.0, seconds))
+    except subprocess.TimeoutExpired:
+        process.send_signal(signal.SIGINT)
+        try:
+            process.wait(15)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+        return True
+    return False
+
+
+def run_tests(gate: Gate, limit: float) -> dict[str, Any]:
+    """All files at once: most of their time is compilation on the host."""
+    files = sorted((ROOT / "tests" / "gpu").glob("test_*.py"))
+    counts: dict[str, Any] = {"passed": 0, "failed": 0, "skipped": 0, "failures": [], "reasons": {}, "cut off": []}
+    with tempfile.TemporaryDirectory() as folder:
+        extra = ["-k", "refused or mixed or routed"] if gate.cpu else []
+        more = {"PATHRNN_GPU_TESTS_ON_CPU": "1"} if gate.cpu else {}
+        children = []
+        for file in files:
+            xml, log = (Path(folder) / f"{file.stem}.{kind}" for kind in ("xml", "log"))
+            # Warnings of new versions of torch are no reason to call a kernel wrong.
+            command = [sys.executable, "-m", "pytest", str(file), "-q", "-m", "gpu", "-W", "default", *extra]
+            command += [f"--junitxml={xml}", "-p", "no:cacheprovider"]
+            with log.open("w") as out:
+                child = subprocess.Popen(
+                    command, cwd=folder, env=child_environment(**more), stdout=out, stderr=out, text=True
+                )
+            children.append((file.stem, child, xml, log))
+        end = time.monotonic() + min(limit, gate.left() - 30)
+        for name, child, xml, log in children:
+            if stop(child, end - time.monotonic()):
+                counts["cut off"].append(name)
+            if not xml.exists():
+                counts["failures"].append([name, f"no results: {log.read_text()[-2000:]}"])
+                counts["failed"] += 1
+                continue
+            for case in ElementTree.parse(xml).getroot().iter("testcase"):
+                label = f"{name}::{case.get('name')}"
+                for kind in ("failure", "error"):
+                    if (found := case.find(kind)) is not None:
+                        counts["failed"] += 1
+                        counts["failures"].append([label, (found.text or found.get("message") or "")[-3000:]])
+                        break
+                else:
+                    if (found := case.find("skipped")) is not None:
+                        counts["skipped"] += 1
+                        reason = found.get("message") or ""
+                        counts["reasons"][reason] = counts["reasons"].get(reason, 0) + 1
+                    else:
+                        counts["passed"] += 1
+    return counts
+
+
+def workload(backend: str) -> None:
+    """Every kernel of a backend once or twice on small sizes: what compute-sanitizer watches."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    os.environ["PATHRNN_BACKEND"] = backend
+    for hidden, dtype in ((5, F32), (40, F32), (67, F64)):
+        net = small_network(device, hidden, dtype)
+        for plan, found in plans(backend, describe(device), hidden, 4, dtype.itemsize).items():
+            if isinstance(found, Plan):
+                pk.kappa(net, 4, backend=backend, plan=plan)
+        pk.kappa(net, 13, second_term=True, backend=backend)
+        optimizer = pk.PathSGD(net, lr=1e-3, scale="path_norm", trust_radius=1e-3)
+        x = torch.ones(4, 3, net.rnn.input_size, device=device, dtype=dtype)
+        net(x).square().sum().backward()
+        optimizer.step()
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def small_network(device: torch.device, hidden: int, dtype: torch.dtype) -> pk.PathNetwork:
+    return pk.PathNetwork(pk.ReLURNN(3, hidden, 2, dtype=dtype), nn.Linear(hidden, 2, dtype=dtype)).to(device)
+
+
+TOOLS = {
+    "memcheck": ["--leak-check", "no"],
+    "racecheck": [],
+    # torch's own kernels read padding that nobody wrote; CUDA's are told apart by their namespace.
+    "initcheck": ["--kernel-regex", "kns=pathrnn"],
+}
+
+
+def sanitize(gate: Gate, limit: float) -> dict[str, Any]:
+    sanitizer = tool("compute-sanitizer")
+    if gate.cpu:
+        raise Skip("needs a GPU")
+    if sanitizer is None:
+        raise Skip("compute-sanitizer is neither in PATH nor in CUDA_HOME")
+    children = []
+    with tempfile.TemporaryDirectory() as folder:
+        for name, arguments in TOOLS.items():
+            for backend in backends(gate):
+                if name == "initcheck" and backend != "cuda":
+                    continue
+                log = Path(folder) / f"{name}-{backend}.log"
+                command = [sanitizer, "--tool", name, "--error-exitcode", "86", "--print-limit", "5", *arguments]
+                command += [sys.executable, str(Path(__file__).resolve()), "--workload", backend]
+                with log.open("w") as out:
+                    child = subprocess.Popen(
+                        command,
+                        cwd=folder,
+                        # One allocation a tensor: else an access beyond one lies within another.
+                        env=child_environment(PYTORCH_NO_CUDA_MEMORY_CACHING="1"),
+                        stdout=out,
+                        stderr=out,
+                        text=True,
+                    )
+                children.append((f"{name}, {backend}", child, log))
+        end = time.monotonic() + min(limit, gate.left() - 30)
+        found: dict[str, Any] = {}
+        for name, child, log in children:
+            cut = stop(child, end - time.monotonic())
+            text = log.read_text(errors="replace")
+            summary = re.findall(r"(?:ERROR|RACECHECK|LEAK) SUMMARY:.*", text)
+            verdict = "cut off" if cut else "clean" if child.returncode == 0 else "errors"
+            found[name] = {"verdict": verdict, "summary": summary, "log": "" if verdict == "clean" else text[-4000:]}
+    return found
+
+
+# ---- timing ----------------------------------------------------------------------------------------------------------
+
+
+def bench(gate: Gate, row: Callable[[], Row], name: str) -> None:
+    """Build, check, time and note a row; nothing of it may end the run."""
+
+    def run() -> None:
+        torch.manual_seed(0)
+        built = row()
+        failed: dict[str, str] = {}
+        ours, baselines = (working(runs, failed) for runs in (built.ours, built.baselines))
+        for name in list(ours):
+            try:
+                built.check(name)
+            except AssertionError as error:
+                failed[name] = f"DISAGREES with its oracle, so no figure: {str(error)[:300]}"
+                del ours[name]
+        if failed:
+            gate.result.setdefault("failed", {})[built.label] = failed
+        if not ours:
+            raise Skip("; ".join(f"{key}: {why}" for key, why in failed.items()) or "no backend serves")
+        seconds = min(gate.seconds, max(0.0, gate.left()))
+        found_times = measure.measure({**ours, **baselines}, seconds, gate.device)
+        times = {name: quartiles(values) for name, values in found_times.items()}
+        ceilings = gate.result.get("ceilings", {})
+        best = min(ours, key=lambda n: times[n][0])
+        found: dict[str, Any] = {"label": built.label, "milliseconds": times, "ours": list(ours), "best": best}
+        found["ratios"] = {n: times[n][0] / times[best][0] for n in baselines}
+        if built.bytes:
+            rate = built.bytes / times[best][0] / 1e6
+            found["GB/s"] = rate
+            if "copy GB/s" in ceilings:
+                found["of copy"] = rate / ceilings["copy GB/s"]
+        if built.flops:
+            rate = built.flops / times[best][0] / 1e9
+            found["TFLOP/s"] = rate
+            if "fp32 GFLOP/s" in ceilings:
+                found["of fp32"] = 1e3 * rate / ceilings["fp32 GFLOP/s"]
+        gate.result["rows"].append(found)
+        if not gate.cpu:
+            torch.cuda.empty_cache()
+
+    gate.part(name, run)
+
+
+def ceilings(gate: Gate) -> dict[str, float]:
+    """What the card gives: a product of float32 without TF32, its memory, and a launch."""
+    small = torch.ones(4, device=gate.device)
+    launch = measure.measure({"launch": lambda: small.add_(1)}, 0.5, gate.device)["launch"]
+    return {**measure.ceilings(gate.device, 2.0, tiny=gate.cpu), "launch µs": min(launch) * 1e3}
+
+
+# ---- rows ------------------------------------------------------------------------------------------------------------
+
+
+def contenders(gate: Gate, hidden: int, seq_len: int) -> list[tuple[str, str]]:
+    """Every backend with every plan that serves. Interpreted, the programs of a grid cannot wait for each other."""
+    return [
+        (backend, "grid:1" if gate.cpu and plan == "grid" else plan)
+        for backend in backends(gate)
+        for plan, found in plans(backend, describe(gate.device), hidden, seq_len, 4).items()
+        if isinstance(found, Plan)
+    ]
+
+
+def check_kappa(net: pk.PathNetwork, seq_len: int, runs: dict[str, Run], second_term: bool) -> Callable[[str], None]:
+    """Against the CPU's kernels in float64."""
+    exact = pk.kappa(copy.deepcopy(net).cpu().double(), seq_len, second_term, rtol=1e-9, backend="cpu")
+
+    def check(name: str) -> None:
+        found = cast(pk.Kappa, runs[name]())
+        for parameter, truth in exact.factors.items():
+            steps = round((found.log_scales[parameter] - exact.log_scales[parameter]) / math.log(2))
+            factor = torch.ldexp(found.factors[parameter].double().cpu(), torch.tensor(steps)).expand(truth.shape)
+            assert_close(factor, truth, rounding(seq_len, net.hidden_size) + found.bound + exact.bound)
+
+    return check
+
+
+def row_kappa1(gate: Gate, hidden: int, seq_len: int, compiled: bool) -> Row:
+    net = recurrent(hidden, "Gaussian").to(gate.device)
+    kinds = contenders(gate, hidden, seq_len)
+    ours: dict[str, Run] = {
+        f"{backend} {plan}": functools.partial(pk.kappa, net, seq_len, backend=backend, plan=plan)
+        for backend, plan in kinds
+    }
+    ours["auto"] = functools.partial(pk.kappa, net, seq_len)  # what a user gets
+    eager = paper_kappa1(net, seq_len)
+    baselines: dict[str, Run] = {"eager autograd": eager}
+    if compiled:
+        baselines["torch.compile"] = torch.compile(eager)
+
+    # Both chains read W̃ every step; κ is two vectors' outer products over the steps, and is written.
+    matrix = hidden * hidden
+    return Row(
+        f"κ⁽¹⁾ H={hidden} T={seq_len}",
+        ours,
+        baselines,
+        check_kappa(net, seq_len, ours, False),
+        bytes=4.0 * (3 * matrix + 4 * seq_len * hidden),
+        flops=6.0 * seq_len * matrix,
+    )
+
+
+def row_kappa2(gate: Gate, hidden: int, seq_len: int, kind: str) -> Row:
+    net = recurrent(hidden, kind).to(gate.device)
+    ours: dict[str, Run] = {}
+    baselines: dict[str, Run] = {}
+    for backend in backends(gate):
+        ours[f"{backend} κ⁽¹⁾+κ⁽²⁾"] = functools.partial(pk.kappa, net, seq_len, True, backend=backend)
+        baselines[f"{backend} κ⁽¹⁾ alone"] = functools.partial(pk.kappa, net, seq_len, backend=backend)
+    baselines["paper's sum"] = paper_kappa2(net, seq_len)
+
+    check = check_kappa(net, seq_len, ours, True)
+    return Row(f"κ⁽¹⁾+κ⁽²⁾ H={hidden} T={seq_len} {kind}", ours, baselines, check)
+
+
+def row_rnn(gate: Gate, batch: int, seq_len: int, hidden: int, input_size: int, compiled: bool = False) -> Row:
+    theirs = nn.RNN(input_size, hidden, nonlinearity="relu", device=gate.device)
+    ours = pk.ReLURNN.from_torch(theirs)
+    x = torch.randn(seq_len, batch, input_size, device=gate.device)
+    weight = torch.randn(seq_len, batch, hidden, device=gate.device)
+    runs: dict[str, Run] = {"ReLURNN": lambda: forward_backward(ours, x, weight)}
+    if compiled:
+        traced = torch.compile(copy.deepcopy(ours), fullgraph=True, backend="aot_eager" if gate.cpu else "inductor")
+        runs["ReLURNN compiled"] = lambda: forward_backward(traced, x, weight)
+    from pathrnn_kernels.ops.triton.relu_rnn import limit
+
+    if "triton" in backends(gate) and hidden <= limit(F32):
+
+        def triton() -> object:
+            os.environ["PATHRNN_BACKEND"] = "triton"
+            try:
+                return forward_backward(ours, x, weight)
+            finally:
+                del os.environ["PATHRNN_BACKEND"]
+
+        runs["Triton"] = triton
+
+    def check(name: str) -> None:
+        # In float64: in float32 rounding moves a pre-activation across zero now and then, and gradients differ. The
+        # compiled module and the Triton kernel are covered by the tests.
+        if name != "ReLURNN":
+            return
+        exact = [
+            forward_backward(copy.deepcopy(module).double(), x.double(), weight.double()) for module in (ours, theirs)
+        ]
+        for a, b in zip(*exact, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-8 * b.abs().max().item())
+
+    flops = 6.0 * seq_len * batch * hidden * (hidden + input_size)
+    label = f"ReLURNN forward+backward B={batch} T={seq_len} H={hidden} I={input_size}"
+    return Row(label, runs, {"nn.RNN": lambda: forward_backward(theirs, x, weight)}, check, flops=flops)
+
+
+def row_step(gate: Gate, batch: int, seq_len: int, hidden: int, second_term: bool) -> Row:
+    """A training step whose κ is computed, against the same with κ from the cache: the difference is κ's share."""
+
+    def stepper(make: Callable[[pk.PathNetwork], torch.optim.Optimizer]) -> Run:
+        torch.manual_seed(0)
+        net = recurrent(hidden, "Gaussian").to(gate.device)
+        net.outputs = "last"
+        with torch.no_grad():
+            net.weights()["rnn.weight_hh_l0"].mul_(0.7)  # the forward pass must not grow
+        optimizer = make(net)
+        x, target = torch.rand(seq_len, batch, 2, device=gate.device), torch.rand(batch, 10, device=gate.device)
+
+        def step() -> None:
+            optimizer.zero_grad()
+            nn.functional.mse_loss(net(x), target).backward()
+            optimizer.step()
+
+        return step
+
+    def path(update_every: int) -> Callable[[pk.PathNetwork], torch.optim.Optimizer]:
+        return lambda net: pk.PathSGD(
+            net, lr=1e-12, scale="path_norm", second_term=second_term, update_every=update_every
+        )
+
+    without = stepper(path(1))
+
+    def in_line() -> None:
+        before, optim._streams = optim._streams, lambda device: None
+        try:
+            without()
+        finally:
+            optim._streams = before
+
+    baselines: dict[str, Run] = {
+        "PathSGD, κ cached": stepper(path(1 << 30)),
+        "PathSGD, κ in line": in_line,
+        "SGD": stepper(lambda net: torch.optim.SGD(net.parameters(), lr=1e-12)),
+    }
+    term = "κ⁽¹⁾+κ⁽²⁾" if second_term else "κ⁽¹⁾"
+    return Row(f"step with {term} B={batch} T={seq_len} H={hidden}", {"PathSGD": stepper(path(1))}, baselines)
+
+
+def row_update(gate: Gate, hidden: int) -> Row:
+    """g/κ of a network's weights; κ of a recurrent matrix is dense."""
+    from pathrnn_kernels.ops.triton import update
+
+    if "triton" not in backends(gate):
+        raise Skip("the fused update is Triton's, which does not serve here")
+    shapes = [(hidden, hidden)] * 4 + [(hidden,)] * 4
+    gradients = [torch.randn(shape, device=gate.device) for shape in shapes]
+    kappas = [torch.rand(shape, device=gate.device) + 0.5 for shape in shapes]
+    scales = [1.5] * len(shapes)
+
+    def plain() -> object:
+        found = torch._foreach_mul(gradients, scales)
+        torch._foreach_div_(found, kappas)
+        return found
+
+    def check(name: str) -> None:
+        for a, g, k in zip(update.precondition(gradients, kappas, scales, 1)[0], gradients, kappas, strict=True):
+            assert_close(a, g.double() * 1.5 / k.double(), 4 * torch.finfo(F32).eps)
+
+    moved = 3.0 * 4 * sum(g.numel() for g in gradients)
+    ours: dict[str, Run] = {"fused": lambda: update.precondition(gradients, kappas, scales, 1)}
+    return Row(f"update H={hidden}, {moved / 3e6:.0f} MB of gradients", ours, {"torch._foreach": plain}, check, moved)
+
+
+def rows_of_kernels(gate: Gate, hidden: int, seq_len: int, count: int) -> dict[str, Callable[[], Row]]:
+    """The kernels of path_chain one by one, each against the plainest torch that does its work."""
+    from pathrnn_kernels.ops import cuda, triton
+
+    modules = {name: {"cuda": cuda, "triton": triton}[name] for name in backends(gate)}
+    w = torch.randn(hidden, hidden, device=gate.device) / hidden**0.5
+    top = w.abs().max().reshape(1)
+    rows = torch.rand(seq_len, hidden, device=gate.device) + 0.5
+    zeros = torch.zeros(seq_len, dtype=torch.int64, device=gate.device)
+    lost = torch.zeros(1, dtype=torch.bool, device=gate.device)
+    powers = torch.rand(count, hidden, hidden, device=gate.device)
+    one = (rows[:1], zeros[:1])
+    ratio, matrix, sequence = rows[0] / 2, 4.0 * hidden * hidden, 4.0 * hidden * seq_len
+    size = f"H={hidden} T={seq_len}"
+
+    def kernel(
+        name: str,
+        what: str,
+        call: Sequence[object],
+        plain: Run,
+        moved: float,
+        flops: float,
+        truth: Callable[[], Tensor],
+        depth: int,
+    ) -> Callable[[], Row]:
+        def build() -> Row:
+            runs: dict[str, Run] = {b: functools.partial(getattr(m, name), *call) for b, m in modules.items()}
+
+            def check(name: str) -> None:
+                data, exponent, *_ = cast(Any, runs[name]())
+                scale = exponent.double().reshape(-1, *[1] * (data.dim() - 1))
+                assert_close(data.double() * torch.exp2(scale), truth(), rounding(depth, 1))
+
+            return Row(f"{name}{what} {size}", runs, {"plain torch": plain}, check, moved, flops)
+
+        return build
+
+    def lagged() -> Tensor:
+        total = torch.zeros_like(w)
+        for i in range(count):
+            total += powers[i].T * (rows[i:].T @ rows[: seq_len - i])
+        return total
+
+    def chains() -> Row:
+        kinds = [(b, p) for b, p in contenders(gate, hidden, seq_len) if p != "gemm"]
+        runs: dict[str, Run] = {}
+        for backend, plan in kinds:
+            chosen = choose(backend, describe(gate.device), hidden, seq_len, 4, plan)
+            call = (w, top, *one, w, top, *one, seq_len, False, False, chosen.name, chosen.blocks, lost)
+            runs[f"{backend} {plan}"] = functools.partial(modules[backend].chains, *call)
+        squared = w.square()
+
+        def plain() -> object:
+            h, d = [rows[0]], [rows[0]]
+            for _ in range(seq_len - 1):
+                h.append(rows[0] + squared @ h[-1])
+                d.append(rows[0] + squared.T @ d[-1])
+            return h, d
+
+        def check(name: str) -> None:
+            exact, h = w.cpu().double().square(), rows[0].cpu().double()
+            for _ in range(seq_len - 1):
+                h = rows[0].cpu().double() + exact @ h
+            found, exponents, *_ = cast(Any, runs[name]())
+            assert_close(found[-1].double() * torch.exp2(exponents[-1].double()), h, rounding(seq_len, hidden))
+
+        # Every step reads W̃ twice, from registers, shared memory or cache: no bytes of device memory are counted.
+        return Row(f"chains {size}", runs, {"plain torch": plain}, check, flops=4.0 * seq_len * hidden * hidden)
+
+    def filter_plainly() -> object:
+        y = torch.zeros_like(ratio)
+        for row in rows:
+            y = ratio * (row + y)
+        return y
+
+    def filter_exactly() -> Tensor:
+        y, found = torch.zeros_like(ratio).double(), []
+        for row in rows.double():
+            y = ratio.double() * (row + y)
+            found.append(y)
+        return torch.stack(found)
+
+    return {
+        "column_sums": kernel(
+            "column_sums",
+            "",
+            (w, top, lost),
+            lambda: w.square().sum(0),
+            matrix,
+            0,
+            lambda: w.double().square().sum(0),
+            hidden,
+        ),
+        "ends": kernel(
+            "ends",
+            "",
+            (w, [], [], w, None, None, None, 1, top.repeat(3), lost),
+            lambda: (w.square().sum(1), w.square().sum(0)),
+            2 * matrix,
+            0,
+            lambda: w.double().square().sum(1)[None],
+            hidden,
+        ),
+        "chains": chains,
+        "row_sums": kernel(
+            "row_sums", "", (rows, zeros), lambda: rows.sum(0), sequence, 0, lambda: rows.double().sum(0), seq_len
+        ),
+        "pair_sums, one lag": kernel(
+            "pair_sums",
+            ", one lag",
+            (rows, zeros, rows, zeros, 0, None, None, None, None),
+            lambda: rows.T @ rows,
+            2 * sequence + matrix,
+            2.0 * seq_len * hidden * hidden,
+            lambda: rows.double().T @ rows.double(),
+            seq_len,
+        ),
+        f"pair_sums, {count} lags": kernel(
+            "pair_sums",
+            f", {count} lags",
+            (rows, zeros, rows, zeros, 0, powers, zeros[:1].expand(count).contiguous(), None, None),
+            lagged,
+            2 * sequence + (count + 1) * matrix,
+            2.0 * count * seq_len * hidden * hidden,
+            lambda: sum(  # type: ignore[arg-type, return-value]
+                powers[i].double().T * (rows[i:].double().T @ rows[: seq_len - i].double()) for i in range(count)
+            ),
+            seq_len * count,
+        ),
+        "filtered": kernel(
+            "filtered",
+            "",
+            (rows, zeros, ratio, zeros[:1], False),
+            filter_plainly,
+            2 * sequence,
+            0,
+            filter_exactly,
+            seq_len,
+        ),
+    }
+
+
+def benchmarks(gate: Gate) -> None:
+    """The rows with a goal first."""
+    steps = ((2, 4, 8),) if gate.cpu else ((16, 784, 100), (32, 20, 200), (100, 50, 2048))
+    kappas = ((8, 4),) if gate.cpu else ((100, 784), (200, 20), (2048, 50))
+    for hidden, seq_len in kappas:
+        name = f"κ⁽¹⁾ H={hidden} T={seq_len}"
+        bench(gate, functools.partial(row_kappa1, gate, hidden, seq_len, seq_len == 20), name)
+    for batch, seq_len, hidden in steps:
+        for input_size in (1,) if hidden < 2000 else (50,):
+            compiled = hidden == 200 or gate.cpu
+            name = f"ReLURNN B={batch} T={seq_len} H={hidden}"
+            bench(gate, functools.partial(row_rnn, gate, batch, seq_len, hidden, input_size, compiled), name)
+    for batch, seq_len, hidden in steps:
+        for second_term in (False, True):
+            name = f"step {'κ⁽¹⁾+κ⁽²⁾' if second_term else 'κ⁽¹⁾'} B={batch} T={seq_len} H={hidden}"
+            bench(gate, functools.partial(row_step, gate, batch, seq_len, hidden, second_term), name)
+    bench(gate, functools.partial(row_update, gate, 16 if gate.cpu else 4096), "update")
+    for hidden, seq_len in ((8, 4),) if gate.cpu else ((100, 784), (512, 100)):
+        for kind in ("Gaussian", "nn.RNN", "I+0.02N"):
+            bench(gate, functools.partial(row_kappa2, gate, hidden, seq_len, kind), f"κ⁽²⁾ H={hidden} {kind}")
+    for size in ((8, 4, 2),) if gate.cpu else ((100, 784, 8), (2048, 50, 4)):
+        for name, row in rows_of_kernels(gate, *size).items():
+            bench(gate, row, f"{name} H={size[0]} T={size[1]}")
+
+
+# ---- goals and files -------------------------------------------------------------------------------------------------
+
+
+def goals(result: dict[str, Any]) -> list[dict[str, Any]]:
+    """The issue's goals for an H100 beside what was measured."""
+    rows = {row["label"]: row for row in result["rows"]}
+    found = []
+
+    def goal(text: str, label: str, measured: Callable[[dict[str, Any]], float], met: Callable[[float], bool]) -> None:
+        row = rows.get(label)
+        value = None if row is None else measured(row)
+        verdict = "not measured" if value is None else "met" if met(value) else "missed"
+        found.append({"goal": text, "row": label, "measured": value, "verdict": verdict})
+
+    def ratio(baseline: str, ours: str) -> Callable[[dict[str, Any]], float]:
+        return lambda row: row["milliseconds"][baseline][0] / row["milliseconds"][ours][0]
+
+    def share(row: dict[str, Any]) -> float:
+        times = {name: entry[0] for name, entry in row["milliseconds"].items()}
+        return (times["PathSGD"] - times["PathSGD, κ cached"]) / times["SGD"]
+
+    for row in result["rows"]:
+        if row["label"].startswith("ReLURNN"):
+            text = "ReLURNN never slower than nn.RNN (ratio at least 1)"
+            goal(text, row["label"], ratio("nn.RNN", "ReLURNN"), lambda v: v >= 1)
+    goal(
+        "κ⁽¹⁾ at least 100x eager autograd",
+        "κ⁽¹⁾ H=100 T=784",
+        ratio("eager autograd", "auto"),
+        lambda v: v >= 100,
+    )
+    for size in ("B=16 T=784 H=100", "B=32 T=20 H=200", "B=100 T=50 H=2048"):
+        goal("κ⁽¹⁾ at most 2 % of a step", f"step with κ⁽¹⁾ {size}", share, lambda v: v <= 0.02)
+        goal("κ⁽¹⁾+κ⁽²⁾ at most 10 % of a step", f"step with κ⁽¹⁾+κ⁽²⁾ {size}", share, lambda v: v <= 0.1)
+    label = next((name for name in rows if name.startswith("update")), "update")
+    goal("update at 80 % of copy bandwidth", label, lambda r: r.get("of copy", 0.0), lambda v: v >= 0.8)
+    return found
+
+
+def markdown(result: dict[str, Any]) -> str:
+    lines = [f"# GPU gate: {result['device']}, {result['date']}", ""]
+    if not result["complete"]:
+        lines += ["**This run did not finish.**", ""]
+    lines += [f"{result['minutes']} minutes. Written by `python bench/gpu_gate.py`.", ""]
+    if "environment" in result:
+        lines += ["## Machine", "", *(f"- {key}: {value}" for key, value in result["environment"].items()), ""]
+    if "tests" in result:
+        tests = result["tests"]
+        lines += ["## Tests", "", f"{tests['passed']} passed, {tests['failed']} failed, {tests['skipped']} skipped."]
+        lines += [f"- cut off by the time limit: {name}" for name in tests["cut off"]]
+        lines += [f"- skipped {count}: {reason}" for reason, count in tests["reasons"].items()]
+        lines += [
+            f"- FAILED {name}: `{text.strip().splitlines()[-1][:300]}`"
+            for name, text in tests["failures"]
+            if text.strip()
+        ]
+        lines += [""]
+    if "sanitizers" in result:
+        lines += ["## compute-sanitizer", ""]
+        for name, entry in result["sanitizers"].items():
+            lines.append(f"- {name}: {entry['verdict']} {' '.join(entry['summary'])}")
+        lines += [""]
+    if "ceilings" in result:
+        lines += ["## Ceilings", "", *(f"- {key}: {value:.4g}" for key, value in result["ceilings"].items()), ""]
+    if "goals" in result:
+        lines += ["## Goals", "", "| goal | row | measured | |", "|---|---|---|---|"]
+        for entry in result["goals"]:
+            value = "" if entry["measured"] is None else f"{entry['measured']:.4g}"
+            lines.append(f"| {entry['goal']} | {entry['row']} | {value} | {entry['verdict']} |")
+        lines += [""]
+    if result["rows"]:
+        lines += ["## Times", "", "Median [quartiles] in milliseconds; ratios are to the best of ours.", ""]
+        lines += ["| row | contender | ms | ratio | rate of ours |", "|---|---|---|---|---|"]
+        for row in result["rows"]:
+            rates = [f"{row[key]:.4g} {key}" for key in ("GB/s", "TFLOP/s") if key in row]
+            rates += [f"{100 * row[key]:.0f} % {key}" for key in ("of copy", "of fp32") if key in row]
+            for name, (median, low, high) in row["milliseconds"].items():
+                ratio = f"{row['ratios'][name]:.2f}" if name in row["ratios"] else "ours"
+                rate = ", ".join(rates) if name == row["best"] else ""
+                lines.append(f"| {row['label']} | {name} | {median:.4f} [{low:.4f}, {high:.4f}] | {ratio} | {rate} |")
+        lines += [""]
+    if "failed" in result:
+        lines += ["## Contenders that failed", ""]
+        lines += [f"- {row}, {name}: {why}" for row, names in result["failed"].items() for name, why in names.items()]
+        lines += [""]
+    if result["skipped"]:
+        lines += ["## Skipped", "", *(f"- {name}: {reason}" for name, reason in result["skipped"].items()), ""]
+    return "\n".join(lines)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", default=str(ROOT / "bench" / "results"), help="folder of the two files (%(default)s)")
+    parser.add_argument("--minutes", type=float, default=8.0, help="limit of the whole run (%(default)s)")
+    parser.add_argument("--seconds", type=float, default=1.5, help="time for one row of figures (%(default)s)")
+    parser.add_argument(
+        "--skip", nargs="+", choices=("tests", "sanitizers", "benchmarks"), default=[], help="leave out"
+    )
+    parser.add_argument(
+        "--cpu", action="store_true", help="try the gate itself without a GPU: Triton interpreted, tiny sizes"
+    )
+    parser.add_argument("--workload", choices=("cuda", "triton"), help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.workload is not None:
+        workload(options.workload)
+        return 0
+    if not options.cpu and not torch.cuda.is_available():
+        print("no GPU: torch.cuda.is_available() is False here; --cpu tries the gate itself", file=sys.stderr)
+        return 2
+    os.environ.pop("PATHRNN_BACKEND", None)
+    gate = Gate(options)
+    # A kernel that never ends would hold this process for ever: what was found until then is written.
+    faulthandler.dump_traceback_later(gate.limit + 60, exit=True)
+    parts: dict[str, Callable[[], Any]] = {
+        "environment": lambda: environment(gate),
+        "tests": lambda: run_tests(gate, 0.4 * gate.limit),
+        "sanitizers": lambda: sanitize(gate, 0.2 * gate.limit),
+        "ceilings": lambda: ceilings(gate),
+    }
+    for name, run in parts.items():
+        if name in options.skip:
+            gate.result["skipped"][name] = "as asked"
+        else:
+            gate.part(name, run)
+    if "benchmarks" in options.skip:
+        gate.result["skipped"]["benchmarks"] = "as asked"
+    else:
+        benchmarks(gate)
+        if not gate.cpu:
+            gate.result["goals"] = goals(gate.result)
+    gate.result["complete"] = True
+    gate.write()
+    print(f"wrote {gate.path}.json and {gate.path}.md")
+    unclean = any(entry["verdict"] == "errors" for entry in gate.result.get("sanitizers", {}).values())
+    failed = gate.result.get("tests", {}).get("failed", 0) > 0
+    return 1 if failed or unclean or "failed" in gate.result or "errors" in gate.result else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

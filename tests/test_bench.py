@@ -1,0 +1,289 @@
+"""`pathrnn bench`: no figure for a wrong kernel, intervals that hold what they say, comparisons, files."""
+
+import copy
+import itertools
+import json
+import math
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.append(str(ROOT))  # last: an installed pathrnn_kernels goes before the tree's
+
+import pathrnn_kernels as pk  # noqa: E402
+from bench import measure, report, rows  # noqa: E402
+from bench.rows import OURS, Spec  # noqa: E402
+from pathrnn_kernels import cli  # noqa: E402
+
+TINY = (
+    Spec("kappa1", 4, 5, kind="Gaussian", axes="T"),
+    Spec("kappa1", 4, 9, kind="Gaussian", axes="T"),
+    Spec("kappa1", 6, 5, kind="nn.RNN", axes="P"),
+    Spec("kappa2", 4, 5, kind="Gaussian"),
+    Spec("path_norm", 4, 5, kind="nn.RNN"),
+    Spec("forward", 4, 5, 2, 1),
+    Spec("backward", 4, 5, 2, 1),
+    Spec("backward", 3, 4, 2, 2, axes="random"),
+    Spec("step", 4, 5, 2, 2, "κ⁽¹⁾"),
+    Spec("step", 4, 5, 2, 2, "κ⁽¹⁾+κ⁽²⁾"),
+)
+
+
+@pytest.fixture(autouse=True)
+def tiny(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(rows, "specs", lambda quick, random: list(TINY))
+    monkeypatch.setattr(measure, "FEWEST", 6)
+    monkeypatch.setattr(measure, "ceilings", lambda *_: {"fp32 GFLOP/s": 100.0, "copy GB/s": 10.0, "read GB/s": 12.0})
+    before = measure.denormals()
+    yield
+    torch.set_flush_denormal(before == "flushed")
+
+
+def bench(capsys, *arguments) -> tuple[int, str, str]:
+    try:
+        code = cli.main(["bench", *map(str, arguments)])
+    except SystemExit as exit:
+        code = exit.code
+    return code, *capsys.readouterr()
+
+
+def run(capsys, folder, *arguments) -> tuple[int, str, dict]:
+    code, out, err = bench(capsys, "--quick", "--seconds", "0.01", "--out", folder, *arguments)
+    (file,) = folder.glob("*.json")
+    assert err == "", err
+    return code, out, json.loads(file.read_text())
+
+
+def wrong(function, seq_len):
+    """The kernel with one entry a part in a hundred off, at one sequence length alone."""
+
+    def broken(net, steps, *arguments, **options):
+        found = function(net, steps, *arguments, **options)
+        if steps == seq_len:
+            found.factors[rows.RECURRENT].view(-1)[1] *= 1.01
+        return found
+
+    return broken
+
+
+def test_every_row_has_figures_ratios_and_a_share_of_the_roofline(capsys, tmp_path):
+    code, out, result = run(capsys, tmp_path)
+    assert code == 0 and result["complete"] and result["withheld"] == {} and result["gate"]["disagree"] == {}
+    assert [row["label"] for row in result["rows"]] == [spec.label for spec in TINY]
+    for row in result["rows"]:
+        assert row["label"] in out
+        # Left out with a reason, or compared: no baseline is lost, nor disagrees with the oracle.
+        assert row["ratios"] and not any("disagrees" in why or "Error" in why for why in row["absent"].values())
+        for median, low, high in (*row["figures"].values(), *row["ratios"].values()):
+            assert 0 < low <= median <= high
+        assert row["roofline"] == pytest.approx(
+            max(row["flops"] / 100e9, row["bytes"] / 12e9) * 1e3 / row["figures"][OURS][0]
+        )
+
+
+def test_a_broken_kernel_shows_no_figure_at_any_size_nor_where_it_is_used(capsys, monkeypatch, tmp_path):
+    monkeypatch.setattr(pk, "kappa", wrong(pk.kappa, 9))
+    code, out, result = run(capsys, tmp_path)
+    assert code == 1
+    assert list(result["gate"]["disagree"]) == ["kappa1 T=9 H=4 Gaussian"]
+    assert {row["part"] for row in result["rows"]} == {"forward", "backward", "random"}
+    assert len(result["withheld"]) == len(TINY) - len(result["rows"])
+    lines = [line for line in out.splitlines() if line.startswith(("kappa1", "kappa2", "path_norm", "step"))]
+    assert len(lines) == 7 and all(line.endswith("no figure: kappa1 disagrees with the oracle") for line in lines)
+    table = next(tmp_path.glob("*.md")).read_text()
+    assert "no figure for kappa1 T=9 H=4 Gaussian" in table and "| T=9 H=4 Gaussian" not in table
+
+
+@pytest.mark.parametrize("group", ["forward", "backward", "path_norm", "kappa2", "step"])
+def test_the_gate_notices_a_wrong_entry_of_every_kernel(monkeypatch, group):
+    spec = next(spec for spec in TINY if spec.group == group and "κ⁽²⁾" not in spec.kind)
+    row = rows.build(spec, measure.CPU, quick=True)
+    row.check(OURS)
+    if group == "step":
+        true = pk.PathSGD.step
+
+        def step(self):
+            true(self)
+            with torch.no_grad():
+                self.net.weights()[rows.RECURRENT][0, 1] *= 1.01
+
+        monkeypatch.setattr(pk.PathSGD, "step", step)
+    else:
+        found = row.ours[OURS]()
+        entries = found.factors[rows.RECURRENT] if group == "kappa2" else found[-1].detach()
+        entries.view(-1)[1 % entries.numel()] *= 1.01
+        row.ours[OURS] = lambda: found
+    with pytest.raises(AssertionError):
+        row.check(OURS)
+
+
+def test_a_wrong_baseline_is_left_out_with_the_reason(capsys, monkeypatch, tmp_path):
+    true = rows.baselines.paper_kappa2
+    monkeypatch.setattr(rows.baselines, "paper_kappa2", lambda *a: lambda: true(*a)() * 1.1)
+    code, _, result = run(capsys, tmp_path, "--only", "kappa2")
+    assert code == 0
+    assert "disagrees with the oracle" in result["rows"][0]["absent"]["paper's sum"]
+    assert "paper's sum" not in result["rows"][0]["figures"]
+
+
+def test_the_interval_holds_the_median_of_a_skewed_distribution_as_often_as_it_says():
+    generator = random.Random(0)
+    for n in (6, 20, 101):
+        trials = 4000
+        held = 0
+        for _ in range(trials):
+            _, low, high = measure.interval([generator.expovariate(1) for _ in range(n)])
+            held += low <= math.log(2) <= high
+        # Order statistics cannot have exactly 95 %; the next narrower pair would have less. 4 standard deviations.
+        slack = 4 * math.sqrt(0.05 * 0.95 / trials)
+        tails = [2 * sum(math.comb(n, i) for i in range(k + 1)) / 2**n for k in range(n // 2)]
+        assert abs(held / trials - (1 - max(tail for tail in tails if tail <= 0.05))) < slack
+    assert measure.interval([3.0, 1.0, 2.0]) == (2.0, 1.0, 3.0)
+    assert measure.interval([7.0]) == (7.0, 7.0, 7.0)
+
+
+def test_ratios_are_formed_within_rounds():
+    # A slow spell in two of six rounds, on both sides.
+    ours, theirs = [1.0, 1.0, 9.0, 9.0, 1.0, 1.0], [3.0, 3.0, 27.0, 27.0, 3.0, 3.0]
+    assert measure.ratio(ours, theirs) == (3.0, 3.0, 3.0)
+
+
+def test_contenders_take_turns():
+    calls = []
+    runs = {name: lambda name=name: calls.append(name) or sum(range(50_000)) for name in "ab"}
+    times = measure.measure(runs, 0.0)
+    assert {name: len(found) for name, found in times.items()} == {"a": measure.FEWEST, "b": measure.FEWEST}
+    changes = sum(a != b for a, b in itertools.pairwise(calls))
+    assert changes >= 2 * measure.FEWEST - 1
+
+
+def result_with(ratio: list[float]) -> dict:
+    row = {
+        **{"part": "kappa1", "label": "T=5 H=6 nn.RNN", "axes": "", "hidden": 6, "seq_len": 5, "batch": 0},
+        **{"unit": "ms", "flops": 1.0, "bytes": 1.0, "absent": {}},
+        "figures": {OURS: [1.0, 1.0, 1.0], "eager autograd": ratio},
+        "ratios": {"eager autograd": ratio},
+    }
+    return {"schema": report.SCHEMA, "machine": {"torch": "2"}, "parts": ["kappa1"], "rows": [row]}
+
+
+@pytest.mark.parametrize(
+    ("later", "kind"),
+    [
+        ([5.0, 4.9, 5.1], None),
+        ([4.0, 3.9, 4.1], "slower"),
+        ([4.0, 3.0, 5.0], None),  # intervals overlap
+        ([4.7, 4.65, 4.75], None),  # beyond this run's noise, yet less than a tenth
+        ([6.0, 5.9, 6.1], "faster"),
+    ],
+)
+def test_baseline_finds_changes_beyond_noise_alone(capsys, tmp_path, later, kind):
+    old, new = tmp_path / "old.json", tmp_path / "new.json"
+    report.save(result_with([5.0, 4.9, 5.1]), old)
+    report.save(result_with(later), new)
+    code, out, err = bench(capsys, "--baseline", old, "--compare", new)
+    assert code == (1 if kind == "slower" else 0) and err == ""
+    if kind is None:
+        assert out == "nothing changed beyond noise\n"
+    else:
+        assert out.startswith(f"{kind} beyond noise: kappa1 T=5 H=6 nn.RNN against eager autograd: 5.00x")
+
+
+def test_a_run_compares_itself_with_an_earlier_file(capsys, tmp_path):
+    _, _, result = run(capsys, tmp_path, "--only", "kappa1", "path_norm")
+    old = copy.deepcopy(result)
+    (name,) = old["rows"][2]["ratios"]
+    old["rows"][2]["ratios"][name] = [1e6, 0.99e6, 1.01e6]
+    old["rows"][0]["label"] = "T=5 H=77 Gaussian"
+    old["machine"]["torch"] = "1.0"
+    report.save(old, tmp_path / "old.txt")
+    code, out, _ = run(capsys, tmp_path, "--only", "kappa1", "--baseline", tmp_path / "old.txt")
+    assert code == 1
+    assert "slower beyond noise: kappa1 T=5 H=6 nn.RNN" in out
+    assert "no figure any more: kappa1 T=5 H=77 Gaussian" in out and "path_norm" not in out  # which was not asked for
+    assert "not in the earlier file: kappa1 T=5 H=4 Gaussian" in out
+    assert f"torch: 1.0 → {result['machine']['torch']}" in out
+
+
+def test_files_come_back_as_they_went(capsys, tmp_path):
+    _, _, result = run(capsys, tmp_path)
+    (file,) = tmp_path.glob("*.json")
+    assert report.load(file) == result
+    report.save(result, tmp_path / "again")
+    assert (tmp_path / "again").read_bytes() == file.read_bytes()
+    table = next(tmp_path.glob("*.md")).read_text()
+    for row in result["rows"]:
+        if row["part"] != "random":
+            assert f"| {row['label']} | {report.spread(row['figures'][OURS])} |" in table
+    names = {path.name.rpartition("-quick-")[2] for path in tmp_path.glob("*.png")}
+    assert names == {"speedups.png", "cost-T.png"}
+    for path in tmp_path.glob("*.png"):
+        assert path.name in table and path.read_bytes().startswith(b"\x89PNG") and path.stat().st_size > 10_000
+
+
+@pytest.mark.parametrize(
+    "text", ["", "[]", '{"schema": 0}', '{"schema": 1}', '{"schema": 1, "machine": {}, "parts": [], "rows": [{}]}']
+)
+def test_a_file_that_is_no_result_is_one_sentence(capsys, tmp_path, text):
+    (tmp_path / "old.json").write_text(text)
+    code, out, err = bench(capsys, "--baseline", tmp_path / "old.json", "--out", tmp_path / "out")
+    assert code == 2 and out == "" and err.startswith("pathrnn: ") and err.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["--compare", "x.json"], "--compare needs --baseline"),
+        (["--seconds", "0"], "--seconds is 0; it must be above 0"),
+        (["--only", "speed"], "invalid choice: 'speed'"),
+        (["--fast"], "unrecognized arguments: --fast"),
+    ],
+)
+def test_a_wrong_option_is_one_sentence(capsys, arguments, expected):
+    code, out, err = bench(capsys, *arguments)
+    assert code == 2 and out == "" and expected in err and err.count("\n") == 1
+
+
+def test_help_says_what_the_exit_status_means_and_names_every_option(capsys):
+    code, out, _ = bench(capsys, "--help")
+    assert code == 0 and "Exit status: 0; 1 if a kernel disagreed or something became slower" in out
+    for option in ("--quick", "--only", "--baseline", "--compare", "--out", "--seconds", "--random", "--threads"):
+        assert option in out
+    for part in rows.PARTS:
+        assert part in out
+
+
+def test_outside_the_source_tree_it_says_where_to_run(tmp_path):
+    # An installation: the package without its tree.
+    (tmp_path / "lib").mkdir()
+    (tmp_path / "lib" / "pathrnn_kernels").symlink_to(Path(pk.__file__).parent)
+    code = f"import sys; sys.path.insert(0, {str(tmp_path / 'lib')!r}); from pathrnn_kernels import cli\n"
+    code += "cli.__file__ = sys.path[0] + '/pathrnn_kernels/cli.py'; cli.Path.resolve = lambda self: self\n"
+    code += "sys.exit(cli.main(['bench', '--quick']))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 1 and done.stdout == ""
+    assert done.stderr.startswith("pathrnn: pathrnn bench needs the source tree") and done.stderr.count("\n") == 1
+
+
+def test_peak_memory_is_that_of_the_call():
+    held = []
+    megabytes = rows.memory.peak(lambda: held.append(torch.ones(5_000_000)), measure.CPU)
+    assert 19 < megabytes < 25
+    # What a call allocates and gives back counts too, once.
+    assert 39 < rows.memory.peak(lambda: torch.ones(10_000_000).sum(), measure.CPU) < 50
+
+
+def test_a_row_of_memory_asks_a_process_of_its_own(capsys):
+    row = rows.build(Spec("backward", 300, 100, 50, 1, memory=True), measure.CPU)
+    # nn.RNN keeps at least every h_t.
+    assert 100 * 50 * 300 * 4e-6 < row.baselines["nn.RNN"]() < 300
+    row = rows.build(Spec("kappa2", 200, 50, kind="I+0.02N", memory=True), measure.CPU)
+    # At least the cached powers and κ; nothing ran before that call.
+    assert row.ours[OURS]() > 3 * 200 * 200 * 4e-6
