@@ -276,7 +276,8 @@ def _device_type(net: PathNetwork) -> str:
 
 def _autocasts(net: PathNetwork) -> bool:
     """Whether torch's products would come in half precision, in which κ means nothing."""
-    return torch.is_autocast_enabled(_device_type(net))
+    device_type = _device_type(net)
+    return torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
 
 
 def _check(net: PathNetwork, seq_len: int) -> int:
