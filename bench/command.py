@@ -33,7 +33,7 @@ plots go to --out."""
 EPILOG = """\
 --baseline compares ratios, since times move with the machine: one changed if the two intervals do not overlap and its
 medians differ by a tenth or more. Exit status: 0; 1 if a kernel disagreed or something became slower than in FILE;
-2 for a wrong command. A full run takes about half an hour on two cores, --quick less than two minutes."""
+2 for a wrong command."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -1,13 +1,6 @@
 import importlib.util
-import os
 
 import pytest
-import torch
-
-# Triton decides when it is imported, which torch does early, whether kernels are interpreted. With a GPU the same tests
-# run compiled kernels.
-if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"
 
 from pathrnn_kernels.ops import triton
 
