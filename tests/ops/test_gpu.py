@@ -253,7 +253,7 @@ class Counting(TorchDispatchMode):
 
 
 def test_kappa1_of_one_layer_is_few_operations():
-    """README's some fifteen, and two small tensors on the host: host time is what a small network's κ costs on a GPU."""
+    """README's some fifteen, and two small tensors on the host: on a GPU, host time is what a small κ costs."""
     call = arguments(network(20, head=2, outputs="last", dtype=torch.float32), 60)
     with Counting() as counting:
         gpu.path_chain(counting, STEPS, *call, True, 0.0, 0.0, (), 1 << 24)
