@@ -13,6 +13,9 @@ from torch import Tensor
 BACKENDS = ("cpu", "cuda", "triton", "reference")
 ENVIRONMENT = "PATHRNN_BACKEND"
 
+#: Set by tests that have loaded an emulation of CUDA (tests/emulation), which then serves κ of CPU tensors.
+emulated = False
+
 _REBUILD = "rebuild it: pip install --no-build-isolation --force-reinstall --no-deps pathrnn-kernels"
 
 
@@ -61,23 +64,17 @@ def check_devices(*tensors: Tensor | None) -> None:
         raise TypeError(f"the tensors are on {', '.join(sorted(map(str, devices)))}: move all of them to one device")
 
 
-def has_kernel(op: str, device_type: str) -> bool:
-    """Whether torch.ops.pathrnn.op is implemented for tensors of this device in the extension that is loaded."""
-    key = {"cpu": "CPU", "cuda": "CUDA"}.get(device_type)
-    return key is not None and torch._C._dispatch_has_kernel_for_dispatch_key(f"pathrnn::{op}", key)
-
-
 def _refusal_of_cuda(device: torch.device, op: str) -> str | None:
     if (problem := extension_problem()) is not None:
         return problem
-    kernel = "chains" if op == "path_chain" else op
-    if device.type == "cpu" and op == "path_chain" and has_kernel(kernel, "cpu"):
-        return None  # the emulation that the tests load
+    if device.type == "cpu" and op == "path_chain" and emulated:
+        return None
     if device.type != "cuda":
         return f"the tensors are on {device}; it serves NVIDIA GPUs"
     if torch.version.hip is not None:
         return "this torch is built for AMD GPUs; it serves NVIDIA's"
-    if not has_kernel(kernel, "cuda"):
+    kernel = "chains" if op == "path_chain" else op
+    if not torch._C._dispatch_has_kernel_for_dispatch_key(f"pathrnn::{kernel}", "CUDA"):
         return f"the extension was built without CUDA kernels: with nvcc at hand and CUDA_HOME set, {_REBUILD}"
     return None
 

@@ -24,7 +24,10 @@ def emulated():
     if ON_CPU:
         from emulation import build
 
+        from pathrnn_kernels.ops import backend
+
         build.load()
+        backend.emulated = True
 
 
 @pytest.fixture(params=("cuda", "triton"))
