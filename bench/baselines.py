@@ -114,6 +114,7 @@ class Unrolled(nn.Module):
 
 
 def compiled(function: Any) -> Any:
+    torch.compiler.reset()  # else the sizes of former rows count as recompilations, and after eight it stays eager
     return torch.compile(function, dynamic=False)
 
 

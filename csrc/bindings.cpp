@@ -31,6 +31,11 @@ TORCH_LIBRARY(pathrnn, m) {
       "float second_factor, float rtol, int[] first_lags, int workspace_bytes) "
       "-> (Tensor[], Tensor, Tensor, Tensor, Tensor, Tensor)",
       tags);
+  m.def(
+      "precondition(Tensor[] gradients, Tensor[] kappas, float[] scales, int power) -> (Tensor[], Tensor overflowed)",
+      tags);
+  m.def("shorten_(Tensor(a!)[] parameters, Tensor[] before, Tensor[] kappas, float[] log_scales) -> ()", tags);
+  m.def("norm_gradients(Tensor[] weights, Tensor[] kappas, float[] log_scales, Tensor grad) -> Tensor[]", tags);
 
   // The steps of path_chain on a GPU (ops/gpu.py); tests/gpu_model.py says in plain torch what each computes. `largest`
   // of a weight is its largest magnitude; rows with their int64 exponents stand for rows[t] · 2^exponents[t]; `lost` is

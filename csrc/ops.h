@@ -76,6 +76,23 @@ struct PathChain {
   double* bounds = nullptr;         // per layer: bound of the relative error of kappa_hh
 };
 
+// A dense parameter [rows, columns] with κ broadcastable to it: entry (r, c) has kappa[r * row_stride + c * column_stride],
+// column_stride 0 or 1. Every field beyond those is of one of the three uses below, which take entries [first, last).
+template <typename T>
+struct PathUpdate {
+  int64_t columns;
+  const T* kappa;
+  int64_t row_stride, column_stride;
+  const T* in;      // the gradient; the parameter after the step; the weight
+  const T* before;  // the parameter before the step
+  T* out;
+
+  T scale;           // precondition: out = in scale^multiply_first / kappa scale^multiply_after (eq. (8)), 0 where kappa is 0;
+  int64_t multiply_first, multiply_after;  // returns whether a finite entry overflowed
+  // step_length: returns Σ kappa (in - before)², not rounded to T in between.
+  double half, factor;  // norm_gradient: out = (in half) (kappa half) factor, 0 where in is 0, however large kappa
+};
+
 // Rows of the batch that a thread of relu_rnn takes at least; at least half a register tile of every instruction set.
 constexpr int64_t kRowGroup = 3;
 

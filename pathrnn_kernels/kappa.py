@@ -14,7 +14,8 @@ from torch import Tensor
 
 from . import ops
 from .network import PathNetwork
-from .ops.backend import choose
+from .ops import update
+from .ops.backend import choose, extension_problem
 
 #: κ⁽²⁾ = factor · W̃ ⊙ S: the Hessian's factor, the paper's Lemma 1 over ordered pairs, its Theorem 3 as printed.
 KAPPA2_FACTOR = {"exact": 4.0, "lemma1": 2.0, "theorem3": 1.0}
@@ -238,21 +239,32 @@ class _Norm(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        gradients: list[Tensor | None] = []
-        for i, p in enumerate(ctx.saved_tensors):
-            if not ctx.needs_input_grad[5 + i]:
-                gradients.append(None)
-                continue
-            log_scale = ctx.log_scales[i] - (ctx.log_norm if ctx.logarithm else 0.0)
-            # In two halves, so that κ may be out of range where p κ is not.
-            half = math.exp(max(-700.0, min(700.0, log_scale / 2)))
-            with torch.no_grad():
-                # Zero weights have no gradient, however large κ.
-                gradient = (p.double() * half) * (ctx.factors[i].double() * half) * (2 * grad.double())
-                gradient = torch.where(p == 0, 0.0, gradient).to(p.dtype)
+        wanted = [i for i in range(len(ctx.saved_tensors)) if ctx.needs_input_grad[5 + i]]
+        weights = [ctx.saved_tensors[i] for i in wanted]
+        log_scales = [ctx.log_scales[i] - (ctx.log_norm if ctx.logarithm else 0.0) for i in wanted]
+        with torch.no_grad():
+            found = _norm_gradients(weights, [ctx.factors[i] for i in wanted], log_scales, grad)
+        gradients: list[Tensor | None] = [None] * len(ctx.saved_tensors)
+        for i, p, gradient in zip(wanted, weights, found, strict=True):
             # create_graph: a second derivative would otherwise be zero without a word.
-            gradients.append(_FirstOrder.apply(gradient, p) if torch.is_grad_enabled() else gradient)
+            gradients[i] = _FirstOrder.apply(gradient, p) if torch.is_grad_enabled() else gradient
         return (None, None, None, None, None, *gradients)
+
+
+def _norm_gradients(weights: list[Tensor], kappas: list[Tensor], log_scales: list[float], grad: Tensor) -> list[Tensor]:
+    """∂γ²/∂p = 2 p κ⁽¹⁾, times grad."""
+    if weights[0].device.type == "cpu" and extension_problem() is None:
+        # κ is in float64 where float32 lost something; it need not fit float32.
+        wide = [p.to(kappa.dtype) for p, kappa in zip(weights, kappas, strict=True)]
+        found = update.norm_gradients(wide, kappas, log_scales, grad)
+        return [gradient.to(p.dtype) for gradient, p in zip(found, weights, strict=True)]
+    found = []
+    for p, kappa, log_scale in zip(weights, kappas, log_scales, strict=True):
+        # In two halves, so that κ may be out of range where p κ is not.
+        half = math.exp(max(-700.0, min(700.0, log_scale / 2)))
+        gradient = (p.double() * half) * (kappa.double() * half) * (2 * grad.double())
+        found.append(torch.where(p == 0, 0.0, gradient).to(p.dtype))  # zero weights have none, however large κ
+    return found
 
 
 class _FirstOrder(torch.autograd.Function):

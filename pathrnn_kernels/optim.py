@@ -17,7 +17,8 @@ from torch.optim import Optimizer
 
 from .kappa import Kappa, kappa_later
 from .network import PathNetwork
-from .ops.backend import ENVIRONMENT
+from .ops import update as cpu_update
+from .ops.backend import ENVIRONMENT, extension_problem
 from .overlap import Cuda, Overlap, around_forward
 
 #: What torch._foreach_* take and return.
@@ -377,13 +378,15 @@ def _streams(device: torch.device) -> type[Cuda] | None:
 
 
 def _fused(device: torch.device) -> Any:
-    """The Triton kernels of the update where they serve, else None."""
+    """The kernels of the update where they serve, else None."""
     backend = os.environ.get(ENVIRONMENT, "auto")
-    return _kernels() if backend == "triton" or (backend == "auto" and device.type == "cuda") else None
+    if backend == "triton" or (backend == "auto" and device.type == "cuda"):
+        return _triton()
+    return cpu_update if backend in ("auto", "cpu") and device.type == "cpu" and extension_problem() is None else None
 
 
 @functools.cache
-def _kernels() -> Any:
+def _triton() -> Any:
     from .ops import triton
 
     if triton.problem() is not None:

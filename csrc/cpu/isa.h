@@ -46,6 +46,9 @@ struct Kernels {
   void (*relu_rnn_backward)(const ReluRnnBackward<T>&, int threads);
   // The index of the first weight that is not finite, in the order of PathChain's fields by layer, or -1.
   int64_t (*path_chain)(const PathChain<T>&, int threads);
+  bool (*precondition)(const PathUpdate<T>&, int64_t first, int64_t last);
+  double (*step_length)(const PathUpdate<T>&, int64_t first, int64_t last);
+  void (*norm_gradient)(const PathUpdate<T>&, int64_t first, int64_t last);
 };
 
 struct Isa {

@@ -6,6 +6,8 @@ static_assert(kTileRows / 2 <= kRowGroup, "a row group fills half a tile");
 #include "chain.inl"
 #include "kappa2.inl"
 #include "path_chain.inl"
+#include "path_update.inl"
 
 template <typename T>
-constexpr Kernels<T> kKernels{&relu_rnn_forward<T>, &relu_rnn_backward<T>, &path_chain<T>};
+constexpr Kernels<T> kKernels{&relu_rnn_forward<T>, &relu_rnn_backward<T>, &path_chain<T>,
+                                &precondition<T>,     &step_length<T>,       &norm_gradient<T>};
