@@ -14,7 +14,7 @@ from .report import TITLES, number
 from .rows import CONTEXT, OURS
 
 BARS = ("kappa1", "kappa2", "path_norm", "forward", "backward", "step")
-#: Without tab10's grey, which is the roofline's.
+#: Without tab10's grey, which is the roofline's; enough for every baseline there is.
 COLOURS = (
     "tab:blue",
     "tab:orange",
@@ -25,11 +25,15 @@ COLOURS = (
     "tab:pink",
     "tab:olive",
     "tab:cyan",
+    "navy",
+    "gold",
+    "darkseagreen",
+    "lightcoral",
 )
 
 
 def _colour(name: str, names: Sequence[str]) -> str:
-    return "black" if name == OURS else COLOURS[names.index(name) % len(COLOURS)]
+    return "black" if name == OURS else COLOURS[names.index(name)]
 
 
 def draw(result: dict[str, Any], stem: Path) -> list[Path]:

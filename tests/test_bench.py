@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.append(str(ROOT))  # last: an installed pathrnn_kernels goes before the tree's
 
 import pathrnn_kernels as pk  # noqa: E402
-from bench import measure, report, rows  # noqa: E402
+from bench import measure, readme, report, rows  # noqa: E402
 from bench.rows import OURS, Spec  # noqa: E402
 from pathrnn_kernels import cli  # noqa: E402
 
@@ -198,8 +198,7 @@ def test_baseline_finds_changes_beyond_noise_alone(capsys, tmp_path, later, kind
 def test_a_run_compares_itself_with_an_earlier_file(capsys, tmp_path):
     _, _, result = run(capsys, tmp_path, "--only", "kappa1", "path_norm")
     old = copy.deepcopy(result)
-    (name,) = old["rows"][2]["ratios"]
-    old["rows"][2]["ratios"][name] = [1e6, 0.99e6, 1.01e6]
+    old["rows"][2]["ratios"]["eager autograd"] = [1e6, 0.99e6, 1.01e6]
     old["rows"][0]["label"] = "T=5 H=77 Gaussian"
     old["machine"]["torch"] = "1.0"
     report.save(old, tmp_path / "old.txt")
@@ -287,3 +286,8 @@ def test_a_row_of_memory_asks_a_process_of_its_own(capsys):
     row = rows.build(Spec("kappa2", 200, 50, kind="I+0.02N", memory=True), measure.CPU)
     # At least the cached powers and κ; nothing ran before that call.
     assert row.ours[OURS]() > 3 * 200 * 200 * 4e-6
+
+
+def test_readme_shows_the_committed_results():
+    text = readme.README.read_text(encoding="utf-8")
+    assert readme.replaced(text, readme.block(report.load(readme.RESULT))) == text, "type: python -m bench.readme"

@@ -1,0 +1,68 @@
+"""`python -m bench.readme`: README's table of speeds, from the committed result file."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+from . import report
+from .measure import ROOT
+from .rows import CONTEXT, OURS
+
+RESULT = ROOT / "bench" / "results" / "amd-epyc-2-threads.json"
+README = ROOT / "README.md"
+FIRST, LAST = "<!-- speed: python -m bench.readme -->\n", "<!-- end of speed -->"
+
+#: (part, label of the row in the result file, baselines), with the words for README.
+ROWS = (
+    ("kappa1", "T=784 H=100 nn.RNN", "κ⁽¹⁾, H=100 T=784"),
+    ("kappa1", "T=784 H=100 W_hh=I", "… W_hh = I"),
+    ("kappa1", "T=20 H=200 nn.RNN", "κ⁽¹⁾, H=200 T=20"),
+    ("kappa1", "T=50 H=2048 nn.RNN", "κ⁽¹⁾, H=2048 T=50"),
+    ("kappa2", "T=784 H=100 Gaussian", "κ⁽¹⁾ + κ⁽²⁾, H=100 T=784, Gaussian W_hh"),
+    ("kappa2", "T=784 H=100 nn.RNN", "… nn.RNN's initialisation"),
+    ("kappa2", "T=784 H=100 I+0.02N", "… W_hh = I + 0.02 N (all lags)"),
+    ("path_norm", "T=784 H=100 nn.RNN", "γ² and its gradient, H=100 T=784"),
+    ("backward", "B=16 T=784 H=100 I=1", "`ReLURNN` forward + backward, B=16 T=784 H=100"),
+    ("backward", "B=100 T=784 H=100 I=1", "… B=100 T=784 H=100"),
+    ("backward", "B=32 T=20 H=200 I=1", "… B=32 T=20 H=200"),
+    ("backward", "B=32 T=50 H=512 I=50", "… B=32 T=50 H=512"),
+    ("backward", "B=100 T=50 H=2048 I=50", "… B=100 T=50 H=2048"),
+    ("step", "B=16 T=784 H=100 I=2 κ⁽¹⁾", "a training step, PathSGD on `ReLURNN`, B=16 T=784 H=100"),
+    ("step", "B=32 T=20 H=200 I=2 κ⁽¹⁾", "… B=32 T=20 H=200"),
+)
+
+
+def block(result: dict[str, Any]) -> str:
+    """The table and the sentence under it, of a result file with all parts."""
+    found = {(row["part"], row["label"]): row for row in result["rows"]}
+    machine = f"{result['device']}, torch {result['machine']['torch']}, {result['date']}"
+    lines = [
+        f"{machine}, `{result['command']}`; float32, medians,",
+        "the ratio to each alternative with a 95 % interval:",
+        "",
+        "| | ours | ratio |",
+        "|---|---|---|",
+    ]
+    for part, label, words in ROWS:
+        row = found[part, label]
+        ratios = {name: ratio for name, ratio in row["ratios"].items() if name not in CONTEXT}
+        text = "; ".join(f"{name} {report.spread(ratio, 'x')}" for name, ratio in ratios.items())
+        lines.append(f"| {words} | {report.number(row['figures'][OURS][0])} {row['unit']} | {text} |")
+    return "\n".join([*lines, "", f"{report.summary(result['rows'])}.", ""])
+
+
+def replaced(text: str, new: str) -> str:
+    head, rest = text.split(FIRST)
+    return head + FIRST + new + LAST + rest.split(LAST)[1]
+
+
+def main(readme: Path = README, result: Path = RESULT) -> int:
+    text = readme.read_text(encoding="utf-8")
+    readme.write_text(replaced(text, block(report.load(result))), encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
