@@ -60,6 +60,12 @@ def explain(
         TypeError: ``rnn_or_net`` is none of these.
         ValueError: ``backend`` or ``plan``, or PATHRNN_BACKEND or PATHRNN_PLAN, is not a name of one, or the plan does
             not serve.
+
+    Example:
+        >>> print(pk.explain(pk.ReLURNN(2, 3)))
+        torch.float32 on cpu, backend 'auto' → cpu
+          cpu  serves
+          cuda  no: ...
     """
     if not isinstance(rnn_or_net, (ReLURNN, nn.RNN, PathNetwork)):
         raise TypeError(

@@ -28,6 +28,10 @@ def identity_(
 
     The defaults are those of section 5.2. Le et al. draw the other weights from N(0, 0.001²) and take a scale of 0.01
     for tasks without long-range dependencies.
+
+    Example:
+        >>> pk.init.identity_(pk.ReLURNN(2, 2)).weight_hh_l0.tolist()
+        [[1.0, 0.0], [0.0, 1.0]]
     """
     _check(scale=scale, other_bound=other_bound)
     for weight in _recurrent(net):
@@ -41,6 +45,11 @@ def np_rnn_(net: Network, generator: Generator | None = None) -> Network:
 
     W_hh is positive definite with largest eigenvalue 1 and all others smaller. Input weights are N(0, α² / fan-in) with
     α = √2 exp(1.2 / (max(H, 6) - 2.4)), weights of a head or embedding N(0, 2 / (fan-in + fan-out)).
+
+    Example:
+        >>> w = pk.init.np_rnn_(pk.ReLURNN(2, 100)).weight_hh_l0.detach()
+        >>> round(torch.linalg.eigvalsh(w)[-1].item(), 4)
+        1.0
     """
     for weight in _recurrent(net):
         size = len(weight)
@@ -65,6 +74,11 @@ def uniform_(
     """W_hh from U[-recurrent_bound, recurrent_bound], other weights from U[-other_bound, other_bound].
 
     The defaults are the paper's for character-level language models (section 5.3).
+
+    Example:
+        >>> rnn = pk.init.uniform_(pk.ReLURNN(2, 100), recurrent_bound=0.01, other_bound=0.2)
+        >>> bool(rnn.weight_hh_l0.abs().max() <= 0.01)
+        True
     """
     _check(recurrent_bound=recurrent_bound, other_bound=other_bound)
     for weight in _recurrent(net):
@@ -76,7 +90,13 @@ def uniform_(
 def orthogonal_(
     net: Network, gain: float = 1.0, other_bound: float = 0.01, generator: Generator | None = None
 ) -> Network:
-    """W_hh = gain · Q with Q orthogonal (Saxe et al., 2014), other weights U[-other_bound, other_bound]."""
+    """W_hh = gain · Q with Q orthogonal (Saxe et al., 2014), other weights U[-other_bound, other_bound].
+
+    Example:
+        >>> w = pk.init.orthogonal_(pk.ReLURNN(2, 100)).weight_hh_l0.detach()
+        >>> torch.allclose(w @ w.T, torch.eye(100), atol=1e-5)
+        True
+    """
     _check(gain=gain, other_bound=other_bound)
     for weight in _recurrent(net):
         nn.init.orthogonal_(weight, gain, generator=generator)

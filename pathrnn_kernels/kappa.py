@@ -25,7 +25,18 @@ _LN2 = math.log(2)
 
 @dataclass(slots=True)
 class Kappa:
-    """κ of every parameter, as broadcastable factors with logarithmic scales: true κ = factor · exp(log_scale)."""
+    """κ of every parameter, as broadcastable factors with logarithmic scales: true κ = factor · exp(log_scale).
+
+    Example:
+        >>> net = pk.PathNetwork(pk.ReLURNN(2, 3), torch.nn.Linear(3, 1))
+        >>> k = pk.kappa(net, seq_len=50)
+        >>> k.factors["rnn.weight_ih_l0"].shape  # of a weight [3, 2]: its columns are equal
+        torch.Size([3, 1])
+        >>> k.dense("head.bias")  # on one path a step
+        tensor([50.])
+        >>> k.relative("rnn.weight_hh_l0").shape  # γ²/κ
+        torch.Size([3, 3])
+    """
 
     #: Parameter name → tensor broadcastable to the parameter.
     factors: dict[str, Tensor]
@@ -94,6 +105,14 @@ def kappa(
 
     Raises:
         TypeError, ValueError: naming the argument, its value and the remedy; also for nan or infinite weights.
+
+    Example:
+        >>> net = pk.PathNetwork(pk.init.identity_(pk.ReLURNN(2, 100)), torch.nn.Linear(100, 1), outputs="last")
+        >>> k = pk.kappa(net, seq_len=750, second_term=True)
+        >>> k.lags  # W̃ⁿ is the same for every n: the sum over 749 lags is known after one
+        {'rnn.weight_hh_l0': 1}
+        >>> k.bound <= 1e-5
+        True
     """
     found = kappa_later(
         net, seq_len, second_term, kappa2, rtol, backend, lags=lags, workspace_bytes=workspace_bytes, plan=plan
@@ -193,12 +212,27 @@ def path_norm(net: PathNetwork, seq_len: int, backend: str = "auto") -> Tensor:
     """γ² (eqs. (2), (3)), a 0-dim tensor of the network's dtype; inf only if γ² itself overflows it.
 
     Differentiable once: ∂γ²/∂p = 2 p κ⁽¹⁾(p). Arguments and errors as for :func:`kappa`.
+
+    Example:
+        >>> net = pk.PathNetwork(pk.ReLURNN(2, 3), torch.nn.Linear(3, 1), outputs="last")
+        >>> loss = 1e-3 * pk.path_norm(net, seq_len=50)  # a regulariser
+        >>> loss.backward()
+        >>> net.rnn.weight_hh_l0.grad.shape
+        torch.Size([3, 3])
     """
     return _norm(net, seq_len, backend, logarithm=False)
 
 
 def log_path_norm(net: PathNetwork, seq_len: int, backend: str = "auto") -> Tensor:
-    """log γ², finite for every finite network whose γ² is not 0 (then -inf). Differentiable once."""
+    """log γ², finite for every finite network whose γ² is not 0 (then -inf). Differentiable once.
+
+    Example:
+        >>> net = pk.PathNetwork(pk.init.identity_(pk.ReLURNN(2, 3), scale=2.0))
+        >>> pk.path_norm(net, seq_len=1000).item()
+        inf
+        >>> 1370 < pk.log_path_norm(net, seq_len=1000).item() < 1390  # 4^1000 is exp(1386)
+        True
+    """
     return _norm(net, seq_len, backend, logarithm=True)
 
 

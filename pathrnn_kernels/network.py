@@ -30,6 +30,13 @@ class PathNetwork(nn.Module):
     Raises:
         TypeError: a module of the wrong type, or parameters of mixed or unsupported dtypes or devices.
         ValueError: sizes that do not fit, tied parameters, or an unknown option.
+
+    Example:
+        >>> net = pk.PathNetwork(pk.ReLURNN(2, 100), head=torch.nn.Linear(100, 1), outputs="last")
+        >>> net(torch.rand(750, 16, 2)).shape
+        torch.Size([16, 1])
+        >>> [name for name, _ in net.named_parameters()][-2:]
+        ['head.weight', 'head.bias']
     """
 
     rnn: ReLURNN | nn.RNN

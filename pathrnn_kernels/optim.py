@@ -66,6 +66,13 @@ class PathOptimizer(Optimizer):
 
     Raises:
         TypeError, ValueError: naming the argument, its value and the remedy.
+
+    Example:
+        >>> net = pk.PathNetwork(pk.ReLURNN(2, 100), torch.nn.Linear(100, 1), outputs="last")
+        >>> adam = torch.optim.Adam(net.parameters(), lr=1e-3)
+        >>> optimizer = pk.PathOptimizer(adam, net, scale="path_norm", trust_radius=0.003)
+        >>> net(torch.rand(50, 16, 2)).square().mean().backward()
+        >>> optimizer.step()  # κ for T = 50, the length of the last forward pass
     """
 
     def __init__(
@@ -362,6 +369,12 @@ class PathSGD(PathOptimizer):
         net: the network.
         lr, momentum, weight_decay: as for ``torch.optim.SGD``.
         **keywords: as for :class:`PathOptimizer`.
+
+    Example:
+        >>> net = pk.PathNetwork(pk.ReLURNN(2, 100), torch.nn.Linear(100, 1), outputs="last")
+        >>> optimizer = pk.PathSGD(net, lr=1.0, scale="path_norm", trust_radius=0.003)
+        >>> net(torch.rand(50, 16, 2)).square().mean().backward()
+        >>> optimizer.step()
     """
 
     def __init__(

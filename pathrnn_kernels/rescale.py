@@ -36,6 +36,15 @@ def node_rescale_(net: PathNetwork, alphas: Sequence[Tensor]) -> PathNetwork:
     Raises:
         TypeError, ValueError: naming the argument, its value and the remedy, or the parameter that would overflow, or
             underflow to zero; the network is then untouched.
+
+    Example:
+        >>> net = pk.PathNetwork(pk.ReLURNN(2, 3, dtype=torch.float64), torch.nn.Linear(3, 1, dtype=torch.float64))
+        >>> x = torch.rand(50, 16, 2, dtype=torch.float64)
+        >>> before = net(x)
+        >>> pk.rescale.node_rescale_(net, [torch.tensor([0.5, 2.0, 10.0], dtype=torch.float64)]) is net
+        True
+        >>> torch.allclose(net(x), before)
+        True
     """
     _check_net(net)
     new = _rescaled(net, _check_alphas(net, alphas))
@@ -66,6 +75,13 @@ def balance_(net: PathNetwork, tol: float = 1e-6, max_iterations: int = 10_000) 
 
     Raises:
         TypeError, ValueError: naming the argument, its value and the remedy.
+
+    Example:
+        >>> net = pk.PathNetwork(pk.ReLURNN(2, 3), torch.nn.Linear(3, 1))
+        >>> before = sum(p.square().sum() for p in net.parameters())
+        >>> alphas = pk.rescale.balance_(net)
+        >>> bool(sum(p.square().sum() for p in net.parameters()) <= before)
+        True
     """
     _check_net(net)
     if isinstance(tol, bool) or not isinstance(tol, numbers.Real) or not 0 < tol < math.inf:

@@ -31,6 +31,14 @@ class ReLURNN(nn.Module):
 
     Raises:
         TypeError, ValueError: naming the argument, its value and the remedy.
+
+    Example:
+        >>> rnn = pk.ReLURNN(2, 100)
+        >>> y, h_n = rnn(torch.rand(750, 16, 2))
+        >>> y.shape, h_n.shape
+        (torch.Size([750, 16, 100]), torch.Size([1, 16, 100]))
+        >>> rnn.load_state_dict(torch.nn.RNN(2, 100, nonlinearity="relu").state_dict())
+        <All keys matched successfully>
     """
 
     nonlinearity = "relu"
