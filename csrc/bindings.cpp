@@ -28,7 +28,7 @@ TORCH_LIBRARY(pathrnn, m) {
   m.def(
       "path_chain(Tensor[] weight_ih, Tensor[] weight_hh, Tensor[] bias_ih, Tensor[] bias_hh, Tensor? head_weight, "
       "Tensor? head_bias, Tensor? embedding_weight, int seq_len, bool last_only, bool ones_h0, bool kappa1, "
-      "float second_factor, float rtol, int[] first_lags, int workspace_bytes) "
+      "float second_factor, float rtol, int[] first_lags, int workspace_bytes, bool bidirectional=False) "
       "-> (Tensor[], Tensor, Tensor, Tensor, Tensor, Tensor)",
       tags);
   m.def(

@@ -45,35 +45,38 @@ struct ReluRnnBackward {
 // below that of its matrix, for the dtype; `lost` says so, for a caller that can use a wider one.
 template <typename T>
 struct PathChain {
-  int64_t num_layers, input, hidden, outputs, vocabulary, seq_len;
-  bool last_only;  // outputs at step T alone
+  // A layer has D = 1 or 2 directions. A reverse one runs from step T to step 1; in its own time it is a chain like any
+  // other, over the same inputs turned round. "Per chain" means by layers, in each the forward direction first.
+  int64_t num_layers, directions, input, hidden, outputs, vocabulary, seq_len;
+  bool last_only;  // outputs at the last step alone: every direction's own last
   bool ones_h0;    // h_0 = 1 instead of 0
-  // Per layer: [H, I] or [H, H]; [H, H]; [H]; [H]. The biases may be empty.
+  // Per chain: [H, I] or, in upper layers, [H, D H]; [H, H]; [H]; [H]. The biases may be empty.
   std::vector<const T*> weight_ih, weight_hh, bias_ih, bias_hh;
-  const T* head_weight;  // [O, H] or null: the top hidden units are the outputs
+  const T* head_weight;  // [O, D H] or null: the top hidden units are the outputs
   const T* head_bias;    // [O] or null
   const T* embedding;    // [V, I] or null: the inputs are ones
 
   // Results; null or empty where not wanted. κ⁽¹⁾ is all wanted or not at all.
-  std::vector<T*> kappa_ih;    // first layer [H, 1], with an embedding [H, I]; others [H, H]
+  std::vector<T*> kappa_ih;    // first layer [H, 1], with an embedding [H, I]; others [H, D H]
   std::vector<T*> kappa_hh;    // [H, H]
   std::vector<T*> kappa_bias;  // [H], for either bias
-  T* kappa_head = nullptr;       // [1, H]
+  T* kappa_head = nullptr;       // [1, D H]
   T* kappa_head_bias = nullptr;  // [1]
   T* kappa_embedding = nullptr;  // [1, I]
-  int64_t* exponents = nullptr;  // per layer ih, hh, bias if any; head, head bias, embedding if any
+  int64_t* exponents = nullptr;  // per chain ih, hh, bias if any; head, head bias, embedding if any
   double* log_path_norm = nullptr;       // natural logarithm of γ², -inf for 0
-  bool* lost = nullptr;                  // whether squares, h, δ or powers of W̃ underflowed somewhere
+  bool* lost = nullptr;                  // whether squares, h, δ or powers of W̃ underflowed somewhere, or may have
+                                         // in a direction whose κ shares its exponent with a far larger one
 
   // κ⁽²⁾ = factor · W̃ ⊙ S is added to kappa_hh unless the factor is zero, S[j, k] = Σ_n (W̃^n)[k, j] Σ_t δ_{t+n+2}[j] h_t[k]
   // over the lags n = 0 … T-2 (eq. (11), index corrected). Lags are summed until the rest is known to within `rtol` of κ,
   // entry by entry; all of them for rtol 0.
   double second_factor = 0;
   double rtol = 0;
-  std::vector<int64_t> first_lags;  // per layer: how many a former call needed, tried first; may be empty
+  std::vector<int64_t> first_lags;  // per chain: how many a former call needed, tried first; may be empty
   int64_t workspace_bytes = 0;      // for cached powers of W̃; at least eight are held
-  int64_t* lags = nullptr;          // per layer: lags summed one by one
-  double* bounds = nullptr;         // per layer: bound of the relative error of kappa_hh
+  int64_t* lags = nullptr;          // per chain: lags summed one by one
+  double* bounds = nullptr;         // per chain: bound of the relative error of kappa_hh
 };
 
 // A dense parameter [rows, columns] with κ broadcastable to it: entry (r, c) has kappa[r * row_stride + c * column_stride],

@@ -100,7 +100,8 @@ def kappa(
         lags: the ``lags`` of a former call for similar weights: no fewer are tried, which saves tests.
         workspace_bytes: budget for the cached powers of the squared recurrent matrix, ``H²`` numbers each, at least
             eight; they are formed in chunks above it. The environment variable PATHRNN_WORKSPACE_BYTES, or 16 MiB, by
-            default. Peak memory beside it: ``(2 L + 4) T H + 6 H²`` numbers.
+            default. Peak memory beside it: ``(2 C + 4) T H + 6 H²`` numbers for C chains, one for every layer and
+            direction; ``2 C + 6`` of a bidirectional network.
         plan: on a GPU, how the chains run: ``"auto"``, or one that :func:`explain` lists; PATHRNN_PLAN by default.
 
     Raises:
@@ -156,7 +157,7 @@ def kappa_later(
         raise ValueError(f"workspace_bytes is {workspace_bytes!r}; it must be a whole number of bytes, or None")
     parameters = net.weights()
     shapes = {name: p.shape for name, p in parameters.items()}
-    layout = _layout(net.num_layers, *_options(parameters))
+    layout = _layout(net.endings, *_options(parameters))
     first_lags = _first_lags(lags, layout.kinds[1])
 
     backend = _choose(net, parameters, backend)
@@ -260,7 +261,7 @@ class _Norm(torch.autograd.Function):
     ) -> Tensor:
         need = any(ctx.needs_input_grad)
         parameters = dict(zip(names, values, strict=True))
-        layout = _layout(net.num_layers, *_options(parameters))
+        layout = _layout(net.endings, *_options(parameters))
         chain, exponents, ctx.log_norm = _launch(net, parameters, layout, seq_len, backend=backend, kappa1=need)()
         ctx.logarithm = logarithm
         if need:
@@ -348,7 +349,7 @@ def _choose(net: PathNetwork, parameters: dict[str, Tensor], backend: str) -> st
 class _Layout(NamedTuple):
     """Where the parameters stand in the op's arguments and results."""
 
-    #: Names by layer of weight_ih, weight_hh, bias_ih, bias_hh.
+    #: Names of weight_ih, weight_hh, bias_ih, bias_hh, by layers and in each layer by directions.
     kinds: tuple[tuple[str, ...], ...]
     #: Parameter name, in the order of ``named_parameters`` → index in ``PathChain.kappa1``.
     places: dict[str, int]
@@ -361,19 +362,19 @@ def _options(parameters: dict[str, Tensor]) -> tuple[bool, bool, bool, bool]:
 
 
 @functools.cache
-def _layout(num_layers: int, bias: bool, head: bool, head_bias: bool, embedding: bool) -> _Layout:
+def _layout(endings: tuple[str, ...], bias: bool, head: bool, head_bias: bool, embedding: bool) -> _Layout:
     kinds = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
     names = tuple(
-        tuple(f"rnn.{kind}_l{i}" for i in range(num_layers)) if bias or kind.startswith("weight") else ()
+        tuple(f"rnn.{kind}_{ending}" for ending in endings) if bias or kind.startswith("weight") else ()
         for kind in kinds
     )
-    per_layer = 3 if bias else 2  # both biases of a layer have one κ
+    per_chain = 3 if bias else 2  # both biases have one κ
     places = {
-        f"rnn.{kind}_l{i}": per_layer * i + min(k, 2)
-        for i in range(num_layers)
+        f"rnn.{kind}_{ending}": per_chain * c + min(k, 2)
+        for c, ending in enumerate(endings)
         for k, kind in enumerate(kinds if bias else kinds[:2])
     }
-    count = per_layer * num_layers
+    count = per_chain * len(endings)
     for name, given in (("head.weight", head), ("head.bias", head_bias), ("embedding.weight", embedding)):
         if given:
             places[name] = count
@@ -397,6 +398,7 @@ def _launch(
         seq_len,
         net.outputs == "last",
         net.h0 == "ones",
+        bidirectional=net.rnn.bidirectional,
         **options,
     )
     transfer = launched.to_host()
@@ -409,7 +411,7 @@ def _launch(
         if lost:
             if weight_hh[0].dtype == torch.float32:
                 return _launch(net, _wide(parameters), layout, seq_len, **options)()
-            if log_norm == -math.inf and (connected := _connected(parameters, layout, net.h0 == "ones")):
+            if log_norm == -math.inf and (connected := _connected(net, parameters, layout)):
                 # What grows beside the paths, without being on one, has hidden them.
                 options.update(kappa1=False, second_factor=0.0)
                 alone, _, log_norm = _launch(net, connected, layout, seq_len, **options)()
@@ -432,7 +434,7 @@ def _wide(parameters: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: p.detach().double() for name, p in parameters.items()}
 
 
-def _connected(parameters: dict[str, Tensor], layout: _Layout, ones_h0: bool) -> dict[str, Tensor] | None:
+def _connected(net: PathNetwork, parameters: dict[str, Tensor], layout: _Layout) -> dict[str, Tensor] | None:
     """The parameters without the units that lie on no path from an input to an output; None if all units do."""
     edges = {name: p.detach() != 0 for name, p in parameters.items()}
 
@@ -441,26 +443,34 @@ def _connected(parameters: dict[str, Tensor], layout: _Layout, ones_h0: bool) ->
             units = more
         return units
 
-    reached, below = [], torch.ones_like(edges[layout.kinds[0][0]][0])
+    directions = net.num_directions
+    chains = list(zip(layout.kinds[0], layout.kinds[1], strict=True))
+    reached: list[Tensor] = []
+    below = torch.ones_like(edges[layout.kinds[0][0]][0])
     if "embedding.weight" in edges:
         below = edges["embedding.weight"].any(0)
-    for i, (weight_ih, weight_hh) in enumerate(zip(layout.kinds[0], layout.kinds[1], strict=True)):
-        driven = (edges[weight_ih] & below).any(1) | ones_h0
+    for c, (weight_ih, weight_hh) in enumerate(chains):
+        if c and c % directions == 0:
+            below = torch.cat(reached[-directions:])
+        driven = (edges[weight_ih] & below).any(1) | (net.h0 == "ones")
         for biases in layout.kinds[2:]:
-            driven = driven | edges[biases[i]] if biases else driven
-        below = closure(driven, edges[weight_hh])
-        reached.append(below)
-    above = edges["head.weight"].any(0) if "head.weight" in edges else torch.ones_like(reached[-1])
+            driven = driven | edges[biases[c]] if biases else driven
+        reached.append(closure(driven, edges[weight_hh]))
+    top = torch.cat(reached[-directions:])
+    above = edges["head.weight"].any(0) if "head.weight" in edges else torch.ones_like(top)
     result = dict(parameters)
-    for i in reversed(range(len(reached))):
-        weight_ih, weight_hh = layout.kinds[0][i], layout.kinds[1][i]
-        leads = closure(above, edges[weight_hh].T)
-        keep = reached[i] & leads
-        result[weight_hh] = parameters[weight_hh].detach() * (keep[:, None] & keep)
-        result[weight_ih] = parameters[weight_ih].detach() * keep[:, None]
-        for biases in layout.kinds[2:]:
-            if biases:
-                result[biases[i]] = parameters[biases[i]].detach() * keep
-        above = (edges[weight_ih] & leads[:, None]).any(0)
-        reached[i] = keep
+    for first in reversed(range(0, len(chains), directions)):
+        used = []
+        for c, ends in enumerate(above.chunk(directions), first):
+            weight_ih, weight_hh = chains[c]
+            leads = closure(ends, edges[weight_hh].T)
+            keep = reached[c] & leads
+            result[weight_hh] = parameters[weight_hh].detach() * (keep[:, None] & keep)
+            result[weight_ih] = parameters[weight_ih].detach() * keep[:, None]
+            for biases in layout.kinds[2:]:
+                if biases:
+                    result[biases[c]] = parameters[biases[c]].detach() * keep
+            used.append((edges[weight_ih] & leads[:, None]).any(0))
+            reached[c] = keep
+        above = torch.stack(used).any(0)
     return None if all(bool(keep.all()) for keep in reached) else result

@@ -17,12 +17,14 @@ class PathNetwork(nn.Module):
     """The network whose input-output paths γ² sums over (eq. (2)), and a module that runs it.
 
     Args:
-        rnn: a :class:`ReLURNN`, or a ``torch.nn.RNN`` with ``nonlinearity="relu"``.
-        head: ``nn.Linear`` from ``hidden_size`` to the outputs; without one the top hidden units are the outputs.
+        rnn: a :class:`ReLURNN`, or a ``torch.nn.RNN`` with ``nonlinearity="relu"``; either may be bidirectional.
+        head: ``nn.Linear`` from ``hidden_size``, twice that if bidirectional, to the outputs; without one the top
+            hidden units are the outputs.
         embedding: ``nn.Embedding`` into ``input_size``; its rows are the weights of one-hot inputs.
-        outputs: ``"all"``, a loss at every step, or ``"last"``, one at the last step.
-        h0: what the squared network holds at time 0: ``"zeros"`` (Table 1) or ``"ones"`` (section 2, where the
-            hidden units at time 0 are input nodes).
+        outputs: ``"all"``, a loss at every step, or ``"last"``, one at the last step. The last step of a reverse
+            direction is step 1: with ``"last"`` the head reads both final states, ``cat(h_n[-2], h_n[-1])``.
+        h0: what the squared network holds at time 0, in both directions: ``"zeros"`` (Table 1) or ``"ones"``
+            (section 2, where the hidden units at time 0 are input nodes).
 
     The modules are held, not copied: parameters are shared with the model that they came from, under the names
     ``rnn.weight_hh_l0``, …, ``head.weight``, ``head.bias``, ``embedding.weight``.
@@ -64,6 +66,9 @@ class PathNetwork(nn.Module):
         self.h0 = h0
         self.check_parameters()
         self._rnn_names = tuple((f"rnn.{name}", name) for name, _ in rnn.named_parameters())
+        directions = ("", "_reverse") if rnn.bidirectional else ("",)
+        #: How the names of the weights of every direction of every layer end, in the order of the state dict.
+        self.endings = tuple(f"l{i}{direction}" for i in range(rnn.num_layers) for direction in directions)
 
     def weights(self) -> dict[str, Tensor]:
         """The parameters by name, as ``named_parameters`` gives them, at a fraction of its cost: κ wants them often."""
@@ -119,6 +124,10 @@ class PathNetwork(nn.Module):
         return self.rnn.num_layers
 
     @property
+    def num_directions(self) -> int:
+        return 2 if self.rnn.bidirectional else 1
+
+    @property
     def last_seq_len(self) -> int | None:
         """T of the RNN's last forward pass; None before the first."""
         return getattr(self.rnn, "last_seq_len", None)
@@ -132,13 +141,14 @@ class PathNetwork(nn.Module):
 
         Returns:
             With ``outputs="all"`` the head's output at every step, ``[T, B, out_features]``; with ``"last"`` at the
-            last step only, ``[B, out_features]``.
+            last step only (of either direction its own), ``[B, out_features]``.
         """
         if self.embedding is not None:
             x = self.embedding(x)
         y, h_n = self.rnn(x)
-        out = y if self.outputs == "all" else h_n[-1]
-        return out if self.head is None else self.head(out)
+        if self.outputs == "last":
+            y = torch.cat((h_n[-2], h_n[-1]), -1) if self.rnn.bidirectional else h_n[-1]
+        return y if self.head is None else self.head(y)
 
     def extra_repr(self) -> str:
         return f"outputs={self.outputs!r}, h0={self.h0!r}"
@@ -148,17 +158,17 @@ def _check_modules(rnn: object, head: object, embedding: object) -> None:
     if isinstance(rnn, nn.RNN):
         if rnn.nonlinearity != "relu":
             raise ValueError(f'rnn has nonlinearity {rnn.nonlinearity!r}; path norms need "relu"')
-        if rnn.bidirectional:
-            raise ValueError("rnn is bidirectional, which κ does not support yet; use bidirectional=False")
     elif not isinstance(rnn, ReLURNN):
         raise TypeError(f'rnn is a {type(rnn).__name__}; it must be a ReLURNN or torch.nn.RNN(nonlinearity="relu")')
     if head is not None:
         if not isinstance(head, nn.Linear):
             raise TypeError(f"head is a {type(head).__name__}; it must be torch.nn.Linear or None")
-        if head.in_features != rnn.hidden_size:
+        width = (2 if rnn.bidirectional else 1) * rnn.hidden_size
+        if head.in_features != width:
+            both = ", in two directions" if rnn.bidirectional else ""
             raise ValueError(
-                f"head has in_features={head.in_features}, but the RNN's hidden_size is {rnn.hidden_size}: "
-                f"use nn.Linear({rnn.hidden_size}, …)"
+                f"head has in_features={head.in_features}, but the RNN's hidden_size is {rnn.hidden_size}{both}: "
+                f"use nn.Linear({width}, …)"
             )
     if embedding is not None:
         if not isinstance(embedding, nn.Embedding):

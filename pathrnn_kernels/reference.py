@@ -2,7 +2,8 @@
 
 A network is a dict of tensors named as in ``PathNetwork.named_parameters()``: ``rnn.weight_ih_l0``,
 ``rnn.weight_hh_l0``, ``rnn.bias_ih_l0``, ``rnn.bias_hh_l0``, …, ``head.weight``, ``head.bias``,
-``embedding.weight``. Any floating dtype and device; nothing is protected from overflow, and nothing is fast.
+``embedding.weight``; with ``rnn.weight_hh_l0_reverse`` it is bidirectional. Any floating dtype and device; nothing is
+protected from overflow, and nothing is fast.
 
 Equation numbers are those of Neyshabur, Wu, Salakhutdinov and Srebro (2016).
 """
@@ -33,30 +34,42 @@ def relu_rnn(x: Tensor, h_0: Tensor, weight_ih: Tensor, weight_hh: Tensor, bias:
     return torch.stack(outputs)
 
 
-def hidden(squared: Parameters, seq_len: int, h0: str = "zeros") -> list[list[Tensor]]:
-    """h^i_0 … h^i_T of the squared-weight network on all-ones input, per layer i. ReLU never clips here."""
-    num_layers = sum(name.startswith("rnn.weight_hh_l") for name in squared)
+def hidden(squared: Parameters, seq_len: int, h0: str = "zeros") -> list[list[list[Tensor]]]:
+    """h_0 … h_T of the squared-weight network on all-ones input, per layer and direction. ReLU never clips here.
+
+    A reverse direction is in its own time, which begins at step T: its h_s belongs to step T + 1 - s.
+    """
+    endings = _endings(squared)
     first = squared["rnn.weight_ih_l0"]
     below = squared["embedding.weight"].sum(0) if "embedding.weight" in squared else first.new_ones(first.shape[1])
     inputs = [below] * seq_len
     layers = []
-    for i in range(num_layers):
-        weight_ih, weight_hh = squared[f"rnn.weight_ih_l{i}"], squared[f"rnn.weight_hh_l{i}"]
-        start = torch.ones if h0 == "ones" else torch.zeros
-        h = [start(len(weight_hh), dtype=weight_hh.dtype, device=weight_hh.device)]
-        for x in inputs:
-            h.append(weight_ih @ x + weight_hh @ h[-1])
-            for bias in ("bias_ih", "bias_hh"):
-                if f"rnn.{bias}_l{i}" in squared:
-                    h[-1] = h[-1] + squared[f"rnn.{bias}_l{i}"]
-        layers.append(h)
-        inputs = h[1:]
+    for layer in endings:
+        directions = []
+        for ending in layer:
+            weight_ih, weight_hh = squared[f"rnn.weight_ih_{ending}"], squared[f"rnn.weight_hh_{ending}"]
+            start = torch.ones if h0 == "ones" else torch.zeros
+            h = [start(len(weight_hh), dtype=weight_hh.dtype, device=weight_hh.device)]
+            for x in reversed(inputs) if ending.endswith("_reverse") else inputs:
+                h.append(weight_ih @ x + weight_hh @ h[-1])
+                for bias in ("bias_ih", "bias_hh"):
+                    if f"rnn.{bias}_{ending}" in squared:
+                        h[-1] = h[-1] + squared[f"rnn.{bias}_{ending}"]
+            directions.append(h)
+        layers.append(directions)
+        forward, *reverse = (h[1:] for h in directions)
+        inputs = [torch.cat(pair) for pair in zip(forward, *(h[::-1] for h in reverse), strict=True)]
     return layers
 
 
-def total(squared: Parameters, top: list[Tensor], outputs: str = "all") -> Tensor:
-    """γ², eq. (3), from the top layer's h_0 … h_T: the sum of all output nodes."""
-    steps = top[1:] if outputs == "all" else top[-1:]
+def total(squared: Parameters, top: list[list[Tensor]], outputs: str = "all") -> Tensor:
+    """γ², eq. (3), from the top layer's h_0 … h_T, per direction: the sum of all output nodes.
+
+    The last step of a reverse direction is step 1. Where every step is an output, it does not matter for the sum
+    which steps of the two directions are paired.
+    """
+    every = [torch.cat(directions) for directions in zip(*top, strict=True)]
+    steps = every[1:] if outputs == "all" else every[-1:]
     if "head.weight" not in squared:
         return torch.stack(steps).sum()
     out = torch.stack(steps) @ squared["head.weight"].T
@@ -81,10 +94,11 @@ def kappa2(
 ) -> Parameters:
     """κ⁽²⁾ of each recurrent matrix: f · W̃ ⊙ S, with the corrected index and factor f (eqs. (10), (11)).
 
-    S[j, k] = Σ_{t < t'} δ_{t'+1}[j] · (W̃^{t'-t-1})[k, j] · h_t[k]; every other κ⁽²⁾ is zero.
+    S[j, k] = Σ_{t < t'} δ_{t'+1}[j] · (W̃^{t'-t-1})[k, j] · h_t[k]; every other κ⁽²⁾ is zero. A path stays in one
+    direction of a layer for steps in a row, so that each direction's matrix has this form, in its own time.
     """
     result = {}
-    for name, weight, h, delta in _sequences(parameters, seq_len, outputs, h0):
+    for name, weight, h, delta, _ in _sequences(parameters, seq_len, outputs, h0):
         pairs, power = torch.zeros_like(weight), torch.eye(len(weight), dtype=weight.dtype, device=weight.device)
         for lag in range(seq_len - 1):
             # delta[s] is δ_{s+1}: steps t = s and t' = s + lag + 1.
@@ -117,9 +131,9 @@ def kappa2_certified(
     certifies nothing. float64 is intended.
     """
     terms, lags, bound = {}, {}, 0.0
-    for name, weight, h, delta in _sequences(parameters, seq_len, outputs, h0):
+    for name, weight, h, delta, shrinks in _sequences(parameters, seq_len, outputs, h0):
         factor = KAPPA2_FACTOR[convention]
-        pairs, lags[name], error = _certified_pairs(weight, h, delta, factor, rtol, outputs == "all")
+        pairs, lags[name], error = _certified_pairs(weight, h, delta, factor, rtol, shrinks)
         terms[name] = factor * weight * pairs
         bound = max(bound, error)
     return terms, lags, bound
@@ -153,25 +167,40 @@ def kappa_hessian(parameters: Parameters, seq_len: int, outputs: str = "all", h0
     return result
 
 
-def _sequences(parameters: Parameters, seq_len: int, outputs: str, h0: str) -> list[tuple[str, Tensor, Tensor, Tensor]]:
-    """Of each layer: the recurrent matrix' name, W̃, and the rows h_0 … h_{T-1} and δ_1 … δ_T, both [T, H]."""
+def _endings(parameters: Parameters) -> list[list[str]]:
+    """How the names of a direction's weights end, per layer."""
+    every = [name.removeprefix("rnn.weight_hh_") for name in parameters if name.startswith("rnn.weight_hh_")]
+    directions = ("", "_reverse") if "l0_reverse" in every else ("",)
+    return [[f"l{i}{direction}" for direction in directions] for i in range(len(every) // len(directions))]
+
+
+def _sequences(
+    parameters: Parameters, seq_len: int, outputs: str, h0: str
+) -> list[tuple[str, Tensor, Tensor, Tensor, bool]]:
+    """Of each recurrent matrix: name, W̃, the rows h_0 … h_{T-1} and δ_1 … δ_T, [T, H], and whether δ_t ≥ δ_{t+1}.
+
+    In its direction's own time. Where every step is an output, δ grows with the steps that are still to come; not so
+    below the top of a bidirectional network, where the layer above looks back, too.
+    """
     squared = {name: p.detach().square().requires_grad_() for name, p in parameters.items()}
     layers = hidden(squared, seq_len, h0)
     gamma2 = total(squared, layers[-1], outputs)
     result = []
-    for i, h in enumerate(layers):
-        # δ_t of h_1 … h_T; h_0 is a constant. A last-step network without time dependence can leave δ undefined.
-        found = torch.autograd.grad(gamma2, h[1:], retain_graph=True, allow_unused=True)
-        delta = [torch.zeros_like(h[1]) if d is None else d for d in found]
-        name = f"rnn.weight_hh_l{i}"
-        result.append((name, squared[name].detach(), torch.stack(h[:-1]).detach(), torch.stack(delta)))
+    for layer, directions in zip(_endings(squared), layers, strict=True):
+        shrinks = outputs == "all" and (len(layer) == 1 or directions is layers[-1])
+        for ending, h in zip(layer, directions, strict=True):
+            # δ_t of h_1 … h_T; h_0 is a constant. A last-step network without time dependence can leave δ undefined.
+            found = torch.autograd.grad(gamma2, h[1:], retain_graph=True, allow_unused=True)
+            delta = torch.stack([torch.zeros_like(h[1]) if d is None else d for d in found])
+            name = f"rnn.weight_hh_{ending}"
+            result.append((name, squared[name].detach(), torch.stack(h[:-1]).detach(), delta, shrinks))
     return result
 
 
 def _certified_pairs(
     weight: Tensor, h: Tensor, delta: Tensor, factor: float, rtol: float, shrinks: bool
 ) -> tuple[Tensor, int, float]:
-    """S of one layer, the number of explicit lags, and the bound of ``kappa2_certified``; whether δ_t ≥ δ_{t+1}."""
+    """S of one matrix, the number of explicit lags, and the bound of ``kappa2_certified``; whether δ_t ≥ δ_{t+1}."""
     seq_len = len(h)
     kappa1 = delta.T @ h
     pairs, power = torch.zeros_like(weight), torch.eye(len(weight), dtype=weight.dtype, device=weight.device)
@@ -224,7 +253,7 @@ def _rank_one(
     R is at most (the true tail + F) / (1 - θ'), and the true κ is at least that of the lags so far, and at least f W̃
     times the true tail: relative to the true κ, the error is at most (max f W̃ ⊙ F / κ + θ') / (1 - θ').
 
-    Where every step is an output (``shrinks``), δ_s - δ_{s+1} obeys the recurrence of δ with a drive ≥ 0, so that
+    Where δ's drive does not grow (``shrinks``), δ_s - δ_{s+1} obeys the recurrence of δ with a drive ≥ 0, so that
     δ_s ≥ δ_{s+1} and C_{n+m} ≤ C_n: ρ^m χ_m takes the place of g_j χ_m, and by 3. the sum of ρ^m χ_m[k] over m is at
     most Σ_{r=1..n} ρ^r χ_r[k] / (1 - ρⁿ X_n). If ρ < 1, that needs no X_n < 1: χ does not grow, since x⁻¹ W̃ x / ρ
     averages, π is left alone by it, and averages shorten vectors of L²(π). So Σ_m ρ^m χ_m[k] σ_n[j] C_{n+m} is at most

@@ -19,7 +19,7 @@ def node_rescale_(net: PathNetwork, alphas: Sequence[Tensor]) -> PathNetwork:
 
     What enters unit j of layer i is multiplied by α^i_j, what leaves it is divided by it: W_ih^i[j, k] by
     α^i_j / α^{i-1}_k, W_hh^i[j, k] by α^i_j / α^i_k, biases by α^i_j, the head's column k by 1 / α^top_k. The
-    embedding and the head's bias stay.
+    embedding and the head's bias stay. The directions of a bidirectional layer have units, and α, of their own.
 
     The network computes the same function of x, and γ² and Theorem 2 hold unchanged, with h_0 = 0. A hidden state
     that the caller hands to the RNN is in the old units: multiply h_0 of layer i by α^i. For the same reason γ² is
@@ -27,8 +27,8 @@ def node_rescale_(net: PathNetwork, alphas: Sequence[Tensor]) -> PathNetwork:
 
     Args:
         net: the network.
-        alphas: one positive tensor ``[hidden_size]`` a layer. Without a head the top hidden units are the outputs,
-            so the top layer's must be all ones.
+        alphas: one positive tensor ``[hidden_size]`` a layer, or two of a bidirectional network: forward, reverse.
+            Without a head the top hidden units are the outputs, so the top layer's must be all ones.
 
     Returns:
         ``net``.
@@ -71,7 +71,7 @@ def balance_(net: PathNetwork, tol: float = 1e-6, max_iterations: int = 10_000) 
         max_iterations: give up then, with a warning; what has been reached is a rescaling all the same.
 
     Returns:
-        The α of each layer, ``[hidden_size]``, as :func:`node_rescale_` takes them.
+        The α of each layer (and direction), ``[hidden_size]``, as :func:`node_rescale_` takes them.
 
     Raises:
         TypeError, ValueError: naming the argument, its value and the remedy.
@@ -95,7 +95,7 @@ def balance_(net: PathNetwork, tol: float = 1e-6, max_iterations: int = 10_000) 
     edges = _edges(net)
     free = _on_paths(net, edges)
     weight = next(net.parameters())
-    log_alpha2 = torch.zeros(net.num_layers, net.hidden_size, dtype=torch.float64, device=weight.device)
+    log_alpha2 = torch.zeros(len(net.endings), net.hidden_size, dtype=torch.float64, device=weight.device)
     for _ in range(max_iterations):
         gap = _log_out_over_in(log_alpha2, edges)
         gap = torch.where(free, gap, 0)
@@ -119,40 +119,52 @@ def _rescaled(net: PathNetwork, alphas: list[Tensor]) -> dict[str, Tensor]:
     """The parameters that change, in the order of eq. (1)."""
     parameters = dict(net.named_parameters())
     new = {}
-    for i, alpha in enumerate(alphas):
-        ih, hh = f"rnn.weight_ih_l{i}", f"rnn.weight_hh_l{i}"
+    for c, (ending, alpha) in enumerate(zip(net.endings, alphas, strict=True)):
+        ih, hh = f"rnn.weight_ih_{ending}", f"rnn.weight_hh_{ending}"
         new[ih] = parameters[ih] * alpha[:, None]
-        if i > 0:
-            new[ih] = new[ih] / alphas[i - 1]
+        if below := _below(net, c):
+            new[ih] = new[ih] / torch.cat([alphas[b] for b in below])
         new[hh] = parameters[hh] * (alpha[:, None] / alpha)
-        for bias in (f"rnn.bias_ih_l{i}", f"rnn.bias_hh_l{i}"):
+        for bias in (f"rnn.bias_ih_{ending}", f"rnn.bias_hh_{ending}"):
             if bias in parameters:
                 new[bias] = parameters[bias] * alpha
     if net.head is not None:
-        new["head.weight"] = parameters["head.weight"] / alphas[-1]
+        new["head.weight"] = parameters["head.weight"] / torch.cat(alphas[-net.num_directions :])
     return new
 
 
-#: (from layer, to layer, log w² [to, from]); None stands for the inputs and constants, or for the outputs.
+def _below(net: PathNetwork, place: int) -> list[int]:
+    """Whose units the direction at this place of ``net.endings`` reads: both directions' of the layer below."""
+    first = place - place % net.num_directions - net.num_directions
+    return list(range(first, first + net.num_directions)) if first >= 0 else []
+
+
+#: (from, to, log w² [to, from]), places in ``net.endings``; None stands for the inputs and constants, or the outputs.
 _Edge = tuple[int | None, int | None, Tensor]
 
 
 def _edges(net: PathNetwork) -> list[_Edge]:
     parameters = {name: p.double().abs().log().mul(2) for name, p in net.named_parameters()}
     edges: list[_Edge] = []
-    for i in range(net.num_layers):
-        edges.append((i - 1 if i > 0 else None, i, parameters[f"rnn.weight_ih_l{i}"]))
-        edges.append((i, i, parameters[f"rnn.weight_hh_l{i}"].fill_diagonal_(-math.inf)))
-        for bias in (f"rnn.bias_ih_l{i}", f"rnn.bias_hh_l{i}"):
+    for c, ending in enumerate(net.endings):
+        edges += _by_source(_below(net, c), c, parameters[f"rnn.weight_ih_{ending}"])
+        edges.append((c, c, parameters[f"rnn.weight_hh_{ending}"].fill_diagonal_(-math.inf)))
+        for bias in (f"rnn.bias_ih_{ending}", f"rnn.bias_hh_{ending}"):
             if bias in parameters:
-                edges.append((None, i, parameters[bias][:, None]))
+                edges.append((None, c, parameters[bias][:, None]))
     if net.head is not None:
-        edges.append((net.num_layers - 1, None, parameters["head.weight"]))
+        edges += _by_source(_below(net, len(net.endings)), None, parameters["head.weight"])
     return edges
 
 
+def _by_source(below: list[int], above: int | None, log_w2: Tensor) -> list[_Edge]:
+    if not below:
+        return [(None, above, log_w2)]
+    return [(b, above, part) for b, part in zip(below, log_w2.chunk(len(below), 1), strict=True)]
+
+
 def _log_out_over_in(log_alpha2: Tensor, edges: list[_Edge]) -> Tensor:
-    """Logarithm of the ratio of each unit's outgoing to its incoming squared weights, ``[L, H]``; nan for 0/0."""
+    """Logarithm of the ratio of each unit's outgoing to its incoming squared weights, by places; nan for 0/0."""
     entering = torch.full_like(log_alpha2, -math.inf)
     leaving = entering.clone()
     for below, above, log_w2 in edges:
@@ -167,14 +179,14 @@ def _log_out_over_in(log_alpha2: Tensor, edges: list[_Edge]) -> Tensor:
 
 
 def _on_paths(net: PathNetwork, edges: list[_Edge]) -> Tensor:
-    """Which units may be rescaled: those that lie on a path and are not outputs themselves, bool ``[L, H]``.
+    """Which units may be rescaled: those that lie on a path and are not outputs themselves, bool, by places.
 
     On them Σ p² has a minimum; on others it may decrease for ever as α tends to 0 or infinity.
     """
-    forward = torch.zeros(net.num_layers, net.hidden_size, dtype=torch.bool, device=edges[0][2].device)
+    forward = torch.zeros(len(net.endings), net.hidden_size, dtype=torch.bool, device=edges[0][2].device)
     backward = forward.clone()
     if net.head is None:
-        backward[-1] = True
+        backward[-net.num_directions :] = True
     count = -1
     while count != (count := int(forward.sum() + backward.sum())):
         for below, above, log_w2 in edges:
@@ -185,7 +197,7 @@ def _on_paths(net: PathNetwork, edges: list[_Edge]) -> Tensor:
                 backward[below] |= (present if above is None else present & backward[above][:, None]).any(0)
     free = forward & backward
     if net.head is None:
-        free[-1] = False
+        free[-net.num_directions :] = False
     return free
 
 
@@ -198,8 +210,9 @@ def _check_net(net: PathNetwork) -> None:
 def _check_alphas(net: PathNetwork, alphas: Sequence[Tensor]) -> list[Tensor]:
     if isinstance(alphas, Tensor) or not isinstance(alphas, Sequence):
         raise TypeError(f"alphas is a {type(alphas).__name__}; it must be a list of one tensor a layer")
-    if len(alphas) != net.num_layers:
-        raise ValueError(f"alphas has {len(alphas)} tensors; the network has {net.num_layers} layers: give one a layer")
+    if len(alphas) != len(net.endings):
+        each = "one a layer" if net.num_directions == 1 else "two a layer, forward and reverse"
+        raise ValueError(f"alphas has {len(alphas)} tensors; the network has {net.num_layers} layers: give {each}")
     weight = next(net.parameters())
     checked = []
     for i, alpha in enumerate(alphas):
@@ -211,9 +224,10 @@ def _check_alphas(net: PathNetwork, alphas: Sequence[Tensor]) -> list[Tensor]:
         if not ((alpha > 0) & alpha.isfinite()).all():
             raise ValueError(f"alphas[{i}] is {alpha.tolist()}; every entry must be positive and finite")
         checked.append(alpha)
-    if net.head is None and not (checked[-1] == 1).all():
-        raise ValueError(
-            f"alphas[{net.num_layers - 1}] rescales the top layer, whose units are the outputs of a network without "
-            "head, so that the function would change: give ones there, or give the network its head"
-        )
+    for i in range(len(checked) - net.num_directions, len(checked)):
+        if net.head is None and not (checked[i] == 1).all():
+            raise ValueError(
+                f"alphas[{i}] rescales the top layer, whose units are the outputs of a network without "
+                "head, so that the function would change: give ones there, or give the network its head"
+            )
     return checked

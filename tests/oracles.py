@@ -18,55 +18,67 @@ def _multiply(weight, vector):
 def log_kappa(net, seq_len, second_term=False):
     """LogKappa of a PathNetwork by logsumexp chains: eqs. (3), (9), (11); κ⁽²⁾ exact. -inf stands for zero."""
     log = {name: p.detach().double().abs().log() * 2 for name, p in net.named_parameters()}
-    layers, hidden = range(net.num_layers), net.hidden_size
+    hidden, width = net.hidden_size, net.num_directions
     zero, one = torch.full((hidden,), -INF, dtype=torch.float64), torch.zeros(hidden, dtype=torch.float64)
-    weight_ih = [log[f"rnn.weight_ih_l{i}"] for i in layers]
-    weight_hh = [log[f"rnn.weight_hh_l{i}"] for i in layers]
+    weight_ih, weight_hh = ([log[f"rnn.weight_{kind}_{end}"] for end in net.endings] for kind in ("ih", "hh"))
+    # Chains in their own time, forward and reverse by turns: what a layer gives another must be turned for the reverse.
+    layers = [range(first, first + width) for first in range(0, len(net.endings), width)]
+
+    def times(chain, steps):
+        return steps.flip(0) if chain % width else steps
 
     below = torch.zeros(net.rnn.input_size, dtype=torch.float64)
     if net.embedding is not None:
         below = torch.logsumexp(log["embedding.weight"], 0)
-    inputs, h = below.expand(seq_len, -1), []
-    for i in layers:
-        steps = [one if net.h0 == "ones" else zero]
-        for x in inputs:
-            step = torch.logaddexp(_multiply(weight_ih[i], x), _multiply(weight_hh[i], steps[-1]))
-            for kind in ("bias_ih", "bias_hh"):
-                if net.rnn.bias:
-                    step = torch.logaddexp(step, log[f"rnn.{kind}_l{i}"])
-            steps.append(step)
-        h.append(torch.stack(steps))
-        inputs = h[i][1:]
+    inputs, h, given = below.expand(seq_len, -1), [], []
+    for layer in layers:
+        for c in layer:
+            given.append(times(c, inputs))
+            steps = [one if net.h0 == "ones" else zero]
+            for x in given[c]:
+                step = torch.logaddexp(_multiply(weight_ih[c], x), _multiply(weight_hh[c], steps[-1]))
+                for kind in ("bias_ih", "bias_hh"):
+                    if net.rnn.bias:
+                        step = torch.logaddexp(step, log[f"rnn.{kind}_{net.endings[c]}"])
+                steps.append(step)
+            h.append(torch.stack(steps))
+        inputs = torch.cat([times(c, h[c][1:]) for c in layer], 1)
 
     first_output = 0 if net.outputs == "all" else seq_len - 1
-    top = one if net.head is None else torch.logsumexp(log["head.weight"], 0)
-    drive = torch.full((seq_len, hidden), -INF, dtype=torch.float64)
-    drive[first_output:] = top
-    delta = [None for _ in layers]  # δ_1 … δ_T of every layer
-    for i in reversed(layers):
-        steps, after = [], zero
-        for d in drive.flip(0):
-            after = torch.logaddexp(d, _multiply(weight_hh[i].T, after))
-            steps.append(after)
-        delta[i] = torch.stack(steps[::-1])
-        drive = torch.stack([_multiply(weight_ih[i].T, d) for d in delta[i]])
+    top = torch.zeros(width * hidden, dtype=torch.float64)
+    if net.head is not None:
+        top = torch.logsumexp(log["head.weight"], 0)
+    own_last = torch.full((seq_len, hidden), -INF, dtype=torch.float64)
+    own_last[first_output:] = 0
+    drive = top + torch.cat([times(c, own_last) for c in layers[-1]], 1)  # ∂γ²/∂ what a layer gives, by steps
+    delta = {}  # δ_1 … δ_T of every chain
+    for layer in reversed(layers):
+        total = torch.tensor(-INF, dtype=torch.float64)
+        for c, own in zip(layer, drive.chunk(width, 1), strict=True):
+            steps, after = [], zero
+            for d in times(c, own).flip(0):
+                after = torch.logaddexp(d, _multiply(weight_hh[c].T, after))
+                steps.append(after)
+            delta[c] = torch.stack(steps[::-1])
+            down = torch.stack([_multiply(weight_ih[c].T, d) for d in delta[c]])
+            total = torch.logaddexp(total, times(c, down))
+        drive = total
     # `drive` is now ∂γ²/∂input.
 
     result = {}
-    for i in layers:
-        before = below.expand(seq_len, -1) if i == 0 else h[i - 1][1:]
-        result[f"rnn.weight_ih_l{i}"] = _outer(delta[i], before)
-        result[f"rnn.weight_hh_l{i}"] = _outer(delta[i], h[i][:-1])
+    for c, end in enumerate(net.endings):
+        result[f"rnn.weight_ih_{end}"] = _outer(delta[c], given[c])
+        result[f"rnn.weight_hh_{end}"] = _outer(delta[c], h[c][:-1])
         if second_term:
-            term = _second_term(weight_hh[i], h[i][:-1], delta[i])
-            result[f"rnn.weight_hh_l{i}"] = torch.logaddexp(result[f"rnn.weight_hh_l{i}"], term)
+            term = _second_term(weight_hh[c], h[c][:-1], delta[c])
+            result[f"rnn.weight_hh_{end}"] = torch.logaddexp(result[f"rnn.weight_hh_{end}"], term)
         for kind in ("bias_ih", "bias_hh"):
             if net.rnn.bias:
-                result[f"rnn.{kind}_l{i}"] = torch.logsumexp(delta[i], 0)
+                result[f"rnn.{kind}_{end}"] = torch.logsumexp(delta[c], 0)
     if net.embedding is not None:
         result["embedding.weight"] = torch.logsumexp(drive, 0).expand_as(log["embedding.weight"])
 
-    outputs = h[-1][1:][first_output:]
+    outputs = torch.cat([h[c][1:] for c in layers[-1]], 1)[first_output:]
     log_norm = torch.logsumexp(outputs + top, (0, 1))
     if net.head is not None:
         result["head.weight"] = torch.logsumexp(outputs, 0).expand_as(log["head.weight"])

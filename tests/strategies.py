@@ -29,19 +29,22 @@ def networks(
         max_layers, max_size, max_seq_len: upper limits; ``max_size`` bounds every width and the vocabulary.
         heads: None, no head; False, one without bias; True, one with bias.
         embeddings, outputs, h0: the choices to draw from.
-        rnns: ``"ReLURNN"``, ``"RNN"`` (``torch.nn.RNN``).
+        rnns: ``"ReLURNN"``, ``"RNN"`` (``torch.nn.RNN``), ``"bidirectional"`` (``torch.nn.RNN`` in both directions).
     """
     size = st.integers(1, max_size)
     input_size, hidden_size = draw(size), draw(size)
     num_layers, bias = draw(st.integers(1, max_layers)), draw(st.booleans())
     head, embedding = draw(st.sampled_from(heads)), draw(st.sampled_from(embeddings))
-    if draw(st.sampled_from(rnns)) == "ReLURNN":
+    kind = draw(st.sampled_from(rnns))
+    if kind == "ReLURNN":
         rnn = ReLURNN(input_size, hidden_size, num_layers, bias, dtype=dtype)
     else:
-        rnn = nn.RNN(input_size, hidden_size, num_layers, "relu", bias, dtype=dtype)
+        both = kind == "bidirectional"
+        rnn = nn.RNN(input_size, hidden_size, num_layers, "relu", bias, bidirectional=both, dtype=dtype)
+    width = 2 * hidden_size if rnn.bidirectional else hidden_size
     net = PathNetwork(
         rnn,
-        None if head is None else nn.Linear(hidden_size, draw(size), bias=head, dtype=dtype),
+        None if head is None else nn.Linear(width, draw(size), bias=head, dtype=dtype),
         nn.Embedding(draw(size), input_size, dtype=dtype) if embedding else None,
         draw(st.sampled_from(outputs)),
         draw(st.sampled_from(h0)),
@@ -70,13 +73,13 @@ def inputs(net, seq_len, batch=2, seed=0):
 
 @st.composite
 def rescalings(draw, net):
-    """One positive tensor ``[hidden_size]`` a layer, between 1/4 and 4; ones on top of a network without head."""
+    """One positive tensor ``[hidden_size]`` a layer and direction, between 1/4 and 4; ones on top where no head is."""
     generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31 - 1)))
     dtype = next(net.parameters()).dtype
     alphas = [
-        torch.empty(net.hidden_size, dtype=dtype).uniform_(-2, 2, generator=generator).exp2()
-        for _ in range(net.num_layers)
+        torch.empty(net.hidden_size, dtype=dtype).uniform_(-2, 2, generator=generator).exp2() for _ in net.endings
     ]
     if net.head is None:
-        alphas[-1] = torch.ones_like(alphas[-1])
+        top = len(alphas) - net.num_directions
+        alphas[top:] = [torch.ones_like(alpha) for alpha in alphas[top:]]
     return alphas

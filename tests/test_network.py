@@ -79,7 +79,11 @@ def test_parameters_replaced_after_construction_count():
         ((None,), TypeError, "rnn is a NoneType; it must be a ReLURNN or torch.nn.RNN"),
         ((nn.LSTM(2, 3),), TypeError, "rnn is a LSTM"),
         ((nn.RNN(2, 3),), ValueError, "rnn has nonlinearity 'tanh'; path norms need \"relu\""),
-        ((nn.RNN(2, 3, nonlinearity="relu", bidirectional=True),), ValueError, "rnn is bidirectional"),
+        (
+            (nn.RNN(2, 3, nonlinearity="relu", bidirectional=True), nn.Linear(3, 4)),
+            ValueError,
+            r"head has in_features=3, but .*hidden_size is 3, in two directions: use nn.Linear\(6",
+        ),
         ((ReLURNN(2, 3), torch.ones(4, 3)), TypeError, "head is a Tensor; it must be torch.nn.Linear or None"),
         ((ReLURNN(2, 3), nn.Sequential(nn.Linear(3, 4))), TypeError, "head is a Sequential"),
         (

@@ -918,15 +918,25 @@ struct PairSum {
   }
 };
 
-// out[j, k] = Σ_t d_t[j] h_t[k] with its exponent: κ⁽¹⁾ of a matrix, split by rows over the team.
+// A bound of the largest d_t h_tᵀ, steps 0 … n-1, its magnitude on the scale 1.
 template <typename T>
-void outer_sum(const Rows<T>& d, const Rows<T>& h, int64_t n, int64_t rows, int64_t columns, T* out, int64_t& exponent,
-               T* left, T* right, const Team& team) {
+int64_t largest_pair(const Rows<T>& d, const Rows<T>& h, int64_t n) {
+  int64_t largest = kZeroExponent;
+  for (int64_t t = 0; t < n; ++t) largest = std::max(largest, d.exponent[t] + h.exponent[t] + d.largest[t] + h.largest[t]);
+  return largest <= kZeroExponent / 2 ? kZeroExponent : largest;
+}
+
+// out[j, k] = Σ_t d_t[j] h_t[k], rows of `row` numbers, with its exponent: κ⁽¹⁾ of a matrix, or of some columns of one,
+// whose largest_pair elsewhere is `beside`; split by rows over the team.
+template <typename T>
+void outer_sum(const Rows<T>& d, const Rows<T>& h, int64_t n, int64_t rows, int64_t columns, T* out, int64_t row,
+               int64_t beside, int64_t& exponent, T* left, T* right, const Team& team) {
   int64_t first, last;
   team.share(rows, first, last);
   const PairSum<T> sum(d, h, n, first, last, left, right);
-  const int64_t result = sum.largest == kZeroExponent ? 0 : natural_exponent(sum.largest);
+  const int64_t largest = std::max(sum.largest, beside);
+  const int64_t result = largest == kZeroExponent ? 0 : natural_exponent(largest);
   if (team.rank == 0) exponent = result;
-  const T alpha = sum.count == 0 ? T(1) : std::ldexp(T(1), static_cast<int>(sum.exponent - result));
-  sum.multiply(out + first * columns, columns, last - first, columns, alpha);
+  const T alpha = sum.count == 0 ? T(1) : power_of_two<T>(sum.exponent - result);
+  sum.multiply(out + first * row, row, last - first, columns, alpha);
 }

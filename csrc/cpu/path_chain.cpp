@@ -17,14 +17,17 @@ std::vector<const T*> pointers(const std::vector<Tensor>& tensors) {
   return result;
 }
 
-// The name of the tensor that the kernel found not to be finite: its index in the order of the weights by layer.
-std::string tensor_name(int64_t index, int64_t num_layers, bool bias, bool head, bool head_bias) {
+// Of the names of a chain's weights.
+std::string suffix(int64_t chain, int64_t directions) {
+  return "_l" + std::to_string(chain / directions) + (chain % directions ? "_reverse" : "");
+}
+
+// The name of the tensor that the kernel found not to be finite: its index in the order of the weights by chain.
+std::string tensor_name(int64_t index, int64_t chains, int64_t directions, bool bias, bool head, bool head_bias) {
   static const char* const kinds[] = {"weight_ih", "weight_hh", "bias_ih", "bias_hh"};
-  const int64_t per_layer = bias ? 4 : 2;
-  if (index < per_layer * num_layers) {
-    return std::string(kinds[index % per_layer]) + "_l" + std::to_string(index / per_layer);
-  }
-  index -= per_layer * num_layers;
+  const int64_t per_chain = bias ? 4 : 2;
+  if (index < per_chain * chains) return kinds[index % per_chain] + suffix(index / per_chain, directions);
+  index -= per_chain * chains;
   if (head && index-- == 0) return "head.weight";
   if (head_bias && index-- == 0) return "head.bias";
   return "embedding.weight";
@@ -34,23 +37,26 @@ std::tuple<std::vector<Tensor>, Tensor, Tensor, Tensor, Tensor, Tensor> run(
     at::TensorList weight_ih, at::TensorList weight_hh, at::TensorList bias_ih, at::TensorList bias_hh,
     const optional<Tensor>& head_weight, const optional<Tensor>& head_bias, const optional<Tensor>& embedding,
     int64_t seq_len, bool last_only, bool ones_h0, bool kappa1, double second_factor, double rtol,
-    at::IntArrayRef first_lags, int64_t workspace_bytes) {
-  const int64_t layers = static_cast<int64_t>(weight_hh.size());
-  TORCH_CHECK_VALUE(layers > 0, "weight_hh is empty; give one matrix a layer");
-  TORCH_CHECK_VALUE(static_cast<int64_t>(weight_ih.size()) == layers, "weight_ih has ", weight_ih.size(),
-                    " tensors for ", layers, " layers; give one a layer");
+    at::IntArrayRef first_lags, int64_t workspace_bytes, bool bidirectional) {
+  const int64_t chains = static_cast<int64_t>(weight_hh.size()), directions = bidirectional ? 2 : 1;
+  const std::string unit = bidirectional ? "direction" : "layer", units = unit + "s";
+  TORCH_CHECK_VALUE(chains > 0, "weight_hh is empty; give one matrix a ", unit);
+  TORCH_CHECK_VALUE(chains % directions == 0, "weight_hh has ", chains,
+                    " tensors; give one a direction, two a layer");
+  TORCH_CHECK_VALUE(static_cast<int64_t>(weight_ih.size()) == chains, "weight_ih has ", weight_ih.size(),
+                    " tensors for ", chains, " ", units, "; give one a ", unit);
   for (const auto* biases : {&bias_ih, &bias_hh}) {
     TORCH_CHECK_VALUE(biases->size() == bias_ih.size() && (biases->empty() || biases->size() == weight_hh.size()),
-                      "bias_ih and bias_hh have ", bias_ih.size(), " and ", bias_hh.size(), " tensors for ", layers,
-                      " layers; give one a layer in both, or none");
+                      "bias_ih and bias_hh have ", bias_ih.size(), " and ", bias_hh.size(), " tensors for ", chains,
+                      " ", units, "; give one a ", unit, " in both, or none");
   }
   TORCH_CHECK_VALUE(seq_len >= 1, "seq_len is ", seq_len, "; it must be at least 1");
   TORCH_CHECK_VALUE(second_factor >= 0 && second_factor <= 1e6, "second_factor is ", second_factor,
                     "; it must be a number between 0 and 1e6");
   TORCH_CHECK_VALUE(second_factor == 0 || kappa1, "second_factor is ", second_factor, " without kappa1; ask for both");
   TORCH_CHECK_VALUE(rtol >= 0 && rtol <= 1, "rtol is ", rtol, "; it must be a number between 0 and 1");
-  TORCH_CHECK_VALUE(first_lags.empty() || static_cast<int64_t>(first_lags.size()) == layers, "first_lags has ",
-                    first_lags.size(), " numbers for ", layers, " layers; give one a layer, or none");
+  TORCH_CHECK_VALUE(first_lags.empty() || static_cast<int64_t>(first_lags.size()) == chains, "first_lags has ",
+                    first_lags.size(), " numbers for ", chains, " ", units, "; give one a ", unit, ", or none");
   for (const int64_t lags : first_lags) {
     TORCH_CHECK_VALUE(lags >= 0, "first_lags has ", lags, "; its numbers must be at least 0");
   }
@@ -71,22 +77,23 @@ std::tuple<std::vector<Tensor>, Tensor, Tensor, Tensor, Tensor, Tensor> run(
     check_like(t, name.c_str(), like, "weight_hh_l0");
     list.push_back(t.contiguous());
   };
-  for (int64_t i = 0; i < layers; ++i) {
-    const std::string suffix = "_l" + std::to_string(i);
-    keep(ih, weight_ih[i], "weight_ih" + suffix, {hidden, i ? hidden : input});
-    keep(hh, weight_hh[i], "weight_hh" + suffix, {hidden, hidden});
+  const auto inputs = [&](int64_t c) { return c < directions ? input : directions * hidden; };
+  for (int64_t c = 0; c < chains; ++c) {
+    const std::string end = suffix(c, directions);
+    keep(ih, weight_ih[c], "weight_ih" + end, {hidden, inputs(c)});
+    keep(hh, weight_hh[c], "weight_hh" + end, {hidden, hidden});
     if (!bias_ih.empty()) {
-      keep(b_ih, bias_ih[i], "bias_ih" + suffix, {hidden});
-      keep(b_hh, bias_hh[i], "bias_hh" + suffix, {hidden});
+      keep(b_ih, bias_ih[c], "bias_ih" + end, {hidden});
+      keep(b_hh, bias_hh[c], "bias_hh" + end, {hidden});
     }
   }
   std::vector<Tensor> rest;
   int64_t outputs = 0, vocabulary = 0;
   if (head_weight) {
     TORCH_CHECK_VALUE(head_weight->dim() == 2 && head_weight->size(0) > 0, "head.weight has shape ",
-                      head_weight->sizes(), "; it must be [O, H]");
+                      head_weight->sizes(), "; it must be [O, ", bidirectional ? "2 H]" : "H]");
     outputs = head_weight->size(0);
-    keep(rest, *head_weight, "head.weight", {outputs, hidden});
+    keep(rest, *head_weight, "head.weight", {outputs, directions * hidden});
   }
   if (head_bias) {
     TORCH_CHECK_VALUE(head_weight, "head.bias is given without head.weight; give both");
@@ -107,13 +114,14 @@ std::tuple<std::vector<Tensor>, Tensor, Tensor, Tensor, Tensor, Tensor> run(
   };
   Tensor log_path_norm = at::empty({}, options.dtype(at::kDouble));
   const bool second = second_factor > 0;
-  Tensor lags = at::zeros({layers}, options.dtype(at::kLong)), bounds = at::zeros({layers}, options.dtype(at::kDouble));
+  Tensor lags = at::zeros({chains}, options.dtype(at::kLong)), bounds = at::zeros({chains}, options.dtype(at::kDouble));
   Tensor exponents, lost = at::empty({}, options.dtype(at::kBool));
   int64_t bad = -1;
 
   AT_DISPATCH_FLOATING_TYPES(like.scalar_type(), "path_chain", [&] {
     PathChain<scalar_t> net;
-    net.num_layers = layers;
+    net.num_layers = chains / directions;
+    net.directions = directions;
     net.input = input;
     net.hidden = hidden;
     net.outputs = outputs;
@@ -131,12 +139,12 @@ std::tuple<std::vector<Tensor>, Tensor, Tensor, Tensor, Tensor, Tensor> run(
     net.embedding = embedding ? rest[next].const_data_ptr<scalar_t>() : nullptr;
     const auto result = [](const Tensor& t) { return t.mutable_data_ptr<scalar_t>(); };
     if (kappa1) {
-      for (int64_t i = 0; i < layers; ++i) {
-        net.kappa_ih.push_back(result(add({hidden, i ? hidden : embedding ? input : 1})));
+      for (int64_t c = 0; c < chains; ++c) {
+        net.kappa_ih.push_back(result(add({hidden, c >= directions || embedding ? inputs(c) : 1})));
         net.kappa_hh.push_back(result(add({hidden, hidden})));
         if (!b_ih.empty()) net.kappa_bias.push_back(result(add({hidden})));
       }
-      if (head_weight) net.kappa_head = result(add({1, hidden}));
+      if (head_weight) net.kappa_head = result(add({1, directions * hidden}));
       if (head_bias) net.kappa_head_bias = result(add({1}));
       if (embedding) net.kappa_embedding = result(add({1, input}));
     }
@@ -150,11 +158,12 @@ std::tuple<std::vector<Tensor>, Tensor, Tensor, Tensor, Tensor, Tensor> run(
     net.lags = lags.mutable_data_ptr<int64_t>();
     net.bounds = bounds.mutable_data_ptr<double>();
     net.lost = lost.mutable_data_ptr<bool>();
-    const double work = static_cast<double>(layers) * (seq_len + (second ? hidden : 0)) * hidden * hidden +
+    const double work = static_cast<double>(chains) * (seq_len + (second ? hidden : 0)) * hidden * hidden +
                         outputs * hidden + vocabulary * input;
     bad = kernels<scalar_t>().path_chain(net, threads_for(work));
   });
-  TORCH_CHECK_VALUE(bad < 0, tensor_name(bad, layers, !bias_ih.empty(), head_weight.has_value(), head_bias.has_value()),
+  TORCH_CHECK_VALUE(bad < 0, tensor_name(bad, chains, directions, !bias_ih.empty(), head_weight.has_value(),
+                                         head_bias.has_value()),
                     " has a nan or infinite entry; κ and γ² need finite weights: restore them, or lower the step size");
   return {factors, exponents, log_path_norm, lags, bounds, lost};
 }

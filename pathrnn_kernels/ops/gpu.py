@@ -3,8 +3,10 @@
 Nothing here waits for the device, except for one number after each block of lags of κ⁽²⁾: whether its certificate
 holds. While a CUDA graph is captured no number can come back, and all lags are summed.
 
-A sequence of vectors is a :class:`Rows`; matrices and single vectors carry one exponent. ``largest`` of a weight is its
-largest magnitude, from which kernels and this file alike derive the power of two that brings it to [1, 2).
+A chain is a direction of a layer; they are numbered layer by layer, in each the forward one first, and each runs in its
+own time, which in a reverse direction begins at step T. A sequence of vectors is a :class:`Rows`; matrices and single
+vectors carry one exponent. ``largest`` of a weight is its largest magnitude, from which kernels and this file alike
+derive the power of two that brings it to [1, 2).
 """
 
 from __future__ import annotations
@@ -59,6 +61,9 @@ class Rows(NamedTuple):
     def from_row(self, first: int) -> Rows:
         return Rows(self.data[first:], self.exponents[first:])
 
+    def turned(self) -> Rows:
+        return Rows(self.data.flip(0), self.exponents.flip(0))
+
 
 class Network(NamedTuple):
     """The arguments of ``ops.path_chain``, contiguous, with the largest magnitude of every tensor."""
@@ -73,12 +78,35 @@ class Network(NamedTuple):
     seq_len: int
     last_only: bool
     ones_h0: bool
+    directions: int
     largest: Tensor
 
-    def largest_of(self, kind: int, layer: int) -> Tensor:
+    def largest_of(self, kind: int, chain: int) -> Tensor:
         """Of weight_ih, weight_hh, bias_ih, bias_hh, as 1-element tensors: kinds 0 to 3."""
-        at = kind * len(self.weight_hh) + layer
+        at = kind * len(self.weight_hh) + chain
         return self.largest[at : at + 1]
+
+    def one_direction(self, direction: int) -> Network:
+        """The weights that ``ends`` reads, as of a network with this direction alone; the first has the head's bias."""
+        if self.directions == 1:
+            return self
+        own = slice(direction, None, self.directions)
+        lists = [self.weight_ih[own], self.weight_hh[own], self.bias_ih[own], self.bias_hh[own]]
+        count = self.directions * sum(map(len, lists))
+        largest = torch.cat([self.largest[:count].reshape(-1, self.directions)[:, direction], self.largest[count:]])
+        head = self.head_weight
+        head = None if head is None else head.chunk(self.directions, 1)[direction].contiguous()
+        bias = self.head_bias if direction == 0 else None
+        return self._replace(
+            weight_ih=lists[0],
+            weight_hh=lists[1],
+            bias_ih=lists[2],
+            bias_hh=lists[3],
+            head_weight=head,
+            head_bias=bias,
+            directions=1,
+            largest=largest,
+        )
 
 
 def path_chain(
@@ -99,6 +127,7 @@ def path_chain(
     rtol: float,
     first_lags: Sequence[int],
     workspace_bytes: int,
+    bidirectional: bool = False,
 ) -> tuple[list[Tensor], Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The results of ``ops.path_chain``, whose log γ² is nan where a weight is not finite; arguments are checked."""
     ih, hh, b_ih, b_hh = (
@@ -109,7 +138,8 @@ def path_chain(
     )
     every = [*ih, *hh, *b_ih, *b_hh, *(t for t in (head, head_b, embedding) if t is not None)]
     largest = torch.stack(torch._foreach_norm(every, math.inf))
-    net = Network(ih, hh, b_ih, b_hh, head, head_b, embedding, seq_len, last_only, ones_h0, largest)
+    directions = 2 if bidirectional else 1
+    net = Network(ih, hh, b_ih, b_hh, head, head_b, embedding, seq_len, last_only, ones_h0, directions, largest)
     with torch.no_grad(), _full_precision():
         return _Pass(kernels, plan, net).run(kappa1, second_factor, rtol, first_lags, workspace_bytes)
 
@@ -143,7 +173,7 @@ class _Pass:
 
     def __init__(self, kernels: Kernels, plan: Plan, net: Network) -> None:
         self.kernels, self.plan, self.net = kernels, plan, net
-        self.layers = len(net.weight_hh)
+        self.directions, self.count = net.directions, len(net.weight_hh)
         like = net.weight_hh[0]
         self.dtype, self.device, self.hidden = like.dtype, like.device, len(like)
         # Whether something underflowed: a flag that kernels set, and those of the products outside kernels.
@@ -157,99 +187,135 @@ class _Pass:
         inputs = None
         if net.embedding_weight is not None:
             inputs = Rows(*kernels.column_sums(net.embedding_weight, net.largest[-1:], self.lost))
-        ends = kernels.ends(
-            net.weight_ih[0],
-            net.bias_ih,
-            net.bias_hh,
-            net.head_weight,
-            net.head_bias,
-            *(inputs or (None, None)),
-            self.layers,
-            net.largest,
-            self.lost,
-        )
-        # Near the centre, as the chains keep what they make of them: the scale of sums of their rows is known then.
-        data = torch._foreach_mul([ends[0], ends[2]], 2.0 ** CENTRE[self.dtype])
-        exponents = torch._foreach_sub([ends[1], ends[3]], CENTRE[self.dtype])
-        h, d = self.chains(kappa1, Rows(data[1], exponents[1]), Rows(data[0], exponents[0]))
+        ends = [self.ends(net.one_direction(e), inputs) for e in range(self.directions)]
+        h, d = self.chains(kappa1, [head for _, head, _ in ends], [drive for drive, _, _ in ends])
 
-        top = h[-1].from_row(net.seq_len if net.last_only else 1)
-        outputs = Rows(*kernels.row_sums(*top))
-        log_norm = kernels.finish(*outputs, *ends[2:], len(top.data), net.largest)
+        steps = 1 if net.last_only else net.seq_len
+        outputs = [Rows(*kernels.row_sums(*rows.from_row(net.seq_len + 1 - steps))) for rows in h[-self.directions :]]
+        norms = [
+            kernels.finish(*sums, *rest, steps, net.largest) for sums, (_, _, rest) in zip(outputs, ends, strict=True)
+        ]
+        log_norm = norms[0] if self.directions == 1 else torch.logaddexp(*norms)
 
-        lags, bounds = torch.zeros(self.layers, dtype=torch.int64), torch.zeros(self.layers, dtype=torch.float64)
+        lags, bounds = torch.zeros(self.count, dtype=torch.int64), torch.zeros(self.count, dtype=torch.float64)
         factors: list[Rows] = []
-        for i in range(self.layers if kappa1 else 0):
-            deltas = Rows(*kernels.row_sums(*d[i]))
-            if i > 0:
-                factors.append(self.pair_sums(d[i], h[i - 1].from_row(1)))
+        sums_of_d: list[Rows] = []
+        for c in range(self.count if kappa1 else 0):
+            deltas = Rows(*kernels.row_sums(*d[c]))
+            sums_of_d.append(deltas)
+            if c >= self.directions:
+                factors.append(self.side_by_side([self.pair_sums(d[c], rows) for rows in self.below(h, c)]))
             elif inputs is None:
                 factors.append(Rows(deltas.data[:, None], deltas.exponents))
             else:
                 factors.append(Rows(torch.outer(deltas.data, inputs.data), deltas.exponents + inputs.exponents))
-            kappa_hh = self.pair_sums(d[i], h[i])
+            kappa_hh = self.pair_sums(d[c], h[c])
             if second_factor > 0 and net.seq_len > 1:
-                term = _SecondTerm(self, i, h[i], d[i], kappa_hh, second_factor, workspace_bytes)
-                kappa_hh, lags[i], bounds[i] = term.run(rtol, first_lags[i] if first_lags else 0)
+                term = _SecondTerm(self, c, h[c], d[c], kappa_hh, second_factor, workspace_bytes)
+                kappa_hh, lags[c], bounds[c] = term.run(rtol, first_lags[c] if first_lags else 0)
             factors.append(kappa_hh)
             if net.bias_ih:
                 factors.append(deltas)
-            if i == 0:
-                first_deltas = deltas
         if kappa1:
             if net.head_weight is not None:
-                factors.append(Rows(outputs.data[None], outputs.exponents))
+                factors.append(self.side_by_side([Rows(sums.data[None], sums.exponents) for sums in outputs]))
             if net.head_bias is not None:
-                factors.append(Rows(torch.full_like(outputs.data[:1], len(top.data)), self.exponent(0)))
+                factors.append(Rows(torch.full_like(outputs[0].data[:1], steps), self.exponent(0)))
             if net.embedding_weight is not None:
-                squares, exponent = self.squares(net.weight_ih[0], net.largest_of(0, 0))
-                factors.append(Rows(first_deltas.data[None] @ squares, first_deltas.exponents + exponent))
+                parts = []
+                for c, deltas in enumerate(sums_of_d[: self.directions]):
+                    squares, exponent = self.squares(net.weight_ih[c], net.largest_of(0, c))
+                    parts.append(Rows(deltas.data[None] @ squares, deltas.exponents + exponent))
+                factors.append(self.total([_alive(part) for part in parts]))
         scales = torch.cat([f.exponents for f in factors]) if factors else self.lost.new_empty(0, dtype=torch.int64)
         lost = torch.cat([self.lost, *self.losses]).any() if self.losses else self.lost[0]
         return [f.data for f in factors], scales, log_norm, lags, bounds, lost
 
     # ---- the chains --------------------------------------------------------------------------------------------------
 
-    def chains(self, kappa1: bool, head: Rows, drive: Rows) -> tuple[list[Rows], list[Rows]]:
-        """h and δ of every layer; h from the bottom up beside δ from the top down."""
-        net, layers = self.net, self.layers
+    def ends(self, net: Network, inputs: Rows | None) -> tuple[Rows, Rows, list[Tensor]]:
+        """Of one direction: the first drive and the biases by layers, the head's sums, and the rest for ``finish``."""
+        ends = self.kernels.ends(
+            net.weight_ih[0],
+            net.bias_ih,
+            net.bias_hh,
+            net.head_weight,
+            net.head_bias,
+            *(inputs or (None, None)),
+            len(net.weight_hh),
+            net.largest,
+            self.lost,
+        )
+        # Near the centre, as the chains keep what they make of them: the scale of sums of their rows is known then.
+        data = torch._foreach_mul([ends[0], ends[2]], 2.0 ** CENTRE[self.dtype])
+        exponents = torch._foreach_sub([ends[1], ends[3]], CENTRE[self.dtype])
+        return Rows(data[0], exponents[0]), Rows(data[1], exponents[1]), ends[2:]
+
+    def chains(self, kappa1: bool, heads: list[Rows], drives: list[Rows]) -> tuple[list[Rows], list[Rows]]:
+        """h and δ of every chain, in its own time; h from the bottom up beside δ from the top down."""
+        net = self.net
         h: list[Rows] = []
-        d: list[Rows] = []
-        for i in range(layers):
+        d: dict[int, Rows] = {}
+        for c in range(self.count):
+            i, direction = divmod(c, self.directions)
+            j = self.count - self.directions * (i + 1) + direction
+            head, drive = heads[direction], drives[direction]
             below = Rows(drive.data[:1], drive.exponents[:1])
             above = Rows(head.data[None], head.exponents)
-            j = layers - 1 - i
             if i > 0:
-                below = self.mix(h[-1].from_row(1), net.weight_ih[i], net.largest_of(0, i), False)
+                below = self.driven_from_below(h, c)
                 if net.bias_ih:
                     below = self.add(below, Rows(drive.data[i : i + 1], drive.exponents[i : i + 1]))
                 if kappa1:
-                    above = self.mix(d[-1], net.weight_ih[j + 1], net.largest_of(0, j + 1), True)
+                    above = self.driven_from_above(d, j)
             if self.plan.name == "gemm" and i == 0:
-                rows, deltas = self.doubled(i, below, j, above, kappa1)
+                rows, deltas = self.doubled(c, below, j, above, kappa1)
             else:
                 plan = self.plan.stepwise or self.plan
                 backward = (net.weight_hh[j], net.largest_of(1, j), *above) if kappa1 else (None, None, None, None)
-                forward = (net.weight_hh[i], net.largest_of(1, i), *below)
+                forward = (net.weight_hh[c], net.largest_of(1, c), *below)
                 last_only = net.last_only and i == 0
                 found = self.kernels.chains(
                     *forward, *backward, net.seq_len, last_only, net.ones_h0, plan.name, plan.blocks, self.lost
                 )
                 rows, deltas = Rows(*found[:2]), Rows(*found[2:])
             h.append(rows)
-            d.append(deltas)
-        return h, d[::-1]
+            d[j] = deltas
+        return h, [d[c] for c in range(self.count)]
+
+    def below(self, h: list[Rows], chain: int) -> list[Rows]:
+        """h_1 … h_T of the layer below, by directions, in the chain's time."""
+        layer, own = divmod(chain, self.directions)
+        first = (layer - 1) * self.directions
+        rows = [h[first + e].from_row(1) for e in range(self.directions)]
+        return [r if e == own else r.turned() for e, r in enumerate(rows)]
+
+    def driven_from_below(self, h: list[Rows], chain: int) -> Rows:
+        largest = self.net.largest_of(0, chain)
+        blocks = self.net.weight_ih[chain].chunk(self.directions, 1)
+        pairs = zip(self.below(h, chain), blocks, strict=True)
+        return self.total([self.mix(rows, block, largest, False) for rows, block in pairs])
+
+    def driven_from_above(self, d: dict[int, Rows], chain: int) -> Rows:
+        layer, own = divmod(chain, self.directions)
+        parts = []
+        for e in range(self.directions):
+            above = (layer + 1) * self.directions + e
+            block = self.net.weight_ih[above].chunk(self.directions, 1)[own]
+            part = self.mix(d[above], block, self.net.largest_of(0, above), True)
+            parts.append(part if e == own else part.turned())
+        return self.total(parts)
 
     def mix(self, rows: Rows, weight: Tensor, largest: Tensor, transposed: bool) -> Rows:
-        """What one layer's rows are to the next: times W̃_ihᵀ upwards, W̃_ih downwards."""
+        """What one chain's rows are to another in the next layer: times W̃_ihᵀ upwards, W̃_ih downwards."""
         squares, exponent = self.squares(weight, largest)
         self.losses += [_loses(rows.data, squares), _faded(squares, weight != 0, 1.0)]
         return centred(Rows(rows.data @ (squares if transposed else squares.T), rows.exponents + exponent))
 
-    def doubled(self, layer: int, drive: Rows, above: int, head: Rows, backward: bool) -> tuple[Rows, Rows]:
-        """h of one layer and δ of one above it by log₂ T products instead of T steps, for constant drives."""
+    def doubled(self, chain: int, drive: Rows, above: int, head: Rows, backward: bool) -> tuple[Rows, Rows]:
+        """h of one chain and δ of one above it by log₂ T products instead of T steps, for constant drives."""
         net = self.net
-        matrix = Rows(*self.squares(net.weight_hh[layer], net.largest_of(1, layer)))
+        matrix = Rows(*self.squares(net.weight_hh[chain], net.largest_of(1, chain)))
         ones = Rows(torch.ones_like(drive.data), self.exponent(0))
         start = ones if net.ones_h0 else Rows(torch.zeros_like(drive.data), self.exponent(ZERO))
         forward = [_Doubling(drive, True, False)]
@@ -257,18 +323,14 @@ class _Pass:
             first = centred(Rows(ones.data @ matrix.data.T, matrix.exponents))
             forward.append(_Doubling(first, False, False))
         back = [_Doubling(head, not net.last_only, True)] if backward else []
-        if layer == above:
-            self.grow(net.weight_hh[layer], matrix, forward + back)
+        if chain == above:
+            self.grow(net.weight_hh[chain], matrix, forward + back)
         else:
-            self.grow(net.weight_hh[layer], matrix, forward)
+            self.grow(net.weight_hh[chain], matrix, forward)
             other = Rows(*self.squares(net.weight_hh[above], net.largest_of(1, above)))
             self.grow(net.weight_hh[above], other, back)
         h = forward[0].rows if len(forward) == 1 else self.add(forward[0].rows, forward[1].rows)
-        d = (
-            Rows(back[0].rows.data.flip(0), back[0].rows.exponents.flip(0))
-            if back
-            else Rows(h.data[:0], h.exponents[:0])
-        )
+        d = back[0].rows.turned() if back else Rows(h.data[:0], h.exponents[:0])
         return _joined(start, h), d
 
     def grow(self, weight: Tensor, matrix: Rows, sequences: list[_Doubling]) -> None:
@@ -300,6 +362,20 @@ class _Pass:
     def pair_sums(self, d: Rows, h: Rows, offset: int = 0) -> Rows:
         return Rows(*self.kernels.pair_sums(*d, *h, offset, None, None, None, None))
 
+    def total(self, parts: list[Rows]) -> Rows:
+        """The sum of one or two."""
+        return parts[0] if len(parts) == 1 else self.add(*parts)
+
+    def side_by_side(self, parts: list[Rows]) -> Rows:
+        """Matrices with one exponent each as the columns of one matrix, on the largest of the exponents."""
+        if len(parts) == 1:
+            return parts[0]
+        parts = [_alive(part) for part in parts]
+        top = torch.stack([part.exponents for part in parts]).amax(0)
+        data = torch.cat([part.data * power_of_two(part.exponents - top, self.dtype) for part in parts], 1)
+        self.losses.append(_faded(data, torch.cat([part.data for part in parts], 1) != 0, 1.0))
+        return Rows(data, torch.where(top == ZERO, 0, top))
+
     def add(self, rows: Rows, row: Rows) -> Rows:
         """The sum with one row more, or with as many, on the larger exponents."""
         top = torch.maximum(rows.exponents, row.exponents)
@@ -319,22 +395,23 @@ class _Pass:
 
 
 class _SecondTerm:
-    """κ⁽²⁾ of one layer by the certificates that ``reference.kappa2_certified`` states and proves, in blocks of lags.
+    """κ⁽²⁾ of one chain by the certificates that ``reference.kappa2_certified`` states and proves, in blocks of lags.
 
     A block's powers of W̃ are wide products, and one kernel adds all of its lags to S. Then the certificates are tried
     on its last lag, in float64; where one holds, the rest is one filtered sequence and one product.
     """
 
     def __init__(
-        self, parent: _Pass, layer: int, h: Rows, d: Rows, kappa1: Rows, factor: float, workspace_bytes: int
+        self, parent: _Pass, chain: int, h: Rows, d: Rows, kappa1: Rows, factor: float, workspace_bytes: int
     ) -> None:
         self.parent, self.kernels = parent, parent.kernels
         self.h, self.d, self.kappa1, self.factor = h, d, kappa1, factor
-        weight = parent.net.weight_hh[layer]
-        self.weight = Rows(*parent.squares(weight, parent.net.largest_of(1, layer)))
+        weight = parent.net.weight_hh[chain]
+        self.weight = Rows(*parent.squares(weight, parent.net.largest_of(1, chain)))
         self.wide = self.weight.data.double()
         self.least = _least_positive(self.weight.data)
-        self.shrinks = not parent.net.last_only  # δ_t ≥ δ_{t+1} then
+        # Whether δ_t ≥ δ_{t+1}. The other direction drives the lower layers' δ more and more.
+        self.shrinks = not parent.net.last_only and (parent.directions == 1 or chain >= parent.count - 2)
         self.lags = parent.net.seq_len - 1
         self.most = max(_LEAST_POWERS, workspace_bytes // (self.wide.numel() * weight.element_size()))
         self.pairs: Rows | None = None  # S of the lags so far
@@ -566,6 +643,11 @@ def centred(rows: Rows, dtype: torch.dtype | None = None) -> Rows:
     shift = CENTRE[dtype] + 1 - torch.frexp(most).exponent.long()
     data = (rows.data * power_of_two(shift, rows.data.dtype)[:, None]).to(dtype)
     return Rows(data, torch.where(most > 0, rows.exponents - shift, ZERO))
+
+
+def _alive(rows: Rows) -> Rows:
+    """A zero matrix or vector with the exponent of a zero, which pushes nothing aside."""
+    return Rows(rows.data, torch.where(rows.data.amax() > 0, rows.exponents, ZERO))
 
 
 def _joined(first: Rows, second: Rows) -> Rows:

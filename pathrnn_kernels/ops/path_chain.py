@@ -23,16 +23,17 @@ WORKSPACE_BYTES = 16 << 20
 class PathChain(NamedTuple):
     """What one pass over the squared network gives. A true value is its tensor times 2^exponent."""
 
-    #: Per layer weight_ih, weight_hh and, with biases, one [H] for both; then head weight [1, H], head bias [1] and
-    #: embedding [1, I], those that exist. weight_ih of the first layer is [H, 1] without an embedding.
+    #: Per chain (one a layer, or two of a bidirectional network, forward first) weight_ih, weight_hh and, with biases,
+    #: one [H] for both; then head weight [1, H] or [1, 2 H], head bias [1] and embedding [1, I], those that exist.
+    #: weight_ih of the first layer is [H, 1] without an embedding.
     kappa: list[Tensor]
     #: int64 [len(kappa)].
     exponents: Tensor
     #: log γ², float64, 0-dim; -inf if γ² is 0.
     log_path_norm: Tensor
-    #: Per layer, int64 [L]: lags of κ⁽²⁾ that were summed one by one.
+    #: Per chain, int64: lags of κ⁽²⁾ that were summed one by one.
     lags: Tensor
-    #: Per layer, float64 [L]: bound of the relative error that leaving out the others causes in κ of weight_hh.
+    #: Per chain, float64: bound of the relative error that leaving out the others causes in κ of weight_hh.
     bounds: Tensor
     #: bool, 0-dim: whether a square, an h, a δ or a power of W̃ underflowed, so that the pass should be run again in a
     #: wider dtype.
@@ -74,25 +75,29 @@ def path_chain(
     workspace_bytes: int | None = None,
     backend: str = "cpu",
     plan: str = "auto",
+    bidirectional: bool = False,
 ) -> PathChain:
     """κ (eqs. (9), (11)) and log γ² (eq. (3)) in one tempered pass, which never overflows.
 
-    Peak memory, in numbers of the weights' dtype: ``(2 L + 3) T H`` for the chains; with the second term another
-    ``T H``, ``6 H²`` and the cached powers of W̃, ``H²`` each, as many as the budget holds, at least eight.
+    Peak memory, in numbers of the weights' dtype: ``(2 C + 3) T H`` for C chains (``2 C + 5`` of a bidirectional
+    network); with the second term another ``T H``, ``6 H²`` and the cached powers of W̃, ``H²`` each, as many as the
+    budget holds, at least eight.
 
     Args:
-        weight_ih, weight_hh, bias_ih, bias_hh: one tensor a layer; the bias lists may be empty.
-        head_weight, head_bias, embedding_weight: ``[O, H]``, ``[O]``, ``[V, I]``.
+        weight_ih, weight_hh, bias_ih, bias_hh: one tensor a layer, or two of a bidirectional network: forward, reverse;
+            the bias lists may be empty.
+        head_weight, head_bias, embedding_weight: ``[O, H]`` (``[O, 2 H]`` if bidirectional), ``[O]``, ``[V, I]``.
         seq_len: T.
-        last_only: outputs at step T alone, instead of at every step.
+        last_only: outputs at the last step alone (step T; of a reverse direction step 1), instead of at every step.
         ones_h0: h_0 = 1 instead of 0.
         kappa1: whether to return κ at all; log γ² comes always.
         second_factor: f > 0 adds κ⁽²⁾ = f · W̃ ⊙ S to κ of every weight_hh (``reference.kappa2``).
         rtol: truncation error allowed in κ, relative, entry by entry; 0 sums all lags.
-        first_lags: per layer, how many lags a former call needed: no fewer are tried.
+        first_lags: per chain, how many lags a former call needed: no fewer are tried.
         workspace_bytes: budget for cached powers of W̃; PATHRNN_WORKSPACE_BYTES or 16 MiB by default.
         backend: ``"cpu"``, ``"cuda"`` or ``"triton"``.
         plan: on a GPU, how the chains run (plan.py); ``"auto"`` heeds PATHRNN_PLAN.
+        bidirectional: whether every layer has a reverse direction, too.
 
     Raises:
         TypeError: tensors on different devices, or of different dtypes.
@@ -102,12 +107,22 @@ def path_chain(
     if workspace_bytes is None:
         workspace_bytes = _workspace_bytes()
     weights = (weight_ih, weight_hh, bias_ih, bias_hh, head_weight, head_bias, embedding_weight)
-    options: tuple[Any, ...] = (seq_len, last_only, ones_h0, kappa1, second_factor, rtol, first_lags, workspace_bytes)
+    options: tuple[Any, ...] = (
+        seq_len,
+        last_only,
+        ones_h0,
+        kappa1,
+        second_factor,
+        rtol,
+        first_lags,
+        workspace_bytes,
+        bidirectional,
+    )
     if backend == "cpu":
         if plan != "auto":
             raise ValueError(f"plan is {plan!r}; backend 'cpu' has none to choose from: leave it at 'auto'")
         return PathChain._make(_op(*weights, *options))
-    _check(*weights)
+    _check(*weights, 2 if bidirectional else 1)
     from . import gpu
 
     like = weight_hh[0]
@@ -133,19 +148,22 @@ def _check(
     head_weight: Tensor | None,
     head_bias: Tensor | None,
     embedding_weight: Tensor | None,
+    directions: int,
 ) -> None:
     """What csrc/cpu/path_chain.cpp checks for the CPU, before any launch."""
     like = weight_hh[0]
     hidden, inputs = len(like), weight_ih[0].shape[1]
     expected: list[tuple[str, Tensor, tuple[int, ...]]] = []
-    for i in range(len(weight_hh)):
-        expected.append((f"weight_ih_l{i}", weight_ih[i], (hidden, hidden if i else inputs)))
-        expected.append((f"weight_hh_l{i}", weight_hh[i], (hidden, hidden)))
+    for c in range(len(weight_hh)):
+        ending = f"l{c // directions}{'_reverse' if c % directions else ''}"
+        width = inputs if c < directions else directions * hidden
+        expected.append((f"weight_ih_{ending}", weight_ih[c], (hidden, width)))
+        expected.append((f"weight_hh_{ending}", weight_hh[c], (hidden, hidden)))
         if bias_ih:
-            expected.append((f"bias_ih_l{i}", bias_ih[i], (hidden,)))
-            expected.append((f"bias_hh_l{i}", bias_hh[i], (hidden,)))
+            expected.append((f"bias_ih_{ending}", bias_ih[c], (hidden,)))
+            expected.append((f"bias_hh_{ending}", bias_hh[c], (hidden,)))
     if head_weight is not None:
-        expected.append(("head.weight", head_weight, (len(head_weight), hidden)))
+        expected.append(("head.weight", head_weight, (len(head_weight), directions * hidden)))
         if head_bias is not None:
             expected.append(("head.bias", head_bias, (len(head_weight),)))
     if embedding_weight is not None:
@@ -189,20 +207,21 @@ if extension_problem() is None:
         rtol,
         first_lags,
         workspace_bytes,
+        bidirectional=False,
     ):
         check_devices(*weight_ih, *weight_hh, *bias_ih, *bias_hh, head_weight, head_bias, embedding_weight)
         like = weight_hh[0]
-        hidden = like.shape[0]
+        hidden, directions = like.shape[0], 2 if bidirectional else 1
         factors = []
         if kappa1:
-            for i, weight in enumerate(weight_ih):
-                dense = i > 0 or embedding_weight is not None
+            for c, weight in enumerate(weight_ih):
+                dense = c >= directions or embedding_weight is not None
                 factors.append(like.new_empty(hidden, weight.shape[1] if dense else 1))
                 factors.append(like.new_empty(hidden, hidden))
                 if bias_ih:
                     factors.append(like.new_empty(hidden))
             if head_weight is not None:
-                factors.append(like.new_empty(1, hidden))
+                factors.append(like.new_empty(1, directions * hidden))
             if head_bias is not None:
                 factors.append(like.new_empty(1))
             if embedding_weight is not None:
