@@ -3,7 +3,10 @@
 import math
 from collections import namedtuple
 
+import tolerances
 import torch
+
+import pathrnn_kernels as pk
 
 #: log γ² (0-dim) and log κ of every parameter by name, in full shape.
 LogKappa = namedtuple("LogKappa", "log_path_norm log_kappa")
@@ -104,3 +107,28 @@ def _second_term(weight, h, delta):
         total = torch.logaddexp(total, _outer(delta[lag + 1 :], h[: len(h) - lag - 1]) + power.T)
         power = torch.logsumexp(power[:, :, None] + weight, 1)
     return math.log(4) + weight + total
+
+
+def check_logarithms(net, seq_len, second_term=False, rtol=tolerances.LOG_DOMAIN, truncation=1e-5):
+    """γ² and every entry of κ that the dtype can hold beside its tensor's largest; nothing is inf or nan."""
+    found, expected = pk.kappa(net, seq_len, second_term, rtol=truncation), log_kappa(net, seq_len, second_term)
+    if expected.log_path_norm == -math.inf:
+        assert found.log_path_norm == -math.inf
+    else:
+        assert abs(found.log_path_norm - expected.log_path_norm) <= rtol
+    for name, factor in found.factors.items():
+        true = expected.log_kappa[name]
+        assert factor.isfinite().all() and (factor >= 0).all(), name
+        largest = true.max()
+        if largest == -math.inf:
+            assert (factor == 0).all(), name
+            continue
+        log_factor = (factor.double().log() + found.log_scales[name]).expand_as(true)
+        held = true - largest >= math.log(torch.finfo(factor.dtype).tiny) + rtol
+        assert (factor.expand_as(true)[held] > 0).all(), f"{name}: a zero where κ is in range"
+        assert (log_factor - true)[held].abs().max() <= rtol, name
+        # What is out of range may be lost, but not grow.
+        assert (
+            log_factor[~held] <= true[~held].clamp_min(math.log(torch.finfo(factor.dtype).tiny) + largest) + 1
+        ).all()
+    return found, expected

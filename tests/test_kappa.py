@@ -8,6 +8,7 @@ import pytest
 import tolerances
 import torch
 from hypothesis import given
+from oracles import check_logarithms
 from strategies import fill_, networks
 from torch import nn
 
@@ -57,31 +58,6 @@ def check_kappa(found, expected, rtol):
         torch.testing.assert_close(
             found.dense(name).double(), value, rtol=rtol, atol=0, msg=lambda m, n=name: f"{n}: {m}"
         )
-
-
-def check_logarithms(net, seq_len, second_term=False, rtol=tolerances.LOG_DOMAIN, truncation=1e-5):
-    """γ² and every entry of κ that the dtype can hold beside its tensor's largest; nothing is inf or nan."""
-    found, expected = pk.kappa(net, seq_len, second_term, rtol=truncation), oracles.log_kappa(net, seq_len, second_term)
-    if expected.log_path_norm == -math.inf:
-        assert found.log_path_norm == -math.inf
-    else:
-        assert abs(found.log_path_norm - expected.log_path_norm) <= rtol
-    for name, factor in found.factors.items():
-        true = expected.log_kappa[name]
-        assert factor.isfinite().all() and (factor >= 0).all(), name
-        largest = true.max()
-        if largest == -math.inf:
-            assert (factor == 0).all(), name
-            continue
-        log_factor = (factor.double().log() + found.log_scales[name]).expand_as(true)
-        held = true - largest >= math.log(torch.finfo(factor.dtype).tiny) + rtol
-        assert (factor.expand_as(true)[held] > 0).all(), f"{name}: a zero where κ is in range"
-        assert (log_factor - true)[held].abs().max() <= rtol, name
-        # What is out of range may be lost, but not grow.
-        assert (
-            log_factor[~held] <= true[~held].clamp_min(math.log(torch.finfo(factor.dtype).tiny) + largest) + 1
-        ).all()
-    return found, expected
 
 
 # Against the definition.
