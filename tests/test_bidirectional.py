@@ -3,6 +3,7 @@
 import itertools
 import math
 
+import gpu_model
 import oracles
 import pytest
 import tolerances
@@ -14,6 +15,8 @@ from torch import nn
 
 import pathrnn_kernels as pk
 from pathrnn_kernels import ops, reference
+from pathrnn_kernels.ops import gpu
+from pathrnn_kernels.ops.plan import Plan
 from pathrnn_kernels.rescale import node_rescale_
 
 pytestmark = pytest.mark.usefixtures("poisoned")
@@ -169,10 +172,11 @@ def test_kernels_are_within_their_bound(dtype, outputs, h0):
     assert max(found.lags.values()) < seq_len - 1 == min(exact.lags.values())
     assert found.bound <= 1e-4
     check(dense(found), dense(exact), found.bound + tolerances.path(dtype, 2 * seq_len, 60))
-    assert pk.kappa(net, seq_len, True, rtol=1e-4, lags=found.lags).lags == found.lags
+    warm = pk.kappa(net, seq_len, True, rtol=1e-4, lags={"rnn.weight_hh_l1_reverse": 40})
+    assert warm.lags == found.lags | {"rnn.weight_hh_l1_reverse": 40}
 
 
-@pytest.mark.parametrize("backend", ("cpu", "certified reference"))
+@pytest.mark.parametrize("backend", ("cpu", "gpu", "certified reference"))
 @pytest.mark.parametrize("ratio, rho, rtol", ((0.9, 0.3, 0.1), (0.9, 0.3, 0.01), (0.7, 0.3, 1e-4)))
 def test_delta_below_the_top_may_grow_with_time(ratio, rho, rtol, backend):
     """The layer above looks back, so that a certificate must not take δ_t ≥ δ_{t+1} for granted."""
@@ -182,6 +186,17 @@ def test_delta_below_the_top_may_grow_with_time(ratio, rho, rtol, backend):
     if backend == "cpu":
         k = pk.kappa(net, seq_len, True, rtol=rtol)
         found, lags, bound = k.dense(name), k.lags, k.bound
+    elif backend == "gpu":
+        options = (True, 4.0, rtol, (), 1 << 24, True)
+        steps = Plan("block", 1, 0.0)
+        chain = ops.PathChain._make(
+            gpu.path_chain(gpu_model, steps, *call(net, seq_len, ones_h0=True).values(), *options)
+        )
+        found, lags, bound = (
+            torch.ldexp(chain.kappa[1], chain.exponents[1]),
+            {name: chain.lags[0]},
+            chain.bounds[0].item(),
+        )
     else:
         terms, lags, bound = reference.kappa2_certified(p, seq_len, "all", "ones", rtol=rtol)
         found = reference.kappa1(p, seq_len, "all", "ones")[name] + terms[name]
@@ -332,7 +347,8 @@ def call(net, seq_len=4, **options):
     weights = net.weights()
     kinds = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
     lists = [[p.detach() for name, p in weights.items() if name.startswith(f"rnn.{kind}")] for kind in kinds]
-    ends = [weights[name].detach() for name in ("head.weight", "head.bias", "embedding.weight")]
+    ends = [weights.get(name) for name in ("head.weight", "head.bias", "embedding.weight")]
+    ends = [None if p is None else p.detach() for p in ends]
     names = ("weight_ih", "weight_hh", "bias_ih", "bias_hh", "head_weight", "head_bias", "embedding_weight")
     given = dict(zip(names, [*lists, *ends], strict=True))
     return given | {"seq_len": seq_len, "last_only": False, "ones_h0": False} | options

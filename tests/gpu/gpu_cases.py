@@ -29,11 +29,17 @@ def network(
     outputs="all",
     h0="zeros",
     gain=1.0,
+    bidirectional=False,
 ):
     """Gaussian weights from a fixed seed, the same in either dtype; W̃_hh of spectral radius gain²."""
+    if bidirectional:
+        rnn = nn.RNN(input_size, hidden, layers, "relu", bias, bidirectional=True, dtype=dtype)
+    else:
+        rnn = pk.ReLURNN(input_size, hidden, layers, bias, dtype=dtype)
+    width = 2 * hidden if bidirectional else hidden
     net = pk.PathNetwork(
-        pk.ReLURNN(input_size, hidden, layers, bias, dtype=dtype),
-        None if head is None else nn.Linear(hidden, head, bias=head_bias, dtype=dtype),
+        rnn,
+        None if head is None else nn.Linear(width, head, bias=head_bias, dtype=dtype),
         None if embedding is None else nn.Embedding(embedding, input_size, dtype=dtype),
         outputs,
         h0,

@@ -18,11 +18,17 @@ STEPS = Plan("block", 1, 0.0)
 PLANS = {"steps": STEPS, "gemm": Plan("gemm", 1, 0.0, STEPS)}
 
 
-def network(hidden, layers=1, bias=True, head=2, embedding=False, outputs="all", h0="zeros", dtype=torch.float64):
-    """head: 0 for none, 1 without a bias, 2 with one."""
+def network(
+    hidden, layers=1, bias=True, head=2, embedding=False, outputs="all", h0="zeros", dtype=torch.float64, both=False
+):
+    """head: 0 for none, 1 without a bias, 2 with one; both: directions."""
+    if both:
+        rnn = torch.nn.RNN(3, hidden, layers, "relu", bias, bidirectional=True, dtype=dtype)
+    else:
+        rnn = pk.ReLURNN(3, hidden, layers, bias=bias, dtype=dtype)
     return pk.PathNetwork(
-        pk.ReLURNN(3, hidden, layers, bias=bias, dtype=dtype),
-        torch.nn.Linear(hidden, 2, bias=head == 2, dtype=dtype) if head else None,
+        rnn,
+        torch.nn.Linear(2 * hidden if both else hidden, 2, bias=head == 2, dtype=dtype) if head else None,
         torch.nn.Embedding(7, 3, dtype=dtype) if embedding else None,
         outputs,
         h0,
@@ -38,17 +44,18 @@ def arguments(net, seq_len):
 
 
 def run(net, seq_len, plan=STEPS, kappa1=True, factor=0.0, rtol=0.0, first_lags=(), workspace=1 << 24):
-    found = gpu.path_chain(gpu_model, plan, *arguments(net, seq_len), kappa1, factor, rtol, first_lags, workspace)
+    options = (kappa1, factor, rtol, first_lags, workspace, net.rnn.bidirectional)
+    found = gpu.path_chain(gpu_model, plan, *arguments(net, seq_len), *options)
     return ops.PathChain._make(found)
 
 
 def truth(net, seq_len, factor=0.0):
     wide = network(
         net.hidden_size, net.num_layers, net.rnn.bias, 0 if net.head is None else 1 + (net.head.bias is not None),
-        net.embedding is not None, net.outputs, net.h0,
+        net.embedding is not None, net.outputs, net.h0, both=net.rnn.bidirectional,
     )  # fmt: skip
     wide.load_state_dict(net.state_dict())
-    return ops.path_chain(*arguments(wide, seq_len), second_factor=factor)
+    return ops.path_chain(*arguments(wide, seq_len), second_factor=factor, bidirectional=net.rnn.bidirectional)
 
 
 def log(factor, exponent):
@@ -70,12 +77,15 @@ def check(found, wanted, rtol):
 
 @pytest.mark.parametrize("plan", PLANS.values(), ids=PLANS)
 @pytest.mark.parametrize("dtype", (torch.float32, torch.float64), ids=str)
+@pytest.mark.parametrize("both", (False, True), ids=("forward", "bidirectional"))
 @pytest.mark.parametrize("layers", (1, 2, 3))
-def test_every_network_equals_the_cpu_kernels(layers, dtype, plan):
+def test_every_network_equals_the_cpu_kernels(layers, both, dtype, plan):
     options = itertools.product((False, True), (0, 1, 2), (False, True), ("all", "last"), ("zeros", "ones"), (1, 2, 9))
     # All of them for one layer; a fifth, in which every option meets every other, where passes take longer.
-    for bias, head, embedding, outputs, h0, seq_len in itertools.islice(options, 0, None, 1 if layers == 1 else 5):
-        net = network(5, layers, bias, head, embedding, outputs, h0, dtype)
+    for bias, head, embedding, outputs, h0, seq_len in itertools.islice(
+        options, 0, None, 5 if layers > 1 or both else 1
+    ):
+        net = network(5, layers, bias, head, embedding, outputs, h0, dtype, both)
         for factor in (0.0, 4.0):
             rtol = tolerances.path(dtype, layers * seq_len, 7)
             check(run(net, seq_len, plan, factor=factor), truth(net, seq_len, factor), rtol)
@@ -143,14 +153,27 @@ def test_first_lags_start_where_a_former_call_ended():
 
 
 @pytest.mark.parametrize("plan", PLANS.values(), ids=PLANS)
-def test_growth_beyond_every_dtype(plan):
-    net = network(HIDDEN, dtype=torch.float32)
+@pytest.mark.parametrize("both", (False, True), ids=("forward", "bidirectional"))
+def test_growth_beyond_every_dtype(both, plan):
+    net = network(HIDDEN, dtype=torch.float32, both=both)
     with torch.no_grad():
-        net.rnn.weight_hh_l0.mul_(20)
+        for name, p in net.named_parameters():
+            if "weight_hh" in name:
+                p.mul_(20)
     for factor in (0.0, 4.0):
         wanted = truth(net, 1000, factor)
         assert wanted.log_path_norm > 2000
         check(run(net, 1000, plan, factor=factor, rtol=0.0), wanted, tolerances.path(torch.float32, 1000, HIDDEN))
+
+
+def test_a_direction_that_float32_loses_beside_the_other_is_told():
+    net = network(5, 2, dtype=torch.float32, both=True)
+    with torch.no_grad():
+        net.rnn.weight_hh_l0.mul_(20)
+    found = run(net, 60)
+    assert found.lost
+    net = net.double()
+    check(run(net, 60), truth(net, 60), tolerances.path(torch.float64, 120, 10))
 
 
 @pytest.mark.parametrize("plan", PLANS.values(), ids=PLANS)
