@@ -17,7 +17,7 @@ struct ReluRnnSizes {
   std::vector<int64_t> lengths;  // [B]; empty where all are seq_len and x is [T, B, I]
 };
 
-// seq_len, batch and lengths of x: [T, B, I], or [N, I], the data of a PackedSequence.
+// seq_len (of the longest), batch and lengths of x: [T, B, I], or [N, I], the data of a PackedSequence.
 inline ReluRnnSizes check_sequences(const at::Tensor& x, const std::optional<at::Tensor>& lengths) {
   TORCH_CHECK_VALUE(x.dim() == 3 || (x.dim() == 2 && lengths), "x has shape ", x.sizes(),
                     "; it must be [T, B, I], or with lengths [N, I]");
@@ -39,11 +39,13 @@ inline ReluRnnSizes check_sequences(const at::Tensor& x, const std::optional<at:
                       x.dim() == 3 ? ", the steps of x" : ": packed rows come longest sequence first");
     left -= s.lengths[b];
   }
-  if (x.dim() == 2) {
-    TORCH_CHECK_VALUE(left == 0, "lengths add up to ", x.size(0) - left, ", but x has ", x.size(0), " rows");
-    s.seq_len = s.batch > 0 ? s.lengths[0] : 0;
-  } else if (std::all_of(s.lengths.begin(), s.lengths.end(), [&](int64_t n) { return n == s.seq_len; })) {
+  TORCH_CHECK_VALUE(x.dim() == 3 || left == 0, "lengths add up to ", x.size(0) - left, ", but x has ", x.size(0),
+                    " rows");
+  const auto is_whole = [&](int64_t n) { return n == s.seq_len; };
+  if (x.dim() == 3 && std::all_of(s.lengths.begin(), s.lengths.end(), is_whole)) {
     s.lengths.clear();
+  } else {
+    s.seq_len = s.batch > 0 ? *std::max_element(s.lengths.begin(), s.lengths.end()) : 0;
   }
   return s;
 }

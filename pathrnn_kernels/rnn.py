@@ -182,7 +182,8 @@ class ReLURNN(nn.Module):
         """y and h_n of x ``[T, B, I]``, or of packed rows ``[N, I]`` with their lengths."""
         result_dtype = autocast or self.weight_hh_l0.dtype
         dtype = ops.working_dtype(x.device, result_dtype)
-        y, finals = x.to(dtype), list[Tensor]()
+        y = x.to(dtype)
+        finals: list[Tensor] = []
         h_0 = None if h_0 is None else h_0.to(dtype)
         # Nothing inside is autocast's to choose.
         with torch.autocast(x.device.type, enabled=False) if autocast else contextlib.nullcontext():
