@@ -146,12 +146,13 @@ def _packed(
     reverse: bool,
 ) -> tuple[Tensor, Tensor]:
     """relu_rnn with lengths, of plain torch operations."""
-    is_padded = x.dim() == 3
-    sizes = lengths.tolist()
+    is_padded, sizes = x.dim() == 3, lengths.tolist()
     longest = x.shape[0] if is_padded else max(sizes, default=0)
     for b, size in enumerate(sizes):
         if not 1 <= size <= longest:
             raise ValueError(f"lengths[{b}] is {size}; it must be from 1 to {longest}, the steps of x")
+    if not is_padded and (sizes != sorted(sizes, reverse=True) or sum(sizes) != len(x)):
+        raise ValueError(f"lengths are {sizes}; for {len(x)} packed rows they must add up to that, the longest first")
     # Row of x for every step of every sequence, the longest sequence first, as in a PackedSequence.
     order = sorted(range(len(sizes)), key=lambda b: -sizes[b])
     alive = [sum(size > t for size in sizes) for t in range(longest)]
