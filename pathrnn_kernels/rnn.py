@@ -6,7 +6,7 @@ import contextlib
 import math
 import numbers
 from collections.abc import Sequence
-from typing import Any, overload
+from typing import Any, TypeVar, overload
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +14,7 @@ from torch.nn.utils.rnn import PackedSequence
 
 from . import ops
 
+_Weights = tuple[Tensor, Tensor, Tensor | None, Tensor | None]
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
@@ -154,37 +155,36 @@ class ReLURNN(nn.Module):
         Raises:
             TypeError, ValueError: naming the argument, its value and the remedy.
         """
-        autocast = _autocast_dtype(self.weight_hh_l0)
+        weight = self.weight_hh_l0
+        autocast = _autocast_dtype(weight)
         self._check(x, h_0, lengths, autocast)
         if isinstance(x, PackedSequence):
             data, batch_sizes, order, position = x
             h_0 = h_0 if h_0 is None or order is None else h_0.index_select(1, order)
             packed_lengths = (batch_sizes[:, None] > torch.arange(int(batch_sizes[0]))).sum(0)
-            y, h_n = self._run(data, h_0, packed_lengths, autocast)
+            y, h_n = self._run(data, h_0, packed_lengths, weight.dtype, autocast)
             self.last_seq_len = len(batch_sizes)
             h_n = h_n if position is None else h_n.index_select(1, position)
             return PackedSequence(y, batch_sizes, order, position), h_n
 
         if x.dim() == 2:
-            y, h_n = self._run(x.unsqueeze(1), None if h_0 is None else h_0.unsqueeze(1), None, autocast)
+            y, h_n = self._run(x.unsqueeze(1), None if h_0 is None else h_0.unsqueeze(1), None, weight.dtype, autocast)
             self.last_seq_len = x.shape[0]
             return y.squeeze(1), h_n.squeeze(1)
         steps_first = x.transpose(0, 1) if self.batch_first else x
         # On the CPU once, not in every layer and direction: that is where they are read.
         lengths = None if lengths is None else torch.as_tensor(lengths).cpu()
-        y, h_n = self._run(steps_first, h_0, lengths, autocast)
+        y, h_n = self._run(steps_first, h_0, lengths, weight.dtype, autocast)
         self.last_seq_len = steps_first.shape[0]
         return (y.transpose(0, 1) if self.batch_first else y), h_n
 
     def _run(
-        self, x: Tensor, h_0: Tensor | None, lengths: Tensor | None, autocast: torch.dtype | None
+        self, x: Tensor, h_0: Tensor | None, lengths: Tensor | None, own: torch.dtype, autocast: torch.dtype | None
     ) -> tuple[Tensor, Tensor]:
         """y and h_n of x ``[T, B, I]``, or of packed rows ``[N, I]`` with their lengths."""
-        result_dtype = autocast or self.weight_hh_l0.dtype
-        dtype = ops.working_dtype(x.device, result_dtype)
-        y = x.to(dtype)
+        dtype = ops.working_dtype(x.device, autocast or own)
+        y, h_0 = _to(x, dtype), _to(h_0, dtype)
         finals: list[Tensor] = []
-        h_0 = None if h_0 is None else h_0.to(dtype)
         # Nothing inside is autocast's to choose.
         with torch.autocast(x.device.type, enabled=False) if autocast else contextlib.nullcontext():
             for i in range(self.num_layers):
@@ -193,29 +193,27 @@ class ReLURNN(nn.Module):
                 outputs = []
                 for direction in self._directions:
                     state = None if h_0 is None else h_0[len(finals)]
-                    output, h_n = ops.relu_rnn(
-                        y, state, *self._layer(i, direction, dtype), lengths=lengths, reverse=direction == "_reverse"
-                    )
+                    weights = self._layer(i, direction)
+                    if own != dtype:
+                        ih, hh, bias_ih, bias_hh = weights
+                        weights = ih.to(dtype), hh.to(dtype), _to(bias_ih, dtype), _to(bias_hh, dtype)
+                    output, h_n = ops.relu_rnn(y, state, *weights, lengths=lengths, reverse=direction == "_reverse")
                     outputs.append(output)
                     finals.append(h_n)
                 y = outputs[0] if len(outputs) == 1 else torch.cat(outputs, -1)
         h_n = finals[0].unsqueeze(0) if len(finals) == 1 else torch.stack(finals)
-        return y.to(result_dtype), h_n.to(result_dtype)
+        return _to(y, autocast or own), _to(h_n, autocast or own)
 
     @property
     def _directions(self) -> tuple[str, ...]:
         return ("", "_reverse") if self.bidirectional else ("",)
 
-    def _layer(self, i: int, direction: str, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-        own_dtype = self.weight_hh_l0.dtype
-
-        def parameter(name: str) -> Tensor:
-            p: Tensor = getattr(self, f"{name}_l{i}{direction}")
-            return p.to(dtype) if p.dtype == own_dtype else p  # one of another dtype is the op's to refuse
-
+    def _layer(self, i: int, direction: str) -> _Weights:
+        end = f"_l{i}{direction}"
+        weight_ih, weight_hh = getattr(self, "weight_ih" + end), getattr(self, "weight_hh" + end)
         if not self.bias:
-            return parameter("weight_ih"), parameter("weight_hh"), None, None
-        return parameter("weight_ih"), parameter("weight_hh"), parameter("bias_ih"), parameter("bias_hh")
+            return weight_ih, weight_hh, None, None
+        return weight_ih, weight_hh, getattr(self, "bias_ih" + end), getattr(self, "bias_hh" + end)
 
     def _check(self, x: Any, h_0: Any, lengths: Any, autocast: torch.dtype | None) -> None:
         is_packed = isinstance(x, PackedSequence)
@@ -278,6 +276,14 @@ class ReLURNN(nn.Module):
         text = f"{self.input_size}, {self.hidden_size}"
         defaults = {"num_layers": 1, "bias": True, "batch_first": False, "dropout": 0.0, "bidirectional": False}
         return text + "".join(f", {k}={getattr(self, k)}" for k, v in defaults.items() if getattr(self, k) != v)
+
+
+_Optional = TypeVar("_Optional", Tensor, Tensor | None)
+
+
+def _to(tensor: _Optional, dtype: torch.dtype) -> _Optional:
+    """Tensor.to, which takes a microsecond also where there is nothing to convert."""
+    return tensor if tensor is None or tensor.dtype == dtype else tensor.to(dtype)
 
 
 def _autocast_dtype(weight: Tensor) -> torch.dtype | None:

@@ -88,7 +88,9 @@ def test_conversions():
 
 
 @pytest.mark.parametrize(
-    "lengths", ((7, 6, 4, 1), (1, 4, 6, 7), (3, 7, 1, 7), (2, 5, 5, 3), (1, 1, 1, 1)), ids=lambda n: "".join(map(str, n))
+    "lengths",
+    ((7, 6, 4, 1), (1, 4, 6, 7), (3, 7, 1, 7), (2, 5, 5, 3), (1, 1, 1, 1)),
+    ids=lambda n: "".join(map(str, n)),
 )
 @pytest.mark.parametrize("packed", (False, True), ids=("padded", "packed"))
 @pytest.mark.parametrize("num_layers, bias, batch_first", ((1, False, False), (2, True, True)))

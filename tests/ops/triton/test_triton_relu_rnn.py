@@ -65,7 +65,9 @@ def test_backwards_in_time_and_with_lengths():
 
     for found, truth in zip(through("triton"), through("reference"), strict=True):
         torch.testing.assert_close(found, truth, rtol=0, atol=tolerances.rnn(F64, 4, 3, 5) * truth.abs().max().item())
-    with pytest.raises(ValueError, match="'triton' does not serve this call: lengths are given; it serves sequences of"):
+    with pytest.raises(
+        ValueError, match="'triton' does not serve this call: lengths are given; it serves sequences of"
+    ):
         ops.relu_rnn(*tensors, backend="triton", lengths=torch.tensor([4, 2, 1]))
     assert ops.relu_rnn(*tensors, lengths=torch.tensor([4, 2, 1]))[0].shape == (4, 3, 5)
 
