@@ -18,12 +18,13 @@ std::string cuda_build();  // cuda/build.cu
 TORCH_LIBRARY(pathrnn, m) {
   const std::vector<at::Tag> tags{at::Tag::pt2_compliant_tag};
   m.def(
-      "relu_rnn(Tensor x, Tensor? h_0, Tensor weight_ih, Tensor weight_hh, Tensor? bias_ih, Tensor? bias_hh) "
-      "-> (Tensor y, Tensor h_n)",
+      "relu_rnn(Tensor x, Tensor? h_0, Tensor weight_ih, Tensor weight_hh, Tensor? bias_ih, Tensor? bias_hh, "
+      "Tensor? lengths=None, bool reverse=False) -> (Tensor y, Tensor h_n)",
       tags);
   m.def(
       "relu_rnn_backward(Tensor? grad_y, Tensor? grad_h_n, Tensor x, Tensor? h_0, Tensor weight_ih, Tensor weight_hh, "
-      "Tensor? bias_ih, Tensor? bias_hh, Tensor y, bool[5] needs) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+      "Tensor? bias_ih, Tensor? bias_hh, Tensor y, bool[5] needs, Tensor? lengths=None, bool reverse=False) "
+      "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
       tags);
   m.def(
       "path_chain(Tensor[] weight_ih, Tensor[] weight_hh, Tensor[] bias_ih, Tensor[] bias_hh, Tensor? head_weight, "

@@ -13,11 +13,13 @@ inline void check_like(const at::Tensor& tensor, const char* name, const at::Ten
                    other, " has ", reference.scalar_type(), ": convert one");
 }
 
-inline void check_floating(const at::Tensor& tensor, const char* name, at::DeviceType device = at::kCPU) {
+inline void check_floating(const at::Tensor& tensor, const char* name, at::DeviceType device = at::kCPU,
+                           bool half = false) {
   TORCH_CHECK_TYPE(tensor.device().type() == device && tensor.layout() == at::kStrided, name, " is ", tensor.toString(),
                    "; this kernel serves dense ", at::DeviceTypeName(device), " tensors");
-  TORCH_CHECK_TYPE(tensor.scalar_type() == at::kFloat || tensor.scalar_type() == at::kDouble, name, " has dtype ",
-                   tensor.scalar_type(), "; use float32 or float64");
+  const at::ScalarType dtype = tensor.scalar_type();
+  const bool served = dtype == at::kFloat || dtype == at::kDouble || (half && at::isReducedFloatingType(dtype));
+  TORCH_CHECK_TYPE(served, name, " has dtype ", dtype, "; use float32 or float64", half ? ", bfloat16 or float16" : "");
 }
 
 inline void check_shape(const at::Tensor& tensor, const char* name, at::IntArrayRef shape) {

@@ -9,15 +9,18 @@
 namespace pathrnn {
 
 // h_t = [W_ih x_t + b + W_hh h_{t-1}]_+ for t = 1 … T (Table 1 of the paper). A nan passes through.
+// N rows hold the steps of all sequences: the recurrence's t-th step has the rows[t] rows from first[t] on, one for each
+// of the first sequences. Longer sequences come first, so rows[0] = B and rows[t] never grows.
 template <typename T>
 struct ReluRnnForward {
   int64_t seq_len, batch, input, hidden;
-  const T* x;          // [T, B, I]; null when y comes in holding W_ih x + b
-  const T* h_0;        // [B, H] or null: zeros
-  const T* weight_ih;  // [H, I]; not read when x is null
-  const T* weight_hh;  // [H, H]
-  const T* bias;       // [H] or null; not read when x is null
-  T* y;                // [T, B, H]: h_1 … h_T
+  const int64_t *first, *rows;  // [T]
+  const T* x;                   // [N, I]; null when y comes in holding W_ih x + b
+  const T* h_0;                 // [B, H] or null: zeros
+  const T* weight_ih;           // [H, I]; not read when x is null
+  const T* weight_hh;           // [H, H]
+  const T* bias;                // [H] or null; not read when x is null
+  T* y;                         // [N, H]: h_1 … h_T
 };
 
 // delta_t = (W_hhᵀ delta_{t+1} + grad_y_t) ⊙ [y_t > 0], the gradient of the pre-activations, and, when they are wanted,
@@ -25,18 +28,19 @@ struct ReluRnnForward {
 template <typename T>
 struct ReluRnnBackward {
   int64_t seq_len, batch, input, hidden;
-  const T* weight_hh;  // [H, H]
-  const T* y;          // [T, B, H]
-  const T* grad_y;     // [T, B, H] or null: zeros
-  const T* grad_h_n;   // [B, H] or null: zeros
-  T* delta;            // [T, B, H], or null: not wanted
-  T* grad_h_0;         // [B, H], or null: not wanted
-  // All of the following, or none (grad_weight_hh null: then delta is wanted).
-  const T* x;          // [T, B, I]
-  const T* h_0;        // [B, H] or null: zeros
-  T* grad_weight_hh;   // [H, H]
-  T* grad_weight_ih;   // [H, I]
-  T* grad_bias;        // [H]
+  const int64_t *first, *rows;  // [T], as forwards
+  const T* weight_hh;           // [H, H]
+  const T* y;                   // [N, H]
+  const T* grad_y;              // [N, H] or null: zeros
+  const T* grad_h_n;            // [B, H] or null: zeros; of every sequence's own last step
+  T* delta;                     // [N, H], or null: not wanted
+  T* grad_h_0;                  // [B, H], or null: not wanted
+  // All of the following, and B rows in every step, or none (grad_weight_hh null: then delta is wanted).
+  const T* x;         // [N, I]
+  const T* h_0;       // [B, H] or null: zeros
+  T* grad_weight_hh;  // [H, H]
+  T* grad_weight_ih;  // [H, I]
+  T* grad_bias;       // [H]
 };
 
 // The squared network's chains h (forward) and δ (backward), κ⁽¹⁾ and log γ² (eqs. (3), (9), (11)). Every vector of a

@@ -23,13 +23,16 @@ using torch::autograd::AutogradContext;
 using torch::autograd::variable_list;
 
 using Forward = std::tuple<Tensor, Tensor>(const Tensor&, const optional<Tensor>&, const Tensor&, const Tensor&,
-                                           const optional<Tensor>&, const optional<Tensor>&);
+                                           const optional<Tensor>&, const optional<Tensor>&,
+                                           const optional<Tensor>&, bool);
 using Backward = Gradients(const optional<Tensor>&, const optional<Tensor>&, const Tensor&, const optional<Tensor>&,
                            const Tensor&, const Tensor&, const optional<Tensor>&, const optional<Tensor>&,
-                           const Tensor&, std::array<bool, 5>);
+                           const Tensor&, std::array<bool, 5>, const optional<Tensor>&, bool);
 
 // What the backward pass finds saved: the arguments, y, and after cuDNN's training pass what that gave besides.
-enum Saved { kX, kH0, kWeightIh, kWeightHh, kBiasIh, kBiasHh, kY, kDenseH0, kWeights, kReserve };
+enum Saved { kX, kH0, kWeightIh, kWeightHh, kBiasIh, kBiasHh, kLengths, kY, kDenseH0, kWeights, kReserve };
+
+constexpr size_t kArguments = 9;  // of forward: those tensors, reverse and keep_reserve
 
 optional<Tensor> maybe(const Tensor& t) { return t.defined() ? optional<Tensor>(t) : std::nullopt; }
 
@@ -37,33 +40,37 @@ class ReluRnn : public torch::autograd::Function<ReluRnn> {
  public:
   static variable_list forward(AutogradContext* ctx, const Tensor& x, const optional<Tensor>& h_0,
                                const Tensor& weight_ih, const Tensor& weight_hh, const optional<Tensor>& bias_ih,
-                               const optional<Tensor>& bias_hh, bool keep_reserve) {
+                               const optional<Tensor>& bias_hh, const optional<Tensor>& lengths, bool reverse,
+                               bool keep_reserve) {
     at::AutoDispatchBelowADInplaceOrView below;
     Tensor y, h_n;
     variable_list saved{x, h_0.value_or(Tensor()), weight_ih, weight_hh, bias_ih.value_or(Tensor()),
-                        bias_hh.value_or(Tensor())};
+                        bias_hh.value_or(Tensor()), lengths.value_or(Tensor())};
     if (keep_reserve) {
-      const CudnnForward pass = cudnn_forward(x, h_0, weight_ih, weight_hh, bias_ih, bias_hh, /*training=*/true);
+      const CudnnForward pass =
+          cudnn_forward(x, h_0, weight_ih, weight_hh, bias_ih, bias_hh, lengths, reverse, /*training=*/true);
       y = pass.y;
       h_n = pass.h_n;
       saved.insert(saved.end(), {y, pass.h_0, pass.weights, pass.reserve});
     } else {
       static const auto op = c10::Dispatcher::singleton().findSchemaOrThrow("pathrnn::relu_rnn", "").typed<Forward>();
-      std::tie(y, h_n) = op.call(x, h_0, weight_ih, weight_hh, bias_ih, bias_hh);
+      std::tie(y, h_n) = op.call(x, h_0, weight_ih, weight_hh, bias_ih, bias_hh, lengths, reverse);
       saved.push_back(y);
     }
     ctx->save_for_backward(std::move(saved));
+    if (reverse) ctx->saved_data["reverse"] = true;
     // A loss on h_n alone, or on y alone, should not cost a tensor of zeros for the other.
     ctx->set_materialize_grads(false);
     return {y, h_n};
   }
 
   static variable_list backward(AutogradContext* ctx, variable_list grads) {
-    if (!grads[0].defined() && !grads[1].defined()) return variable_list(7);
+    if (!grads[0].defined() && !grads[1].defined()) return variable_list(kArguments);
     // Under autocast ATen's products would run in half precision, whatever these tensors are.
     const c10::impl::ExcludeDispatchKeyGuard without_autocast(c10::autocast_dispatch_keyset);
     const variable_list saved = ctx->get_saved_variables();
-    const optional<Tensor> grad_y = maybe(grads[0]), grad_h_n = maybe(grads[1]);
+    const optional<Tensor> grad_y = maybe(grads[0]), grad_h_n = maybe(grads[1]), lengths = maybe(saved[kLengths]);
+    const bool reverse = ctx->saved_data.count("reverse") > 0;
     // Autograd counts the tensors that were given, so an absent h_0 or bias shifts those after it.
     std::array<bool, 6> need;
     size_t edge = 0;
@@ -75,7 +82,7 @@ class ReluRnn : public torch::autograd::Function<ReluRnn> {
     if (saved.size() > kReserve && !at::GradMode::is_enabled()) {
       CudnnForward pass{saved[kY], {}, saved[kDenseH0], saved[kWeights], saved[kReserve]};
       if (torch::autograd::get_current_graph_task_keep_graph()) pass.reserve = pass.reserve.clone();
-      found = cudnn_backward(grad_y, grad_h_n, saved[kX], pass, need[kX], need[kH0],
+      found = cudnn_backward(grad_y, grad_h_n, saved[kX], pass, lengths, reverse, need[kX], need[kH0],
                              need[kWeightIh] || need[kWeightHh] || need_bias);
     } else {
       static const auto op =
@@ -83,11 +90,11 @@ class ReluRnn : public torch::autograd::Function<ReluRnn> {
       std::tie(found[kX], found[kH0], found[kWeightIh], found[kWeightHh], found[kBiasIh]) =
           op.call(grad_y, grad_h_n, saved[kX], maybe(saved[kH0]), saved[kWeightIh], saved[kWeightHh],
                   maybe(saved[kBiasIh]), maybe(saved[kBiasHh]), saved[kY],
-                  {need[kX], need[kH0], need[kWeightIh], need[kWeightHh], need_bias});
+                  {need[kX], need[kH0], need[kWeightIh], need[kWeightHh], need_bias}, lengths, reverse);
       // A gradient of its own: the two are accumulated and scaled separately.
       if (need[kBiasHh]) found[kBiasHh] = found[kBiasIh].clone();
     }
-    variable_list result(7);
+    variable_list result(kArguments);
     for (size_t i = 0; i < need.size(); ++i) {
       if (need[i]) result[i] = std::move(found[i]);
     }
@@ -104,11 +111,13 @@ bool is_any(std::initializer_list<optional<Tensor>> tensors, bool (*test)(const 
 
 std::tuple<Tensor, Tensor> differentiable(const Tensor& x, const optional<Tensor>& h_0, const Tensor& weight_ih,
                                           const Tensor& weight_hh, const optional<Tensor>& bias_ih,
-                                          const optional<Tensor>& bias_hh) {
+                                          const optional<Tensor>& bias_hh, const optional<Tensor>& lengths,
+                                          bool reverse) {
   const bool keep_reserve = x.is_cuda() && at::GradMode::is_enabled() && !c10::impl::dispatch_mode_enabled() &&
                             is_any({x, h_0, weight_ih, weight_hh, bias_ih, bias_hh}, learns) &&
                             !is_any({x, h_0, weight_ih, weight_hh, bias_ih, bias_hh}, is_traced);
-  const variable_list out = ReluRnn::apply(x, h_0, weight_ih, weight_hh, bias_ih, bias_hh, keep_reserve);
+  const variable_list out =
+      ReluRnn::apply(x, h_0, weight_ih, weight_hh, bias_ih, bias_hh, lengths, reverse, keep_reserve);
   return {out[0], out[1]};
 }
 

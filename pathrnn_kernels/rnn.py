@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import numbers
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, TypeVar, overload
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
 from . import ops
+
+_Weights = tuple[Tensor, Tensor, Tensor | None, Tensor | None]
+_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
 class ReLURNN(nn.Module):
@@ -21,13 +26,21 @@ class ReLURNN(nn.Module):
 
     Args:
         input_size: features of x.
-        hidden_size: units of every layer.
+        hidden_size: units of every layer, H; of every direction.
         num_layers: stacked layers.
         bias: whether the layers have ``bias_ih`` and ``bias_hh``.
         batch_first: x and y are ``[B, T, ·]`` instead of ``[T, B, ·]``; h_0 and h_n are not affected.
         dropout: probability of dropout on the output of every layer but the last, in training.
-        bidirectional: not supported yet.
-        device, dtype: of the parameters; float32 or float64.
+        bidirectional: whether every layer has a second direction, which runs from the sequence's end to its start, with
+            parameters ``…_reverse``. Both read both directions of the layer below, ``[2H]``.
+        device, dtype: of the parameters; float32, float64, bfloat16 or float16.
+
+    Precision: the dtype of x, y, h_0, h_n and gradients is the parameters'. In bfloat16 and float16 all layers are
+    computed in float32, the state between layers and steps included, and y, h_n and the gradients are rounded once at
+    the end; but a GPU whose cuDNN serves the dtype computes in it, as in nn.RNN. Under ``torch.autocast`` a module that
+    is not float64 takes x and h_0 in its own dtype, float32 or autocast's, and returns y and h_n in autocast's, as
+    nn.RNN does on a CPU and on a GPU; it computes what a module of that dtype would, but with the parameters as they
+    are where that is in float32, and their gradients keep their dtype.
 
     Raises:
         TypeError, ValueError: naming the argument, its value and the remedy.
@@ -39,6 +52,9 @@ class ReLURNN(nn.Module):
         (torch.Size([750, 16, 100]), torch.Size([1, 16, 100]))
         >>> rnn.load_state_dict(torch.nn.RNN(2, 100, nonlinearity="relu").state_dict())
         <All keys matched successfully>
+        >>> y, h_n = rnn(torch.rand(750, 3, 2), lengths=[750, 20, 400])
+        >>> torch.equal(h_n[0, 1], y[19, 1]), y[20:, 1].any().item()
+        (True, False)
     """
 
     nonlinearity = "relu"
@@ -76,11 +92,9 @@ class ReLURNN(nn.Module):
             raise TypeError(f"dropout is {dropout!r}; it must be a number in [0, 1]")
         if not 0 <= dropout <= 1:
             raise ValueError(f"dropout is {dropout}; it must be in [0, 1]")
-        if bidirectional:
-            raise ValueError("bidirectional=True is not supported yet; use torch.nn.RNN, or two ReLURNNs")
         dtype = torch.get_default_dtype() if dtype is None else dtype
-        if dtype not in (torch.float32, torch.float64):
-            raise TypeError(f"dtype is {dtype}; use torch.float32 or torch.float64")
+        if dtype not in _DTYPES:
+            raise TypeError(f"dtype is {dtype}; use one of {', '.join(map(str, _DTYPES))}")
         self.input_size = int(input_size)
         self.hidden_size = int(hidden_size)
         self.num_layers = int(num_layers)
@@ -91,12 +105,15 @@ class ReLURNN(nn.Module):
         #: T of the last forward pass, which PathOptimizer takes for κ when it is given no seq_len.
         self.last_seq_len: int | None = None
         for i in range(self.num_layers):
-            shapes = {"weight_ih": (self.hidden_size, self.input_size if i == 0 else self.hidden_size)}
+            below = self.input_size if i == 0 else self.hidden_size * len(self._directions)
+            shapes: dict[str, tuple[int, ...]] = {"weight_ih": (self.hidden_size, below)}
             shapes["weight_hh"] = (self.hidden_size, self.hidden_size)
             if bias:
-                shapes["bias_ih"] = shapes["bias_hh"] = (self.hidden_size,)  # type: ignore[assignment]
-            for name, shape in shapes.items():
-                self.register_parameter(f"{name}_l{i}", nn.Parameter(torch.empty(shape, device=device, dtype=dtype)))
+                shapes["bias_ih"] = shapes["bias_hh"] = (self.hidden_size,)
+            for direction in self._directions:
+                for name, shape in shapes.items():
+                    p = nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
+                    self.register_parameter(f"{name}_l{i}{direction}", p)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -105,68 +122,123 @@ class ReLURNN(nn.Module):
         for p in self.parameters():
             nn.init.uniform_(p, -bound, bound)
 
-    def forward(self, x: Tensor, h_0: Tensor | None = None, lengths: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Run the RNN.
+    @overload
+    def forward(
+        self, x: Tensor, h_0: Tensor | None = None, lengths: Tensor | Sequence[int] | None = None
+    ) -> tuple[Tensor, Tensor]: ...
+
+    @overload
+    def forward(self, x: PackedSequence, h_0: Tensor | None = None) -> tuple[PackedSequence, Tensor]: ...
+
+    def forward(
+        self, x: Tensor | PackedSequence, h_0: Tensor | None = None, lengths: Tensor | Sequence[int] | None = None
+    ) -> tuple[Tensor | PackedSequence, Tensor]:
+        """Run the RNN. L is ``num_layers``, twice that with ``bidirectional``.
 
         Args:
-            x: ``[T, B, input_size]``, ``[B, T, input_size]`` with ``batch_first``, or ``[T, input_size]`` unbatched.
-            h_0: ``[num_layers, B, hidden_size]`` (``[num_layers, hidden_size]`` unbatched); zeros by default.
-            lengths: not supported yet.
+            x: ``[T, B, input_size]``, ``[B, T, input_size]`` with ``batch_first``, ``[T, input_size]`` unbatched, or a
+                PackedSequence.
+            h_0: ``[L, B, hidden_size]`` (``[L, hidden_size]`` unbatched), the two directions of a layer side by side;
+                zeros by default. Of a PackedSequence, in the order before it was sorted.
+            lengths: the steps of every sequence of a padded x, integers ``[B]`` in 1 … T in any order and on any device
+                (on a GPU they are waited for); T of each by default. Padding is never read, and finished sequences cost
+                nothing.
 
         Returns:
-            y: the top layer's h_1 … h_T, in x's layout with ``hidden_size`` features.
-            h_n: h_T of every layer, in h_0's layout.
+            y: the top layer's h_1 … h_T, in x's layout with ``hidden_size`` features, ``2 hidden_size`` with
+                ``bidirectional``, the direction from the start first. Zero in the padding; a PackedSequence for one.
+            h_n: in h_0's layout, the state of every layer at each sequence's own end; of the other direction, which
+                begins with h_0 at that end, at the start.
+
+        The gradient of x is exactly zero in the padding. ``last_seq_len`` becomes T, the longest of a PackedSequence.
 
         Raises:
             TypeError, ValueError: naming the argument, its value and the remedy.
         """
-        self._check(x, h_0, lengths)
-        unbatched = x.dim() == 2
-        if unbatched:
-            x = x.unsqueeze(1)
-            h_0 = None if h_0 is None else h_0.unsqueeze(1)
-        elif self.batch_first:
-            x = x.transpose(0, 1)
-        self.last_seq_len = x.shape[0]
+        weight = self.weight_hh_l0
+        autocast = _autocast_dtype(weight)
+        self._check(x, h_0, lengths, autocast)
+        if isinstance(x, PackedSequence):
+            data, batch_sizes, order, position = x
+            h_0 = h_0 if h_0 is None or order is None else h_0.index_select(1, order)
+            packed_lengths = (batch_sizes[:, None] > torch.arange(int(batch_sizes[0]))).sum(0)
+            y, h_n = self._run(data, h_0, packed_lengths, weight.dtype, autocast)
+            self.last_seq_len = len(batch_sizes)
+            h_n = h_n if position is None else h_n.index_select(1, position)
+            return PackedSequence(y, batch_sizes, order, position), h_n
 
-        y, finals = x, []
-        for i in range(self.num_layers):
-            if i > 0 and self.dropout > 0:
-                y = nn.functional.dropout(y, self.dropout, self.training)
-            y, h_n = ops.relu_rnn(y, None if h_0 is None else h_0[i], *self._layer(i))
-            finals.append(h_n)
-        h_n = finals[0].unsqueeze(0) if len(finals) == 1 else torch.stack(finals)
-
-        if unbatched:
+        if x.dim() == 2:
+            y, h_n = self._run(x.unsqueeze(1), None if h_0 is None else h_0.unsqueeze(1), None, weight.dtype, autocast)
+            self.last_seq_len = x.shape[0]
             return y.squeeze(1), h_n.squeeze(1)
+        steps_first = x.transpose(0, 1) if self.batch_first else x
+        # On the CPU once, not in every layer and direction: that is where they are read.
+        lengths = None if lengths is None else torch.as_tensor(lengths).cpu()
+        y, h_n = self._run(steps_first, h_0, lengths, weight.dtype, autocast)
+        self.last_seq_len = steps_first.shape[0]
         return (y.transpose(0, 1) if self.batch_first else y), h_n
 
-    def _layer(self, i: int) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-        weight_ih, weight_hh = getattr(self, f"weight_ih_l{i}"), getattr(self, f"weight_hh_l{i}")
+    def _run(
+        self, x: Tensor, h_0: Tensor | None, lengths: Tensor | None, own: torch.dtype, autocast: torch.dtype | None
+    ) -> tuple[Tensor, Tensor]:
+        """y and h_n of x ``[T, B, I]``, or of packed rows ``[N, I]`` with their lengths."""
+        dtype = ops.working_dtype(x.device, autocast or own)
+        y, h_0 = _to(x, dtype), _to(h_0, dtype)
+        finals: list[Tensor] = []
+        # Nothing inside is autocast's to choose.
+        with torch.autocast(x.device.type, enabled=False) if autocast else contextlib.nullcontext():
+            for i in range(self.num_layers):
+                if i > 0 and self.dropout > 0:
+                    y = nn.functional.dropout(y, self.dropout, self.training)
+                outputs = []
+                for direction in self._directions:
+                    state = None if h_0 is None else h_0[len(finals)]
+                    weights = self._layer(i, direction)
+                    if own != dtype:
+                        ih, hh, bias_ih, bias_hh = weights
+                        weights = ih.to(dtype), hh.to(dtype), _to(bias_ih, dtype), _to(bias_hh, dtype)
+                    output, h_n = ops.relu_rnn(y, state, *weights, lengths=lengths, reverse=direction == "_reverse")
+                    outputs.append(output)
+                    finals.append(h_n)
+                y = outputs[0] if len(outputs) == 1 else torch.cat(outputs, -1)
+        h_n = finals[0].unsqueeze(0) if len(finals) == 1 else torch.stack(finals)
+        return _to(y, autocast or own), _to(h_n, autocast or own)
+
+    @property
+    def _directions(self) -> tuple[str, ...]:
+        return ("", "_reverse") if self.bidirectional else ("",)
+
+    def _layer(self, i: int, direction: str) -> _Weights:
+        end = f"_l{i}{direction}"
+        weight_ih, weight_hh = getattr(self, "weight_ih" + end), getattr(self, "weight_hh" + end)
         if not self.bias:
             return weight_ih, weight_hh, None, None
-        return weight_ih, weight_hh, getattr(self, f"bias_ih_l{i}"), getattr(self, f"bias_hh_l{i}")
+        return weight_ih, weight_hh, getattr(self, "bias_ih" + end), getattr(self, "bias_hh" + end)
 
-    def _check(self, x: Any, h_0: Any, lengths: Any) -> None:
-        if isinstance(x, PackedSequence):
-            raise TypeError("x is a PackedSequence, which is not supported yet: pad it (pad_packed_sequence)")
+    def _check(self, x: Any, h_0: Any, lengths: Any, autocast: torch.dtype | None) -> None:
+        is_packed = isinstance(x, PackedSequence)
+        if is_packed and lengths is not None:
+            raise ValueError("lengths are given, but x is a PackedSequence, which has its own: leave them out")
+        batch = int(x.batch_sizes[0]) if is_packed else None
+        x = x.data if is_packed else x
         if not isinstance(x, Tensor):
-            raise TypeError(f"x is a {type(x).__name__}; it must be a tensor")
-        if lengths is not None:
-            raise ValueError("lengths is not supported yet; pass sequences of one length and mask the loss")
+            raise TypeError(f"x is a {type(x).__name__}; it must be a tensor or a PackedSequence")
         weight = self.weight_hh_l0
         layout = "[B, T, input_size]" if self.batch_first else "[T, B, input_size]"
-        if x.dim() not in (2, 3):
-            raise ValueError(f"x has shape {list(x.shape)}; it must be {layout}, or [T, input_size] unbatched")
+        if x.dim() != 2 and (is_packed or x.dim() != 3):
+            allowed = "[N, input_size] in a PackedSequence" if is_packed else f"{layout}, or [T, input_size] unbatched"
+            raise ValueError(f"x has shape {list(x.shape)}; it must be {allowed}")
         if x.shape[-1] != self.input_size:
             raise ValueError(f"x has {x.shape[-1]} features (shape {list(x.shape)}), but input_size={self.input_size}")
         for size in x.shape[:-1]:
             if size == 0:
                 raise ValueError(f"x has shape {list(x.shape)}; T and B must be at least 1 ({layout})")
-        if x.dim() == 2:
-            expected = [self.num_layers, self.hidden_size]
-        else:
-            expected = [self.num_layers, x.shape[0 if self.batch_first else 1], self.hidden_size]
+        if x.dim() == 3:
+            batch = x.shape[0 if self.batch_first else 1]
+        if lengths is not None:
+            _check_lengths(lengths, x, batch)
+        layers = self.num_layers * len(self._directions)
+        expected = [layers, self.hidden_size] if batch is None else [layers, batch, self.hidden_size]
         tensors = [("x", x)]
         if h_0 is not None:
             if not isinstance(h_0, Tensor):
@@ -177,7 +249,7 @@ class ReLURNN(nn.Module):
                 )
             tensors.append(("h_0", h_0))
         for name, tensor in tensors:
-            if tensor.dtype != weight.dtype:
+            if tensor.dtype != weight.dtype and (autocast is None or tensor.dtype not in (autocast, torch.float32)):
                 raise TypeError(f"{name} has dtype {tensor.dtype}, but the weights are {weight.dtype}: convert one")
             if tensor.device != weight.device:
                 raise TypeError(f"{name} is on {tensor.device}, but the weights are on {weight.device}: move one")
@@ -189,34 +261,58 @@ class ReLURNN(nn.Module):
             raise TypeError(f"rnn is a {type(rnn).__name__}; it must be a torch.nn.RNN")
         if rnn.nonlinearity != "relu":
             raise ValueError(f'rnn has nonlinearity {rnn.nonlinearity!r}; only "relu" converts')
-        result = cls(*_sizes(rnn), bidirectional=rnn.bidirectional, **_options(rnn))
+        result = cls(*_sizes(rnn), **_options(rnn))
         result.load_state_dict(rnn.state_dict())
         return result.train(rnn.training)
 
     def to_torch(self) -> nn.RNN:
         """A ``torch.nn.RNN`` with copies of this module's weights."""
-        input_size, hidden_size, num_layers, bias, batch_first, dropout = _sizes(self)
-        result = nn.RNN(
-            input_size,
-            hidden_size,
-            num_layers,
-            nonlinearity="relu",
-            bias=bias,
-            batch_first=batch_first,
-            dropout=dropout,
-            **_options(self),
-        )
+        input_size, hidden_size, num_layers, *options = _sizes(self)
+        result = nn.RNN(input_size, hidden_size, num_layers, "relu", *options, **_options(self))
         result.load_state_dict(self.state_dict())
         return result.train(self.training)
 
     def extra_repr(self) -> str:
         text = f"{self.input_size}, {self.hidden_size}"
-        defaults = {"num_layers": 1, "bias": True, "batch_first": False, "dropout": 0.0}
+        defaults = {"num_layers": 1, "bias": True, "batch_first": False, "dropout": 0.0, "bidirectional": False}
         return text + "".join(f", {k}={getattr(self, k)}" for k, v in defaults.items() if getattr(self, k) != v)
 
 
-def _sizes(rnn: ReLURNN | nn.RNN) -> tuple[int, int, int, bool, bool, float]:
-    return rnn.input_size, rnn.hidden_size, rnn.num_layers, rnn.bias, rnn.batch_first, rnn.dropout
+_Optional = TypeVar("_Optional", Tensor, Tensor | None)
+
+
+def _to(tensor: _Optional, dtype: torch.dtype) -> _Optional:
+    """Tensor.to, which takes a microsecond also where there is nothing to convert."""
+    return tensor if tensor is None or tensor.dtype == dtype else tensor.to(dtype)
+
+
+def _autocast_dtype(weight: Tensor) -> torch.dtype | None:
+    """What autocast, where it is on, makes of a computation with this weight; like torch's own it leaves float64."""
+    device_type = weight.device.type
+    if weight.dtype == torch.float64 or not torch.amp.is_autocast_available(device_type):
+        return None
+    return torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else None
+
+
+def _check_lengths(lengths: Any, x: Tensor, batch: int | None) -> None:
+    """All but their values, which the op checks: it may be traced here."""
+    if batch is None:
+        raise ValueError(f"lengths are given, but x of shape {list(x.shape)} is unbatched: pass its first steps alone")
+    if not isinstance(lengths, Tensor):
+        if not isinstance(lengths, Sequence) or not all(isinstance(n, numbers.Integral) for n in lengths):
+            raise TypeError(f"lengths is {lengths!r}; it must be a tensor or a sequence of integers")
+        lengths = torch.tensor(lengths)
+    if lengths.is_floating_point() or lengths.is_complex() or lengths.dtype == torch.bool:
+        raise TypeError(f"lengths has dtype {lengths.dtype}; it must be of integers")
+    if list(lengths.shape) != [batch]:
+        raise ValueError(
+            f"lengths has shape {list(lengths.shape)}; for x of shape {list(x.shape)} it must be [{batch}]"
+        )
+
+
+def _sizes(rnn: ReLURNN | nn.RNN) -> tuple[int, int, int, bool, bool, float, bool]:
+    sizes = rnn.input_size, rnn.hidden_size, rnn.num_layers
+    return *sizes, rnn.bias, rnn.batch_first, rnn.dropout, rnn.bidirectional
 
 
 def _options(rnn: ReLURNN | nn.RNN) -> dict[str, Any]:

@@ -37,3 +37,8 @@ def rnn(dtype, seq_len, batch, size):
     below 1 (4: the sum of its powers), and 2 sqrt(seq_len · batch) u in the sums of the weights' gradients.
     """
     return 2 * unit_roundoff(dtype) * (4 * (4 + 2 * math.sqrt(size)) + 2 * math.sqrt(seq_len * batch))
+
+
+def rounded(dtype, error):
+    """Of a result that was computed with ``error`` and rounded once to a half ``dtype`` at the end."""
+    return unit_roundoff(dtype) + error

@@ -39,76 +39,78 @@ bool fuses_gradients(const Sizes& s) {
 
 std::tuple<Tensor, Tensor> forward(const Tensor& x_, const optional<Tensor>& h_0_, const Tensor& weight_ih_,
                                    const Tensor& weight_hh_, const optional<Tensor>& bias_ih,
-                                   const optional<Tensor>& bias_hh) {
-  const Sizes s = check_relu_rnn(x_, h_0_, weight_ih_, weight_hh_, bias_ih, bias_hh, at::kCPU);
+                                   const optional<Tensor>& bias_hh, const optional<Tensor>& lengths, bool reverse) {
+  const Sizes s = check_relu_rnn(x_, h_0_, weight_ih_, weight_hh_, bias_ih, bias_hh, lengths, at::kCPU);
+  const Steps steps(s, x_, reverse);
   const Tensor bias = bias_ih ? *bias_ih + *bias_hh : Tensor();
-  const Tensor x = x_.contiguous(), weight_ih = weight_ih_.contiguous(), weight_hh = weight_hh_.contiguous();
-  const Tensor h_0 = h_0_ ? h_0_->contiguous() : Tensor();
-  Tensor y = at::empty({s.seq_len, s.batch, s.hidden}, x.options());
+  const Tensor x = steps.gather(x_), weight_ih = weight_ih_.contiguous(), weight_hh = weight_hh_.contiguous();
+  const Tensor h_0 = h_0_ ? steps.sort(*h_0_).contiguous() : Tensor();
+  Tensor y = at::empty({x.size(0), s.hidden}, x.options());
   const bool fused = fuses_input(s);
   if (!fused) {
-    Tensor drive = y.view({s.seq_len * s.batch, s.hidden});
-    const Tensor rows = x.view({s.seq_len * s.batch, s.input});
     if (bias.defined()) {
-      at::addmm_out(drive, bias, rows, weight_ih.t());
+      at::addmm_out(y, bias, x, weight_ih.t());
     } else {
-      at::mm_out(drive, rows, weight_ih.t());
+      at::mm_out(y, x, weight_ih.t());
     }
   }
   AT_DISPATCH_FLOATING_TYPES(x.scalar_type(), "relu_rnn", [&] {
     kernels<scalar_t>().relu_rnn_forward(
-        {s.seq_len, s.batch, s.input, s.hidden, fused ? x.const_data_ptr<scalar_t>() : nullptr,
-         data_or_null<scalar_t>(h_0), weight_ih.const_data_ptr<scalar_t>(), weight_hh.const_data_ptr<scalar_t>(),
+        {s.seq_len, s.batch, s.input, s.hidden, steps.first.data(), steps.rows.data(),
+         fused ? x.const_data_ptr<scalar_t>() : nullptr, data_or_null<scalar_t>(h_0),
+         weight_ih.const_data_ptr<scalar_t>(), weight_hh.const_data_ptr<scalar_t>(),
          data_or_null<scalar_t>(bias), y.mutable_data_ptr<scalar_t>()},
         team_size(s));
   });
-  return {y, y[s.seq_len - 1].clone()};
+  return {steps.scatter(y, y_shape(s, x_)), steps.ends(y)};
 }
 
 Gradients backward(const optional<Tensor>& grad_y_, const optional<Tensor>& grad_h_n_, const Tensor& x_,
                    const optional<Tensor>& h_0_, const Tensor& weight_ih, const Tensor& weight_hh_,
                    const optional<Tensor>& bias_ih, const optional<Tensor>& bias_hh, const Tensor& y_,
-                   std::array<bool, 5> needs) {
-  const Sizes s = check_relu_rnn(x_, h_0_, weight_ih, weight_hh_, bias_ih, bias_hh, at::kCPU);
+                   std::array<bool, 5> needs, const optional<Tensor>& lengths, bool reverse) {
+  const Sizes s = check_relu_rnn(x_, h_0_, weight_ih, weight_hh_, bias_ih, bias_hh, lengths, at::kCPU);
   check_gradients(s, grad_y_, grad_h_n_, x_, y_);
-  const auto dense = [](const optional<Tensor>& t) { return t ? t->contiguous() : Tensor(); };
-  const Tensor grad_y = dense(grad_y_), grad_h_n = dense(grad_h_n_), weight_hh = weight_hh_.contiguous();
-  const Tensor y = y_.contiguous(), x = x_.contiguous();
+  const Steps steps(s, x_, reverse);
+  const auto sorted = [&](const optional<Tensor>& t) { return t ? steps.sort(*t).contiguous() : Tensor(); };
+  const Tensor grad_y = grad_y_ ? steps.gather(*grad_y_) : Tensor(), grad_h_n = sorted(grad_h_n_);
+  const Tensor y = steps.gather(y_), x = steps.gather(x_), weight_hh = weight_hh_.contiguous();
 
   const auto unneeded = [&] { return at::empty({0}, y.options()); };
   const auto wanted = [&](bool need, at::IntArrayRef shape) { return need ? at::empty(shape, y.options()) : unneeded(); };
-  const bool fused = needs[2] && needs[3] && fuses_gradients(s);
+  const bool fused = needs[2] && needs[3] && s.lengths.empty() && fuses_gradients(s);
   const bool whole_delta = needs[0] || !fused;
   Tensor delta = wanted(whole_delta, y.sizes());
   Tensor grad_h_0 = wanted(needs[1], {s.batch, s.hidden});
   Tensor grad_weight_ih = wanted(fused, weight_ih.sizes()), grad_weight_hh = wanted(fused, weight_hh.sizes());
   Tensor grad_bias = wanted(fused, {s.hidden});
-  const Tensor h_0 = dense(h_0_);
+  const Tensor h_0 = sorted(h_0_);
   AT_DISPATCH_FLOATING_TYPES(y.scalar_type(), "relu_rnn_backward", [&] {
     const auto out = [](const Tensor& t, bool need) { return need ? t.mutable_data_ptr<scalar_t>() : nullptr; };
     kernels<scalar_t>().relu_rnn_backward(
-        {s.seq_len, s.batch, s.input, s.hidden, weight_hh.const_data_ptr<scalar_t>(), y.const_data_ptr<scalar_t>(),
-         data_or_null<scalar_t>(grad_y), data_or_null<scalar_t>(grad_h_n), out(delta, whole_delta),
-         out(grad_h_0, needs[1]), x.const_data_ptr<scalar_t>(), data_or_null<scalar_t>(h_0),
-         out(grad_weight_hh, fused), out(grad_weight_ih, fused), out(grad_bias, fused)},
+        {s.seq_len, s.batch, s.input, s.hidden, steps.first.data(), steps.rows.data(),
+         weight_hh.const_data_ptr<scalar_t>(), y.const_data_ptr<scalar_t>(), data_or_null<scalar_t>(grad_y),
+         data_or_null<scalar_t>(grad_h_n), out(delta, whole_delta), out(grad_h_0, needs[1]),
+         x.const_data_ptr<scalar_t>(), data_or_null<scalar_t>(h_0), out(grad_weight_hh, fused),
+         out(grad_weight_ih, fused), out(grad_bias, fused)},
         team_size(s));
   });
 
-  const Tensor rows = whole_delta ? delta.view({s.seq_len * s.batch, s.hidden}) : delta;
-  Tensor grad_x = needs[0] ? at::mm(rows, weight_ih).view(x.sizes()) : unneeded();
-  if (!fused && needs[2]) grad_weight_ih = at::mm(rows.t(), x.view({s.seq_len * s.batch, s.input}));
+  Tensor grad_x = needs[0] ? steps.scatter(at::mm(delta, weight_ih), x_.sizes()) : unneeded();
+  if (!fused && needs[2]) grad_weight_ih = at::mm(delta.t(), x);
   if (!fused && needs[3]) {
     // Σ_t delta_t h_{t-1}ᵀ: one product over all steps, where autograd through the steps makes one a step.
-    const int64_t later = (s.seq_len - 1) * s.batch;
-    const Tensor before = y.view({s.seq_len * s.batch, s.hidden}).narrow(0, 0, later);
-    grad_weight_hh = at::mm(rows.narrow(0, s.batch, later).t(), before);
-    if (h_0_) grad_weight_hh.addmm_(rows.narrow(0, 0, s.batch).t(), *h_0_);
+    const int64_t first = steps.first[0], later = x.size(0) - s.batch;
+    const Tensor before = s.lengths.empty() ? y.narrow(0, first > 0 ? s.batch : 0, later) : steps.before(y);
+    grad_weight_hh = at::mm(delta.narrow(0, first > 0 ? 0 : s.batch, later).t(), before);
+    if (h_0.defined()) grad_weight_hh.addmm_(delta.narrow(0, first, s.batch).t(), h_0);
   }
   if (!needs[4]) {
     grad_bias = unneeded();
   } else if (!fused) {
-    grad_bias = rows.sum(0);
+    grad_bias = delta.sum(0);
   }
+  if (needs[1]) grad_h_0 = steps.unsort(grad_h_0);
   return {grad_x, grad_h_0, grad_weight_ih, grad_weight_hh, grad_bias};
 }
 

@@ -48,6 +48,9 @@ struct Grid {
     if (barrier && split == 0) barrier->resize(static_cast<int>(size));
   }
 
+  // How many rows of this grid a step of `rows` rows has.
+  int64_t rows_of(int64_t rows) const { return std::clamp(rows, row_first, row_last) - row_first; }
+
   static int64_t row_groups(int64_t threads, int64_t batch) {
     return std::max<int64_t>(1, std::min(threads, batch / kRowGroup));
   }
@@ -65,14 +68,15 @@ void relu_rnn_forward(const ReluRnnForward<T>& p, int threads) {
     if (p.x) pack(input, p.weight_ih, 1, I, team, copy);
     const Grid grid(team, B, weight.panels(), barriers);
     team.wait();
-    const int64_t b = grid.row_first, rows = grid.row_last - b;
+    const int64_t b = grid.row_first;
     for (int64_t t = 0; t < T_; ++t) {
-      const T* before = t == 0 ? p.h_0 : p.y + (t - 1) * B * H;
+      const int64_t row = p.first[t] + b, rows = grid.rows_of(p.rows[t]);
+      const T* before = t == 0 ? p.h_0 : p.y + p.first[t - 1] * H;
       for (int64_t n = grid.panel_first; n < grid.panel_last; ++n) {
         const int64_t column = n * weight.panel;
         Tile<T> out{};
         out.activation = Activation::relu;
-        out.c = p.y + (t * B + b) * H + column;
+        out.c = p.y + row * H + column;
         out.c_row = H;
         if (p.x) {
           out.start = p.bias ? p.bias + column : nullptr;
@@ -80,7 +84,7 @@ void relu_rnn_forward(const ReluRnnForward<T>& p, int threads) {
           out.start = out.c;  // y holds W_ih x + b
           out.start_row = H;
         }
-        const Product<T> drive{p.x + (t * B + b) * I, I, 1, input.begin(n), input.row(n), I};
+        const Product<T> drive{p.x + row * I, I, 1, input.begin(n), input.row(n), I};
         if (before) {
           step(out, before + b * H, H, weight, n, p.x ? &drive : nullptr, rows);
         } else {
@@ -113,6 +117,7 @@ class WeightGradients {
         ih_(p.hidden * ldx_, T(0)),
         x_(steps_ * rows * ldx_, T(0)),
         h_0_(p.h_0 ? rows * ld_ : 0, T(0)),
+        h_1_(p.first[0] > 0 ? rows * ld_ : 0, T(0)),
         ring_(p.delta ? 0 : (steps_ + 1) * rows * p.hidden) {}
 
   int64_t steps() const { return steps_; }
@@ -126,18 +131,22 @@ class WeightGradients {
     for (int64_t t = first; t < last; ++t) {
       for (int64_t r = 0; r < rows_; ++r) {
         T* row = x_.data() + ((t - first) * rows_ + r) * ldx_;
-        const T* x = p_.x + (t * p_.batch + b + r) * I;
+        const T* x = p_.x + (p_.first[t] + b + r) * I;
         std::copy(x, x + I, row);
         row[I] = T(1);
       }
     }
-    if (first == 0 && p_.h_0) {
-      for (int64_t r = 0; r < rows_; ++r) std::copy(p_.h_0 + (b + r) * H, p_.h_0 + (b + r + 1) * H, h_0_.data() + r * ld_);
-    }
+    const auto copy = [&](std::vector<T, Aligned<T>>& to, const T* from) {
+      for (int64_t r = 0; r < rows_; ++r) std::copy(from + (b + r) * H, from + (b + r + 1) * H, to.data() + r * ld_);
+    };
+    if (first == 0 && p_.h_0) copy(h_0_, p_.h_0);
+    if (first <= 1 && !h_1_.empty()) copy(h_1_, p_.y + p_.first[0] * H);
     multiply(hh_.data(), ld_, first, last, delta, [&](int64_t t) {
-      // Whole vectors of the last row of y_{t-1} reach into y_t, which is there.
-      return t > 0 ? std::pair<const T*, int64_t>(p_.y + ((t - 1) * p_.batch + b) * H, H)
-                   : std::pair<const T*, int64_t>(p_.h_0 ? h_0_.data() : nullptr, ld_);
+      if (t == 0) return std::pair<const T*, int64_t>(p_.h_0 ? h_0_.data() : nullptr, ld_);
+      if (t == 1 && !h_1_.empty()) return std::pair<const T*, int64_t>(h_1_.data(), ld_);
+      // Whole vectors of its last row reach into the next step in memory, which is there: h_1 is last in memory only
+      // when the steps run backwards.
+      return std::pair<const T*, int64_t>(p_.y + (p_.first[t - 1] + b) * H, H);
     });
     multiply(ih_.data(), ldx_, first, last, delta,
              [&](int64_t t) { return std::pair<const T*, int64_t>(x_.data() + (t - first) * rows_ * ldx_, ldx_); });
@@ -182,7 +191,7 @@ class WeightGradients {
 
   const ReluRnnBackward<T>& p_;
   int64_t rows_, ld_, ldx_, steps_;
-  std::vector<T, Aligned<T>> hh_, ih_, x_, h_0_, ring_;
+  std::vector<T, Aligned<T>> hh_, ih_, x_, h_0_, h_1_, ring_;
   std::vector<Product<T>> products_;
 };
 
@@ -205,35 +214,41 @@ void relu_rnn_backward(const ReluRnnBackward<T>& p, int threads) {
     }
     team.wait();
     WeightGradients<T>* const gradients = p.grad_weight_hh ? shares[team.rank].get() : nullptr;
-    const auto delta = [&](int64_t t) { return p.delta ? p.delta + (t * B + b) * H : gradients->delta(t); };
+    const auto delta = [&](int64_t t) { return p.delta ? p.delta + (p.first[t] + b) * H : gradients->delta(t); };
     int64_t multiplied = T_;  // steps from here on are in the gradients
+    int64_t going_on = 0;  // rows of the step after t
     for (int64_t t = T_ - 1; t >= (p.grad_h_0 ? -1 : 0); --t) {
+      const int64_t rows_now = t < 0 ? rows : grid.rows_of(p.rows[t]), ending = rows_now - going_on;
       for (int64_t n = grid.panel_first; n < grid.panel_last; ++n) {
-        const int64_t column = n * weight.panel, offset = (t * B + b) * H + column;
+        const int64_t column = n * weight.panel;
         Tile<T> out{};
         out.c = (t < 0 ? p.grad_h_0 + b * H : delta(t)) + column;
         out.c_row = H;
         if (t >= 0) {
+          const int64_t offset = (p.first[t] + b) * H + column;
           out.activation = Activation::mask;
           out.gate = p.y + offset;
           out.gate_row = H;
           out.start = p.grad_y ? p.grad_y + offset : nullptr;
           out.start_row = H;
         }
-        if (t < T_ - 1) {
-          step(out, delta(t + 1), H, weight, n, static_cast<const Product<T>*>(nullptr), rows);
-          continue;
-        }
-        // Nothing comes from a later step; grad_h_n arrives here instead, through the same gate.
+        if (going_on > 0) step(out, delta(t + 1), H, weight, n, static_cast<const Product<T>*>(nullptr), going_on);
+        if (ending == 0) continue;
+        // To rows that end here nothing comes from a later step; grad_h_n arrives instead, through the same gate.
+        const int64_t skipped = going_on * H;
+        out.c += skipped;
+        out.gate += skipped;
+        if (out.start) out.start += skipped;
         out.columns = weight.width(n);
-        panel(out, static_cast<Product<T>*>(nullptr), rows);
-        for (int64_t i = 0; p.grad_h_n && i < rows; ++i) {
+        panel(out, static_cast<Product<T>*>(nullptr), ending);
+        for (int64_t i = 0; p.grad_h_n && i < ending; ++i) {
           for (int64_t j = 0; j < out.columns; ++j) {
             const int64_t at = i * H + j;
-            if (!(out.gate[at] <= T(0))) out.c[at] += p.grad_h_n[b * H + column + at];
+            if (!(out.gate[at] <= T(0))) out.c[at] += p.grad_h_n[b * H + column + skipped + at];
           }
         }
       }
+      going_on = rows_now;
       if (grid.barrier) grid.barrier->wait();
       if (gradients && t >= 0 && (t == 0 || multiplied - t == gradients->steps())) {
         gradients->add(t, multiplied, b, delta);

@@ -61,23 +61,44 @@ Tensor in_one_piece(const ReluRnnSizes& s, const Tensor& weight_ih, const Tensor
   return flatten(copies, s);
 }
 
+// cuDNN runs a direction alone forwards only, over [T, B, ·] or over packed rows: the way there, and back.
+class CudnnOrder {
+ public:
+  CudnnOrder(const ReluRnnSizes& s, const Tensor& x, bool reverse)
+      : steps(s, x, reverse), packed_(!s.lengths.empty()), flips_(reverse && !packed_) {}
+
+  Tensor there(const Tensor& t) const { return packed_ ? steps.gather(t) : flips_ ? t.flip(0) : t; }
+  Tensor back(const Tensor& t, at::IntArrayRef shape) const {
+    return packed_ ? steps.scatter(t, shape) : flips_ ? t.flip(0) : t;
+  }
+  at::IntArrayRef batch_sizes() const { return packed_ ? at::IntArrayRef(steps.rows) : at::IntArrayRef(); }
+
+  const Steps steps;
+
+ private:
+  const bool packed_, flips_;
+};
+
 std::tuple<Tensor, Tensor> forward(const Tensor& x, const optional<Tensor>& h_0, const Tensor& weight_ih,
                                    const Tensor& weight_hh, const optional<Tensor>& bias_ih,
-                                   const optional<Tensor>& bias_hh) {
-  const CudnnForward pass = cudnn_forward(x, h_0, weight_ih, weight_hh, bias_ih, bias_hh, /*training=*/false);
+                                   const optional<Tensor>& bias_hh, const optional<Tensor>& lengths, bool reverse) {
+  const CudnnForward pass =
+      cudnn_forward(x, h_0, weight_ih, weight_hh, bias_ih, bias_hh, lengths, reverse, /*training=*/false);
   return {pass.y, pass.h_n};
 }
 
 Gradients backward(const optional<Tensor>& grad_y, const optional<Tensor>& grad_h_n, const Tensor& x,
                    const optional<Tensor>& h_0, const Tensor& weight_ih, const Tensor& weight_hh,
                    const optional<Tensor>& bias_ih, const optional<Tensor>& bias_hh, const Tensor& y,
-                   std::array<bool, 5> needs) {
-  const ReluRnnSizes s = check_relu_rnn(x, h_0, weight_ih, weight_hh, bias_ih, bias_hh, at::kCUDA);
+                   std::array<bool, 5> needs, const optional<Tensor>& lengths, bool reverse) {
+  const ReluRnnSizes s = check_relu_rnn(x, h_0, weight_ih, weight_hh, bias_ih, bias_hh, lengths, at::kCUDA);
   check_gradients(s, grad_y, grad_h_n, x, y);
   // The forward pass again, for its reserve: relu_rnn_autograd.cpp says why.
-  const CudnnForward pass = cudnn_forward(x, h_0, weight_ih, weight_hh, bias_ih, bias_hh, /*training=*/true);
+  const CudnnForward pass =
+      cudnn_forward(x, h_0, weight_ih, weight_hh, bias_ih, bias_hh, lengths, reverse, /*training=*/true);
   const optional<Tensor> some = grad_y || grad_h_n ? grad_y : at::zeros_like(pass.y);
-  const auto found = cudnn_backward(some, grad_h_n, x, pass, needs[0], needs[1], needs[2] || needs[3] || needs[4]);
+  const auto found = cudnn_backward(some, grad_h_n, x, pass, lengths, reverse, needs[0], needs[1],
+                                    needs[2] || needs[3] || needs[4]);
   const auto take = [&](size_t i) {
     if (!needs[i]) return at::empty({0}, x.options());
     return i < 2 ? found[i] : found[i].clone();  // results of an op must not share memory
@@ -89,35 +110,40 @@ Gradients backward(const optional<Tensor>& grad_y, const optional<Tensor>& grad_
 
 CudnnForward cudnn_forward(const Tensor& x, const optional<Tensor>& h_0, const Tensor& weight_ih,
                            const Tensor& weight_hh, const optional<Tensor>& bias_ih, const optional<Tensor>& bias_hh,
-                           bool training) {
-  const ReluRnnSizes s = check_relu_rnn(x, h_0, weight_ih, weight_hh, bias_ih, bias_hh, at::kCUDA);
+                           const optional<Tensor>& lengths, bool reverse, bool training) {
+  const ReluRnnSizes s = check_relu_rnn(x, h_0, weight_ih, weight_hh, bias_ih, bias_hh, lengths, at::kCUDA);
+  const CudnnOrder order(s, x, reverse);
   const WithoutAutocast guard(c10::autocast_dispatch_keyset);
   const Tensor weights = in_one_piece(s, weight_ih, weight_hh, bias_ih, bias_hh);
-  const Tensor dense_h_0 = h_0 ? h_0->contiguous().unsqueeze(0) : at::zeros({1, s.batch, s.hidden}, x.options());
+  const Tensor dense_h_0 =
+      h_0 ? order.steps.sort(*h_0).contiguous().unsqueeze(0) : at::zeros({1, s.batch, s.hidden}, x.options());
   const auto [y, h_n, c_n, reserve, same_weights] = at::_cudnn_rnn(
-      x, {weight_ih, weight_hh}, 2, weights, dense_h_0, /*cx=*/std::nullopt, kRelu, s.hidden, /*proj_size=*/0,
-      /*num_layers=*/1, /*batch_first=*/false, /*dropout=*/0, training, /*bidirectional=*/false, /*batch_sizes=*/{},
-      /*dropout_state=*/std::nullopt);
-  return {y, h_n.squeeze(0), dense_h_0, weights, reserve};
+      order.there(x), {weight_ih, weight_hh}, 2, weights, dense_h_0, /*cx=*/std::nullopt, kRelu, s.hidden,
+      /*proj_size=*/0, /*num_layers=*/1, /*batch_first=*/false, /*dropout=*/0, training, /*bidirectional=*/false,
+      order.batch_sizes(), /*dropout_state=*/std::nullopt);
+  return {order.back(y, y_shape(s, x)), order.steps.unsort(h_n.squeeze(0)), dense_h_0, weights, reserve};
 }
 
 std::array<Tensor, 6> cudnn_backward(const optional<Tensor>& grad_y, const optional<Tensor>& grad_h_n, const Tensor& x,
-                                     const CudnnForward& forward, bool need_x, bool need_h_0, bool need_weights) {
+                                     const CudnnForward& forward, const optional<Tensor>& lengths, bool reverse,
+                                     bool need_x, bool need_h_0, bool need_weights) {
   const WithoutAutocast guard(c10::autocast_dispatch_keyset);
-  const int64_t input = x.size(2), hidden = forward.h_0.size(2);
+  const CudnnOrder order(check_sequences(x, lengths), x, reverse);
+  const int64_t input = x.size(-1), hidden = forward.h_0.size(2);
   // For their shapes alone. Four of them even without bias: their gradients then need no copies.
   const Tensor bias = forward.weights.narrow(0, 0, hidden);
   const std::vector<Tensor> shapes{forward.weights.narrow(0, 0, hidden * input).view({hidden, input}),
                                    forward.weights.narrow(0, 0, hidden * hidden).view({hidden, hidden}), bias, bias};
-  const optional<Tensor> last = grad_h_n ? optional<Tensor>(grad_h_n->unsqueeze(0)) : std::nullopt;
+  const auto last = grad_h_n ? optional<Tensor>(order.steps.sort(*grad_h_n).unsqueeze(0)) : std::nullopt;
   const auto [grad_x, grad_h_0, grad_c_0, grad_weights] = at::_cudnn_rnn_backward(
-      x, shapes, 4, forward.weights, forward.h_0, /*cx=*/std::nullopt, forward.y, grad_y, last,
+      order.there(x), shapes, 4, forward.weights, forward.h_0, /*cx=*/std::nullopt, order.there(forward.y),
+      grad_y ? optional<Tensor>(order.there(*grad_y)) : std::nullopt, last,
       /*grad_cy=*/std::nullopt, kRelu, hidden, /*proj_size=*/0, /*num_layers=*/1, /*batch_first=*/false,
-      /*dropout=*/0, /*train=*/true, /*bidirectional=*/false, /*batch_sizes=*/{}, /*dropout_state=*/std::nullopt,
+      /*dropout=*/0, /*train=*/true, /*bidirectional=*/false, order.batch_sizes(), /*dropout_state=*/std::nullopt,
       forward.reserve, {need_x, need_h_0, false, need_weights});
   std::array<Tensor, 6> result;
-  if (need_x) result[0] = grad_x;
-  if (need_h_0) result[1] = grad_h_0.squeeze(0);
+  if (need_x) result[0] = order.back(grad_x, x.sizes());
+  if (need_h_0) result[1] = order.steps.unsort(grad_h_0.squeeze(0));
   if (need_weights) std::copy(grad_weights.begin(), grad_weights.end(), result.begin() + 2);
   return result;
 }

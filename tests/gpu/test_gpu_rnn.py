@@ -201,15 +201,30 @@ def test_inference_and_frozen_weights(rnn_backend, device):
         rnn.requires_grad_()
 
 
-def test_autocast_leaves_the_dtype_alone(rnn_backend, device):
+def test_autocast(rnn_backend, device):
+    """y and h_n come in autocast's dtype, gradients in their tensors'; cuDNN also computes in it."""
     rnn = pk.ReLURNN(3, 9, device=device)
     x = torch.randn(6, 2, 3, device=device)
     expected = outcome(rnn, x, None)
     with torch.autocast(device.type):
+        dtype = torch.get_autocast_dtype(device.type)
         found = outcome(rnn, x, None)
     for name, truth in expected.items():
-        assert found[name].dtype == F32
-        assert_close(found[name], truth, tolerances.rnn(F32, 6, 2, 9), name)
+        assert found[name].dtype == (dtype if name in ("y", "h_n") else F32)
+        # Rounded in every one of few steps at most: the error of a computation in that dtype.
+        assert_close(found[name].float(), truth, tolerances.rnn(dtype, 6, 2, 9), name)
+
+
+@pytest.mark.parametrize("lengths", (None, [6, 1, 4]), ids=("whole", "lengths"))
+@pytest.mark.parametrize("dtype", (F32, F64, torch.bfloat16, torch.float16))
+def test_sequences_and_precision(device, dtype, lengths):
+    """Both directions, by any backend, against the CPU in float64."""
+    rnn = pk.ReLURNN(3, 9, 2, bidirectional=True, device=device, dtype=dtype)
+    x, h_0 = torch.randn(6, 3, 3, device=device, dtype=dtype), torch.randn(4, 3, 9, device=device, dtype=dtype)
+    truth = copy.deepcopy(rnn).double().cpu()(x.double().cpu(), h_0.double().cpu(), lengths)
+    for found, expected in zip(rnn(x, h_0, lengths), truth, strict=True):
+        assert found.dtype == dtype
+        assert_close(found.double().cpu(), expected, 2 * tolerances.rnn(dtype, 6, 3, 18))
 
 
 NAMES = ("x", "h_0", "weight_ih", "weight_hh", "bias_ih", "bias_hh")
@@ -238,6 +253,8 @@ def test_mixed_devices_of_the_module(device):
 
 @pytest.mark.parametrize("dtype", (torch.float16, torch.bfloat16, torch.int32))
 def test_other_dtypes_are_refused(rnn_backend, device, dtype):
+    if rnn_backend == "cuda" and not ON_CPU and dtype != torch.int32:
+        pytest.skip("cuDNN serves half precision")
     call = [torch.ones(s, device=device, dtype=dtype) for s in ((4, 3, 2), (3, 5), (5, 2), (5, 5))]
     with pytest.raises(ValueError, match=f"the tensors are {dtype}"):
         ops.relu_rnn(*call, backend=rnn_backend)

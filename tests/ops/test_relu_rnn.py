@@ -83,6 +83,108 @@ def test_opcheck_backward(needs):
             assert gradient.isfinite().all() and (gradient.numel() > 0) == need
 
 
+# (lengths, reverse, whether x is packed)
+SEQUENCES = pytest.mark.parametrize(
+    "lengths, reverse, packed",
+    (
+        (None, True, False),
+        ((2, 4, 1), False, False),
+        ((2, 4, 1), True, False),
+        ((3, 3, 2), True, False),
+        ((4, 2, 2), False, True),
+        ((4, 2, 2), True, True),
+    ),
+    ids=("reverse", "lengths", "lengths-reverse", "short", "packed", "packed-reverse"),
+)
+
+
+def sequences(lengths, reverse, packed, **options):
+    """Arguments of the operator, and which of x's rows it reads."""
+    tensors, lengths = arguments(**options), None if lengths is None else torch.tensor(lengths)
+    if lengths is None:
+        return [*tensors, None, reverse], slice(None)
+    if packed:
+        data = tensors[0].detach().flatten(0, 1)[: int(lengths.sum())].clone()
+        tensors[0] = data.requires_grad_(tensors[0].requires_grad)
+        return [*tensors, lengths, reverse], slice(None)
+    return [*tensors, lengths, reverse], torch.arange(4)[:, None] < lengths
+
+
+def with_sequences(*call, backend="auto"):
+    *tensors, lengths, reverse = call
+    return ops.relu_rnn(*tensors, backend=backend, lengths=lengths, reverse=reverse)
+
+
+@pytest.mark.parametrize("h_0, bias", ((False, False), (True, True)))
+@SEQUENCES
+def test_gradcheck_of_sequences(lengths, reverse, packed, h_0, bias):
+    call, _ = sequences(lengths, reverse, packed, h_0=h_0, bias=bias, requires_grad=True)
+    assert torch.autograd.gradcheck(with_sequences, call)
+
+
+@SEQUENCES
+def test_opcheck_of_sequences(lengths, reverse, packed):
+    for requires_grad in (False, True):
+        call, _ = sequences(lengths, reverse, packed, requires_grad=requires_grad)
+        torch.library.opcheck(torch.ops.pathrnn.relu_rnn, call)
+    call, _ = sequences(lengths, reverse, packed)
+    y, h_n = with_sequences(*call)
+    for needs in ([True] * 5, [False, True, False, True, False]):
+        backward = (torch.ones_like(y), torch.ones_like(h_n), *call[:6], y, needs, *call[6:])
+        torch.library.opcheck(torch.ops.pathrnn.relu_rnn_backward, backward)
+
+
+@SEQUENCES
+def test_sequences_through_the_reference(lengths, reverse, packed):
+    """A loop of torch operations over the active rows, which serves what no kernel does."""
+    results = []
+    for backend in ("cpu", "reference"):
+        call, read = sequences(lengths, reverse, packed, requires_grad=True)
+        with torch.no_grad():
+            padding = torch.ones(call[0].shape[:-1], dtype=torch.bool)
+            padding[read] = False
+            call[0][padding] = torch.nan
+        y, h_n = with_sequences(*call, backend=backend)
+        weights = torch.linspace(-1, 1, y.numel(), dtype=F64).view_as(y)
+        ((y * weights).sum() + h_n.square().sum()).backward()
+        assert (call[0].grad[padding] == 0).all() and (y[padding] == 0).all()
+        results.append([y, h_n, *[t.grad for t in call[:6]]])
+    for found, truth in zip(*results, strict=True):
+        torch.testing.assert_close(found, truth, rtol=0, atol=tolerances.rnn(F64, 4, 3, 5) * truth.abs().max().item())
+
+
+@pytest.mark.parametrize("backend", ("cpu", "reference"))
+@pytest.mark.parametrize("lengths, message", (((5, 1, 1), r"lengths\[0\] is 5"), ((4, 0, 1), r"lengths\[1\] is 0")))
+def test_lengths_out_of_range(backend, lengths, message):
+    with pytest.raises(ValueError, match=message + "; it must be from 1 to 4, the steps of x"):
+        with_sequences(*arguments(), torch.tensor(lengths), False, backend=backend)
+
+
+@pytest.mark.parametrize(
+    "lengths, error, message",
+    (
+        ((2, 4, 2), ValueError, r"lengths\[1\] is 4; it must be from 1 to 2: packed rows come longest sequence first"),
+        ((4, 2, 1), ValueError, "lengths add up to 7, but x has 8 rows"),
+        ((9,), ValueError, r"lengths\[0\] is 9; it must be from 1 to 8"),
+        ((4.0, 2.0, 2.0), TypeError, "lengths has dtype Float; it must be of integers"),
+        (((4, 2, 2),), ValueError, r"lengths has shape \[1, 3\]"),
+    ),
+)
+def test_bad_lengths_of_packed_rows(lengths, error, message):
+    call, _ = sequences((4, 2, 2), False, True)
+    with pytest.raises(error, match=message):
+        with_sequences(*call[:6], torch.tensor(lengths), False)
+    with pytest.raises(ValueError, match=r"x has shape \[8, 2\]; it must be \[T, B, I\], or with lengths \[N, I\]"):
+        with_sequences(*call[:6], None, False)
+
+
+@pytest.mark.parametrize("lengths", ((2, 4, 2), (4, 2, 1), (9,)))
+def test_bad_lengths_of_packed_rows_in_the_reference(lengths):
+    call, _ = sequences((4, 2, 2), False, True)
+    with pytest.raises(ValueError, match="for 8 packed rows they must add up to that, the longest first"):
+        with_sequences(*call[:6], torch.tensor(lengths), False, backend="reference")
+
+
 def test_inputs_are_left_alone():
     tensors = arguments(batch=20, requires_grad=True)
     copies = [t.detach().clone() for t in tensors]

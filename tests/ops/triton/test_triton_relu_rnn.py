@@ -7,7 +7,7 @@ import tolerances
 import torch
 from torch import nn
 
-from pathrnn_kernels import reference
+from pathrnn_kernels import ops, reference
 from pathrnn_kernels.ops.triton.relu_rnn import limit, relu_rnn, relu_rnn_backward
 
 pytestmark = [
@@ -54,6 +54,22 @@ def gradients(run, tensors):
 @pytest.mark.parametrize("size", SIZES[:3])
 def test_gradcheck(size, h_0, bias):
     assert torch.autograd.gradcheck(relu_rnn, arguments(*size, h_0=h_0, bias=bias, requires_grad=True), fast_mode=True)
+
+
+def test_backwards_in_time_and_with_lengths():
+    """It runs a sequence the other way round; lengths it leaves to others."""
+    tensors = arguments(*SIZES[0], requires_grad=True)
+
+    def through(backend):
+        return gradients(lambda *t: ops.relu_rnn(*t, backend=backend, reverse=True), tensors)
+
+    for found, truth in zip(through("triton"), through("reference"), strict=True):
+        torch.testing.assert_close(found, truth, rtol=0, atol=tolerances.rnn(F64, 4, 3, 5) * truth.abs().max().item())
+    with pytest.raises(
+        ValueError, match="'triton' does not serve this call: lengths are given; it serves sequences of"
+    ):
+        ops.relu_rnn(*tensors, backend="triton", lengths=torch.tensor([4, 2, 1]))
+    assert ops.relu_rnn(*tensors, lengths=torch.tensor([4, 2, 1]))[0].shape == (4, 3, 5)
 
 
 @pytest.mark.parametrize("dtype", (F32, F64))
