@@ -706,25 +706,6 @@ def test_learning_rate_schedulers(base, scheduler, recwarn):
     assert not [w for w in recwarn if "optimizer.step()" in str(w.message)]
 
 
-def test_grad_scaler():
-    net = make(dtype=torch.float32)
-    twin = copy.deepcopy(net)
-    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
-    optimizer = pk.PathSGD(net, lr=1e-3)
-    scaler.scale(loss(net)).backward()
-    scaler.step(optimizer)
-    scaler.update()
-    backward(twin)
-    pk.PathSGD(twin, lr=1e-3).step()
-    assert_same(net, twin)
-
-    before = values(net)
-    scaler.scale(loss(net)).backward()
-    net.head.bias.grad[0] = math.inf
-    scaler.step(optimizer)
-    assert not any(change.any() for change in changes(net, before).values())
-
-
 @pytest.mark.parametrize("clone", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))])
 def test_copies_continue_alike(clone):
     net = make()
