@@ -333,7 +333,7 @@ class PathOptimizer(Optimizer):
         return {**self.base.state_dict(), "path": path}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Continue bit for bit from what ``state_dict`` returned.
+        """Continue from what ``state_dict`` returned: bit for bit on parameters of the dtype that it was saved for.
 
         Raises:
             ValueError: the state dict is not of a like optimiser of a like network; nothing has changed then.
@@ -501,16 +501,19 @@ class _Metric:
         try:
             factors, log_scales, log_norm = state["factors"], state["log_scales"], state["log_path_norm"]
             fits = set(factors) == set(log_scales) == set(parameters) and not math.isnan(log_norm)
+            fits &= len({factor.dtype for factor in factors.values()}) == 1
             for name, p in parameters.items():
                 factor = factors[name]
-                fits &= factor.dtype == precision(p.dtype) and factor.expand_as(p).shape == p.shape
+                fits &= factor.dtype.is_floating_point and factor.expand_as(p).shape == p.shape
                 fits &= math.isfinite(log_scales[name])
         except (AttributeError, KeyError, RuntimeError, TypeError):
             fits = False
         if not fits:
             raise ValueError("state_dict holds a cached κ that does not fit this network: it is damaged")
         metric = cls.__new__(cls)
-        metric._fill({name: factors[name].to(p.device) for name, p in parameters.items()}, log_scales, log_norm, eps)
+        # As torch's optimisers convert their state to the parameters' dtype.
+        factors = {name: factors[name].to(p.device, precision(p.dtype)) for name, p in parameters.items()}
+        metric._fill(factors, log_scales, log_norm, eps)
         return metric
 
 

@@ -597,7 +597,7 @@ def test_lags_of_one_step_are_tried_first_in_the_next(monkeypatch):
         (mutate(["path", "kappa"], 3), "cached κ"),
         (mutate(["path", "kappa", "factors", "head.bias"], KeyError), "cached κ"),
         (mutate(["path", "kappa", "factors", "head.bias"], torch.ones(7)), "cached κ"),
-        (mutate(["path", "kappa", "factors", "head.bias"], torch.ones(1)), "cached κ"),  # float32
+        (mutate(["path", "kappa", "factors", "head.bias"], torch.ones(1)), "cached κ"),  # float32 among float64
         (mutate(["path", "kappa", "log_scales", "head.bias"], math.inf), "cached κ"),
         (mutate(["path", "kappa", "log_path_norm"], math.nan), "cached κ"),
         (mutate(["state"], KeyError), "damaged"),
