@@ -88,6 +88,14 @@ def test_gamma2_beyond_float16():
     assert torch.finfo(torch.float16).max < pk.path_norm(net, SEQ_LEN) < math.inf
 
 
+def test_mixed_dtypes_are_refused():
+    net = make(torch.bfloat16)
+    net.head.float()
+    for call in (pk.kappa, pk.path_norm):
+        with pytest.raises(TypeError, match="head.weight is torch.float32 .* but rnn.weight_ih_l0 is torch.bfloat16"):
+            call(net, SEQ_LEN)
+
+
 # --- the optimiser on halves ------------------------------------------------------------------------------------------
 
 
