@@ -10,10 +10,10 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from . import ops
-from .network import PathNetwork, is_wrapper
+from .network import PathNetwork
 from .ops import update
 from .ops.backend import choose, extension_problem, transformed
 
@@ -22,10 +22,13 @@ KAPPA2_FACTOR = {"exact": 4.0, "lemma1": 2.0, "theorem3": 1.0}
 
 _LN2 = math.log(2)
 
+_PLAIN = frozenset((Tensor, nn.Parameter))
+_HALVES = frozenset((torch.bfloat16, torch.float16))
+
 
 def precision(dtype: torch.dtype) -> torch.dtype:
     """What κ and γ² of parameters of this dtype are computed and returned in: float32 for halves."""
-    return torch.promote_types(dtype, torch.float32)
+    return torch.float32 if dtype in _HALVES else dtype
 
 
 @dataclass(slots=True)
@@ -326,11 +329,10 @@ class _FirstOrder(torch.autograd.Function):
 def _weights(net: PathNetwork) -> dict[str, Tensor]:
     """The network's weights in the dtype that κ is computed in, converted differentiably."""
     parameters = net.weights()
-    dtype = parameters["rnn.weight_hh_l0"].dtype
-    if (wide := precision(dtype)) == dtype:
+    if parameters["rnn.weight_hh_l0"].dtype not in _HALVES:
         return parameters
     net.check_parameters()  # conversion would hide mixed dtypes
-    return {name: p.to(wide) for name, p in parameters.items()}
+    return {name: p.float() for name, p in parameters.items()}
 
 
 def _device_type(net: PathNetwork) -> str:
@@ -362,8 +364,8 @@ def _choose(net: PathNetwork, parameters: dict[str, Tensor], backend: str) -> st
             f"backend {backend!r} does not serve κ and γ² inside torch.func's transforms (grad, vmap, jvp): call "
             "it outside of them, as both depend on weights alone, or use backend='reference'"
         )
-    if backend == "reference" or any(map(is_wrapper, parameters.values())):
-        net.check_parameters()  # the kernels check for themselves
+    if backend == "reference" or not _PLAIN.issuperset(map(type, parameters.values())):
+        net.check_parameters()  # the kernels check plain tensors for themselves
         _check_finite(parameters)
     return backend
 

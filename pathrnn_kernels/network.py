@@ -97,7 +97,7 @@ class PathNetwork(nn.Module):
                     "again (torch.nn.utils.parametrize.remove_parametrizations, torch.nn.utils.remove_weight_norm, "
                     "torch.nn.utils.prune.remove)"
                 )
-            if is_wrapper(p):
+            if hasattr(p, "__tensor_flatten__"):  # it holds its numbers in other tensors
                 raise TypeError(
                     f"{name} is a {type(p).__name__}, perhaps a part of a matrix on another process, but κ needs whole "
                     "matrices: leave the network out of fully_shard and tensor parallelism, and train it with "
@@ -151,11 +151,6 @@ class PathNetwork(nn.Module):
 
     def extra_repr(self) -> str:
         return f"outputs={self.outputs!r}, h0={self.h0!r}"
-
-
-def is_wrapper(p: Tensor) -> bool:
-    """Whether p holds its numbers in other tensors, as a DTensor does, where no kernel would find them."""
-    return hasattr(p, "__tensor_flatten__")
 
 
 def _check_modules(rnn: object, head: object, embedding: object) -> None:
