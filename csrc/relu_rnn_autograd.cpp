@@ -126,7 +126,7 @@ Gradients differentiable_backward(const optional<Tensor>& grad_y, const optional
   }
   const ReluRnnSizes s = check_relu_rnn(x, h_0, weight_ih, weight_hh, bias_ih, bias_hh, x.device().type());
   check_gradients(s, grad_y, grad_h_n, x, y);
-  const Tensor active = y.detach() > 0;
+  const Tensor active = y.detach() > 0;  // ReLU's derivative, itself a constant
   const Tensor start = h_0.value_or(at::zeros({s.batch, s.hidden}, x.options()));
   Tensor grad_h = grad_h_n.value_or(at::zeros({s.batch, s.hidden}, x.options()));
   variable_list deltas(s.seq_len);
