@@ -1,5 +1,4 @@
 // TORCH_LIBRARY schemas, and the pybind11 module: build information.
-#include <torch/csrc/autograd/autograd_not_implemented_fallback.h>
 #include <torch/extension.h>
 #include <torch/library.h>
 #include <torch/version.h>
@@ -66,12 +65,6 @@ TORCH_LIBRARY(pathrnn, m) {
       "finish(Tensor outputs, Tensor outputs_exponent, Tensor head, Tensor head_exponent, Tensor head_bias, "
       "Tensor head_bias_exponent, int steps, Tensor largest) -> Tensor",
       tags);
-}
-
-// No second derivative: backward through it raises, naming the op, instead of silently giving none. path_chain
-// gives constants; path_norm differentiates γ² (kappa.py).
-TORCH_LIBRARY_IMPL(pathrnn, Autograd, m) {
-  m.impl("relu_rnn_backward", torch::autograd::autogradNotImplementedFallback());
 }
 
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {

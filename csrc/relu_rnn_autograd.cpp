@@ -5,6 +5,8 @@
 // between them, as nn.RNN does and at its cost. Under a tracer (torch.compile, export) or another dispatch mode it
 // calls the ops relu_rnn and relu_rnn_backward, which keep nothing: relu_rnn_backward on CUDA then costs another
 // forward pass, and the memory of the reserve is saved.
+//
+// A backward pass that shall be differentiated itself (create_graph) is made of ATen's operations, step by step.
 #include "relu_rnn.h"
 
 #include <c10/core/impl/TorchDispatchModeTLS.h>
@@ -78,7 +80,7 @@ class ReluRnn : public torch::autograd::Function<ReluRnn> {
     const bool need_bias = need[kBiasIh] || need[kBiasHh];
 
     std::array<Tensor, 6> found;
-    // With create_graph, the op is called for the error that it puts in the place of the second derivative.
+    // With create_graph the op is called, which is differentiable.
     if (saved.size() > kReserve && !at::GradMode::is_enabled()) {
       CudnnForward pass{saved[kY], {}, saved[kDenseH0], saved[kWeights], saved[kReserve]};
       if (torch::autograd::get_current_graph_task_keep_graph()) pass.reserve = pass.reserve.clone();
@@ -121,8 +123,39 @@ std::tuple<Tensor, Tensor> differentiable(const Tensor& x, const optional<Tensor
   return {out[0], out[1]};
 }
 
+Gradients differentiable_backward(const optional<Tensor>& grad_y, const optional<Tensor>& grad_h_n, const Tensor& x,
+                                  const optional<Tensor>& h_0, const Tensor& weight_ih, const Tensor& weight_hh,
+                                  const optional<Tensor>& bias_ih, const optional<Tensor>& bias_hh, const Tensor& y,
+                                  std::array<bool, 5> needs) {
+  if (!at::GradMode::is_enabled() || !is_any({grad_y, grad_h_n, x, h_0, weight_ih, weight_hh, y}, learns)) {
+    at::AutoDispatchBelowADInplaceOrView below;
+    static const auto op =
+        c10::Dispatcher::singleton().findSchemaOrThrow("pathrnn::relu_rnn_backward", "").typed<Backward>();
+    return op.call(grad_y, grad_h_n, x, h_0, weight_ih, weight_hh, bias_ih, bias_hh, y, needs);
+  }
+  const ReluRnnSizes s = check_relu_rnn(x, h_0, weight_ih, weight_hh, bias_ih, bias_hh, x.device().type());
+  check_gradients(s, grad_y, grad_h_n, x, y);
+  const Tensor active = y.detach() > 0;  // ReLU's derivative, itself a constant
+  const Tensor start = h_0.value_or(at::zeros({s.batch, s.hidden}, x.options()));
+  Tensor grad_h = grad_h_n.value_or(at::zeros({s.batch, s.hidden}, x.options()));
+  variable_list deltas(s.seq_len);
+  for (int64_t t = s.seq_len - 1; t >= 0; --t) {
+    if (grad_y) grad_h = grad_h + grad_y->select(0, t);
+    deltas[t] = grad_h * active.select(0, t);
+    grad_h = deltas[t].matmul(weight_hh);
+  }
+  const Tensor delta = at::stack(deltas), none = at::empty({0}, x.options());
+  const Tensor before = at::cat({start.unsqueeze(0), y.narrow(0, 0, s.seq_len - 1)});
+  return {needs[0] ? delta.matmul(weight_ih) : none, needs[1] ? grad_h : none,
+          needs[2] ? delta.flatten(0, 1).t().matmul(x.flatten(0, 1)) : none,
+          needs[3] ? delta.flatten(0, 1).t().matmul(before.flatten(0, 1)) : none, needs[4] ? delta.sum({0, 1}) : none};
+}
+
 }  // namespace
 
-TORCH_LIBRARY_IMPL(pathrnn, Autograd, m) { m.impl("relu_rnn", &differentiable); }
+TORCH_LIBRARY_IMPL(pathrnn, Autograd, m) {
+  m.impl("relu_rnn", &differentiable);
+  m.impl("relu_rnn_backward", &differentiable_backward);
+}
 
 }  // namespace pathrnn

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import nn
 
+from .kappa import precision
 from .network import PathNetwork
 from .ops.backend import ENVIRONMENT, choose, refusals
 from .ops.plan import Plan, describe, plans
@@ -72,10 +73,11 @@ def explain(
             f"rnn_or_net is a {type(rnn_or_net).__name__}; it must be a ReLURNN, torch.nn.RNN or PathNetwork"
         )
     weight = next(rnn_or_net.parameters())
-    reasons = refusals(weight.device, weight.dtype)
+    served = weight.device, precision(weight.dtype)
+    reasons = refusals(*served)
     requested = os.environ.get(ENVIRONMENT, "auto") if backend == "auto" else backend
     try:
-        chosen = choose(weight.device, weight.dtype, backend)
+        chosen = choose(*served, backend)
     except ValueError:
         if requested not in ("auto", *reasons):
             raise

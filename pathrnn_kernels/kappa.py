@@ -10,17 +10,25 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from . import ops
 from .network import PathNetwork
 from .ops import update
-from .ops.backend import choose, extension_problem
+from .ops.backend import choose, extension_problem, transformed
 
 #: κ⁽²⁾ = factor · W̃ ⊙ S: the Hessian's factor, the paper's Lemma 1 over ordered pairs, its Theorem 3 as printed.
 KAPPA2_FACTOR = {"exact": 4.0, "lemma1": 2.0, "theorem3": 1.0}
 
 _LN2 = math.log(2)
+
+_PLAIN = frozenset((Tensor, nn.Parameter))
+_HALVES = frozenset((torch.bfloat16, torch.float16))
+
+
+def precision(dtype: torch.dtype) -> torch.dtype:
+    """What κ and γ² of parameters of this dtype are computed and returned in: float32 for halves."""
+    return torch.float32 if dtype in _HALVES else dtype
 
 
 @dataclass(slots=True)
@@ -38,7 +46,7 @@ class Kappa:
         torch.Size([3, 3])
     """
 
-    #: Parameter name → tensor broadcastable to the parameter.
+    #: Parameter name → tensor broadcastable to the parameter, of its dtype; float32 for bfloat16 and float16.
     factors: dict[str, Tensor]
     #: Parameter name → natural logarithm of the scale, a multiple of ln 2.
     log_scales: dict[str, float]
@@ -86,6 +94,8 @@ def kappa(
     plan: str = "auto",
 ) -> Kappa:
     """κ, half the diagonal of the Hessian of γ² (eq. (8)), of every parameter of the network.
+
+    bfloat16 and float16 weights are converted to float32, in which κ is computed and returned.
 
     Args:
         net: the network.
@@ -155,7 +165,7 @@ def kappa_later(
         or not 0 <= workspace_bytes < 2**63
     ):
         raise ValueError(f"workspace_bytes is {workspace_bytes!r}; it must be a whole number of bytes, or None")
-    parameters = net.weights()
+    parameters = _weights(net)
     shapes = {name: p.shape for name, p in parameters.items()}
     layout = _layout(net.endings, *_options(parameters))
     first_lags = _first_lags(lags, layout.kinds[1])
@@ -212,6 +222,7 @@ def _first_lags(lags: Mapping[str, int] | None, names: tuple[str, ...]) -> list[
 def path_norm(net: PathNetwork, seq_len: int, backend: str = "auto") -> Tensor:
     """γ² (eqs. (2), (3)), a 0-dim tensor of the network's dtype; inf only if γ² itself overflows it.
 
+    Of a bfloat16 or float16 network it is float32, and its gradients are rounded to the parameters' dtype.
     Differentiable once: ∂γ²/∂p = 2 p κ⁽¹⁾(p). Arguments and errors as for :func:`kappa`.
 
     Example:
@@ -242,7 +253,7 @@ def _norm(net: PathNetwork, seq_len: int, backend: str, logarithm: bool) -> Tens
     if _autocasts(net):
         with torch.autocast(_device_type(net), enabled=False):
             return _norm(net, seq_len, backend, logarithm)
-    parameters = net.weights()
+    parameters = _weights(net)
     backend = _choose(net, parameters, backend)
     if backend == "reference":
         from . import reference
@@ -316,6 +327,15 @@ class _FirstOrder(torch.autograd.Function):
         )
 
 
+def _weights(net: PathNetwork) -> dict[str, Tensor]:
+    """The network's weights in the dtype that κ is computed in, converted differentiably."""
+    parameters = net.weights()
+    if parameters["rnn.weight_hh_l0"].dtype not in _HALVES:
+        return parameters
+    net.check_parameters()  # conversion would hide mixed dtypes
+    return {name: p.float() for name, p in parameters.items()}
+
+
 def _device_type(net: PathNetwork) -> str:
     weight: Tensor = net.rnn.weight_hh_l0  # type: ignore[assignment]
     return weight.device.type
@@ -340,8 +360,13 @@ def _check(net: PathNetwork, seq_len: int) -> int:
 def _choose(net: PathNetwork, parameters: dict[str, Tensor], backend: str) -> str:
     weight = parameters["rnn.weight_hh_l0"]
     backend = choose(weight.device, weight.dtype, backend)
-    if backend == "reference":
-        net.check_parameters()  # the kernels check for themselves
+    if backend != "reference" and transformed():
+        raise ValueError(
+            f"backend {backend!r} does not serve κ and γ² inside torch.func's transforms (grad, vmap, jvp): call "
+            "it outside of them, as both depend on weights alone, or use backend='reference'"
+        )
+    if backend == "reference" or not _PLAIN.issuperset(map(type, parameters.values())):
+        net.check_parameters()  # the kernels check plain tensors for themselves
         _check_finite(parameters)
     return backend
 

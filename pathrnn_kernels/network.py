@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import re
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import parametrize
 
 from .rnn import ReLURNN
 
-_DTYPES = (torch.float32, torch.float64)
+_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+#: Of what κ is known for: not, for example, of the tensors that a weight is computed from.
+_NAMES = re.compile(r"rnn\.(weight|bias)_(ih|hh)_l\d+(_reverse)?|head\.(weight|bias)|embedding\.weight")
 
 
 class PathNetwork(nn.Module):
@@ -89,16 +91,23 @@ class PathNetwork(nn.Module):
         return found  # type: ignore[return-value]
 
     def check_parameters(self) -> None:
-        """Refuse tied, mixed or unsupported parameters; they can become so after construction."""
-        for name, module in self.named_modules():
-            if parametrize.is_parametrized(module):
-                raise ValueError(
-                    f"{name or 'the network'} has parametrizations, which κ does not support: remove them "
-                    "(torch.nn.utils.parametrize.remove_parametrizations)"
-                )
+        """Refuse computed, sharded, tied, mixed or unsupported parameters; they can become so after construction."""
         seen: dict[int, str] = {}
         first: tuple[str, Tensor] | None = None
         for name, p in self.named_parameters(remove_duplicate=False):
+            if not _NAMES.fullmatch(name):
+                raise ValueError(
+                    f"{name} is no weight of an RNN, head or embedding: if a weight is computed from it "
+                    "(parametrizations, weight_norm, pruning), which κ does not support, make that weight a parameter "
+                    "again (torch.nn.utils.parametrize.remove_parametrizations, torch.nn.utils.remove_weight_norm, "
+                    "torch.nn.utils.prune.remove)"
+                )
+            if hasattr(p, "__tensor_flatten__"):  # it holds its numbers in other tensors
+                raise TypeError(
+                    f"{name} is a {type(p).__name__}, perhaps a part of a matrix on another process, but κ needs whole "
+                    "matrices: leave the network out of fully_shard and tensor parallelism, and train it with "
+                    "DistributedDataParallel"
+                )
             if id(p) in seen:
                 raise ValueError(
                     f"{name} and {seen[id(p)]} are one tied parameter; κ of a tied parameter couples both places, "
@@ -106,7 +115,7 @@ class PathNetwork(nn.Module):
                 )
             seen[id(p)] = name
             if p.dtype not in _DTYPES:
-                raise TypeError(f"{name} has dtype {p.dtype}; κ is computed in float32 or float64: convert the module")
+                raise TypeError(f"{name} has dtype {p.dtype}; use one of {', '.join(map(str, _DTYPES))}")
             if first is None:
                 first = (name, p)
             elif p.dtype != first[1].dtype or p.device != first[1].device:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from .kappa import Kappa, kappa_later
+from .kappa import Kappa, kappa_later, precision
 from .network import PathNetwork
 from .ops import update as cpu_update
 from .ops.backend import ENVIRONMENT, extension_problem
@@ -43,6 +43,10 @@ class PathOptimizer(Optimizer):
     its buffers too), and weight decay, because p scales as g/κ does. It does not for Adam, AdamW and RMSprop, which
     normalise each entry; nor with eps > 0, as κ of different weights scales differently but eps γ² does not; nor with
     ``PathNetwork(h0="ones")``, where γ² itself is not invariant. ``trust_radius`` keeps it.
+
+    For bfloat16 and float16 parameters κ, the quotient and the radius are formed in float32, and the preconditioned
+    gradient is rounded to their dtype, as is the shortened step; a step below the dtype's spacing is lost there as with
+    any optimiser. Autocast with float32 parameters has no such limit.
 
     On a GPU, from the second step on, κ is launched on a side stream when the RNN's forward pass in training mode
     ends, and the step takes it if weights, T and options are still the same. A weight that is changed in between
@@ -189,11 +193,12 @@ class PathOptimizer(Optimizer):
                     "the path norm of the network is 0 (a layer or head of zeros?), so that scale='path_norm' and "
                     "trust_radius would forbid every step: initialise it, or use scale='none' without a radius"
                 )
+        wide = _wide(gradients)
         constant = self._log_constant
         if self.scale == "first_step" and constant is None:
-            constant = metric.first_constant(names, gradients)
+            constant = metric.first_constant(names, wide)
         log_scale = {"none": 0.0, "path_norm": metric.log_norm, "first_step": constant or 0.0}[self.scale]
-        preconditioned = self._precondition(metric, names, gradients, log_scale)
+        preconditioned = self._precondition(metric, names, wide, log_scale, gradients[0].dtype)
         before = [p.clone() for p in parameters] if self.trust_radius is not None else []
 
         self._base_step(held, preconditioned)
@@ -267,7 +272,10 @@ class PathOptimizer(Optimizer):
     def _settings(self, seq_len: int) -> tuple[Any, ...]:
         return seq_len, self.second_term, self.rtol, self._first_lags(), self.net.outputs, self.net.h0
 
-    def _precondition(self, metric: _Metric, names: Sequence[str], gradients: _Tensors, log_scale: float) -> _Tensors:
+    def _precondition(
+        self, metric: _Metric, names: Sequence[str], gradients: _Tensors, log_scale: float, dtype: torch.dtype
+    ) -> _Tensors:
+        """exp(log_scale) g/κ, rounded to ``dtype`` where that is narrower than the gradients'."""
         if (fused := _fused(gradients[0].device)) is not None:
             log_scales = [log_scale - metric.log_divisors[name] for name in names]
             scalars, power = split_scales(log_scales, gradients[0].dtype)
@@ -278,31 +286,37 @@ class PathOptimizer(Optimizer):
             result = metric.divide(names, gradients, log_scale)
             # The cheapest test that no nan or infinity passes, with one transfer from the device.
             if math.isfinite(torch.stack([x.sum() for x in result]).sum().item()):
-                return result
-            metric.mask_zeros()
-            result = metric.divide(names, gradients, log_scale)
-            overflowed = [(raw.isfinite() & ~new.isfinite()).any() for raw, new in zip(gradients, result, strict=True)]
+                overflowed = [False] * len(names)
+            else:
+                metric.mask_zeros()
+                result = metric.divide(names, gradients, log_scale)
+                overflowed = _overflowed(gradients, result)
+        if dtype != gradients[0].dtype:
+            result = [x.to(dtype) for x in result]
+            overflowed = _overflowed(gradients, result)
         for name, lost in zip(names, overflowed, strict=True):
             if lost:
                 remedy = "a small eps, such as 1e-6" if self.scale == "path_norm" else "scale='path_norm'"
                 raise FloatingPointError(
-                    f"the path-normalised gradient of {name} overflows {gradients[0].dtype} with scale={self.scale!r}: "
-                    f"use {remedy}"
+                    f"the path-normalised gradient of {name} overflows {dtype} with scale={self.scale!r}: use {remedy}"
                 )
         return result
 
     def _shorten(self, metric: _Metric, names: Sequence[str], parameters: _Tensors, before: _Tensors) -> None:
         log_radius = math.log(self.trust_radius)  # type: ignore[arg-type]
+        after, before = _wide(parameters), _wide(before)
         if (fused := _fused(parameters[0].device)) is not None:
             log_scales = [metric.log_scales[name] - metric.log_norm - 2 * log_radius for name in names]
-            fused.shorten_(parameters, before, [metric.factors[name] for name in names], log_scales)
-            return
-        deltas = torch._foreach_sub(parameters, before)
-        # nan, from a gradient that is not finite, compares false: torch's own optimisers let it through too.
-        log_ratio = metric.log_length(names, deltas) - log_radius
-        if log_ratio > 0:
-            torch._foreach_mul_(deltas, math.exp(-log_ratio))
-            torch._foreach_copy_(parameters, torch._foreach_add(before, deltas))
+            fused.shorten_(after, before, [metric.factors[name] for name in names], log_scales)
+        else:
+            deltas = torch._foreach_sub(after, before)
+            # nan, from a gradient that is not finite, compares false: torch's own optimisers let it through too.
+            log_ratio = metric.log_length(names, deltas) - log_radius
+            if log_ratio > 0:
+                torch._foreach_mul_(deltas, math.exp(-log_ratio))
+                torch._foreach_copy_(after, torch._foreach_add(before, deltas))
+        if after is not parameters:
+            torch._foreach_copy_(parameters, after)
 
     def state_dict(self) -> dict[str, Any]:
         """The base's state dict with an entry ``"path"``: tensors and plain Python values only."""
@@ -319,7 +333,7 @@ class PathOptimizer(Optimizer):
         return {**self.base.state_dict(), "path": path}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Continue bit for bit from what ``state_dict`` returned.
+        """Continue from what ``state_dict`` returned: bit for bit on parameters of the dtype that it was saved for.
 
         Raises:
             ValueError: the state dict is not of a like optimiser of a like network; nothing has changed then.
@@ -384,6 +398,17 @@ class PathSGD(PathOptimizer):
             raise TypeError(f"net is a {type(net).__name__}; it must be a PathNetwork: PathNetwork(rnn, head=…)")
         base = torch.optim.SGD(net.parameters(), lr=lr, momentum=momentum, weight_decay=weight_decay)
         super().__init__(base, net, **keywords)
+
+
+def _wide(tensors: _Tensors) -> _Tensors:
+    """The tensors in the dtype of their κ; themselves where they have it."""
+    dtype = precision(tensors[0].dtype)
+    return tensors if tensors[0].dtype == dtype else [x.to(dtype) for x in tensors]
+
+
+def _overflowed(gradients: _Tensors, results: _Tensors) -> list[bool]:
+    lost = [(raw.isfinite() & ~new.isfinite()).any() for raw, new in zip(gradients, results, strict=True)]
+    return torch.stack(lost).tolist()
 
 
 def _streams(device: torch.device) -> type[Cuda] | None:
@@ -476,16 +501,19 @@ class _Metric:
         try:
             factors, log_scales, log_norm = state["factors"], state["log_scales"], state["log_path_norm"]
             fits = set(factors) == set(log_scales) == set(parameters) and not math.isnan(log_norm)
+            fits &= len({factor.dtype for factor in factors.values()}) == 1
             for name, p in parameters.items():
                 factor = factors[name]
-                fits &= factor.dtype == p.dtype and factor.expand_as(p).shape == p.shape
+                fits &= factor.dtype.is_floating_point and factor.expand_as(p).shape == p.shape
                 fits &= math.isfinite(log_scales[name])
         except (AttributeError, KeyError, RuntimeError, TypeError):
             fits = False
         if not fits:
             raise ValueError("state_dict holds a cached κ that does not fit this network: it is damaged")
         metric = cls.__new__(cls)
-        metric._fill({name: factors[name].to(p.device) for name, p in parameters.items()}, log_scales, log_norm, eps)
+        # As torch's optimisers convert their state to the parameters' dtype.
+        factors = {name: factors[name].to(p.device, precision(p.dtype)) for name, p in parameters.items()}
+        metric._fill(factors, log_scales, log_norm, eps)
         return metric
 
 

@@ -7,6 +7,9 @@ import torch
 from hypothesis import given
 from strategies import inputs, networks
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.nn.utils import parametrizations, prune
 
 import pathrnn_kernels as pk
 from pathrnn_kernels import PathNetwork, ReLURNN
@@ -103,8 +106,12 @@ def test_parameters_replaced_after_construction_count():
             "head.weight is torch.float32 .*weight_ih_l0 is torch.float64",
         ),
         ((ReLURNN(2, 3), nn.Linear(3, 4, device="meta")), TypeError, "head.weight is torch.float32 on meta"),
-        ((ReLURNN(2, 3).bfloat16(),), TypeError, "rnn.weight_ih_l0 has dtype torch.bfloat16; κ is computed in float32"),
-        ((nn.RNN(2, 3, nonlinearity="relu").half(),), TypeError, "dtype torch.float16"),
+        (
+            (nn.RNN(2, 3, nonlinearity="relu").to(torch.float8_e4m3fn),),
+            TypeError,
+            "rnn.weight_ih_l0 has dtype torch.float8_e4m3fn; use one of torch.float32, .*torch.float16",
+        ),
+        ((ReLURNN(2, 3).bfloat16(), nn.Linear(3, 4).half()), TypeError, "head.weight is torch.float16 .*bfloat16"),
     ),
 )
 def test_bad_parts(arguments, error, message):
@@ -122,10 +129,34 @@ def test_tied_parameters_are_refused():
         PathNetwork(rnn)
 
 
-def test_parametrised_weights_are_refused():
+@pytest.mark.filterwarnings("ignore:`torch.nn.utils.weight_norm` is deprecated")
+@pytest.mark.parametrize(
+    "compute, source",
+    (
+        (parametrizations.weight_norm, "rnn.parametrizations.weight_hh_l0.original0"),
+        (parametrizations.orthogonal, "rnn.parametrizations.weight_hh_l0.original"),
+        (nn.utils.weight_norm, "rnn.weight_hh_l0_g"),
+        (nn.utils.spectral_norm, "rnn.weight_hh_l0_orig"),
+        (lambda rnn, name: prune.random_unstructured(rnn, name, 1), "rnn.weight_hh_l0_orig"),
+    ),
+    ids=("weight_norm", "orthogonal", "old weight_norm", "old spectral_norm", "pruning"),
+)
+def test_computed_weights_are_refused(compute, source):
     rnn = ReLURNN(2, 3)
     net = PathNetwork(rnn)
-    torch.nn.utils.parametrizations.weight_norm(rnn, "weight_hh_l0")
-    for call in (lambda: PathNetwork(rnn), net.weights):
-        with pytest.raises(ValueError, match="rnn has parametrizations"):
+    compute(rnn, "weight_hh_l0")
+    for call in (lambda: PathNetwork(rnn), net.weights, lambda: pk.kappa(net, 3), lambda: pk.PathSGD(net)):
+        with pytest.raises(ValueError, match=f"{source} is no weight of an RNN, head or embedding: .*remove"):
             call()
+
+
+def test_sharded_parameters_are_refused():
+    net = PathNetwork(ReLURNN(2, 4), nn.Linear(4, 4))
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        fully_shard(net.head, mesh=init_device_mesh("cpu", (1,)))
+        for call in (lambda: PathNetwork(net.rnn, net.head), lambda: pk.kappa(net, 3), lambda: pk.PathSGD(net)):
+            with pytest.raises(TypeError, match="head.weight is a DTensor, .*leave the network out of fully_shard"):
+                call()
+    finally:
+        torch.distributed.destroy_process_group()

@@ -57,6 +57,11 @@ def operator(name: str) -> Callable[..., Any]:
     return unavailable
 
 
+def transformed() -> bool:
+    """Whether a transform of torch.func, or forward-mode differentiation, is under way: no kernel serves those."""
+    return torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0
+
+
 def check_devices(*tensors: Tensor | None) -> None:
     """For fake kernels, which a meta tensor among others calls instead of the real one: TypeError if devices differ."""
     devices = {tensor.device for tensor in tensors if tensor is not None}

@@ -11,7 +11,7 @@ import os
 import torch
 from torch import Tensor
 
-from .backend import BACKENDS, ENVIRONMENT, check_devices, choose, extension_problem, operator, refusals
+from .backend import BACKENDS, ENVIRONMENT, check_devices, choose, extension_problem, operator, refusals, transformed
 
 HALF = (torch.bfloat16, torch.float16)
 
@@ -30,7 +30,10 @@ def relu_rnn(
     lengths: Tensor | None = None,
     reverse: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """h_t = [W_ih x_t + b_ih + W_hh h_{t-1} + b_hh]_+ (Table 1), differentiable once.
+    """h_t = [W_ih x_t + b_ih + W_hh h_{t-1} + b_hh]_+ (Table 1).
+
+    Differentiable any number of times: derivatives of the gradients come from torch's operations, step by step. Inside
+    torch.func's transforms and forward-mode differentiation, ``"auto"`` is the reference, which they go through.
 
     Args:
         x: ``[T, B, I]``; with ``lengths`` also ``[N, I]``, the data of a PackedSequence.
@@ -99,6 +102,13 @@ def _serving(
 ) -> str:
     if backend == "auto":
         backend = os.environ.get(ENVIRONMENT, "auto")
+    if transformed() and backend != "reference":
+        if backend != "auto":
+            raise ValueError(
+                f"backend {backend!r} does not serve torch.func's transforms (grad, vmap, jvp): use 'auto', which "
+                "takes the reference there"
+            )
+        return "reference"
     if device.type == "cpu" and backend in ("auto", "cpu"):
         return choose(device, dtype, backend, "relu_rnn")
     return _choose(device, dtype, hidden_size, backend, torch.backends.cudnn.enabled, has_lengths)

@@ -1,5 +1,8 @@
 """Training on a GPU follows the CPU: PathSGD and PathOptimizer, κ beside the minibatch's work or not."""
 
+import copy
+import math
+
 import pytest
 import tolerances
 import torch
@@ -137,3 +140,40 @@ def test_the_weights_may_change_under_way(path, device):
         results.append([p.detach().clone() for p in net.parameters()])
     for a, b in zip(*results, strict=True):
         assert_close(a, b, 10 * STEPS * tolerances.path(F64, 2 * SEQ_LEN, HIDDEN))
+
+
+@pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16), ids=str)
+def test_halves_are_divided_in_float32(path, device, dtype):
+    half = build(device).to(dtype)
+    seen = []
+    for net in (half, copy.deepcopy(half).float()):
+        optimizer = pk.PathSGD(net, lr=1e-3, scale="path_norm", trust_radius=1e-3, seq_len=SEQ_LEN)
+        parameters = list(net.parameters())
+        for i, p in enumerate(parameters):
+            p.grad = torch.linspace(-1, 1 + i, p.numel(), device=device).reshape(p.shape).to(dtype).to(p.dtype)
+        optimizer.base.register_step_pre_hook(
+            lambda *_, parameters=parameters: seen.append([p.grad for p in parameters])
+        )
+        optimizer.step()
+    for found, expected in zip(*seen, strict=True):
+        assert found.dtype == dtype and torch.equal(found, expected.to(dtype))
+
+
+def test_grad_scaler(path, device):
+    scaler = torch.amp.GradScaler(device.type, init_scale=1024.0)
+    nets = []
+    for use in (scaler, torch.amp.GradScaler(device.type, enabled=False)):
+        net = build(device)
+        optimizer = optimizer_of(net, "PathSGD", "trust_radius")
+        for step in range(3):
+            optimizer.zero_grad()
+            use.scale(net(torch.ones(SEQ_LEN, BATCH, 2, dtype=F64, device=device)).square().sum()).backward()
+            if step == 1:  # skipped
+                if use is not scaler:
+                    continue
+                net.head.bias.grad[0] = math.inf
+            use.step(optimizer)
+            use.update()
+        nets.append(net)
+    assert scaler.get_scale() == 512.0
+    assert all(torch.equal(p, q) for p, q in zip(*(net.parameters() for net in nets), strict=True))
