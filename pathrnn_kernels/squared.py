@@ -90,11 +90,18 @@ def _squared_in(values: Any) -> Iterator[Squared]:
 
 
 def shifted(value: Tensor, shift: int) -> Tensor:
-    """value · 2^shift, in two factors: 2^shift alone may be out of range."""
+    """value · 2^shift, also where 2^shift alone is out of range."""
     if shift == 0:
         return value
-    half = max(-1022, min(1022, shift // 2))
-    return value * 2.0**half * 2.0 ** max(-1022, min(1022, shift - half))
+    part = max(-1022, min(1022, shift))
+    return shifted(value * 2.0**part, max(-1022, min(1022, shift - part)))
+
+
+def settled(value: Tensor, exponent: int = 0) -> tuple[Tensor, int]:
+    """value · 2^exponent as another such pair, if the largest entry is out of 2^±_RANGE."""
+    largest = float(value.detach().amax()) if value.numel() else 0.0
+    shift = math.frexp(largest)[1] if 0 < largest < math.inf else 0
+    return (value, exponent) if abs(shift) <= _RANGE else (shifted(value, -shift), exponent + shift)
 
 
 def _substitute(func: Any, args: Any, kwargs: Any) -> Any:
@@ -139,12 +146,8 @@ def _operands(*values: Any) -> list[Squared]:
 
 
 def _node(value: Tensor, exponent: int, *sources: Squared) -> Squared:
-    largest = float(value.detach().amax()) if value.numel() else 0.0
-    shift = math.frexp(largest)[1] if 0 < largest < math.inf else 0
-    if abs(shift) > _RANGE:
-        value, exponent = shifted(value, -shift), exponent + shift
     weights = set[str]().union(*(source.weights for source in sources))
-    return Squared(value, exponent, Kind.NODE, weights, sources[0].report)
+    return Squared(*settled(value, exponent), Kind.NODE, weights, sources[0].report)
 
 
 def _like(value: Tensor, source: Squared) -> Squared:
@@ -153,10 +156,10 @@ def _like(value: Tensor, source: Squared) -> Squared:
 
 def _times(product: Callable[[Tensor, Tensor], Tensor], first: Any, second: Any) -> Squared:
     a, b = _operands(first, second)
-    if twice := sorted(a.weights & b.weights):
-        raise _Refused(f"{', '.join(twice)} lies twice on a path, so that κ⁽²⁾ is not 0: untie what shares it")
     if Kind.EDGE not in (a.kind, b.kind):
         raise _Refused("it multiplies two activations, or an activation by computed weights")
+    if twice := sorted(a.weights & b.weights):
+        raise _Refused(f"{', '.join(twice)} lies twice on a path, so that κ⁽²⁾ is not 0: untie what shares it")
     result = _node(product(a.value, b.value), a.exponent + b.exponent, a, b)
     if a.kind is b.kind and not (a.weights and b.weights):
         result.kind = Kind.EDGE
@@ -339,21 +342,15 @@ def _max_pool(
     padding: Any = 0,
     dilation: Any = 1,
     ceil_mode: bool = False,
-    return_indices: bool = False,
+    **_: Any,  # return_indices, which is False: with indices it is another function
 ) -> Squared:
-    if return_indices:
-        raise _Refused("it returns indices, which depend on data")
     if any(size != 1 for size in ([dilation] if isinstance(dilation, int) else dilation)):
         raise _Refused(f"it has dilation={dilation}: use 1")
     sums = _window_sums(dims, input.value, kernel_size, stride, padding, ceil_mode)
     return _node(sums, input.exponent, input)
 
 
-def _adaptive_pool(
-    dims: int, largest: bool, func: Any, input: Squared, output_size: Any, return_indices: bool = False
-) -> Squared:
-    if return_indices:
-        raise _Refused("it returns indices, which depend on data")
+def _adaptive_pool(dims: int, largest: bool, func: Any, input: Squared, output_size: Any, **_: Any) -> Squared:
     average: Any = (F.adaptive_avg_pool1d, F.adaptive_avg_pool2d, F.adaptive_avg_pool3d)[dims - 1]
     mean = average(input.value, output_size)
     count = torch.ones((), dtype=torch.float64)
