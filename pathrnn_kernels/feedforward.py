@@ -19,10 +19,13 @@ from torch import nn
 
 from .kappa import Kappa
 from .rnn import ReLURNN
-from .squared import Kind, Squared, settled, shifted
+from .squared import WEIGHT_RANGE, Kind, Run, Squared, settled, shifted
 
 _DTYPES = (torch.float32, torch.float64)
 _LN2 = math.log(2)
+
+#: Of ∂γ²/∂p̃ in the units of the run. Derivatives that are smaller by what a tensor may hold, 2^400, are denormal.
+_LOST = 2.0**-600
 
 #: Modules that are refused whatever they are made of.
 _REFUSED: tuple[tuple[tuple[type[nn.Module], ...], str], ...] = (
@@ -61,8 +64,9 @@ def kappa_of_module(module: nn.Module, input_shape: Sequence[int]) -> Kappa:
     on this one input; what depends on chance, as stochastic depth does, is seen as it fell.
 
     The pass is in float64 with a power of two beside every tensor, so that depth and the size of weights do not matter:
-    κ is finite where no unit of the squared network is some 1e300 above another on the same paths. It takes as long as
-    the module does on one example, and some 20 bytes a parameter.
+    κ⁽¹⁾ of a plain chain of layers is right for every γ², beyond float64 too. Where paths of unlike size meet, as at
+    biases and shortcuts, it is where they are within some 1e180 of one another, and refused beyond. The pass takes as
+    long as the module does on one example, and some 20 bytes a parameter.
 
     Args:
         module: takes one tensor and returns one. Parameters of one dtype, float32 or float64, on one device.
@@ -180,18 +184,19 @@ class _Pass:
         self.module = module
         self.device = next(iter(parameters.values())).device
         self.parameters = parameters
+        self.run = Run(self._refuse)
         self.squares: dict[str, Squared] = {}
         for name, p in parameters.items():
-            root, exponent = settled(p.detach().double().abs())
+            root, exponent = settled(p.detach().double().abs(), 0, WEIGHT_RANGE)
             square = root.square().requires_grad_()
-            self.squares[name] = Squared(square, 2 * exponent, Kind.EDGE, {name}, self._refuse)
+            self.squares[name] = Squared(square, 2 * exponent, Kind.EDGE, {name}, self.run)
         #: Qualified name of a module → what was refused in it.
         self.refusals: dict[str, str] = {}
         self._calls: list[tuple[str, nn.Module]] = [("", module)]
 
     def output(self, input_shape: tuple[int, ...]) -> Squared:
         ones = torch.ones((1, *input_shape), dtype=torch.float64, device=self.device)
-        x = Squared(ones, 0, Kind.INPUT, set(), self._refuse)
+        x = Squared(ones, 0, Kind.INPUT, set(), self.run)
         # Statistics that a refused layer would update are copies.
         buffers = {name: b.clone() for name, b in self.module.named_buffers()}
         handles = []
@@ -257,6 +262,11 @@ class _Pass:
                 raise FloatingPointError(
                     f"κ of {name} overflows: units on the same paths differ by more than float64 holds; rescale the "
                     "weights"
+                )
+            if self.run.aligned and name in output.weights and largest < _LOST:
+                raise FloatingPointError(
+                    f"κ of {name} underflows: γ² or another path is so much larger that float64 does not hold both; "
+                    "use milder weights"
                 )
             shift = math.frexp(largest)[1]
             factors[name] = shifted(gradient, -shift).to(p.dtype)

@@ -12,6 +12,7 @@ import functools
 import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from enum import Enum
 from typing import Any
 
@@ -21,8 +22,9 @@ from torch import Tensor
 from torch.overrides import resolve_name
 from torch.utils._pytree import tree_map
 
-#: The largest entry of a tensor stays within 2^±_RANGE; the power of two beside it takes the rest.
-_RANGE = 64
+#: The largest entry of a weight stays within 2^±100, its square within 2^±200, and that of what is computed within
+#: 2^±400, so that no product leaves float64. The power of two beside a tensor takes the rest.
+WEIGHT_RANGE, _RANGE = 100, 400
 
 
 class Kind(Enum):
@@ -35,6 +37,16 @@ class _Refused(Exception):
     """Why there is no rule for a call."""
 
 
+@dataclass
+class Run:
+    """What the tensors of one run share."""
+
+    #: Told of every call without a rule: the function's name, and the reason.
+    report: Callable[[str, str], None]
+    #: Whether tensors of unlike exponents have met: only then can the smaller, and its derivatives, have underflowed.
+    aligned: bool = False
+
+
 class Squared(Tensor):
     """A tensor of the squared network, value · 2^exponent. It has no memory of its own that an operation could read."""
 
@@ -43,17 +55,14 @@ class Squared(Tensor):
     kind: Kind
     #: The parameters that lie on paths to it; one set for all that may share memory, which may be changed in place.
     weights: set[str]
-    #: Told of every call without a rule: the function's name, and the reason.
-    report: Callable[[str, str], None]
+    run: Run
 
     @staticmethod
     def __new__(cls, value: Tensor, *_: Any) -> Squared:
         return Tensor._make_wrapper_subclass(cls, value.shape, dtype=value.dtype, device=value.device)
 
-    def __init__(
-        self, value: Tensor, exponent: int, kind: Kind, weights: set[str], report: Callable[[str, str], None]
-    ) -> None:
-        self.value, self.exponent, self.kind, self.weights, self.report = value, exponent, kind, weights, report
+    def __init__(self, value: Tensor, exponent: int, kind: Kind, weights: set[str], run: Run) -> None:
+        self.value, self.exponent, self.kind, self.weights, self.run = value, exponent, kind, weights, run
 
     @classmethod
     def __torch_function__(
@@ -71,7 +80,7 @@ class Squared(Tensor):
             except TypeError as error:  # from the rule's signature
                 reason = f"it is called in a way that has no rule ({error})"
             first = next(_squared_in((args, kwargs)))
-            first.report(resolve_name(func) or getattr(func, "__name__", repr(func)), reason)
+            first.run.report(resolve_name(func) or getattr(func, "__name__", repr(func)), reason)
             return _substitute(func, args, kwargs)
 
     @classmethod
@@ -97,11 +106,11 @@ def shifted(value: Tensor, shift: int) -> Tensor:
     return shifted(value * 2.0**part, max(-1022, min(1022, shift - part)))
 
 
-def settled(value: Tensor, exponent: int = 0) -> tuple[Tensor, int]:
-    """value · 2^exponent as another such pair, if the largest entry is out of 2^±_RANGE."""
+def settled(value: Tensor, exponent: int, limit: int = _RANGE) -> tuple[Tensor, int]:
+    """value · 2^exponent as another such pair, if the largest entry is out of 2^±limit."""
     largest = float(value.detach().amax()) if value.numel() else 0.0
     shift = math.frexp(largest)[1] if 0 < largest < math.inf else 0
-    return (value, exponent) if abs(shift) <= _RANGE else (shifted(value, -shift), exponent + shift)
+    return (value, exponent) if abs(shift) <= limit else (shifted(value, -shift), exponent + shift)
 
 
 def _substitute(func: Any, args: Any, kwargs: Any) -> Any:
@@ -114,7 +123,7 @@ def _substitute(func: Any, args: Any, kwargs: Any) -> Any:
 
     def squared(value: Any) -> Any:
         fits = isinstance(value, Tensor) and value.is_floating_point()
-        return Squared(value.double(), 0, kind, set(), sources[0].report) if fits else value
+        return Squared(value.double(), 0, kind, set(), sources[0].run) if fits else value
 
     try:
         return tree_map(squared, func(*tree_map(plain, args), **tree_map(plain, kwargs)))
@@ -137,7 +146,7 @@ def _operand(value: Any, beside: Squared) -> Squared:
     if tensor.is_complex():
         raise _Refused("it has a complex constant")
     tensor = tensor.to(beside.value.device, torch.float64)
-    return Squared(tensor.square(), 0, Kind.EDGE, set(), beside.report)
+    return Squared(tensor.square(), 0, Kind.EDGE, set(), beside.run)
 
 
 def _operands(*values: Any) -> list[Squared]:
@@ -147,11 +156,11 @@ def _operands(*values: Any) -> list[Squared]:
 
 def _node(value: Tensor, exponent: int, *sources: Squared) -> Squared:
     weights = set[str]().union(*(source.weights for source in sources))
-    return Squared(*settled(value, exponent), Kind.NODE, weights, sources[0].report)
+    return Squared(*settled(value, exponent), Kind.NODE, weights, sources[0].run)
 
 
 def _like(value: Tensor, source: Squared) -> Squared:
-    return Squared(value, source.exponent, source.kind, source.weights, source.report)
+    return Squared(value, source.exponent, source.kind, source.weights, source.run)
 
 
 def _times(product: Callable[[Tensor, Tensor], Tensor], first: Any, second: Any) -> Squared:
@@ -166,9 +175,14 @@ def _times(product: Callable[[Tensor, Tensor], Tensor], first: Any, second: Any)
     return result
 
 
+def _at(x: Squared, exponent: int) -> Tensor:
+    x.run.aligned |= x.exponent != exponent
+    return shifted(x.value, x.exponent - exponent)
+
+
 def _aligned(operands: Sequence[Squared]) -> tuple[list[Tensor], int]:
     exponent = max(x.exponent for x in operands)
-    return [shifted(x.value, x.exponent - exponent) for x in operands], exponent
+    return [_at(x, exponent) for x in operands], exponent
 
 
 def _plus(first: Any, second: Any) -> Squared:
@@ -190,7 +204,7 @@ def _add_(func: Any, input: Any, other: Any, *, alpha: Any = 1) -> Squared:
     x, y = _operands(input, _scaled(other, alpha))
     if x is not input or x.kind is not Kind.NODE:
         raise _Refused("it changes its input, a weight or a constant in place")
-    x.value.add_(shifted(y.value, y.exponent - x.exponent))
+    x.value.add_(_at(y, x.exponent))
     x.weights.update(y.weights)
     return x
 

@@ -299,17 +299,30 @@ def test_depth_and_size_do_not_overflow(entry):
 
 @pytest.mark.parametrize("entry", [2.0**-1040, 2.0**-1041, 2.0**1000])
 def test_weights_at_the_ends_of_float64(entry):
-    net = nn.Sequential(nn.Linear(1, 1), nn.Linear(1, 1)).double()
+    net = nn.Sequential(nn.Linear(1, 1), nn.Linear(1, 1, bias=False)).double()
     for p in net.parameters():
         nn.init.constant_(p, 1.0)
     nn.init.constant_(net[1].weight, entry)
     k = pk.kappa_of_module(net, (1,))
     log_kappa = {name: k.factors[name].log().item() + k.log_scales[name] for name in k.factors}
     square = 2 * math.log(entry)
-    assert log_kappa == pytest.approx(
-        {"0.weight": square, "0.bias": square, "1.weight": math.log(2), "1.bias": 0.0}, rel=1e-12
-    )
-    assert k.log_path_norm.item() == pytest.approx(max(square + math.log(2), 0.0), rel=1e-12)
+    assert log_kappa == pytest.approx({"0.weight": square, "0.bias": square, "1.weight": math.log(2)}, rel=1e-12)
+    assert k.log_path_norm.item() == pytest.approx(square + math.log(2), rel=1e-12)
+
+
+@pytest.mark.parametrize(("entry", "lost"), [(2.0**500, "1.bias"), (2.0**-500, "0.weight"), (2.0**-1030, "0.weight")])
+def test_what_meets_paths_of_another_size_is_refused_or_right(entry, lost):
+    net = nn.Sequential(nn.Linear(1, 1), nn.Linear(1, 1)).double()
+    for p in net.parameters():
+        nn.init.constant_(p, 1.0)
+    nn.init.constant_(net[1].weight, entry)
+    with pytest.raises(FloatingPointError, match=f"κ of {lost} underflows"):
+        pk.kappa_of_module(net, (1,))
+    nn.init.constant_(net[1].weight, entry ** (1 / 4))
+    k = pk.kappa_of_module(net, (1,))
+    square = math.sqrt(entry)
+    expected = {"0.weight": square, "0.bias": square, "1.weight": 2.0, "1.bias": 1.0}
+    assert {name: k.dense(name).item() for name in k.factors} == pytest.approx(expected, rel=1e-12)
 
 
 def test_kappa_follows_any_rescaling():
