@@ -46,7 +46,7 @@ class OneHots(nn.Module):
         self.weight = embedding.weight
 
     def forward(self, x):
-        return self.weight.sum(0).expand(*x.shape, -1)
+        return self.weight.sum(0).expand(*x.shape, -1).clone()
 
 
 def squared(module):
@@ -116,6 +116,22 @@ class Views(nn.Module):
         return self.head(out) + kept.reshape(-1, 2, 2).sum(1)
 
 
+class Tokens(nn.Module):
+    """Positions added in place; two matrices at once, and one behind a mask."""
+
+    def __init__(self):
+        super().__init__()
+        self.embedding, self.positions = nn.Embedding(5, 3), nn.Parameter(torch.randn(4, 3))
+        self.first, self.second, self.head = (nn.Linear(3, 2, bias=False) for _ in range(3))
+        self.register_buffer("mask", torch.ones(2, 3).tril())
+
+    def forward(self, tokens):
+        x = self.embedding(tokens)
+        x += self.positions
+        both = F.linear(x, torch.cat([self.first.weight, self.second.weight])).relu()
+        return both.sum(-1) + F.linear(x, self.head.weight * self.mask).amax(-1)
+
+
 def pooled(pool, dims=2):
     conv = (nn.Conv1d, nn.Conv2d, nn.Conv3d)[dims - 1]
     return nn.Sequential(conv(1, 2, 2), nn.ReLU(), pool, conv(2, 1, 1))
@@ -162,6 +178,7 @@ NETWORKS = {
     "residual": (lambda: nn.Sequential(Residual(), Residual(), nn.Flatten(2), nn.Linear(9, 1)), (2, 3, 3)),
     "branches": (Branches, (4,)),
     "views": (Views, (3,)),
+    "tokens": (Tokens, (4,)),
 }
 
 
@@ -272,9 +289,22 @@ def test_parameters_on_no_path_have_no_kappa():
     k = pk.kappa_of_module(net, (3,))
     assert not k.dense("unused").any() and k.dense("unused").shape == (2, 2)
     assert not k.relative("unused").any()
-    net[0].weight.data.zero_()
-    net[0].bias.data.zero_()
-    assert pk.kappa_of_module(net, (3,)).log_path_norm == -math.inf
+    net.append(nn.Linear(2, 1, bias=False))
+    net[1].weight.data.zero_()
+    k = pk.kappa_of_module(net, (3,))
+    assert k.log_path_norm == -math.inf
+    assert not k.dense("0.weight").any() and k.dense("1.weight").all()
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_kappa_is_the_same_without_gradients(mode):
+    net = nn.Linear(3, 2)
+    expected = pk.kappa_of_module(net, (3,))
+    with mode():
+        k = pk.kappa_of_module(net, (3,))
+    assert k.dense("weight").eq(1).all()
+    torch.testing.assert_close(dense(k), dense(expected), rtol=0, atol=0)
+    assert not k.factors["weight"].is_inference()
 
 
 # --- range ------------------------------------------------------------------------------------------------------------
@@ -417,6 +447,7 @@ REFUSED = {
     "computed tokens": (lambda m, y: F.embedding(y, m.layer.weight), "indices are computed"),
     "computed weight": (lambda m, y: F.linear(y, m.layer.weight.relu()), "by computed weights"),
     "loose weight": (lambda m, y: y * m.loose[0], "not an attribute of its module"),
+    "clipped weight": (lambda m, y: y + m.layer.bias.relu_(), "changes a weight in place"),
     "changed weight": (lambda m, y: y + m.layer.bias.add_(1), "changes its input, a weight or a constant in place"),
     "layer twice": (lambda m, y: m.layer(y.relu()), r"\(Linear\) .*layer.weight lies twice on a path"),
     "matrix squared": (lambda m, y: y + (m.layer.weight @ m.layer.weight).sum(), "layer.weight lies twice"),
@@ -461,7 +492,7 @@ def recurrent():
         (tied, r"2 \(Linear\) .* 0.weight lies twice on a path, so that κ⁽²⁾ is not 0"),
         (TwiceThroughAView, "layer.weight lies twice"),
         (recurrent, r"1 \(ReLURNN\): recurrent, .*PathNetwork"),
-        (lambda: nn.utils.parametrizations.weight_norm(nn.Linear(3, 2)), "_weight_norm"),
+        (lambda: nn.utils.parametrizations.weight_norm(nn.Linear(3, 2)), "module has 1 part (?s:.*)_weight_norm"),
         (lambda: nn.Sequential(nn.Linear(3, 2), nn.PReLU()), r"1 \(PReLU\)"),
         (lambda: nn.Bilinear(3, 3, 1), r"the module itself \(Bilinear\): it multiplies"),
         (lambda: nn.Embedding(3, 3, max_norm=1.0), "max_norm=None"),
