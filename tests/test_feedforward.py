@@ -129,7 +129,7 @@ class Tokens(nn.Module):
         x = self.embedding(tokens)
         x += self.positions
         both = F.linear(x, torch.cat([self.first.weight, self.second.weight])).relu()
-        return both.sum(-1) + F.linear(x, self.head.weight * self.mask).amax(-1)
+        return both.sum(-1) + F.linear(x, self.head.weight * self.mask).sum(-1)
 
 
 def pooled(pool, dims=2):
@@ -251,14 +251,14 @@ class Arithmetic(nn.Module):
         y = self.layer(x)
         with torch.no_grad():  # a path all the same
             mean = y.mean(1, keepdim=True)
-        return torch.add(1.5 * y, y / 4, alpha=2) - y - 3 + mean
+        return torch.add(1.5 * y, y / 4, alpha=2) - y - 3 + mean + y.amax(1, keepdim=True)
 
 
 def test_numbers_are_squared_too():
     net = Arithmetic().double()
     k = pk.kappa_of_module(net, (3,))
-    # From y: 1.5², (2/4)², (-1)², and the mean's (1/2)² to both outputs.
-    expected = torch.full((2, 3), 2.25 + 0.25 + 1 + 0.5, dtype=torch.float64)
+    # From y: 1.5², (2/4)², (-1)², and to both outputs the mean's (1/2)² and the largest's 1.
+    expected = torch.full((2, 3), 2.25 + 0.25 + 1 + 2 * (0.25 + 1), dtype=torch.float64)
     torch.testing.assert_close(k.dense("layer.weight"), expected, **TOLERANCE)
     gamma2 = (net.layer.weight.square() * expected).sum() + 2 * 3**2
     torch.testing.assert_close(k.log_path_norm.exp(), gamma2.detach(), **TOLERANCE)
