@@ -2,6 +2,7 @@
 
 from . import init, rescale
 from .explain import explain
+from .feedforward import FeedForward, kappa_of_module
 from .kappa import Kappa, kappa, log_path_norm, path_norm
 from .network import PathNetwork
 from .optim import PathOptimizer, PathSGD
@@ -10,6 +11,7 @@ from .rnn import ReLURNN
 __version__ = "0.1.0"
 
 __all__ = [
+    "FeedForward",
     "Kappa",
     "PathNetwork",
     "PathOptimizer",
@@ -18,6 +20,7 @@ __all__ = [
     "explain",
     "init",
     "kappa",
+    "kappa_of_module",
     "log_path_norm",
     "path_norm",
     "rescale",

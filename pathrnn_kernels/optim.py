@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from .feedforward import FeedForward
 from .kappa import Kappa, kappa_later, precision
 from .network import PathNetwork
 from .ops import update as cpu_update
@@ -55,7 +56,7 @@ class PathOptimizer(Optimizer):
     Args:
         base: an optimiser of ``torch.optim`` that takes one gradient a step and holds every trainable parameter of
             the network, and any others. Step it through this object only.
-        net: the network.
+        net: the network; a module without recurrence as ``FeedForward(module, input_shape)``.
         second_term: whether κ includes κ⁽²⁾ (Lemma 1).
         scale: ``"none"``, g/κ, eq. (8) as it stands; ``"path_norm"``, γ² g/κ, dimensionless, for κ and γ² of any size
             (except that κ of the head's bias does not grow with γ²: where γ² overflows, give eps as well);
@@ -82,7 +83,7 @@ class PathOptimizer(Optimizer):
     def __init__(
         self,
         base: Optimizer,
-        net: PathNetwork,
+        net: PathNetwork | FeedForward,
         second_term: bool = False,
         scale: Literal["none", "path_norm", "first_step"] = "none",
         eps: float = 0.0,
@@ -92,9 +93,7 @@ class PathOptimizer(Optimizer):
         rtol: float = 1e-3,
     ) -> None:
         _check_base(base)
-        if not isinstance(net, PathNetwork):
-            raise TypeError(f"net is a {type(net).__name__}; it must be a PathNetwork: PathNetwork(rnn, head=…)")
-        net.check_parameters()
+        _check_net(net)
         if not isinstance(second_term, bool):
             raise TypeError(f"second_term is {second_term!r}; it must be True or False")
         if scale not in SCALES:
@@ -106,9 +105,16 @@ class PathOptimizer(Optimizer):
         _check_count("update_every", update_every)
         if seq_len is not None:
             _check_count("seq_len", seq_len)
+        if isinstance(net, FeedForward):
+            for name, given, absent in (("second_term", second_term, False), ("seq_len", seq_len, None)):
+                if given != absent:
+                    raise ValueError(
+                        f"{name} is {given!r}, but net is a FeedForward, which has no steps and whose κ⁽²⁾ is 0: leave "
+                        "it out"
+                    )
 
         self.base = base
-        self.net = net
+        self.net: Any = net  # a PathNetwork wherever steps are spoken of
         self.second_term = second_term
         self.scale = scale
         self.eps = eps
@@ -183,10 +189,7 @@ class PathOptimizer(Optimizer):
                 raise ValueError(f"the gradient of {name} is sparse; use nn.Embedding(…, sparse=False)")
         metric, lags = self._metric, self._lags
         if metric is None:
-            seq_len = self._length()
-            k = self._overlapped(seq_len) or self._kappa_later(seq_len)()
-            # Where all lags were summed there is nothing to start from.
-            lags = {name: count for name, count in k.lags.items() if count < seq_len - 1}
+            k, lags = self._kappa()
             metric = _Metric(k, self.eps)
             if metric.log_norm == -math.inf and (self.scale == "path_norm" or self.trust_radius is not None):
                 raise ValueError(
@@ -220,6 +223,14 @@ class PathOptimizer(Optimizer):
             for _, p, gradient in held:
                 p.grad = gradient
 
+    def _kappa(self) -> tuple[Kappa, dict[str, int]]:
+        if isinstance(self.net, FeedForward):
+            return self.net.kappa(), {}
+        seq_len = self._length()
+        k = self._overlapped(seq_len) or self._kappa_later(seq_len)()
+        # Where all lags were summed there is nothing to start from.
+        return k, {name: count for name, count in k.lags.items() if count < seq_len - 1}
+
     def _length(self) -> int:
         if self.seq_len is not None:
             return self.seq_len
@@ -239,6 +250,8 @@ class PathOptimizer(Optimizer):
 
     def _start_overlap(self) -> None:
         """On a GPU, to which the network may be moved late: κ beside the minibatch's backward pass from now on."""
+        if isinstance(self.net, FeedForward):
+            return
         device = self._parameters[0][1].device
         if self._overlap is None and (cuda := _streams(device)) is not None:
             self._overlap = Overlap(device, cuda)
@@ -276,7 +289,7 @@ class PathOptimizer(Optimizer):
         self, metric: _Metric, names: Sequence[str], gradients: _Tensors, log_scale: float, dtype: torch.dtype
     ) -> _Tensors:
         """exp(log_scale) g/κ, rounded to ``dtype`` where that is narrower than the gradients'."""
-        if (fused := _fused(gradients[0].device)) is not None:
+        if (fused := _fused(gradients)) is not None:
             log_scales = [log_scale - metric.log_divisors[name] for name in names]
             scalars, power = split_scales(log_scales, gradients[0].dtype)
             divisors = [metric.divisors[name] for name in names]
@@ -305,7 +318,7 @@ class PathOptimizer(Optimizer):
     def _shorten(self, metric: _Metric, names: Sequence[str], parameters: _Tensors, before: _Tensors) -> None:
         log_radius = math.log(self.trust_radius)  # type: ignore[arg-type]
         after, before = _wide(parameters), _wide(before)
-        if (fused := _fused(parameters[0].device)) is not None:
+        if (fused := _fused(after)) is not None:
             log_scales = [metric.log_scales[name] - metric.log_norm - 2 * log_radius for name in names]
             fused.shorten_(after, before, [metric.factors[name] for name in names], log_scales)
         else:
@@ -380,7 +393,7 @@ class PathSGD(PathOptimizer):
     """Path-SGD (eq. (8)) on a network alone: ``PathOptimizer(torch.optim.SGD(net.parameters(), …), net, …)``.
 
     Args:
-        net: the network.
+        net: as for :class:`PathOptimizer`.
         lr, momentum, weight_decay: as for ``torch.optim.SGD``.
         **keywords: as for :class:`PathOptimizer`.
 
@@ -392,10 +405,14 @@ class PathSGD(PathOptimizer):
     """
 
     def __init__(
-        self, net: PathNetwork, lr: float = 1e-2, momentum: float = 0.0, weight_decay: float = 0.0, **keywords: Any
+        self,
+        net: PathNetwork | FeedForward,
+        lr: float = 1e-2,
+        momentum: float = 0.0,
+        weight_decay: float = 0.0,
+        **keywords: Any,
     ) -> None:
-        if not isinstance(net, PathNetwork):
-            raise TypeError(f"net is a {type(net).__name__}; it must be a PathNetwork: PathNetwork(rnn, head=…)")
+        _check_net(net)
         base = torch.optim.SGD(net.parameters(), lr=lr, momentum=momentum, weight_decay=weight_decay)
         super().__init__(base, net, **keywords)
 
@@ -415,8 +432,11 @@ def _streams(device: torch.device) -> type[Cuda] | None:
     return Cuda if device.type == "cuda" else None
 
 
-def _fused(device: torch.device) -> Any:
+def _fused(tensors: _Tensors) -> Any:
     """The kernels of the update where they serve, else None."""
+    if any(not 1 <= tensor.dim() <= 2 for tensor in tensors):  # of a FeedForward, such as a convolution's
+        return None
+    device = tensors[0].device
     backend = os.environ.get(ENVIRONMENT, "auto")
     if backend == "triton" or (backend == "auto" and device.type == "cuda"):
         return _triton()
@@ -536,6 +556,16 @@ def _log_length(tensors: _Tensors, log_scales: list[float]) -> float:
     if not math.isfinite(sum(logs)):  # an infinite or nan norm
         return math.nan
     return (largest + math.log(sum(math.exp(value - largest) for value in logs))) / 2 if logs else -math.inf
+
+
+def _check_net(net: Any) -> None:
+    if isinstance(net, PathNetwork):
+        net.check_parameters()
+    elif not isinstance(net, FeedForward):
+        raise TypeError(
+            f"net is a {type(net).__name__}; it must be a PathNetwork, as PathNetwork(rnn, head=…), or a FeedForward, "
+            "as FeedForward(module, input_shape)"
+        )
 
 
 def _check_base(base: Any) -> None:
