@@ -451,11 +451,11 @@ class PathChainRun {
     };
   }
 
-  // The drive that one layer gives the next: rows · W̃, W̃(k, n) = weight[first + k * row + n * column] squared.
-  void mix(const Rows<T>& rows, const Tensor& w, int64_t first_weight, int64_t row, int64_t column, Buffer<T>& packed,
+  // The drive that one layer gives the next: rows · W̃, W̃(k, n) = weight[start + k * row + n * column] squared.
+  void mix(const Rows<T>& rows, const Tensor& w, int64_t start, int64_t row, int64_t column, Buffer<T>& packed,
            T* out, int64_t* exponent, const Team& team) {
     const Packed<T> p{packed.data(), H_, H_, kPanel<T>};
-    pack(p, w.data + first_weight, row, column, team, square(w.scale));
+    pack(p, w.data + start, row, column, team, square(w.scale));
     team.wait();
     int64_t first, last;
     team.share(T_, first, last);

@@ -27,8 +27,7 @@ OPTIONS = (
     {"bias": False, "head_bias": False, "outputs": "last"},
     {"head": None, "h0": "ones", "embedding": 3},
     {"bias": False, "embedding": 2, "outputs": "last"},
-    {"bidirectional": True, "embedding": 3},
-    {"bidirectional": True, "bias": False, "head": None, "outputs": "last", "h0": "ones"},
+    {"bidirectional": True, "embedding": 3, "outputs": "last"},
 )
 
 
