@@ -163,6 +163,8 @@ class PathOptimizer(Optimizer):
         state = {k: v for k, v in self.__dict__.items() if k != "step" and not isinstance(v, OrderedDict)}
         return {**state, "_overlap": None}
 
+    # torch.compile would take the numbers on the host, which change from step to step, for constants.
+    @torch._disable_dynamo  # type: ignore[attr-defined]
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One step; returns the closure's loss, None without a closure, which is called once, gradients enabled.

@@ -63,18 +63,33 @@ def test_one_graph_serves_every_length_and_batch(marked, graphs):
     assert all(torch.equal(p.grad, q.grad) for p, q in zip(net.parameters(), twin.parameters(), strict=True))
 
 
-def test_the_optimizer_steps_beside_a_compiled_network(graphs):
+def training_step(net, optimizer, x):
+    optimizer.zero_grad()
+    loss(net, x).backward()
+    optimizer.step()
+
+
+def compiled_loss(net, optimizer, x):
+    optimizer.zero_grad()
+    torch.compile(loss, fullgraph=True, backend="aot_eager")(net, x).backward()
+    optimizer.step()
+
+
+@pytest.mark.parametrize(
+    "compiled",
+    (compiled_loss, torch.compile(training_step, backend="aot_eager")),
+    ids=("outside the graph", "among what is compiled"),
+)
+def test_the_optimizer_steps_beside_graphs(compiled, graphs):
     nets = []
-    for function in (loss, torch.compile(loss, fullgraph=True, backend="aot_eager")):
+    for function in (training_step, compiled):
         net = make()
         optimizer = pk.PathOptimizer(
             torch.optim.Adam(net.parameters()), net, scale="path_norm", second_term=True, trust_radius=1e-3
         )
         for seq_len, batch in SIZES[:6]:
-            optimizer.seq_len = seq_len if function is loss else None
-            optimizer.zero_grad()
-            function(net, inputs(net, seq_len, batch)).backward()
-            optimizer.step()
+            optimizer.seq_len = seq_len if function is training_step else None
+            function(net, optimizer, inputs(net, seq_len, batch))
         nets.append(net)
     assert all(torch.equal(p, q) for p, q in zip(*(net.parameters() for net in nets), strict=True))
 
