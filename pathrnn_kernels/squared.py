@@ -288,11 +288,10 @@ def _pad(func: Any, input: Squared, pad: Any, mode: str = "constant", value: Any
 
 
 def _cast(func: Any, input: Squared, *args: Any, **kwargs: Any) -> Squared:
-    return input  # all is float64 here
-
-
-def _tokens(func: Any, input: Squared) -> Squared:
-    if input.kind is not Kind.INPUT:
+    """All is float64 here. The input may be tokens."""
+    arguments = tree_map(lambda x: x.value if isinstance(x, Squared) else x, (args, kwargs))
+    result = func(input.value.new_empty(0), *arguments[0], **arguments[1])
+    if input.kind is not Kind.INPUT and not result.is_floating_point():
         raise _Refused("it rounds activations")
     return input
 
@@ -414,8 +413,7 @@ _register(_pad, _functions("pad"))
 _register(_join, _functions("cat", "concat", "concatenate", "stack", "hstack", "vstack"))
 _register(_sum, _functions("sum", "amax"))  # as for max pooling
 _register(_mean, _functions("mean"))
-_register(_cast, _functions("to", "float", "double", "type_as"))
-_register(_tokens, _functions("long", "int"))
+_register(_cast, _functions("to", "type_as", "float", "double", "long", "int"))
 for _dims in (1, 2, 3):
     _register(functools.partial(_convolution, _dims), _functions(f"conv{_dims}d", f"conv_transpose{_dims}d"))
     _register(functools.partial(_average_pool, _dims), _functions(f"avg_pool{_dims}d"))

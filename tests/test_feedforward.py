@@ -109,7 +109,7 @@ class Views(nn.Module):
         self.layer, self.other, self.head = nn.Linear(3, 4), nn.Linear(3, 2), nn.Linear(4, 2)
 
     def forward(self, x):
-        out = self.layer(x)
+        out = self.layer(x.to(self.layer.weight))
         part = out[:, 1:3]
         kept = out.relu()
         part += self.other(x)
@@ -126,7 +126,7 @@ class Tokens(nn.Module):
         self.register_buffer("mask", torch.ones(2, 3).tril())
 
     def forward(self, tokens):
-        x = self.embedding(tokens)
+        x = self.embedding(tokens.long())
         x += self.positions
         both = F.linear(x, torch.cat([self.first.weight, self.second.weight])).relu()
         return both.sum(-1) + F.linear(x, self.head.weight * self.mask).sum(-1)
@@ -441,6 +441,7 @@ REFUSED = {
     "out of torch": (lambda m, y: torch.as_tensor(y.numpy()), "numpy"),
     "set": (lambda m, y: y.__setitem__(0, 0.0), "__setitem__"),
     "index": (lambda m, y: y[y.long()], "rounds activations"),
+    "integers": (lambda m, y: y.to(torch.int64).to(y), "Tensor.to: it rounds activations"),
     "pad": (lambda m, y: F.pad(y, (1, 1), value=2.0), "pads with 2.0"),
     "dilation": (lambda m, y: F.max_pool1d(y, 2, dilation=2), "dilation=2"),
     "indices": (lambda m, y: F.max_pool1d(y, 2, return_indices=True)[0], "max_pool1d_with_indices"),
