@@ -242,7 +242,7 @@ def _convolution(
     result = _times(lambda x, w: func(x, w, None, *options, **named), input, weight)
     if bias is None:
         return result
-    (b,) = _operands(bias)
+    b = _operand(bias, result)
     return _plus(result, _like(b.value.reshape(-1, *[1] * dims), b))
 
 
@@ -251,11 +251,11 @@ def _embedding(
 ) -> Squared:
     if max_norm is not None:
         raise _Refused("max_norm rewrites weights in the forward pass: use max_norm=None")
-    (rows,) = _operands(weight)
     if not isinstance(input, Squared):  # constant indices select weights
-        return _like(F.embedding(input, rows.value), rows)
+        return _like(F.embedding(input, weight.value), weight)
     if input.kind is not Kind.INPUT:
         raise _Refused("its indices are computed: only the module's input can be tokens")
+    rows = _operand(weight, input)
     return _node(rows.value.sum(0).expand(*input.value.shape, -1).clone(), rows.exponent, rows)
 
 
@@ -320,7 +320,6 @@ def _window_sums(dims: int, x: Tensor, kernel: Any, stride: Any, padding: Any, c
         def flat(size: Any, other: int) -> tuple[int, int]:
             return (other, *size) if isinstance(size, (list, tuple)) else (other, size)
 
-        stride = kernel if stride is None or stride == [] else stride
         sums = _window_sums(2, x.unsqueeze(-2), flat(kernel, 1), flat(stride, 1), flat(padding, 0), ceil_mode)
         return sums.squeeze(-2)
     pool = F.avg_pool2d if dims == 2 else F.avg_pool3d
@@ -339,10 +338,12 @@ def _average_pool(
     **kwargs: Any,
 ) -> Squared:
     def pool(x: Tensor) -> Tensor:
-        return func(x, kernel_size, stride, padding, ceil_mode, *args, **kwargs)
+        return func(x, kernel_size, stride or kernel_size, padding, ceil_mode, *args, **kwargs)
 
     ones = torch.ones_like(input.value)
-    weight = pool(ones) / _window_sums(dims, ones, kernel_size, stride, padding, ceil_mode)  # 1/n of every window
+    weight = pool(ones) / _window_sums(
+        dims, ones, kernel_size, stride or kernel_size, padding, ceil_mode
+    )  # 1/n of every window
     return _node(pool(input.value) * weight, input.exponent, input)
 
 
@@ -359,7 +360,7 @@ def _max_pool(
 ) -> Squared:
     if any(size != 1 for size in ([dilation] if isinstance(dilation, int) else dilation)):
         raise _Refused(f"it has dilation={dilation}: use 1")
-    sums = _window_sums(dims, input.value, kernel_size, stride, padding, ceil_mode)
+    sums = _window_sums(dims, input.value, kernel_size, stride or kernel_size, padding, ceil_mode)
     return _node(sums, input.exponent, input)
 
 
@@ -399,14 +400,14 @@ def _register(rule: _Rule, functions: Iterable[Any]) -> None:
     _RULES.update(dict.fromkeys(functions, rule))
 
 
-_register(_add, _functions("add", "__add__", "__radd__", "sub", "subtract", "__sub__", "__rsub__", "rsub"))
+_register(_add, _functions("add", "__add__", "__radd__", "sub", "subtract", "__sub__", "__rsub__"))
 _register(_add_, _functions("add_", "__iadd__"))
 _register(_multiply, _functions("mul", "multiply", "__mul__", "__rmul__"))
 _register(_divide, _functions("div", "divide", "true_divide", "__truediv__"))
 _register(_matmul, _functions("matmul", "__matmul__", "mm", "bmm", "mv"))
 _register(_einsum, _functions("einsum"))
 _register(_linear, _functions("linear"))
-_register(_embedding, _functions("embedding"))
+_register(_embedding, [F.embedding])  # torch.embedding takes its arguments in another order
 _register(_relu, _functions("relu", "relu_", "leaky_relu", "leaky_relu_"))
 _register(_dropout, _functions("dropout", "dropout_", "dropout1d", "dropout2d", "dropout3d"))
 _register(_pad, _functions("pad"))
@@ -419,7 +420,7 @@ for _dims in (1, 2, 3):
     _register(functools.partial(_average_pool, _dims), _functions(f"avg_pool{_dims}d"))
     _register(functools.partial(_max_pool, _dims), _functions(f"max_pool{_dims}d"))
     for _largest, _name in ((False, "avg"), (True, "max")):
-        _register(functools.partial(_adaptive_pool, _dims, _largest), _functions(f"adaptive_{_name}_pool{_dims}d"))
+        _register(functools.partial(_adaptive_pool, _dims, _largest), [getattr(F, f"adaptive_{_name}_pool{_dims}d")])
 _register(
     _move,
     _functions(

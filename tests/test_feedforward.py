@@ -242,6 +242,30 @@ def test_constants_count_as_weights_would():
         assert torch.equal(k.dense(name), expected.dense(name))
 
 
+class Fixed(nn.Module):
+    """Constants where layers have weights."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Conv1d(3, 2, 2)
+        self.register_buffer("table", torch.full((5, 3), 2.0))
+        self.register_buffer("bias", torch.full((2,), 3.0))
+
+    def forward(self, tokens):
+        x = F.embedding(tokens, self.table).mT
+        return F.avg_pool1d(F.conv1d(x, self.layer.weight, self.bias), 2) + F.max_pool1d(self.layer(x), 2)
+
+
+def test_constant_tables_and_biases():
+    net = Fixed().double()
+    k = pk.kappa_of_module(net, (5,))
+    # Four places of the convolution in two windows; five rows of 2², with 2 · 2 · (1/2)² and 2 · 2 of weight 1.
+    kappa_weight = 5 * 4 * (1 + 4)
+    assert k.dense("layer.weight").eq(kappa_weight).all() and k.dense("layer.bias").eq(4).all()
+    gamma2 = sum((p.square() * factor).sum() for p, factor in zip(net.parameters(), (kappa_weight, 4), strict=True))
+    torch.testing.assert_close(k.log_path_norm.exp(), (gamma2 + 2 * 3**2).detach(), **TOLERANCE)
+
+
 class Arithmetic(nn.Module):
     def __init__(self):
         super().__init__()
@@ -442,6 +466,7 @@ REFUSED = {
     "set": (lambda m, y: y.__setitem__(0, 0.0), "__setitem__"),
     "index": (lambda m, y: y[y.long()], "rounds activations"),
     "integers": (lambda m, y: y.to(torch.int64).to(y), "Tensor.to: it rounds activations"),
+    "largest and where": (lambda m, y: torch.adaptive_max_pool1d(y, 2)[0], "adaptive_max_pool1d"),
     "pad": (lambda m, y: F.pad(y, (1, 1), value=2.0), "pads with 2.0"),
     "dilation": (lambda m, y: F.max_pool1d(y, 2, dilation=2), "dilation=2"),
     "indices": (lambda m, y: F.max_pool1d(y, 2, return_indices=True)[0], "max_pool1d_with_indices"),
