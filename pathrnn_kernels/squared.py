@@ -242,7 +242,7 @@ def _convolution(
     result = _times(lambda x, w: func(x, w, None, *options, **named), input, weight)
     if bias is None:
         return result
-    (b,) = _operands(bias)
+    b = _operand(bias, result)
     return _plus(result, _like(b.value.reshape(-1, *[1] * dims), b))
 
 
@@ -251,11 +251,11 @@ def _embedding(
 ) -> Squared:
     if max_norm is not None:
         raise _Refused("max_norm rewrites weights in the forward pass: use max_norm=None")
-    (rows,) = _operands(weight)
     if not isinstance(input, Squared):  # constant indices select weights
-        return _like(F.embedding(input, rows.value), rows)
+        return _like(F.embedding(input, weight.value), weight)
     if input.kind is not Kind.INPUT:
         raise _Refused("its indices are computed: only the module's input can be tokens")
+    rows = _operand(weight, input)
     return _node(rows.value.sum(0).expand(*input.value.shape, -1).clone(), rows.exponent, rows)
 
 
@@ -288,11 +288,10 @@ def _pad(func: Any, input: Squared, pad: Any, mode: str = "constant", value: Any
 
 
 def _cast(func: Any, input: Squared, *args: Any, **kwargs: Any) -> Squared:
-    return input  # all is float64 here
-
-
-def _tokens(func: Any, input: Squared) -> Squared:
-    if input.kind is not Kind.INPUT:
+    """All is float64 here. The input may be tokens."""
+    arguments = tree_map(lambda x: x.value if isinstance(x, Squared) else x, (args, kwargs))
+    result = func(input.value.new_empty(0), *arguments[0], **arguments[1])
+    if input.kind is not Kind.INPUT and not result.is_floating_point():
         raise _Refused("it rounds activations")
     return input
 
@@ -321,7 +320,6 @@ def _window_sums(dims: int, x: Tensor, kernel: Any, stride: Any, padding: Any, c
         def flat(size: Any, other: int) -> tuple[int, int]:
             return (other, *size) if isinstance(size, (list, tuple)) else (other, size)
 
-        stride = kernel if stride is None or stride == [] else stride
         sums = _window_sums(2, x.unsqueeze(-2), flat(kernel, 1), flat(stride, 1), flat(padding, 0), ceil_mode)
         return sums.squeeze(-2)
     pool = F.avg_pool2d if dims == 2 else F.avg_pool3d
@@ -340,10 +338,12 @@ def _average_pool(
     **kwargs: Any,
 ) -> Squared:
     def pool(x: Tensor) -> Tensor:
-        return func(x, kernel_size, stride, padding, ceil_mode, *args, **kwargs)
+        return func(x, kernel_size, stride or kernel_size, padding, ceil_mode, *args, **kwargs)
 
     ones = torch.ones_like(input.value)
-    weight = pool(ones) / _window_sums(dims, ones, kernel_size, stride, padding, ceil_mode)  # 1/n of every window
+    weight = pool(ones) / _window_sums(
+        dims, ones, kernel_size, stride or kernel_size, padding, ceil_mode
+    )  # 1/n of every window
     return _node(pool(input.value) * weight, input.exponent, input)
 
 
@@ -360,7 +360,7 @@ def _max_pool(
 ) -> Squared:
     if any(size != 1 for size in ([dilation] if isinstance(dilation, int) else dilation)):
         raise _Refused(f"it has dilation={dilation}: use 1")
-    sums = _window_sums(dims, input.value, kernel_size, stride, padding, ceil_mode)
+    sums = _window_sums(dims, input.value, kernel_size, stride or kernel_size, padding, ceil_mode)
     return _node(sums, input.exponent, input)
 
 
@@ -400,28 +400,27 @@ def _register(rule: _Rule, functions: Iterable[Any]) -> None:
     _RULES.update(dict.fromkeys(functions, rule))
 
 
-_register(_add, _functions("add", "__add__", "__radd__", "sub", "subtract", "__sub__", "__rsub__", "rsub"))
+_register(_add, _functions("add", "__add__", "__radd__", "sub", "subtract", "__sub__", "__rsub__"))
 _register(_add_, _functions("add_", "__iadd__"))
 _register(_multiply, _functions("mul", "multiply", "__mul__", "__rmul__"))
 _register(_divide, _functions("div", "divide", "true_divide", "__truediv__"))
 _register(_matmul, _functions("matmul", "__matmul__", "mm", "bmm", "mv"))
 _register(_einsum, _functions("einsum"))
 _register(_linear, _functions("linear"))
-_register(_embedding, _functions("embedding"))
+_register(_embedding, [F.embedding])  # torch.embedding takes its arguments in another order
 _register(_relu, _functions("relu", "relu_", "leaky_relu", "leaky_relu_"))
 _register(_dropout, _functions("dropout", "dropout_", "dropout1d", "dropout2d", "dropout3d"))
 _register(_pad, _functions("pad"))
 _register(_join, _functions("cat", "concat", "concatenate", "stack", "hstack", "vstack"))
 _register(_sum, _functions("sum", "amax"))  # as for max pooling
 _register(_mean, _functions("mean"))
-_register(_cast, _functions("to", "float", "double", "type_as"))
-_register(_tokens, _functions("long", "int"))
+_register(_cast, _functions("to", "type_as", "float", "double", "long", "int"))
 for _dims in (1, 2, 3):
     _register(functools.partial(_convolution, _dims), _functions(f"conv{_dims}d", f"conv_transpose{_dims}d"))
     _register(functools.partial(_average_pool, _dims), _functions(f"avg_pool{_dims}d"))
     _register(functools.partial(_max_pool, _dims), _functions(f"max_pool{_dims}d"))
     for _largest, _name in ((False, "avg"), (True, "max")):
-        _register(functools.partial(_adaptive_pool, _dims, _largest), _functions(f"adaptive_{_name}_pool{_dims}d"))
+        _register(functools.partial(_adaptive_pool, _dims, _largest), [getattr(F, f"adaptive_{_name}_pool{_dims}d")])
 _register(
     _move,
     _functions(

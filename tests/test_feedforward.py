@@ -109,7 +109,7 @@ class Views(nn.Module):
         self.layer, self.other, self.head = nn.Linear(3, 4), nn.Linear(3, 2), nn.Linear(4, 2)
 
     def forward(self, x):
-        out = self.layer(x)
+        out = self.layer(x.to(self.layer.weight))
         part = out[:, 1:3]
         kept = out.relu()
         part += self.other(x)
@@ -126,7 +126,7 @@ class Tokens(nn.Module):
         self.register_buffer("mask", torch.ones(2, 3).tril())
 
     def forward(self, tokens):
-        x = self.embedding(tokens)
+        x = self.embedding(tokens.long())
         x += self.positions
         both = F.linear(x, torch.cat([self.first.weight, self.second.weight])).relu()
         return both.sum(-1) + F.linear(x, self.head.weight * self.mask).sum(-1)
@@ -240,6 +240,30 @@ def test_constants_count_as_weights_would():
     assert k.log_path_norm == expected.log_path_norm
     for name in k.factors:
         assert torch.equal(k.dense(name), expected.dense(name))
+
+
+class Fixed(nn.Module):
+    """Constants where layers have weights."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Conv1d(3, 2, 2)
+        self.register_buffer("table", torch.full((5, 3), 2.0))
+        self.register_buffer("bias", torch.full((2,), 3.0))
+
+    def forward(self, tokens):
+        x = F.embedding(tokens, self.table).mT
+        return F.avg_pool1d(F.conv1d(x, self.layer.weight, self.bias), 2) + F.max_pool1d(self.layer(x), 2)
+
+
+def test_constant_tables_and_biases():
+    net = Fixed().double()
+    k = pk.kappa_of_module(net, (5,))
+    # Four places of the convolution in two windows; five rows of 2², with 2 · 2 · (1/2)² and 2 · 2 of weight 1.
+    kappa_weight = 5 * 4 * (1 + 4)
+    assert k.dense("layer.weight").eq(kappa_weight).all() and k.dense("layer.bias").eq(4).all()
+    gamma2 = sum((p.square() * factor).sum() for p, factor in zip(net.parameters(), (kappa_weight, 4), strict=True))
+    torch.testing.assert_close(k.log_path_norm.exp(), (gamma2 + 2 * 3**2).detach(), **TOLERANCE)
 
 
 class Arithmetic(nn.Module):
@@ -441,6 +465,8 @@ REFUSED = {
     "out of torch": (lambda m, y: torch.as_tensor(y.numpy()), "numpy"),
     "set": (lambda m, y: y.__setitem__(0, 0.0), "__setitem__"),
     "index": (lambda m, y: y[y.long()], "rounds activations"),
+    "integers": (lambda m, y: y.to(torch.int64).to(y), "Tensor.to: it rounds activations"),
+    "largest and where": (lambda m, y: torch.adaptive_max_pool1d(y, 2)[0], "adaptive_max_pool1d"),
     "pad": (lambda m, y: F.pad(y, (1, 1), value=2.0), "pads with 2.0"),
     "dilation": (lambda m, y: F.max_pool1d(y, 2, dilation=2), "dilation=2"),
     "indices": (lambda m, y: F.max_pool1d(y, 2, return_indices=True)[0], "max_pool1d_with_indices"),
