@@ -30,8 +30,11 @@ def test_an_example_of_everything_public(name):
     assert runner.failures == 0, "".join(report)
 
 
-@pytest.mark.parametrize("number", range(len(re.findall(r"```python\n", README.read_text(encoding="utf-8")))))
+#: What a comment marks is run by another test (test_distributed.py).
+BLOCKS = re.findall(r"(?<!-->\n)```python\n(.*?)```", README.read_text(encoding="utf-8"), re.DOTALL)
+
+
+@pytest.mark.parametrize("number", range(len(BLOCKS)))
 def test_readme_by_example(number, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
-    block = re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), re.DOTALL)[number]
-    exec(compile(block, f"README.md, Python block {number}", "exec"), {})
+    exec(compile(BLOCKS[number], f"README.md, Python block {number}", "exec"), {})
