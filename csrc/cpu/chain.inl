@@ -937,6 +937,13 @@ void outer_sum(const Rows<T>& d, const Rows<T>& h, int64_t n, int64_t rows, int6
   const int64_t largest = std::max(sum.largest, beside);
   const int64_t result = largest == kZeroExponent ? 0 : natural_exponent(largest);
   if (team.rank == 0) exponent = result;
-  const T alpha = sum.count == 0 ? T(1) : power_of_two<T>(sum.exponent - result);
-  sum.multiply(out + first * row, row, last - first, columns, alpha);
+  // Beside something far larger in two steps: the scale may be out of range where the entries are not.
+  const int64_t shift = sum.count == 0 ? 0 : sum.exponent - result;
+  const int64_t at_once = std::max<int64_t>(shift, std::numeric_limits<T>::min_exponent);
+  sum.multiply(out + first * row, row, last - first, columns, power_of_two<T>(at_once));
+  if (shift == at_once) return;
+  const T rest = power_of_two<T>(shift - at_once);
+  for (int64_t j = first; j < last; ++j) {
+    for (int64_t k = 0; k < columns; ++k) out[j * row + k] *= rest;
+  }
 }

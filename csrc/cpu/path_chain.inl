@@ -585,8 +585,10 @@ class PathChainRun {
     const int64_t result = top == kZeroExponent ? 0 : natural_exponent(top);
     if (D_ > 1) note_gap(largest[0], largest[1], Team{});
     for (int64_t e = 0; e < D_; ++e) {
-      const T s = largest[e] == kZeroExponent ? T(0) : power_of_two<T>(h_sum_exponent_[e] - result);
-      std::transform(h_sum(e), h_sum(e) + H_, net_.kappa_head + e * H_, [s](T v) { return v * s; });
+      // In two halves: the scale may be out of range where the entries are not.
+      const int64_t shift = h_sum_exponent_[e] - result;
+      const T s1 = power_of_two<T>(shift / 2), s2 = power_of_two<T>(shift - shift / 2);
+      std::transform(h_sum(e), h_sum(e) + H_, net_.kappa_head + e * H_, [=](T v) { return v * s1 * s2; });
     }
     return result;
   }
