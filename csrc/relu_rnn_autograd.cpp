@@ -126,29 +126,36 @@ std::tuple<Tensor, Tensor> differentiable(const Tensor& x, const optional<Tensor
 Gradients differentiable_backward(const optional<Tensor>& grad_y, const optional<Tensor>& grad_h_n, const Tensor& x,
                                   const optional<Tensor>& h_0, const Tensor& weight_ih, const Tensor& weight_hh,
                                   const optional<Tensor>& bias_ih, const optional<Tensor>& bias_hh, const Tensor& y,
-                                  std::array<bool, 5> needs) {
+                                  std::array<bool, 5> needs, const optional<Tensor>& lengths, bool reverse) {
   if (!at::GradMode::is_enabled() || !is_any({grad_y, grad_h_n, x, h_0, weight_ih, weight_hh, y}, learns)) {
     at::AutoDispatchBelowADInplaceOrView below;
     static const auto op =
         c10::Dispatcher::singleton().findSchemaOrThrow("pathrnn::relu_rnn_backward", "").typed<Backward>();
-    return op.call(grad_y, grad_h_n, x, h_0, weight_ih, weight_hh, bias_ih, bias_hh, y, needs);
+    return op.call(grad_y, grad_h_n, x, h_0, weight_ih, weight_hh, bias_ih, bias_hh, y, needs, lengths, reverse);
   }
-  const ReluRnnSizes s = check_relu_rnn(x, h_0, weight_ih, weight_hh, bias_ih, bias_hh, x.device().type());
+  const ReluRnnSizes s = check_relu_rnn(x, h_0, weight_ih, weight_hh, bias_ih, bias_hh, lengths, x.device().type());
   check_gradients(s, grad_y, grad_h_n, x, y);
-  const Tensor active = y.detach() > 0;  // ReLU's derivative, itself a constant
-  const Tensor start = h_0.value_or(at::zeros({s.batch, s.hidden}, x.options()));
-  Tensor grad_h = grad_h_n.value_or(at::zeros({s.batch, s.hidden}, x.options()));
-  variable_list deltas(s.seq_len);
+  const Steps steps(s, x, reverse);
+  const Tensor x_rows = steps.gather(x), y_rows = steps.gather(y);
+  const Tensor grad_rows = grad_y ? steps.gather(*grad_y) : Tensor();
+  const Tensor active = y_rows.detach() > 0;  // ReLU's derivative, itself a constant
+  const Tensor start = h_0 ? steps.sort(*h_0) : at::zeros({s.batch, s.hidden}, x.options());
+  const Tensor grad_ends = grad_h_n ? steps.sort(*grad_h_n) : at::zeros({s.batch, s.hidden}, x.options());
+  Tensor grad_h = grad_ends.narrow(0, 0, 0);
+  variable_list deltas(s.seq_len), befores(s.seq_len);  // in the order of the rows
   for (int64_t t = s.seq_len - 1; t >= 0; --t) {
-    if (grad_y) grad_h = grad_h + grad_y->select(0, t);
-    deltas[t] = grad_h * active.select(0, t);
-    grad_h = deltas[t].matmul(weight_hh);
+    const int64_t first = steps.first[t], rows = steps.rows[t], longer = grad_h.size(0);
+    const int64_t place = s.lengths.empty() ? first / s.batch : t;
+    grad_h = at::cat({grad_h, grad_ends.narrow(0, longer, rows - longer)});
+    if (grad_y) grad_h = grad_h + grad_rows.narrow(0, first, rows);
+    deltas[place] = grad_h * active.narrow(0, first, rows);
+    befores[place] = t > 0 ? y_rows.narrow(0, steps.first[t - 1], rows) : start;
+    grad_h = deltas[place].matmul(weight_hh);
   }
-  const Tensor delta = at::stack(deltas), none = at::empty({0}, x.options());
-  const Tensor before = at::cat({start.unsqueeze(0), y.narrow(0, 0, s.seq_len - 1)});
-  return {needs[0] ? delta.matmul(weight_ih) : none, needs[1] ? grad_h : none,
-          needs[2] ? delta.flatten(0, 1).t().matmul(x.flatten(0, 1)) : none,
-          needs[3] ? delta.flatten(0, 1).t().matmul(before.flatten(0, 1)) : none, needs[4] ? delta.sum({0, 1}) : none};
+  const Tensor delta = at::cat(deltas), none = at::empty({0}, x.options());
+  return {needs[0] ? steps.scatter(delta.matmul(weight_ih), x.sizes()) : none, needs[1] ? steps.unsort(grad_h) : none,
+          needs[2] ? delta.t().matmul(x_rows) : none, needs[3] ? delta.t().matmul(at::cat(befores)) : none,
+          needs[4] ? delta.sum(0) : none};
 }
 
 }  // namespace

@@ -64,6 +64,16 @@ def test_gradgradcheck(size, h_0, bias):
         assert torch.autograd.gradgradcheck(lambda *t, part=part: ops.relu_rnn(*t)[part], tensors, fast_mode=True)
 
 
+@pytest.mark.parametrize("reverse", (False, True))
+@pytest.mark.parametrize("lengths", (None, (2, 4, 1)))
+def test_gradgradcheck_of_sequences(lengths, reverse):
+    lengths = None if lengths is None else torch.tensor(lengths)
+    tensors = arguments(requires_grad=True)
+    assert torch.autograd.gradgradcheck(
+        lambda *t: ops.relu_rnn(*t, lengths=lengths, reverse=reverse), tensors, fast_mode=True
+    )
+
+
 def test_the_differentiable_gradients_are_the_kernels():
     tensors = arguments(requires_grad=True)
     loss = sum(part.square().sum() for part in ops.relu_rnn(*tensors))
