@@ -207,7 +207,7 @@ class _Pass:
             output = torch.func.functional_call(self.module, {**buffers, **self.squares}, (x,))
         except Exception as error:
             if self.refusals:
-                raise self._report() from error
+                raise self._report(f"\nIt then fails, before all was looked at: {error}") from error
             raise ValueError(
                 f"module fails on an input of shape {(1, *input_shape)}, a batch of one: {type(error).__name__}: "
                 f"{error}; input_shape must be that of one example, without the batch dimension"
@@ -238,11 +238,13 @@ class _Pass:
             name, module = self._calls[-1]
             self.refusals[name] = f"{_title(name, module)} calls {operation}: {reason}"
 
-    def _report(self) -> ValueError:
+    def _report(self, remark: str = "") -> ValueError:
         count = len(self.refusals)
         return ValueError(
             f"module has {count} part{'s' if count > 1 else ''} for which κ is not defined or not supported; a "
-            "feed-forward ReLU network is made of linear maps, sums and ReLU:\n" + "\n".join(self.refusals.values())
+            "feed-forward ReLU network is made of linear maps, sums and ReLU:\n"
+            + "\n".join(self.refusals.values())
+            + remark
         )
 
     def kappa(self, output: Squared) -> Kappa:

@@ -341,9 +341,8 @@ def _average_pool(
         return func(x, kernel_size, stride or kernel_size, padding, ceil_mode, *args, **kwargs)
 
     ones = torch.ones_like(input.value)
-    weight = pool(ones) / _window_sums(
-        dims, ones, kernel_size, stride or kernel_size, padding, ceil_mode
-    )  # 1/n of every window
+    sizes = _window_sums(dims, ones, kernel_size, stride or kernel_size, padding, ceil_mode)
+    weight = pool(ones) / sizes  # 1/n of every window
     return _node(pool(input.value) * weight, input.exponent, input)
 
 

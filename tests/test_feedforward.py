@@ -414,9 +414,9 @@ def test_every_unsupported_part_is_reported_at_once():
         nn.Linear(3, 4),
         nn.Sequential(nn.BatchNorm1d(4), nn.Tanh()),
         nn.LayerNorm(4),
+        nn.Sequential(Gate(), nn.Softmax(-1)),
         nn.RNN(4, 4, nonlinearity="relu"),
     )
-    net.append(nn.Sequential(Gate(), nn.Softmax(-1)))
     with pytest.raises(ValueError) as error:
         pk.kappa_of_module(net, (2, 3))
     first, *parts = str(error.value).splitlines()
@@ -425,16 +425,19 @@ def test_every_unsupported_part_is_reported_at_once():
         "1.0 (BatchNorm1d)",
         "1.1 (Tanh) calls torch.tanh",
         "2 (LayerNorm)",
-        "3 (RNN)",
-        "4.0 (Gate) calls torch.Tensor.mul",
-        "4.1 (Softmax) calls torch.nn.functional.softmax",
+        "3.0 (Gate) calls torch.Tensor.mul",
+        "3.1 (Softmax) calls torch.nn.functional.softmax",
+        "4 (RNN)",
     ]
-    assert "PathNetwork" in parts[3]
+    assert "PathNetwork" in parts[-1]
+    net.append(nn.Tanh())  # which does not take the tuple that an RNN returns
+    with pytest.raises(ValueError, match=r"4 \(RNN\): .*\nIt then fails, before all was looked at: tanh\(\)"):
+        pk.kappa_of_module(net, (2, 3))
 
 
 class Gate(nn.Module):
     def forward(self, x):
-        return x[0] * x[0] if isinstance(x, tuple) else x * x
+        return x * x
 
 
 class Calls(nn.Module):
@@ -638,7 +641,7 @@ def test_path_sgd_is_equation_8(kind, scale, eps):
             assert torch.equal(p.grad, grad[name])
 
 
-def rescale_(kind, net):
+def rescale_(net):
     """Theorem 1 on the hidden units, or channels."""
     first, second, third = (layer for layer in net if hasattr(layer, "weight"))
     for before, after, size in ((first, second, first.bias.numel()), (second, third, second.bias.numel())):
@@ -654,7 +657,7 @@ def rescale_(kind, net):
 def test_steps_commute_with_rescaling(kind, radius):
     make, shape = TRAINED[kind]
     net = make()
-    rescaled = rescale_(kind, copy.deepcopy(net))
+    rescaled = rescale_(copy.deepcopy(net))
     assert any((p - q).abs().max() > 0.1 for p, q in zip(net.parameters(), rescaled.parameters(), strict=True))
     losses = []
     for n in (net, rescaled):
