@@ -1,4 +1,5 @@
 // path_update on the CPU: eq. (8)'s quotient, the trust radius and the gradient of the path norm, over many tensors.
+#include <ATen/MemoryOverlap.h>
 #include <torch/library.h>
 
 #include <atomic>
@@ -37,6 +38,9 @@ std::vector<Tensor> readable(TensorList kappas, TensorList tensors, const char* 
   TORCH_CHECK_VALUE(kappas.size() == tensors.size(), "there are ", kappas.size(), " kappas for ", tensors.size(), " ",
                     name);
   std::vector<Tensor> result;
+  double copies = 0;  // of each tensor: its result, or one that is dense
+  for (const Tensor& t : tensors) copies += static_cast<double>(t.numel()) * t.element_size();
+  check_memory(copies, "the update");
   for (size_t i = 0; i < kappas.size(); ++i) {
     check_floating(tensors[i], name);
     check_like(tensors[i], name, tensors[0], name);
@@ -84,6 +88,7 @@ void shorten(TensorList parameters, TensorList before_, TensorList kappas_, at::
   std::vector<Tensor> before;
   std::vector<double> logs;
   for (size_t i = 0; i < parameters.size(); ++i) {
+    at::assert_no_internal_overlap(parameters[i]);  // now: the steps of those before it are not taken back
     check_shape(before_[i], "before", parameters[i].sizes());
     check_like(before_[i], "before", parameters[i], "parameters");
     before.push_back(before_[i].contiguous());
