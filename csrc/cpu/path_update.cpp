@@ -17,6 +17,9 @@ using at::TensorList;
 // Entries that a thread takes at least, and that one partial sum covers whatever the number of threads.
 constexpr int64_t kShare = 1 << 15;
 
+// Multiplications an entry; more than any scale of the dtype's takes apart.
+constexpr int64_t kMostPower = 64;
+
 template <typename T>
 PathUpdate<T> make_update(const Tensor& in, const Tensor& kappa_) {
   // κ itself may be laid out in any way: only its broadcast to `in` matters.
@@ -57,6 +60,7 @@ std::vector<Tensor> readable(TensorList kappas, TensorList tensors, const char* 
 std::tuple<std::vector<Tensor>, Tensor> precondition_tensors(TensorList gradients, TensorList kappas_,
                                                              at::ArrayRef<double> scales, int64_t power) {
   const std::vector<Tensor> kappas = readable(kappas_, gradients, "gradients");
+  TORCH_CHECK_VALUE(power >= 0 && power <= kMostPower, "power is ", power, "; it must be between 0 and ", kMostPower);
   TORCH_CHECK_VALUE(scales.size() == gradients.size(), "there are ", scales.size(), " scales for ", gradients.size(),
                     " gradients");
   std::vector<Tensor> results;
