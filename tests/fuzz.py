@@ -147,9 +147,6 @@ HOSTILE = {
     "conjugated": lambda rng, t: t.to(torch.complex64).conj(),
 }
 
-#: What is not harmless to an argument that is written to: torch refuses it.
-UNWRITABLE = ("expanded", "negated", "parameter")
-
 #: In the place of anything.
 OBJECTS = (
     *(None, True, False, -1, 0, 1, 3, 2**31 - 1, 2**31, 2**63 - 1, 2**63, -(2**63), 1.5, -0.0, NAN, INF, 1e400, 1e-320),
@@ -158,16 +155,17 @@ OBJECTS = (
 )
 
 
-def spoil(rng, value, unwritable=()):
+def spoil(rng, value, harmful=()):
     """Another value in an argument's place, what it is, and whether it is as good as the old one."""
     if isinstance(value, Tensor) and type(value) in (Tensor, nn.Parameter) and rng.random() < 0.9:
         plain = value.detach()
         dense = plain.layout == torch.strided and plain.device.type == "cpu" and plain.numel() <= 10**6
         if dense and rng.random() < 0.4 and plain.is_floating_point() and not plain.is_neg():
             name, make = rng.choice(list(HARMLESS.items()))
-            return make(rng, plain), name, name not in unwritable
+            return make(rng, plain), name, name not in harmful
         name, make = rng.choice(list(HOSTILE.items()))
-        if dense and not plain.is_quantized:
+        # torch writes to overlapping memory, but for strides of 0, without a word.
+        if dense and not plain.is_quantized and not (name == "overlapping" and harmful):
             try:
                 return make(rng, plain), name, False
             except RuntimeError:  # torch has no such tensor of these values
@@ -177,7 +175,7 @@ def spoil(rng, value, unwritable=()):
         if rng.random() < 0.3:
             change = rng.choice(("short", "long"))
             return (result[:-1] if change == "short" else [*result, result[at]]), change, False
-        result[at], name, harmless = spoil(rng, value[at], unwritable)
+        result[at], name, harmless = spoil(rng, value[at], harmful)
         return result, f"[{at}] {name}", harmless
     made = rng.choice(OBJECTS)
     return made, f"= {_short(made)}", False
@@ -581,6 +579,8 @@ def check_api(a, kappa=None, norm=None):
         rounding = 4 * abs(truth.clamp(min=1e-300).log().item()) * 2**-52  # of the logarithm, which γ² is made from
         close("γ²", norm, truth, tolerance + rounding) if usual else None
         return
+    if any((p.abs() > 1e10).any() for p in parameters.values()):
+        return  # beside paths 1e300 times above them, small entries are lost, as README's limits say
     if a.get("second_term"):
         tolerance += max(float(a["rtol"]), 0.0)
     expected = reference.kappa(parameters, seq_len, *options, bool(a["second_term"]), a["kappa2"])
@@ -723,6 +723,16 @@ def rescale_arguments(rng):
     return result
 
 
+def module_like(net):
+    """A network of the sizes that ``net`` was made with."""
+    rnn, head, embedding = net.rnn, net.head, net.embedding
+    return pk.PathNetwork(
+        pk.ReLURNN(rnn.input_size, rnn.hidden_size, rnn.num_layers, rnn.bias),
+        None if head is None else nn.Linear(head.in_features, head.out_features, head.bias is not None),
+        None if embedding is None else nn.Embedding(embedding.num_embeddings, embedding.embedding_dim),
+    )
+
+
 def call_rescale(net, alphas):
     require(isinstance(net, pk.PathNetwork) and all(p.numel() < 10**6 for p in net.parameters()))
     before = {name: p.detach().clone() for name, p in net.named_parameters()}
@@ -743,6 +753,8 @@ def check_rescale(a, before):
     alphas = [alpha.double() for alpha in a["alphas"]]
     if net.h0 == "ones" or any(not ((t > 1e-6) & (t < 1e6)).all() for t in alphas):
         return
+    if any(parameters[name].shape != p.shape for name, p in module_like(net).named_parameters()):
+        return  # nobody has looked at these shapes yet
     norms = [reference.path_norm(p, 3, net.outputs, net.h0) for p in (parameters, after)]
     if all(p.isfinite().all() and (p.abs() < 1e6).all() for p in parameters.values()):
         close("γ²", norms[1], norms[0], 8 * tolerances.path(next(net.parameters()).dtype, 3, 4), 1e-30)
@@ -763,6 +775,13 @@ def writes(target, name):
     if target == "shorten_":
         return name == "parameters"
     return target in ("PathSGD.step", "node_rescale_") and "." in name and not name.startswith("grad of")
+
+
+def harmful(target, name):
+    """What of HARMLESS is not so for that argument: torch writes to no such tensor, alphas must be positive."""
+    if writes(target, name):
+        return ("expanded", "negated", "parameter")
+    return ("zero",) if name == "alphas" else ()
 
 
 KAPPA = (
@@ -833,7 +852,7 @@ def case(seed, number, say=lambda text: None):
     arguments, spoilt, harmless = make(rng), [], True
     for _ in range(rng.choice((0, 1, 1, 1, 2, 3))):
         name = rng.choice(list(arguments))
-        arguments[name], change, good = spoil(rng, arguments[name], UNWRITABLE if writes(target, name) else ())
+        arguments[name], change, good = spoil(rng, arguments[name], harmful(target, name))
         spoilt.append(f"{name}: {change}")
         harmless = harmless and good
     if rng.random() < 0.05 and not any(

@@ -92,7 +92,10 @@ void shorten(TensorList parameters, TensorList before_, TensorList kappas_, at::
   std::vector<Tensor> before;
   std::vector<double> logs;
   for (size_t i = 0; i < parameters.size(); ++i) {
-    at::assert_no_internal_overlap(parameters[i]);  // now: the steps of those before it are not taken back
+    // Now, as the steps of those before it are not taken back.
+    at::assert_no_internal_overlap(parameters[i]);
+    TORCH_CHECK_VALUE(!(at::GradMode::is_enabled() && parameters[i].requires_grad()),
+                      "parameters require a gradient and are written to: call shorten_ under torch.no_grad()");
     check_shape(before_[i], "before", parameters[i].sizes());
     check_like(before_[i], "before", parameters[i], "parameters");
     before.push_back(before_[i].contiguous());
