@@ -1,9 +1,10 @@
 """Hostile arguments for every op and for the public API: python tests/fuzz.py --cases 100000 [--seed S].
 
 A case starts from good arguments and spoils up to three of them. It must end in a result that equals the oracle's, or
-in a TypeError, ValueError, RuntimeError or MemoryError whose text is a sentence; only harmless changes (strides,
-offsets, negation bits) must end in a result. Arguments are unchanged unless the op says that it writes to them, and
-after a refusal in any case. Cases run in a child process, which tells each before it runs it: a crash names its case.
+in a TypeError, ValueError, RuntimeError, MemoryError or FloatingPointError whose text is a sentence; only harmless
+changes (strides, offsets, negation bits) must end in a result. Arguments are unchanged unless the op says that it
+writes to them, and after a refusal in any case. Cases run in a child process, which tells each before it runs it: a
+crash names its case.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ import tolerances
 
 NAN, INF = math.nan, math.inf
 HUGE = 2**40  # of numbers: no machine has that much memory, and none must try
-REFUSALS = (TypeError, ValueError, RuntimeError, MemoryError)
+REFUSALS = (TypeError, ValueError, RuntimeError, MemoryError, FloatingPointError)
 #: No part of a sentence.
 NOISE = ("INTERNAL ASSERT", "report a bug", "std::", "_M_", "enforce fail", "basic_string")
 
@@ -196,7 +197,7 @@ def wide(value):
     """As plain float64, where the contract covers it."""
     if value is None:
         return None
-    if isinstance(value, list):
+    if isinstance(value, list | tuple):
         return [wide(v) for v in value]
     require(isinstance(value, Tensor))
     require(value.layout == torch.strided and value.device.type == "cpu" and not value.is_quantized)
