@@ -76,13 +76,15 @@ struct Rnn {
     results.parts.reserve(8);
     const T* start = starts ? h_0.data() : nullptr;
     T* const y = results.take(seq_len * batch * hidden);
-    kernels.relu_rnn_forward({seq_len, batch, input, hidden, x.data(), start, weight_ih.data(), weight_hh.data(),
+    std::vector<int64_t> first(seq_len), rows(seq_len, batch);
+    for (int64_t t = 0; t < seq_len; ++t) first[t] = t * batch;
+    kernels.relu_rnn_forward({seq_len, batch, input, hidden, first.data(), rows.data(), x.data(), start, weight_ih.data(), weight_hh.data(),
                               biased ? bias.data() : nullptr, y},
                              threads);
     // Threads have rows of their own where the weights' gradients are summed on the way.
     const int team = sums ? static_cast<int>(std::max<int64_t>(1, std::min<int64_t>(threads, batch / kRowGroup))) : threads;
     kernels.relu_rnn_backward(
-        {seq_len, batch, input, hidden, weight_hh.data(), y, grad_y.data(), nullptr,
+        {seq_len, batch, input, hidden, first.data(), rows.data(), weight_hh.data(), y, grad_y.data(), nullptr,
          delta ? results.take(seq_len * batch * hidden) : nullptr, results.take(batch * hidden), x.data(), start,
          sums ? results.take(hidden * hidden) : nullptr, sums ? results.take(hidden * input) : nullptr,
          sums ? results.take(hidden) : nullptr},

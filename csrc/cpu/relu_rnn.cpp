@@ -67,9 +67,9 @@ std::tuple<Tensor, Tensor> forward(const Tensor& x_, const optional<Tensor>& h_0
   AT_DISPATCH_FLOATING_TYPES(x.scalar_type(), "relu_rnn", [&] {
     const ReluRnnForward<scalar_t> pass{
         s.seq_len, s.batch, s.input, s.hidden, steps.first.data(), steps.rows.data(),
-         fused ? x.const_data_ptr<scalar_t>() : nullptr, data_or_null<scalar_t>(h_0),
-         weight_ih.const_data_ptr<scalar_t>(), weight_hh.const_data_ptr<scalar_t>(),
-         data_or_null<scalar_t>(bias), y.mutable_data_ptr<scalar_t>()};
+        fused ? x.const_data_ptr<scalar_t>() : nullptr, data_or_null<scalar_t>(h_0),
+        weight_ih.const_data_ptr<scalar_t>(), weight_hh.const_data_ptr<scalar_t>(),
+        data_or_null<scalar_t>(bias), y.mutable_data_ptr<scalar_t>()};
     allocating("relu_rnn", [&] { kernels<scalar_t>().relu_rnn_forward(pass, team_size(s)); });
   });
   return {steps.scatter(y, y_shape(s, x_)), steps.ends(y)};
@@ -101,10 +101,10 @@ Gradients backward(const optional<Tensor>& grad_y_, const optional<Tensor>& grad
     const auto out = [](const Tensor& t, bool need) { return need ? t.mutable_data_ptr<scalar_t>() : nullptr; };
     const ReluRnnBackward<scalar_t> pass{
         s.seq_len, s.batch, s.input, s.hidden, steps.first.data(), steps.rows.data(),
-         weight_hh.const_data_ptr<scalar_t>(), y.const_data_ptr<scalar_t>(), data_or_null<scalar_t>(grad_y),
-         data_or_null<scalar_t>(grad_h_n), out(delta, whole_delta), out(grad_h_0, needs[1]),
-         x.const_data_ptr<scalar_t>(), data_or_null<scalar_t>(h_0), out(grad_weight_hh, fused),
-         out(grad_weight_ih, fused), out(grad_bias, fused)};
+        weight_hh.const_data_ptr<scalar_t>(), y.const_data_ptr<scalar_t>(), data_or_null<scalar_t>(grad_y),
+        data_or_null<scalar_t>(grad_h_n), out(delta, whole_delta), out(grad_h_0, needs[1]),
+        x.const_data_ptr<scalar_t>(), data_or_null<scalar_t>(h_0), out(grad_weight_hh, fused),
+        out(grad_weight_ih, fused), out(grad_bias, fused)};
     allocating("relu_rnn_backward", [&] { kernels<scalar_t>().relu_rnn_backward(pass, team_size(s)); });
   });
 
