@@ -116,6 +116,7 @@ struct Path {
     results.parts.reserve(16);
     PathChain<T> net;
     net.num_layers = layers;
+    net.directions = 1;
     net.input = input;
     net.hidden = hidden;
     net.outputs = outputs;
