@@ -4,7 +4,35 @@
 #include <ATen/ATen.h>
 #include <ATen/Parallel.h>
 
+#include <limits>
+#include <new>
+
 namespace pathrnn {
+
+// Bytes that this process can take before the system must kill something for them: of the machine and of its control
+// group; infinity where neither says. check.cpp.
+double available_memory();
+
+// Refuses in a sentence (torch.OutOfMemoryError), before anything is taken, `bytes` that are not to be had: allocating
+// them may well succeed, and the process is killed at their first use.
+inline void check_memory(double bytes, const char* what) {
+  constexpr double kAsks = 64 << 20, kGiB = 1 << 30;  // reading what is available takes some 50 µs
+  if (bytes < kAsks) return;
+  const double available = available_memory();
+  TORCH_CHECK_WITH(OutOfMemoryError, bytes <= available, what, " takes about ", bytes / kGiB, " GiB at these sizes, but ",
+                   available / kGiB, " GiB are available: use shorter sequences, smaller batches or fewer units");
+}
+
+// Runs f; what its own allocations throw becomes a sentence.
+template <typename F>
+auto allocating(const char* what, const F& f) {
+  try {
+    return f();
+  } catch (const std::bad_alloc&) {
+    C10_THROW_ERROR(OutOfMemoryError, c10::str(what, " got no memory for its workspace: use shorter sequences, smaller "
+                                                     "batches or fewer units"));
+  }
+}
 
 inline void check_like(const at::Tensor& tensor, const char* name, const at::Tensor& reference, const char* other) {
   TORCH_CHECK_TYPE(tensor.device() == reference.device(), name, " is on ", tensor.device(), ", but ", other, " is on ",

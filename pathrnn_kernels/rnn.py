@@ -17,6 +17,9 @@ from . import ops
 _Weights = tuple[Tensor, Tensor, Tensor | None, Tensor | None]
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
+#: Far beyond any network. A number mistaken for one of layers would fill the memory, layer by layer.
+_MOST = {"input_size": 2**31 - 1, "hidden_size": 2**31 - 1, "num_layers": 10_000}
+
 
 class ReLURNN(nn.Module):
     """Multi-layer Elman RNN with ReLU (Table 1): h^i_t = [W_ih h^{i-1}_t + b_ih + W_hh h^i_{t-1} + b_hh]_+.
@@ -85,6 +88,8 @@ class ReLURNN(nn.Module):
                 raise TypeError(f"{name} is {size!r}; it must be a positive integer")
             if size < 1:
                 raise ValueError(f"{name} is {size}; it must be at least 1")
+            if size > _MOST[name]:
+                raise ValueError(f"{name} is {size}; it must be at most {_MOST[name]}")
         for name, flag in (("bias", bias), ("batch_first", batch_first), ("bidirectional", bidirectional)):
             if not isinstance(flag, bool):
                 raise TypeError(f"{name} is {flag!r}; it must be True or False")

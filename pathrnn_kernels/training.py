@@ -418,8 +418,10 @@ def _line(record: dict[str, Any]) -> str:
 
 def save_checkpoint(run: Run, folder: Path) -> None:
     """Replace the folder's checkpoint, in one step that cannot be seen half done."""
+    content = io.BytesIO()  # torch.save makes an error of its own of a full disk's
+    torch.save(run.state_dict(), content)
     with atomic_write(folder / CHECKPOINT) as file:
-        torch.save(run.state_dict(), file)
+        file.write(content.getbuffer())
 
 
 @contextmanager
@@ -432,8 +434,11 @@ def atomic_write(path: Path) -> Iterator[IO[bytes]]:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except BaseException:
+    except BaseException as error:
         temporary.unlink(missing_ok=True)
+        if isinstance(error, OSError):
+            # Its own words, "No space left on device", often name no file.
+            raise OSError(error.errno, f"{error.strerror}: {path} is not written, and is as it was before") from error
         raise
 
 

@@ -445,6 +445,7 @@ class Kappa2Run {
     if (!(x_spread_ <= wanted && u_spread_ <= wanted)) return false;
     double least = 1;
     for (int64_t k = 0; k < H_; ++k) least = std::min(least, x_[k] * u_[k]);
+    team.wait();                         // u is about to change
     if (least < 0x1p-100) return false;  // weights that a float would lose
     if (team.rank == 0) {
       double dot = 0;

@@ -3,9 +3,12 @@
 
 #include <atomic>
 #include <cstdint>
+#include <exception>
 #include <thread>
 
-#ifdef _OPENMP
+#ifdef PATHRNN_STD_THREADS  // tests/sanitize: ThreadSanitizer knows std::thread, but not OpenMP's runtime
+#include <vector>
+#elif defined(_OPENMP)
 #include <omp.h>
 #endif
 
@@ -54,29 +57,42 @@ class FlushDenormals {
 #endif
 };
 
+// What a barrier throws to those who would wait for a thread that has failed.
+struct TeamFailed {};
+
 class Barrier {
  public:
   explicit Barrier(int size = 1) : size_(size) {}
   void resize(int size) { size_ = size; }  // before the first wait only
 
+  // Throws TeamFailed once a thread has called `fail` instead.
   void wait() {
     if (size_ == 1) return;
     const unsigned generation = generation_.load(std::memory_order_relaxed);
+    if (generation & kFailed) give_up();
     if (arrived_.fetch_add(1, std::memory_order_acq_rel) + 1 == size_) {
       arrived_.store(0, std::memory_order_relaxed);
-      generation_.store(generation + 1, std::memory_order_release);
+      generation_.store((generation + 1) & ~kFailed, std::memory_order_release);
       return;
     }
-    for (int spin = 0; generation_.load(std::memory_order_acquire) == generation; ++spin) {
+    unsigned now;
+    for (int spin = 0; (now = generation_.load(std::memory_order_acquire)) == generation; ++spin) {
       if (spin < 4000) {
         pause();
       } else {
         std::this_thread::yield();  // more threads than cores: let the one that is awaited run
       }
     }
+    if (now & kFailed) give_up();
   }
+  // The calling thread will not come any more.
+  void fail() { generation_.fetch_or(kFailed, std::memory_order_release); }
 
  private:
+  static constexpr unsigned kFailed = 1u << 31;
+
+  [[noreturn]] __attribute__((cold, noinline)) static void give_up() { throw TeamFailed{}; }
+
   static void pause() {
 #if defined(__x86_64__)
     _mm_pause();
@@ -106,10 +122,30 @@ struct Team {
   }
 };
 
-// Runs f(Team) on up to `wanted` threads at once, flushing denormals. f must not throw.
+// Runs f(Team) on up to `wanted` threads at once, flushing denormals. What f throws (no thread may wait at a barrier of
+// its own then) ends the whole team, and is thrown again: an exception that leaves OpenMP's region ends the process.
 template <typename F>
 void run_team(int wanted, const F& f, bool flush_operands = true) {
   Barrier barrier;
+  std::exception_ptr failure;
+  std::atomic<bool> failed{false};
+  const auto member = [&](int rank, int size) {
+    FlushDenormals flush(flush_operands);
+    try {
+      f(Team{rank, size, &barrier});
+    } catch (const TeamFailed&) {
+    } catch (...) {
+      if (!failed.exchange(true)) failure = std::current_exception();
+      barrier.fail();
+    }
+  };
+#ifdef PATHRNN_STD_THREADS
+  barrier.resize(wanted);
+  std::vector<std::thread> others;
+  for (int rank = 1; rank < wanted; ++rank) others.emplace_back(member, rank, wanted);
+  member(0, wanted);
+  for (std::thread& other : others) other.join();
+#else
 #ifdef _OPENMP
   if (wanted > 1 && !omp_in_parallel()) {
 #pragma omp parallel num_threads(wanted)
@@ -117,14 +153,13 @@ void run_team(int wanted, const F& f, bool flush_operands = true) {
       // The runtime may grant fewer threads than were wanted; the size is known only in here.
 #pragma omp single
       barrier.resize(omp_get_num_threads());
-      FlushDenormals flush(flush_operands);
-      f(Team{omp_get_thread_num(), omp_get_num_threads(), &barrier});
+      member(omp_get_thread_num(), omp_get_num_threads());
     }
-    return;
-  }
+  } else
 #endif
-  FlushDenormals flush(flush_operands);
-  f(Team{0, 1, &barrier});
+    member(0, 1);
+#endif
+  if (failure) std::rethrow_exception(failure);
 }
 
 }  // namespace pathrnn

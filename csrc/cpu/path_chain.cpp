@@ -33,6 +33,17 @@ std::string tensor_name(int64_t index, int64_t chains, int64_t directions, bool 
   return "embedding.weight";
 }
 
+// What a pass takes beside its results, at most: the rows of h and δ, of drives between layers and of one product, with
+// their exponents and coefficients; packed and cached matrices; copies of the weights.
+double pass_bytes(int64_t layers, int64_t seq_len, int64_t hidden, bool second, int64_t workspace_bytes, double weights,
+                  double itemsize) {
+  const double row = static_cast<double>(hidden + 16) * itemsize, matrix = row * hidden;
+  const double rows = 2.0 * layers + (layers > 1 ? 2 : 0) + (second ? 2 : 1);
+  const double powers = std::min(static_cast<double>(seq_len) * matrix, std::max<double>(workspace_bytes, 8 * matrix));
+  return seq_len * (rows * row + layers * 4.0 * (sizeof(int64_t) + itemsize)) + 4 * matrix +
+         (second ? 6 * matrix + powers : 0) + weights * itemsize;
+}
+
 std::tuple<std::vector<Tensor>, Tensor, Tensor, Tensor, Tensor, Tensor> run(
     at::TensorList weight_ih, at::TensorList weight_hh, at::TensorList bias_ih, at::TensorList bias_hh,
     const optional<Tensor>& head_weight, const optional<Tensor>& head_bias, const optional<Tensor>& embedding,
@@ -69,6 +80,16 @@ std::tuple<std::vector<Tensor>, Tensor, Tensor, Tensor, Tensor, Tensor> run(
   TORCH_CHECK_VALUE(weight_ih[0].dim() == 2 && weight_ih[0].size(1) > 0, "weight_ih_l0 has shape ",
                     weight_ih[0].sizes(), "; it must be [H, I]");
   const int64_t input = weight_ih[0].size(1);
+
+  double copied = 0;
+  for (const at::TensorList list : {weight_ih, weight_hh, bias_ih, bias_hh}) {
+    for (const Tensor& t : list) copied += t.is_contiguous() ? 0 : static_cast<double>(t.numel());
+  }
+  for (const optional<Tensor>* t : {&head_weight, &head_bias, &embedding}) {
+    copied += !*t || (*t)->is_contiguous() ? 0 : static_cast<double>((*t)->numel());
+  }
+  check_memory(pass_bytes(layers, seq_len, hidden, second_factor > 0, workspace_bytes, copied, like.element_size()),
+               "path_chain");
 
   // Contiguous copies live until the kernel is done.
   std::vector<Tensor> ih, hh, b_ih, b_hh;
@@ -160,7 +181,7 @@ std::tuple<std::vector<Tensor>, Tensor, Tensor, Tensor, Tensor, Tensor> run(
     net.lost = lost.mutable_data_ptr<bool>();
     const double work = static_cast<double>(chains) * (seq_len + (second ? hidden : 0)) * hidden * hidden +
                         outputs * hidden + vocabulary * input;
-    bad = kernels<scalar_t>().path_chain(net, threads_for(work));
+    allocating("path_chain", [&] { bad = kernels<scalar_t>().path_chain(net, threads_for(work)); });
   });
   TORCH_CHECK_VALUE(bad < 0, tensor_name(bad, chains, directions, !bias_ih.empty(), head_weight.has_value(),
                                          head_bias.has_value()),

@@ -1,4 +1,5 @@
 // path_update on the CPU: eq. (8)'s quotient, the trust radius and the gradient of the path norm, over many tensors.
+#include <ATen/MemoryOverlap.h>
 #include <torch/library.h>
 
 #include <atomic>
@@ -15,6 +16,9 @@ using at::TensorList;
 
 // Entries that a thread takes at least, and that one partial sum covers whatever the number of threads.
 constexpr int64_t kShare = 1 << 15;
+
+// Multiplications an entry; more than any scale of the dtype's takes apart.
+constexpr int64_t kMostPower = 64;
 
 template <typename T>
 PathUpdate<T> make_update(const Tensor& in, const Tensor& kappa_) {
@@ -37,6 +41,9 @@ std::vector<Tensor> readable(TensorList kappas, TensorList tensors, const char* 
   TORCH_CHECK_VALUE(kappas.size() == tensors.size(), "there are ", kappas.size(), " kappas for ", tensors.size(), " ",
                     name);
   std::vector<Tensor> result;
+  double copies = 0;  // of each tensor: its result, or one that is dense
+  for (const Tensor& t : tensors) copies += static_cast<double>(t.numel()) * t.element_size();
+  check_memory(copies, "the update");
   for (size_t i = 0; i < kappas.size(); ++i) {
     check_floating(tensors[i], name);
     check_like(tensors[i], name, tensors[0], name);
@@ -53,6 +60,7 @@ std::vector<Tensor> readable(TensorList kappas, TensorList tensors, const char* 
 std::tuple<std::vector<Tensor>, Tensor> precondition_tensors(TensorList gradients, TensorList kappas_,
                                                              at::ArrayRef<double> scales, int64_t power) {
   const std::vector<Tensor> kappas = readable(kappas_, gradients, "gradients");
+  TORCH_CHECK_VALUE(power >= 0 && power <= kMostPower, "power is ", power, "; it must be between 0 and ", kMostPower);
   TORCH_CHECK_VALUE(scales.size() == gradients.size(), "there are ", scales.size(), " scales for ", gradients.size(),
                     " gradients");
   std::vector<Tensor> results;
@@ -84,6 +92,10 @@ void shorten(TensorList parameters, TensorList before_, TensorList kappas_, at::
   std::vector<Tensor> before;
   std::vector<double> logs;
   for (size_t i = 0; i < parameters.size(); ++i) {
+    // Now, as the steps of those before it are not taken back.
+    at::assert_no_internal_overlap(parameters[i]);
+    TORCH_CHECK_VALUE(!(at::GradMode::is_enabled() && parameters[i].requires_grad()),
+                      "parameters require a gradient and are written to: call shorten_ under torch.no_grad()");
     check_shape(before_[i], "before", parameters[i].sizes());
     check_like(before_[i], "before", parameters[i], "parameters");
     before.push_back(before_[i].contiguous());

@@ -37,10 +37,20 @@ bool fuses_gradients(const Sizes& s) {
   return s.hidden <= 512 && fuses_input(s) && team_size(s) == row_groups(s) && s.batch * s.hidden >= 64;
 }
 
+double bytes_of(const Tensor& t) { return static_cast<double>(t.numel()) * t.element_size(); }
+double copy_bytes(const Tensor& t) { return t.is_contiguous() ? 0 : bytes_of(t); }
+
+// y, copies of what is not dense, and W_hh once more, packed. In double, which no size overflows.
+double forward_bytes(const Sizes& s, const Tensor& x, const Tensor& weight_hh) {
+  const double rows = static_cast<double>(s.seq_len) * s.batch;
+  return rows * s.hidden * x.element_size() + copy_bytes(x) + copy_bytes(weight_hh) + bytes_of(weight_hh);
+}
+
 std::tuple<Tensor, Tensor> forward(const Tensor& x_, const optional<Tensor>& h_0_, const Tensor& weight_ih_,
                                    const Tensor& weight_hh_, const optional<Tensor>& bias_ih,
                                    const optional<Tensor>& bias_hh, const optional<Tensor>& lengths, bool reverse) {
   const Sizes s = check_relu_rnn(x_, h_0_, weight_ih_, weight_hh_, bias_ih, bias_hh, lengths, at::kCPU);
+  check_memory(forward_bytes(s, x_, weight_hh_), "relu_rnn");
   const Steps steps(s, x_, reverse);
   const Tensor bias = bias_ih ? *bias_ih + *bias_hh : Tensor();
   const Tensor x = steps.gather(x_), weight_ih = weight_ih_.contiguous(), weight_hh = weight_hh_.contiguous();
@@ -55,12 +65,12 @@ std::tuple<Tensor, Tensor> forward(const Tensor& x_, const optional<Tensor>& h_0
     }
   }
   AT_DISPATCH_FLOATING_TYPES(x.scalar_type(), "relu_rnn", [&] {
-    kernels<scalar_t>().relu_rnn_forward(
-        {s.seq_len, s.batch, s.input, s.hidden, steps.first.data(), steps.rows.data(),
-         fused ? x.const_data_ptr<scalar_t>() : nullptr, data_or_null<scalar_t>(h_0),
-         weight_ih.const_data_ptr<scalar_t>(), weight_hh.const_data_ptr<scalar_t>(),
-         data_or_null<scalar_t>(bias), y.mutable_data_ptr<scalar_t>()},
-        team_size(s));
+    const ReluRnnForward<scalar_t> pass{
+        s.seq_len, s.batch, s.input, s.hidden, steps.first.data(), steps.rows.data(),
+        fused ? x.const_data_ptr<scalar_t>() : nullptr, data_or_null<scalar_t>(h_0),
+        weight_ih.const_data_ptr<scalar_t>(), weight_hh.const_data_ptr<scalar_t>(),
+        data_or_null<scalar_t>(bias), y.mutable_data_ptr<scalar_t>()};
+    allocating("relu_rnn", [&] { kernels<scalar_t>().relu_rnn_forward(pass, team_size(s)); });
   });
   return {steps.scatter(y, y_shape(s, x_)), steps.ends(y)};
 }
@@ -71,6 +81,8 @@ Gradients backward(const optional<Tensor>& grad_y_, const optional<Tensor>& grad
                    std::array<bool, 5> needs, const optional<Tensor>& lengths, bool reverse) {
   const Sizes s = check_relu_rnn(x_, h_0_, weight_ih, weight_hh_, bias_ih, bias_hh, lengths, at::kCPU);
   check_gradients(s, grad_y_, grad_h_n_, x_, y_);
+  // δ and the gradient of x beside copies of what is not dense.
+  check_memory(forward_bytes(s, x_, weight_hh_) + copy_bytes(y_) + (needs[0] ? bytes_of(x_) : 0), "relu_rnn_backward");
   const Steps steps(s, x_, reverse);
   const auto sorted = [&](const optional<Tensor>& t) { return t ? steps.sort(*t).contiguous() : Tensor(); };
   const Tensor grad_y = grad_y_ ? steps.gather(*grad_y_) : Tensor(), grad_h_n = sorted(grad_h_n_);
@@ -87,13 +99,13 @@ Gradients backward(const optional<Tensor>& grad_y_, const optional<Tensor>& grad
   const Tensor h_0 = sorted(h_0_);
   AT_DISPATCH_FLOATING_TYPES(y.scalar_type(), "relu_rnn_backward", [&] {
     const auto out = [](const Tensor& t, bool need) { return need ? t.mutable_data_ptr<scalar_t>() : nullptr; };
-    kernels<scalar_t>().relu_rnn_backward(
-        {s.seq_len, s.batch, s.input, s.hidden, steps.first.data(), steps.rows.data(),
-         weight_hh.const_data_ptr<scalar_t>(), y.const_data_ptr<scalar_t>(), data_or_null<scalar_t>(grad_y),
-         data_or_null<scalar_t>(grad_h_n), out(delta, whole_delta), out(grad_h_0, needs[1]),
-         x.const_data_ptr<scalar_t>(), data_or_null<scalar_t>(h_0), out(grad_weight_hh, fused),
-         out(grad_weight_ih, fused), out(grad_bias, fused)},
-        team_size(s));
+    const ReluRnnBackward<scalar_t> pass{
+        s.seq_len, s.batch, s.input, s.hidden, steps.first.data(), steps.rows.data(),
+        weight_hh.const_data_ptr<scalar_t>(), y.const_data_ptr<scalar_t>(), data_or_null<scalar_t>(grad_y),
+        data_or_null<scalar_t>(grad_h_n), out(delta, whole_delta), out(grad_h_0, needs[1]),
+        x.const_data_ptr<scalar_t>(), data_or_null<scalar_t>(h_0), out(grad_weight_hh, fused),
+        out(grad_weight_ih, fused), out(grad_bias, fused)};
+    allocating("relu_rnn_backward", [&] { kernels<scalar_t>().relu_rnn_backward(pass, team_size(s)); });
   });
 
   Tensor grad_x = needs[0] ? steps.scatter(at::mm(delta, weight_ih), x_.sizes()) : unneeded();

@@ -1,0 +1,115 @@
+"""What would overflow memory is refused in a sentence beforehand; what the system then does not give is one, too."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import pathrnn_kernels as pk
+
+REFUSED = pytest.raises(torch.OutOfMemoryError, match=r"takes about .* GiB at these sizes, but .* GiB are available")
+HUGE = 2**40
+
+ops = torch.ops.pathrnn
+
+
+def ones(*shape):
+    """Of any size: one number of memory."""
+    return torch.ones(()).expand(shape)
+
+
+@pytest.mark.parametrize("second_term", [False, True])
+def test_a_sequence_too_long_for_memory_is_refused_by_kappa(second_term):
+    net = pk.PathNetwork(pk.ReLURNN(2, 3))
+    with REFUSED:
+        pk.kappa(net, 2**31 - 1, second_term=second_term)
+    with REFUSED:
+        pk.log_path_norm(net, 2**31 - 1)
+
+
+def chain(weight_ih, weight_hh, embedding=None, seq_len=3):
+    return ops.path_chain(
+        [weight_ih], [weight_hh], [], [], None, None, embedding, seq_len, False, False, True, 0.0, 0.0, [], 0
+    )
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda: chain(ones(3, 2), ones(3, 3), seq_len=2**62),  # of which a product overflows int64
+        lambda: chain(ones(3, 2), ones(3, 3), ones(HUGE, 2)),
+        lambda: chain(ones(2**21, 2), ones(2**21, 2**21)),
+        lambda: ops.relu_rnn(ones(HUGE, 1, 2), None, ones(3, 2), ones(3, 3), None, None),
+        lambda: ops.relu_rnn(ones(1, HUGE, 2), None, ones(3, 2), ones(3, 3), None, None),
+        lambda: ops.relu_rnn(ones(2**30, 2**30, 2), None, ones(3, 2), ones(3, 3), None, None),
+        lambda: ops.relu_rnn(ones(1, 1, 2), None, ones(2**21, 2), ones(2**21, 2**21), None, None),
+        lambda: ops.relu_rnn_backward(
+            *(None, None, ones(HUGE, 1, 2), None, ones(3, 2), ones(3, 3), None, None, ones(HUGE, 1, 3), [True] * 5)
+        ),
+        lambda: ops.precondition([ones(HUGE)], [ones(1)], [1.0], 1),
+        lambda: ops.shorten_([ones(HUGE)], [ones(HUGE)], [ones(1)], [0.0]),
+        lambda: ops.norm_gradients([ones(HUGE)], [ones(1)], [0.0], torch.ones(())),
+    ],
+)
+def test_sizes_too_large_for_memory_are_refused_by_the_ops(call):
+    with REFUSED:
+        call()
+
+
+def test_a_layer_count_that_would_fill_memory_is_refused():
+    with pytest.raises(ValueError, match="num_layers is 2147483647; it must be at most"):
+        pk.ReLURNN(1, 1, 2**31 - 1)
+
+
+def test_a_step_that_is_refused_half_way_has_shortened_nothing():
+    parameters = [torch.ones(3), torch.ones(1).expand(3)]
+    with pytest.raises(RuntimeError, match="single memory location"):
+        ops.shorten_(parameters, [torch.zeros(3)] * 2, [torch.ones(1)] * 2, [0.0] * 2)
+    assert torch.equal(parameters[0], torch.ones(3))
+
+
+def test_a_power_that_would_take_for_ever_is_refused():
+    with pytest.raises(ValueError, match="power is 9223372036854775807; it must be between 0 and"):
+        ops.precondition([torch.ones(2)], [torch.ones(2)], [1.0], 2**63 - 1)
+
+
+_SCARCE = """
+import resource
+import torch
+import pathrnn_kernels as pk
+
+torch.set_num_threads(2)
+rnn = pk.ReLURNN(2, 200)
+net = pk.PathNetwork(rnn)
+x = torch.randn(3, 64, 2)
+
+def call():
+    y, _ = rnn(x)
+    y.sum().backward()  # whose threads allocate their own shares
+    pk.kappa(net, 40, second_term=True)
+
+call()  # starts the threads
+refused = 0
+for spare in range(0, 6 << 20, 1 << 17):
+    rnn.zero_grad()
+    size = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (size + spare, resource.RLIM_INFINITY))
+    try:
+        call()
+    except (RuntimeError, MemoryError) as error:
+        message = str(error)
+    else:
+        message = None
+    resource.setrlimit(resource.RLIMIT_AS, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+    if message is not None and "got no memory for its workspace" in message:
+        refused += 1
+print(refused)
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="limits the memory of a process as Linux does")
+def test_memory_that_runs_out_in_a_thread_is_a_sentence():
+    found = subprocess.run([sys.executable, "-c", _SCARCE], capture_output=True, text=True, timeout=300)
+    assert found.returncode == 0, found.stderr
+    assert int(found.stdout) > 0
