@@ -122,7 +122,7 @@ def _task(tasks: Any, name: str, what: str) -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
-    add("--optimizer", choices=training.OPTIMIZERS, help=f"({training.DEFAULT_OPTIMIZER})")
+    add("--optimizer", choices=training.OPTIMIZERS, help=f"({training.DEFAULT_OPTIMIZERS[name]})")
     add("--lr", type=float, help="learning rate")
     add("--clip", type=_number_or_none, help='largest norm of the raw gradient, or "none"')
     add("--second-term", action="store_true", help="path-*: use κ⁽¹⁾ + κ⁽²⁾ instead of κ⁽¹⁾ alone")

