@@ -7,6 +7,7 @@ import os
 import signal
 import sys
 from collections.abc import Sequence
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import NoReturn
 
@@ -54,6 +55,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(f"bench.paper: {error}", file=sys.stderr)
             return 1
         parser.error(str(error))
+    except BrokenProcessPool:
+        print("bench.paper: a run's process was killed, perhaps for memory; the same command goes on", file=sys.stderr)
+        return 1
     except (TrainingError, OSError, ImportError) as error:
         print(f"bench.paper: {error}", file=sys.stderr)
         return 1

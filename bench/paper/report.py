@@ -40,13 +40,8 @@ def collect(table: str, cells: Sequence[Cell], jobs: Sequence[Job], quick: bool)
     """The finished runs of a table, by cell."""
     rows = []
     for cell in cells:
-        done = [
-            result
-            for job in jobs
-            if job.folder.parent.name == cell.system
-            if job.folder.parts[-3] == cell.column
-            if (result := result_of(job)) is not None
-        ]
+        mine = [job for job in jobs if job.experiment == cell.experiment(job.experiment.seed)]
+        done = [result for job in mine if (result := result_of(job)) is not None]
         if not done:
             continue
         scores = [score(result) for result in done]
@@ -60,6 +55,7 @@ def collect(table: str, cells: Sequence[Cell], jobs: Sequence[Job], quick: bool)
                 "error": done[0]["error_name"],
                 "factor": cell.task.factor,
                 "trivial": done[0]["trivial_error"] * cell.task.factor,
+                "papers_data": not cell.task.data or bool(done[0]["config"]["data"]),
                 "paper": cell.task.paper.get(cell.system),
                 "seeds": [result["config"]["seed"] for result in done],
                 "scores": scores,
@@ -97,14 +93,11 @@ def markdown(result: dict[str, Any]) -> str:
         rows = [row for row in result["rows"] if row["column"] == column]
         rows.sort(key=lambda row: math.inf if row["median"] is None else row["median"])
         times = f" × {rows[0]['factor']:g}" if rows[0]["factor"] != 1 else ""
-        stand_in = any(row["paper"] for row in rows) and "stand-in" in rows[0]["title"]
         lines += [
-            f"### {column}",
-            "",
-            f"{rows[0]['title']}; {rows[0]['error']}{times}; trivial {rows[0]['trivial']:.4g}",
+            *(f"### {column}", ""),
+            f"{rows[0]['title']}; {rows[0]['error']}{times}; trivial {rows[0]['trivial']:.4g}"
+            + ("" if rows[0]["papers_data"] else ". Not the paper's data: its column is not to be compared with"),
         ]
-        if stand_in:
-            lines[-1] += ". The paper's figures are of another text: they compare among themselves only"
         lines += [
             "",
             "| system | ours | seeds | diverged | paper | steps | lr | hours |",
@@ -131,7 +124,7 @@ def curves(rows: Sequence[dict[str, Any]]) -> Figure:
     """Held-out error over steps: the median of the seeds measured there, a band from lowest to highest."""
     figure = Figure(figsize=(8, 5.5), layout="constrained")
     axes = figure.subplots()
-    lowest, trivial = math.inf, rows[0]["trivial"]
+    best, trivial = [], rows[0]["trivial"]
     for row in rows:
         by_step: dict[int, list[float]] = {}
         for history in row["curves"]:
@@ -145,12 +138,12 @@ def curves(rows: Sequence[dict[str, Any]]) -> Figure:
         (line,) = axes.plot(steps, middle, label=row["system"])
         low, high = ([choose(by_step[step]) for step in steps] for choose in (min, max))
         axes.fill_between(steps, low, high, color=line.get_color(), alpha=0.2, lw=0)
-        lowest = min(lowest, *low)
+        best.append(min(middle))
     axes.axhline(trivial, color="black", linestyle="--", label=f"trivial answer: {trivial:.3g}")
-    if 0 < lowest < trivial / 10 and math.isfinite(lowest):
+    if 0 < min(best, default=0.0) < trivial / 10:
         axes.set_yscale("log")
     else:
-        axes.set_ylim(0, 1.5 * trivial)  # a run that explodes must not flatten the others
+        axes.set_ylim(0, max(1.5 * trivial, *(1.1 * value for value in best)))  # explosions must not flatten the rest
     times = f" × {rows[0]['factor']:g}" if rows[0]["factor"] != 1 else ""
     axes.set_ylabel(f"held-out {rows[0]['error']}{times}")
     axes.set_xlabel("optimiser steps")

@@ -194,7 +194,11 @@ def run_all(jobs: Sequence[Job], processes: int) -> bool:
             bar.write("stopping: every run keeps a checkpoint")
         finally:
             stopping.set()
+            # timeout(1) sends its signal twice, people too: a run is within a step, or a held-out error, of its end.
+            handlers = {number: signal.signal(number, signal.SIG_IGN) for number in (signal.SIGINT, signal.SIGTERM)}
             pool.shutdown(cancel_futures=True)
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
     return all(not future.cancelled() and future.result() for future in futures)
 
 
