@@ -314,7 +314,7 @@ def evaluate(net: nn.Module, task: Task, batches: Iterable[tuple[Tensor, Tensor]
 class Run:
     """A run in progress: all that a checkpoint holds, and what follows from its configuration.
 
-    Other networks, optimisers and objectives are subclasses (bench/paper).
+    Other networks and objectives are subclasses (bench/paper).
     """
 
     config: Config
@@ -368,10 +368,15 @@ class Run:
         record = {"step": self.step, "loss": math.fsum(self.pending) / len(self.pending), "seconds": self.seconds}
         self.pending.clear()
         if held_out:
-            record["held_out"] = evaluate(self.net, self.task)
-            self._check("held-out error", record["held_out"])
+            record |= self.evaluate()
         self.history.append(record)
         return record
+
+    def evaluate(self) -> Record:
+        """The held-out error, as a record has it."""
+        errors = {"held_out": evaluate(self.net, self.task)}
+        self._check("held-out error", errors["held_out"])
+        return errors
 
     def _check(self, name: str, value: float) -> None:
         if not math.isfinite(value):

@@ -135,7 +135,7 @@ class Experiment(Config):
 
 
 class SystemRun(Run):
-    """A run of one system; a task that has a test text is tested where it is validated."""
+    """A run of one system; a language model is tested where it is validated."""
 
     config: Experiment
 
@@ -146,8 +146,9 @@ class SystemRun(Run):
         rnn = self.net.rnn
         return loss + self.config.beta * rnn.penalty if isinstance(rnn, NormStabilised) else loss
 
-    def record(self) -> Record | None:
-        record = super().record()
-        if record is not None and "held_out" in record and isinstance(self.task, LanguageModel):
+    def evaluate(self) -> Record:
+        record = super().evaluate()
+        if isinstance(self.task, LanguageModel):
             record["test"] = evaluate(self.net, self.task, self.task.held_out_test())
+            self._check("test error", record["test"])
         return record
