@@ -16,8 +16,8 @@ from pathrnn_kernels import ReLURNN
 class NormStabilised(ReLURNN):
     """TRec: a ReLU RNN that keeps ``penalty`` = mean over t of (‖h_t‖ - ‖h_{t-1}‖)² (Krueger and Memisevic, 2016)."""
 
-    def forward(self, x: Tensor, h_0: Tensor | None = None, lengths: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        y, h_n = super().forward(x, h_0, lengths)
+    def forward(self, x: Tensor, h_0: Tensor | None = None) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+        y, h_n = super().forward(x, h_0)
         first = y.new_zeros(1, y.shape[1]) if h_0 is None else h_0[-1:].norm(dim=2)
         self.penalty = torch.cat((first, y.norm(dim=2))).diff(dim=0).square().mean()
         return y, h_n
@@ -26,7 +26,7 @@ class NormStabilised(ReLURNN):
 class SmoothReLU(ReLURNN):
     """h_t = softplus(W_ih x_t + W_hh h_{t-1} + b): log(1 + e^z) is the smooth ReLU of Pachitariu and Sahani (2013)."""
 
-    def forward(self, x: Tensor, h_0: Tensor | None = None, lengths: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def forward(self, x: Tensor, h_0: Tensor | None = None) -> tuple[Tensor, Tensor]:  # type: ignore[override]
         weight_ih, weight_hh, bias_ih, bias_hh = self.parameters()
         driven = nn.functional.linear(x, weight_ih, bias_ih + bias_hh)
         h = x.new_zeros(x.shape[1], self.hidden_size) if h_0 is None else h_0[0]
