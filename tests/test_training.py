@@ -144,6 +144,49 @@ def test_sgd_steps_are_clipped_on_the_raw_gradient():
     torch.testing.assert_close(steps[1], steps[0] * (1e-3 / steps[0].norm()), rtol=1e-3, atol=2e-7)
 
 
+@pytest.fixture
+def language(tmp_path):
+    """Configurations of a character model of a short text; the weights stay as they are."""
+    for part in ("train", "valid", "test"):
+        (tmp_path / f"ptb.{part}.txt").write_text("the state of the union is strong\n" * 9)
+    small = {"corpus": "ptb", "data": str(tmp_path), "length": 3, "hidden_size": 6, "batch_size": 2}
+    return lambda steps=4, **given: Config.of("charlm", "sgd", **{**small, "steps": steps, "lr": 1e-30, **given})
+
+
+def test_a_language_models_state_goes_on_from_batch_to_batch(language):
+    run = Run(language())
+    batches = [run.task.batch(2, run.generator, step) for step in range(4)]
+    whole, _ = training.forward(run.net, run.task, torch.cat([x for x, _ in batches]))
+    for output, (_, target) in zip(whole.split(3), batches, strict=True):
+        assert run.advance() == pytest.approx(run.task.loss(output, target).item(), rel=1e-5)
+    assert run.carried.shape == (1, 2, 6) and not run.carried.requires_grad
+
+
+def test_held_out_text_is_read_with_a_state_of_its_own(language):
+    run = Run(language())
+    batches = list(run.task.held_out())
+    target = torch.cat([target for _, target in batches])
+    output, _ = training.forward(run.net, run.task, torch.cat([x for x, _ in batches]))
+    expected = run.task.errors(output, target).mean().item() / math.log(2)
+    run.advance()
+    state = run.carried
+    halves = [(x[part], y[part]) for x, y in batches for part in (slice(0, 1), slice(1, None)) if len(x[part])]
+    for parts in (None, halves):
+        assert training.evaluate(run.net, run.task, parts) == pytest.approx(expected, rel=1e-6)
+    assert run.carried is state
+
+
+def test_a_language_model_learns_and_resumes(tmp_path, language):
+    config = language(60, lr=1.0, embedding_size=5, eval_every=60)
+    whole = train(config).history
+    train(config, tmp_path / "run", stop=stop_after(25))
+    result = train(config, tmp_path / "run", resume=True)
+    assert result.history[-1]["held_out"] == whole[-1]["held_out"]
+    assert result.held_out < 0.95 * result.task.trivial_error and re.match(
+        r"the error is 1\.\d\d times", result.verdict
+    )
+
+
 def test_training_learns():
     result = train(Config.of("adding", "adam", length=2, hidden_size=16, steps=600, lr=1e-2, log_every=600))
     assert result.held_out < 0.1 * result.task.trivial_error and result.verdict.startswith("learned: ")
@@ -332,7 +375,7 @@ def test_divergence_is_found_in_the_held_out_error_too():
 @pytest.mark.parametrize(
     ("task", "optimizer", "given", "error", "message"),
     [
-        ("add", "sgd", {}, ValueError, "task is 'add'; use one of adding, smnist"),
+        ("add", "sgd", {}, ValueError, "task is 'add'; use one of adding, smnist, charlm, wordlm"),
         ("adding", "lbfgs", {}, ValueError, "optimizer is 'lbfgs'"),
         ("adding", "sgd", {"epochs": 3}, TypeError, "epochs is not an option"),
         ("adding", "sgd", {"lr": 0.0}, ValueError, "lr is 0.0"),
@@ -353,6 +396,14 @@ def test_divergence_is_found_in_the_held_out_error_too():
         ("adding", "path-sgd", {"trust_radius": 0}, ValueError, "trust_radius is 0"),
         ("adding", "path-sgd", {"scale": "second"}, ValueError, "scale is 'second'"),
         ("adding", "path-sgd", {"second_term": 1}, TypeError, "second_term is 1"),
+        ("adding", "sgd", {"train_size": -1}, ValueError, "train_size is -1"),
+        ("adding", "sgd", {"corpus": "sotu"}, ValueError, "the task adding has no such option"),
+        ("smnist", "sgd", {"permuted": 1}, TypeError, "permuted is 1"),
+        ("charlm", "sgd", {"corpus": "enwik8"}, ValueError, "corpus is 'enwik8'; use one of ptb, text8, sotu, sotu-27"),
+        ("charlm", "sgd", {"corpus": "text8"}, ValueError, "the corpus text8 wants a path"),
+        ("wordlm", "sgd", {"corpus": "text8"}, ValueError, "corpus is 'text8'; use one of ptb, sotu"),
+        ("wordlm", "sgd", {"markers": "any"}, ValueError, "the task wordlm has no such option"),
+        ("wordlm", "sgd", {"length": 0}, ValueError, "length is 0"),
     ],
 )
 def test_a_wrong_option_is_refused_with_its_name_and_value(task, optimizer, given, error, message):

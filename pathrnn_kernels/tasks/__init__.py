@@ -8,14 +8,20 @@ from typing import Protocol
 from torch import Generator, Tensor
 
 from .adding import Adding
-from .smnist import DataError, SequentialDigits
+from .charlm import Characters
+from .data import DataError
+from .smnist import SequentialDigits
+from .wordlm import Words
 
-__all__ = ["Adding", "DataError", "SequentialDigits", "Task"]
+__all__ = ["Adding", "Characters", "DataError", "SequentialDigits", "Task", "Words"]
 
 
 class Task(Protocol):
-    """Sequences with one target each, and what counts as an error."""
+    """Sequences with a target each, or a target at every step, and what counts as an error."""
 
+    #: Whether every step has a target and every batch continues the one before it, so that the hidden state is
+    #: carried on. Targets are then ``[T, B]``, outputs ``[T, B, output_size]``.
+    carries: bool
     #: For plots: the task and its size.
     title: str
     seq_len: int
@@ -30,8 +36,11 @@ class Task(Protocol):
     trivial_answer: str
     held_out_size: int
 
-    def batch(self, batch_size: int, generator: Generator) -> tuple[Tensor, Tensor]:
-        """Training sequences ``[T, B, input_size]`` and targets ``[B]``, drawn from the generator alone."""
+    def batch(self, batch_size: int, generator: Generator, step: int = 0) -> tuple[Tensor, Tensor]:
+        """Training sequences ``[T, B, input_size]`` and targets ``[B]``, drawn from the generator alone.
+
+        Where the task ``carries``, they follow from the step alone, and x may be symbols ``[T, B]``.
+        """
 
     def held_out(self) -> Iterator[tuple[Tensor, Tensor]]:
         """The held-out sequences, the same ones on every call, in batches of bounded size."""
@@ -40,4 +49,7 @@ class Task(Protocol):
         """Mean loss of outputs ``[B, output_size]``, 0-dim."""
 
     def errors(self, output: Tensor, target: Tensor) -> Tensor:
-        """The error of every sequence, ``[B]``; its mean over ``held_out`` is the held-out error."""
+        """The error of every target."""
+
+    def held_out_error(self, mean: float) -> float:
+        """The held-out error, in its unit, from the mean of ``errors`` over ``held_out``."""

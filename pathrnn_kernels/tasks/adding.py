@@ -13,6 +13,7 @@ _HELD_OUT_SIZE = 2000
 _HELD_OUT_BATCH = 500
 # Training seeds are below 2^31, so the held-out numbers are no training sequence of any of them.
 _HELD_OUT_SEED = 2**31 + 1
+_TRAIN_SEED = 2**31 + 2
 
 
 class Adding:
@@ -22,10 +23,13 @@ class Adding:
         seq_len: T, at least 2.
         markers: ``"halves"``, one marker in each half of the sequence (Arjovsky et al., 2016), or ``"any"``, two
             different positions anywhere.
+        train_size: how many sequences there are to train on (Le et al., 2015: 100,000); 0 for fresh ones in every
+            batch.
 
     Answering 1 always has a mean squared error of 1/6, the variance of the sum.
     """
 
+    carries = False
     input_size = 2
     output_size = 1
     loss_name = error_name = "mean squared error"
@@ -33,19 +37,32 @@ class Adding:
     trivial_answer = "always answering 1"
     held_out_size = _HELD_OUT_SIZE
 
-    def __init__(self, seq_len: int, markers: str = "halves") -> None:
+    def __init__(self, seq_len: int, markers: str = "halves", train_size: int = 0) -> None:
         if isinstance(seq_len, bool) or not isinstance(seq_len, int):
             raise TypeError(f"seq_len is {seq_len!r}; it must be an integer, at least 2")
         if seq_len < 2:
             raise ValueError(f"seq_len is {seq_len}; the adding problem needs at least 2 steps to mark")
         if markers not in MARKERS:
             raise ValueError(f"markers is {markers!r}; use one of {', '.join(map(repr, MARKERS))}")
+        if isinstance(train_size, bool) or not isinstance(train_size, int) or train_size < 0:
+            raise ValueError(f"train_size is {train_size!r}; it must be a number of sequences, or 0 for fresh ones")
         self.seq_len = seq_len
         self.markers = markers
-        self.title = f"adding problem, T = {seq_len}"
+        self.title = f"adding problem, T = {seq_len}" + (f", {train_size:,} sequences" if train_size else "")
+        self.train = self._draw(train_size, Generator().manual_seed(_TRAIN_SEED)) if train_size else None
 
-    def batch(self, batch_size: int, generator: Generator) -> tuple[Tensor, Tensor]:
-        """Sequences ``[T, B, 2]``, of (number, marker in {0, 1}), and sums ``[B]``, drawn from the generator."""
+    def batch(self, batch_size: int, generator: Generator, step: int = 0) -> tuple[Tensor, Tensor]:
+        """Sequences ``[T, B, 2]``, of (number, marker in {0, 1}), and sums ``[B]``, drawn from the generator.
+
+        With ``train_size``, drawn with replacement from as many fixed ones.
+        """
+        if self.train is None:
+            return self._draw(batch_size, generator)
+        x, target = self.train
+        chosen = torch.randint(len(target), (batch_size,), generator=generator)
+        return x[:, chosen], target[chosen]
+
+    def _draw(self, batch_size: int, generator: Generator) -> tuple[Tensor, Tensor]:
         numbers = torch.rand(self.seq_len, batch_size, generator=generator)
         marked = self._positions(batch_size, generator)
         markers = torch.zeros_like(numbers).scatter_(0, marked, 1.0)
@@ -66,10 +83,13 @@ class Adding:
     def held_out(self) -> Iterator[tuple[Tensor, Tensor]]:
         generator = Generator().manual_seed(_HELD_OUT_SEED)
         for _ in range(_HELD_OUT_SIZE // _HELD_OUT_BATCH):
-            yield self.batch(_HELD_OUT_BATCH, generator)
+            yield self._draw(_HELD_OUT_BATCH, generator)
 
     def loss(self, output: Tensor, target: Tensor) -> Tensor:
         return nn.functional.mse_loss(output.squeeze(1), target)
 
     def errors(self, output: Tensor, target: Tensor) -> Tensor:
         return (output.squeeze(1) - target).square()
+
+    def held_out_error(self, mean: float) -> float:
+        return mean

