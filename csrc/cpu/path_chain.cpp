@@ -35,12 +35,12 @@ std::string tensor_name(int64_t index, int64_t chains, int64_t directions, bool 
 
 // What a pass takes beside its results, at most: the rows of h and δ, of drives between layers and of one product, with
 // their exponents and coefficients; packed and cached matrices; copies of the weights.
-double pass_bytes(int64_t layers, int64_t seq_len, int64_t hidden, bool second, int64_t workspace_bytes, double weights,
-                  double itemsize) {
+double pass_bytes(int64_t chains, int64_t directions, int64_t seq_len, int64_t hidden, bool second,
+                  int64_t workspace_bytes, double weights, double itemsize) {
   const double row = static_cast<double>(hidden + 16) * itemsize, matrix = row * hidden;
-  const double rows = 2.0 * layers + (layers > 1 ? 2 : 0) + (second ? 2 : 1);
+  const double rows = 2.0 * chains + (chains > directions ? 2 * directions : 0) + (second ? 2 : 1);
   const double powers = std::min(static_cast<double>(seq_len) * matrix, std::max<double>(workspace_bytes, 8 * matrix));
-  return seq_len * (rows * row + layers * 4.0 * (sizeof(int64_t) + itemsize)) + 4 * matrix +
+  return seq_len * (rows * row + chains * 4.0 * (sizeof(int64_t) + itemsize)) + 4 * matrix +
          (second ? 6 * matrix + powers : 0) + weights * itemsize;
 }
 
@@ -88,7 +88,8 @@ std::tuple<std::vector<Tensor>, Tensor, Tensor, Tensor, Tensor, Tensor> run(
   for (const optional<Tensor>* t : {&head_weight, &head_bias, &embedding}) {
     copied += !*t || (*t)->is_contiguous() ? 0 : static_cast<double>((*t)->numel());
   }
-  check_memory(pass_bytes(layers, seq_len, hidden, second_factor > 0, workspace_bytes, copied, like.element_size()),
+  check_memory(pass_bytes(chains, directions, seq_len, hidden, second_factor > 0, workspace_bytes, copied,
+                          like.element_size()),
                "path_chain");
 
   // Contiguous copies live until the kernel is done.
