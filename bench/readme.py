@@ -1,18 +1,16 @@
-"""`python -m bench.readme`: README's table of speeds, from the committed result file."""
+"""`python -m bench.readme`: README's tables, of speeds from the committed result file, of limits by trying them."""
 
 from __future__ import annotations
 
 import sys
-from pathlib import Path
 from typing import Any
 
-from . import report
+from . import limits, report
 from .measure import ROOT
 from .rows import CONTEXT, OURS
 
 RESULT = ROOT / "bench" / "results" / "amd-epyc-2-threads.json"
 README = ROOT / "README.md"
-FIRST, LAST = "<!-- speed: python -m bench.readme -->\n", "<!-- end of speed -->"
 
 #: (part, label of the row in the result file, baselines), with the words for README.
 ROWS = (
@@ -34,7 +32,7 @@ ROWS = (
 )
 
 
-def block(result: dict[str, Any]) -> str:
+def speed(result: dict[str, Any]) -> str:
     """The table and the sentence under it, of a result file with all parts."""
     found = {(row["part"], row["label"]): row for row in result["rows"]}
     machine = f"{result['device']}, torch {result['machine']['torch']}, {result['date']}"
@@ -53,14 +51,17 @@ def block(result: dict[str, Any]) -> str:
     return "\n".join([*lines, "", f"{report.summary(result['rows'])}.", ""])
 
 
-def replaced(text: str, new: str) -> str:
-    head, rest = text.split(FIRST)
-    return head + FIRST + new + LAST + rest.split(LAST)[1]
+def updated(text: str) -> str:
+    """README's text with both tables as they are now."""
+    for name, table in ("speed", speed(report.load(RESULT))), ("limits", limits.table()):
+        first, last = f"<!-- {name}: python -m bench.readme -->\n", f"<!-- end of {name} -->"
+        head, rest = text.split(first)
+        text = head + first + table + last + rest.split(last)[1]
+    return text
 
 
-def main(readme: Path = README, result: Path = RESULT) -> int:
-    text = readme.read_text(encoding="utf-8")
-    readme.write_text(replaced(text, block(report.load(result))), encoding="utf-8")
+def main() -> int:
+    README.write_text(updated(README.read_text(encoding="utf-8")), encoding="utf-8")
     return 0
 
 

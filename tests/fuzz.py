@@ -623,7 +623,7 @@ def check_module(a, found):
         rows = rows.transpose(0, 1)
     finals = []
     for i in range(module.num_layers):
-        weights = [wide(t) for t in module._layer(i)]
+        weights = [wide(t) for t in module._layer(i, "")]
         rows = recur(rows, None if state is None else state[i], *weights)
         finals.append(rows[-1])
     h_n = torch.stack(finals)
