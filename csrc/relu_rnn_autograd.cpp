@@ -138,7 +138,7 @@ Gradients differentiable_backward(const optional<Tensor>& grad_y, const optional
   const Steps steps(s, x, reverse);
   const Tensor x_rows = steps.gather(x), y_rows = steps.gather(y);
   const Tensor grad_rows = grad_y ? steps.gather(*grad_y) : Tensor();
-  const Tensor active = y_rows.detach() > 0;  // ReLU's derivative, itself a constant
+  const Tensor shut = y_rows.detach() <= 0;  // where ReLU's derivative, itself a constant, is 0
   const Tensor start = h_0 ? steps.sort(*h_0) : at::zeros({s.batch, s.hidden}, x.options());
   const Tensor grad_ends = grad_h_n ? steps.sort(*grad_h_n) : at::zeros({s.batch, s.hidden}, x.options());
   Tensor grad_h = grad_ends.narrow(0, 0, 0);
@@ -148,7 +148,7 @@ Gradients differentiable_backward(const optional<Tensor>& grad_y, const optional
     const int64_t place = s.lengths.empty() ? first / s.batch : t;
     grad_h = at::cat({grad_h, grad_ends.narrow(0, longer, rows - longer)});
     if (grad_y) grad_h = grad_h + grad_rows.narrow(0, first, rows);
-    deltas[place] = grad_h * active.narrow(0, first, rows);
+    deltas[place] = grad_h.masked_fill(shut.narrow(0, first, rows), 0);  // not 0 · inf, as in the kernels
     befores[place] = t > 0 ? y_rows.narrow(0, steps.first[t - 1], rows) : start;
     grad_h = deltas[place].matmul(weight_hh);
   }

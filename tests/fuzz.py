@@ -73,7 +73,7 @@ def _permuted(rng, t):
 
 
 def _expanded(rng, t):
-    if not t.dim():
+    if not t.numel() or not t.dim():
         return t
     return t.narrow(rng.randrange(t.dim()), 0, 1).expand_as(t)
 
@@ -512,7 +512,7 @@ def check_norm(a, found):
     grad = a["grad"]
     require(isinstance(grad, Tensor) and grad.numel() == 1)
     for w, kappa, scale, result in zip(weights, kappas, a["log_scales"], found, strict=True):
-        expected = torch.where(w == 0, 0.0, 2 * grad.item() * w * kappa * math.exp(max(-700, min(700, scale))))
+        expected = torch.where(w == 0, 0.0, 2.0 * grad.item() * w * kappa * math.exp(max(-700, min(700, scale))))
         usual = within(expected) & within(kappa)
         if result.device.type != "meta":
             close("2 p κ", result[usual], expected[usual], 64 * tolerances.unit_roundoff(dtype))
@@ -616,6 +616,8 @@ def check_module(a, found):
     module, x, h_0 = a["module"], a["x"], a["h_0"]
     require(isinstance(module, pk.ReLURNN) and isinstance(x, Tensor))
     dtype = one_dtype(x, h_0, *(p.detach() for p in module.parameters()))
+    if any((p.abs() > 1e10).any() for p in module.parameters()):
+        return  # what cancels leaves errors that are not small beside the result
     rows, state = wide(x), wide(h_0)
     if rows.dim() == 2:
         rows, state = rows[:, None], None if state is None else state[:, None]
@@ -931,7 +933,11 @@ def run(seed, first, last, seconds, diary):
         for number in range(first, last):
             if time.monotonic() - started > seconds:
                 break
-            counts[case(seed, number, say)] += 1
+            try:
+                counts[case(seed, number, say)] += 1
+            except Failure as failure:
+                print(failure, flush=True)
+                counts["any", "FAILURE"] += 1
     return counts
 
 
@@ -945,11 +951,7 @@ def main(arguments=None):
     given = parser.parse_args(arguments)
     last = given.first + given.cases
     if given.diary is not None:
-        try:
-            counts = run(given.seed, given.first, last, given.seconds, given.diary)
-        except Failure as failure:
-            print(failure)
-            return 1
+        counts = run(given.seed, given.first, last, given.seconds, given.diary)
         ends = Counter()
         for (target, end), count in sorted(counts.items()):
             ends[end] += count
@@ -957,7 +959,7 @@ def main(arguments=None):
         print(
             f"{sum(ends.values())} cases, seed {given.seed}: {', '.join(f'{n} {end}' for end, n in ends.most_common())}"
         )
-        return 0
+        return 1 if ends["FAILURE"] else 0
 
     with tempfile.NamedTemporaryFile() as diary:
         command = [sys.executable, __file__, "--diary", diary.name, "--seed", str(given.seed)]

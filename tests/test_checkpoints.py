@@ -166,7 +166,8 @@ def test_a_file_that_the_system_cuts_off_is_one_sentence_and_leaves_the_old_chec
     before = (folder / training.CHECKPOINT).read_bytes()
     limit = len(before) // 2  # the log is shorter, a checkpoint of a later step longer
     command = [sys.executable, "-c", _LIMITED, str(limit), "train", "adding", "--resume", "--out", str(folder)]
-    found = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    # Elsewhere than in the source tree, which would hide the installed package.
+    found = subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=folder)
     *_, said = found.stderr.strip().splitlines()
     assert found.returncode == 1 and "Traceback" not in found.stderr
     assert said.startswith("pathrnn: ") and "checkpoint.pt is not written, and is as it was before" in said

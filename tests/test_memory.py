@@ -109,7 +109,8 @@ print(refused)
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="limits the memory of a process as Linux does")
-def test_memory_that_runs_out_in_a_thread_is_a_sentence():
-    found = subprocess.run([sys.executable, "-c", _SCARCE], capture_output=True, text=True, timeout=300)
+def test_memory_that_runs_out_in_a_thread_is_a_sentence(tmp_path):
+    # Elsewhere than in the source tree, which would hide the installed package.
+    found = subprocess.run([sys.executable, "-c", _SCARCE], capture_output=True, text=True, timeout=300, cwd=tmp_path)
     assert found.returncode == 0, found.stderr
     assert int(found.stdout) > 0
