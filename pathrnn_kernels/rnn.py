@@ -294,9 +294,17 @@ def _to(tensor: _Optional, dtype: torch.dtype) -> _Optional:
 def _autocast_dtype(weight: Tensor) -> torch.dtype | None:
     """What autocast, where it is on, makes of a computation with this weight; like torch's own it leaves float64."""
     device_type = weight.device.type
-    if weight.dtype == torch.float64 or not torch.amp.is_autocast_available(device_type):
+    if weight.dtype == torch.float64 or not _has_autocast(device_type):
         return None
     return torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else None
+
+
+def _has_autocast(device_type: str) -> bool:
+    return torch.amp.is_autocast_available(device_type)
+
+
+# What torch.compiler.assume_constant_result does, but for importing torch._dynamo: torch 2.11 cannot trace into it.
+_has_autocast._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _check_lengths(lengths: Any, x: Tensor, batch: int | None) -> None:
