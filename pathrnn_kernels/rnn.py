@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
 from . import ops
+from .ops.backend import constant_when_traced
 
 _Weights = tuple[Tensor, Tensor, Tensor | None, Tensor | None]
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -299,12 +300,9 @@ def _autocast_dtype(weight: Tensor) -> torch.dtype | None:
     return torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else None
 
 
+@constant_when_traced  # torch 2.11 cannot trace into it
 def _has_autocast(device_type: str) -> bool:
     return torch.amp.is_autocast_available(device_type)
-
-
-# What torch.compiler.assume_constant_result does, but for importing torch._dynamo: torch 2.11 cannot trace into it.
-_has_autocast._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _check_lengths(lengths: Any, x: Tensor, batch: int | None) -> None:

@@ -118,6 +118,14 @@ def through_a_file(net, optimizer):
     return torch.load(file, weights_only=True)
 
 
+def restored(state, net):
+    """The network and an optimiser of its own, as they were saved."""
+    optimizer = optimizer_of(net)
+    net.load_state_dict(state[0])
+    optimizer.load_state_dict(state[1])
+    return net, optimizer
+
+
 @pytest.mark.parametrize("first, second", (("cpu", "reference"), ("reference", "cpu")))
 def test_a_run_goes_on_with_another_backend(first, second, monkeypatch):
     monkeypatch.setenv("PATHRNN_BACKEND", first)
@@ -127,10 +135,7 @@ def test_a_run_goes_on_with_another_backend(first, second, monkeypatch):
     state = through_a_file(net, optimizer)
     train(net, optimizer, range(3, STEPS))
     monkeypatch.setenv("PATHRNN_BACKEND", second)
-    again = make()
-    resumed = optimizer_of(again)
-    again.load_state_dict(state[0])
-    resumed.load_state_dict(state[1])
+    again, resumed = restored(state, make())
     train(again, resumed, range(3, STEPS))
     assert_close(again, net)
 
@@ -141,10 +146,7 @@ def test_a_run_of_torchs_module_goes_on_with_ours():
     train(net, optimizer, range(3))
     state = through_a_file(net, optimizer)
     train(net, optimizer, range(3, STEPS))
-    again = make()
-    resumed = optimizer_of(again)
-    again.load_state_dict(state[0])
-    resumed.load_state_dict(state[1])
+    again, resumed = restored(state, make())
     train(again, resumed, range(3, STEPS))
     assert_close(again, net)
 
@@ -157,9 +159,6 @@ def test_a_run_goes_on_in_another_dtype(before, after):
     state = through_a_file(net, optimizer)
     assert state[1]["path"]["kappa"]["factors"]["head.weight"].dtype == before
     train(net, optimizer, range(3, STEPS))
-    again = make(dtype=after)
-    resumed = optimizer_of(again)
-    again.load_state_dict(state[0])
-    resumed.load_state_dict(state[1])
+    again, resumed = restored(state, make(dtype=after))
     train(again, resumed, range(3, STEPS))
     assert_close(again.float(), net.float())

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+
+_Function = TypeVar("_Function", bound=Callable[..., Any])
 
 #: In the order in which "auto" tries them.
 BACKENDS = ("cpu", "cuda", "triton", "reference")
@@ -60,6 +62,12 @@ def operator(name: str) -> Callable[..., Any]:
 def transformed() -> bool:
     """Whether a transform of torch.func, or forward-mode differentiation, is under way: no kernel serves those."""
     return torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0
+
+
+def constant_when_traced(function: _Function) -> _Function:
+    """What torch.compiler.assume_constant_result does, but for importing torch._dynamo, which takes a second."""
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
 
 
 def check_devices(*tensors: Tensor | None) -> None:

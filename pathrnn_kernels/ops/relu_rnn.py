@@ -11,7 +11,17 @@ import os
 import torch
 from torch import Tensor
 
-from .backend import BACKENDS, ENVIRONMENT, check_devices, choose, extension_problem, operator, refusals, transformed
+from .backend import (
+    BACKENDS,
+    ENVIRONMENT,
+    check_devices,
+    choose,
+    constant_when_traced,
+    extension_problem,
+    operator,
+    refusals,
+    transformed,
+)
 
 HALF = (torch.bfloat16, torch.float16)
 
@@ -76,6 +86,7 @@ def relu_rnn(
     return (y.flip(0) if reverse else y), h_n
 
 
+@constant_when_traced
 def working_dtype(device: torch.device, dtype: torch.dtype) -> torch.dtype:
     """In which dtype tensors of ``dtype`` are computed with: float32 for half ones, except where cuDNN serves them."""
     if dtype not in HALF:
@@ -97,6 +108,7 @@ def _refusal_of_cudnn(device: torch.device, dtype: torch.dtype) -> str | None:
     return None
 
 
+@constant_when_traced
 def _serving(
     device: torch.device, dtype: torch.dtype, hidden_size: int, backend: str, has_lengths: bool = False
 ) -> str:
@@ -112,11 +124,6 @@ def _serving(
     if device.type == "cpu" and backend in ("auto", "cpu"):
         return choose(device, dtype, backend, "relu_rnn")
     return _choose(device, dtype, hidden_size, backend, torch.backends.cudnn.enabled, has_lengths)
-
-
-# What torch.compiler.assume_constant_result does, but for importing torch._dynamo, which takes a second.
-_serving._dynamo_marked_constant = True  # type: ignore[attr-defined]
-working_dtype._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 @functools.lru_cache(maxsize=1024)  # a GPU is faster than a table of reasons

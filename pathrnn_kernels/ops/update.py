@@ -1,7 +1,7 @@
 """precondition, shorten_, norm_gradients: what is done with κ entry by entry, on the CPU. Contract: csrc/ops.h.
 
-κ is broadcastable to its tensor, ``[rows, columns]`` or ``[size]``, and never expanded. The same names on a GPU:
-triton/update.py.
+κ is broadcastable to its tensor, ``[rows, columns]`` or ``[size]``, and never expanded. On a GPU triton/update.py
+has the first two.
 """
 
 from __future__ import annotations
