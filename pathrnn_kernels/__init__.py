@@ -3,6 +3,7 @@
 from . import init, rescale
 from .explain import explain
 from .feedforward import FeedForward, kappa_of_module
+from .gated import GatedPathSGD
 from .kappa import Kappa, kappa, log_path_norm, path_norm
 from .network import PathNetwork
 from .optim import PathOptimizer, PathSGD
@@ -12,6 +13,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "FeedForward",
+    "GatedPathSGD",
     "Kappa",
     "PathNetwork",
     "PathOptimizer",

@@ -126,11 +126,14 @@ def _task(tasks: Any, name: str, what: str) -> argparse.ArgumentParser:
     add("--lr", type=float, help="learning rate")
     add("--clip", type=_number_or_none, help='largest norm of the raw gradient, or "none"')
     add("--second-term", action="store_true", help="path-*: use κ⁽¹⁾ + κ⁽²⁾ instead of κ⁽¹⁾ alone")
-    add("--scale", choices=SCALES, help="path-*: what multiplies g/κ")
+    add("--scale", choices=SCALES, help="path-sgd, path-adam: what multiplies g/κ")
     add(
-        "--trust-radius", type=_number_or_none, help='path-*: longest step in the path metric, in units of γ, or "none"'
+        "--trust-radius",
+        type=_number_or_none,
+        help='path-sgd, path-adam: longest step in the path metric, in units of γ, or "none"',
     )
-    add("--update-every", type=int, metavar="N", help="path-*: steps between two computations of κ (1)")
+    add("--update-every", type=int, metavar="N", help="path-sgd, path-adam: steps between two computations of κ (1)")
+    add("--schedule", choices=training.SCHEDULES, help="of the learning rate, down to 0 at the last step with cosine")
     add("--steps", type=int, help="optimiser steps")
     add("--hidden-size", type=int, metavar="H", help="hidden units")
     add("--batch-size", type=int, metavar="B", help="sequences a step")
@@ -154,15 +157,19 @@ def _absolute(text: str) -> str:
 
 
 def _defaults(task: str) -> str:
-    columns = ("lr", "clip", "scale", "trust_radius", "steps", "hidden_size", "batch_size")
+    columns = ("lr", "schedule", "clip", "scale", "trust_radius", "steps", "hidden_size", "batch_size")
     rows: list[tuple[str, ...]] = [("optimizer", *columns)]
     for optimizer in training.OPTIMIZERS:
         config = Config.of(task, optimizer)
         rows.append((optimizer, *(_text(getattr(config, name)) for name in columns)))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = ["  " + "  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]
-    note = f"  the trust radius is {training.TRUST}/sqrt(hidden size * T)"
-    return "\n".join(["defaults by optimizer:", *lines, note])
+    notes = (
+        f"the trust radius is {training.TRUST}/sqrt(hidden size * T)",
+        "path-sgd, path-adam: SGD and Adam on g/κ; path-gated: GatedPathSGD, for long sequences; path-invariant: Adam",
+        "in path coordinates, which rescaling the network does not change",
+    )
+    return "\n".join(["defaults by optimizer:", *lines, *(f"  {note}" for note in notes)])
 
 
 def _text(value: object) -> str:

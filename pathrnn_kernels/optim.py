@@ -98,13 +98,13 @@ class PathOptimizer(Optimizer):
             raise TypeError(f"second_term is {second_term!r}; it must be True or False")
         if scale not in SCALES:
             raise ValueError(f"scale is {scale!r}; use one of {', '.join(map(repr, SCALES))}")
-        _check_number("eps", eps, zero=True)
-        _check_number("rtol", rtol, zero=True)
+        check_number("eps", eps, zero=True)
+        check_number("rtol", rtol, zero=True)
         if trust_radius is not None:
-            _check_number("trust_radius", trust_radius, zero=False)
-        _check_count("update_every", update_every)
+            check_number("trust_radius", trust_radius, zero=False)
+        check_count("update_every", update_every)
         if seq_len is not None:
-            _check_count("seq_len", seq_len)
+            check_count("seq_len", seq_len)
         if isinstance(net, FeedForward):
             for name, given, absent in (("second_term", second_term, False), ("seq_len", seq_len, None)):
                 if given != absent:
@@ -228,20 +228,10 @@ class PathOptimizer(Optimizer):
     def _kappa(self) -> tuple[Kappa, dict[str, int]]:
         if isinstance(self.net, FeedForward):
             return self.net.kappa(), {}
-        seq_len = self._length()
+        seq_len = sequence_length(self.net, self.seq_len)
         k = self._overlapped(seq_len) or self._kappa_later(seq_len)()
         # Where all lags were summed there is nothing to start from.
         return k, {name: count for name, count in k.lags.items() if count < seq_len - 1}
-
-    def _length(self) -> int:
-        if self.seq_len is not None:
-            return self.seq_len
-        if self.net.last_seq_len is None:
-            raise ValueError(
-                "seq_len is None and the network's RNN has recorded no forward pass (torch.nn.RNN records none): "
-                "run one before the step, or give PathOptimizer its seq_len"
-            )
-        return self.net.last_seq_len
 
     def _kappa_later(self, seq_len: int) -> Callable[[], Kappa]:
         return kappa_later(self.net, seq_len, self.second_term, rtol=self.rtol, lags=self._first_lags())
@@ -419,6 +409,18 @@ class PathSGD(PathOptimizer):
         super().__init__(base, net, **keywords)
 
 
+def sequence_length(net: PathNetwork, seq_len: int | None) -> int:
+    """An optimiser's own T, or that of the network's last forward pass."""
+    if seq_len is not None:
+        return seq_len
+    if net.last_seq_len is None:
+        raise ValueError(
+            "seq_len is None and the network's RNN has recorded no forward pass (torch.nn.RNN records none): "
+            "run one before the step, or give the optimiser its seq_len"
+        )
+    return net.last_seq_len
+
+
 def _wide(tensors: _Tensors) -> _Tensors:
     """The tensors in the dtype of their κ; themselves where they have it."""
     dtype = precision(tensors[0].dtype)
@@ -593,14 +595,14 @@ def _check_groups(state_dict: dict[str, Any]) -> None:
         raise ValueError(f"state_dict has param_groups that do not hold {sizes} parameters: it is damaged")
 
 
-def _check_number(name: str, value: Any, zero: bool) -> None:
+def check_number(name: str, value: Any, zero: bool) -> None:
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise TypeError(f"{name} is {value!r}; it must be a number")
     if not 0 <= float(value) < math.inf or (value == 0 and not zero):
         raise ValueError(f"{name} is {value}; it must be finite and {'at least 0' if zero else 'positive'}")
 
 
-def _check_count(name: str, value: Any) -> None:
+def check_count(name: str, value: Any) -> None:
     if isinstance(value, bool) or not isinstance(value, numbers.Integral):
         raise TypeError(f"{name} is {value!r}; it must be a positive integer")
     if value < 1:

@@ -16,7 +16,7 @@ from pathrnn_kernels import cli, training
 from pathrnn_kernels.ops import backend
 
 TINY = ["--length", "4", "--hidden-size", "5", "--batch-size", "2", "--log-every", "2", "--eval-every", "4"]
-SMALL_STEPS = ["--scale", "path_norm", "--trust-radius", "0.01"]
+SMALL_STEPS = ["--optimizer", "path-adam", "--trust-radius", "0.01"]
 
 
 @pytest.fixture(autouse=True)
@@ -54,14 +54,14 @@ def test_help_of_a_task_names_every_option_and_the_defaults_of_every_optimizer(c
     _, out, _ = run(capsys, "train", "smnist", "--help")
     for option in (
         *("--optimizer", "--second-term", "--scale", "--trust-radius", "--update-every", "--lr", "--clip", "--seed"),
-        *("--steps", "--hidden-size", "--batch-size", "--out", "--resume", "--data"),
+        *("--schedule", "--steps", "--hidden-size", "--batch-size", "--out", "--resume", "--data"),
     ):
         assert option in out
     assert "--length" not in out
     table = out.partition("defaults by optimizer:\n")[2].splitlines()
-    assert [line.split()[0] for line in table[1:6]] == list(training.OPTIMIZERS)
+    assert [line.split()[0] for line in table[1:8]] == list(training.OPTIMIZERS)
     adam = training.DEFAULTS["adam"] | training.DEFAULTS["smnist adam"]
-    assert table[2].split()[1:3] == [f"{adam['lr']:g}", f"{adam['clip']:g}"]
+    assert table[2].split()[1:4] == [f"{adam['lr']:g}", "constant", f"{adam['clip']:g}"]
 
 
 def test_version(capsys):

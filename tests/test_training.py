@@ -18,7 +18,7 @@ TINY = {"length": 5, "hidden_size": 6, "batch_size": 3, "log_every": 1, "eval_ev
 
 def tiny(optimizer: str = "path-adam", steps: int = 6, **given) -> Config:
     # A scale and a radius under which the tiny network trains from any seed.
-    path = {"scale": "path_norm", "trust_radius": 0.01} if optimizer.startswith("path") else {}
+    path = {"scale": "path_norm", "trust_radius": 0.01} if optimizer in ("path-sgd", "path-adam") else {}
     return Config.of("adding", optimizer, **{**TINY, **path, "steps": steps, **given})
 
 
@@ -66,6 +66,8 @@ def state(folder) -> dict:
         ("path-sgd", {"update_every": 2}),  # stopped between two computations of κ
         ("path-adam", {"scale": "first_step", "trust_radius": math.inf}),
         ("path-adam", {"log_every": 2}),  # stopped between two records
+        ("path-gated", {}),  # the schedule goes on, too
+        ("path-invariant", {"second_term": True}),
     ],
 )
 def test_a_resumed_run_is_the_same_run(tmp_path, optimizer, options):

@@ -125,11 +125,12 @@ class Experiment(Config):
     beta: float = 500.0
 
     @classmethod
-    def on(cls, task: str, system: str, **given: object) -> Experiment:
-        """The system on the task; what is not given is as for ``Config.of``."""
+    def on(cls, task: str, system: str, optimizer: str | None = None, **given: object) -> Experiment:
+        """The system on the task, with its own optimizer by default; what else is not given is as for ``Config.of``."""
         if system not in SYSTEMS:
             raise ValueError(f"system is {system!r}; use one of {', '.join(SYSTEMS)}")
-        found = cls.of(task, SYSTEMS[system].optimizer, **{**SYSTEMS[system].options, "system": system, **given})
+        own = SYSTEMS[system]
+        found = cls.of(task, optimizer or own.optimizer, **{**own.options, "system": system, **given})
         assert isinstance(found, cls)
         return found
 
