@@ -53,6 +53,8 @@ class GatedPathSGD(Optimizer):
         bias_lr: learning rate of the output's bias.
         hold: steps at the beginning in which only the output's bias moves and no averages are taken; none where there
             is no such bias.
+        warmup: steps after these over which lr rises linearly. Without it, early steps of long sequences now and then
+            make outputs explode: training recovers, unless a loss overflows.
         second_term: whether κ includes κ⁽²⁾ (Lemma 1).
         seq_len: T; by default the length of the last forward pass before the step.
         rtol: relative truncation error allowed in κ⁽¹⁾ + κ⁽²⁾, as for :func:`kappa`.
@@ -76,10 +78,11 @@ class GatedPathSGD(Optimizer):
         self,
         net: PathNetwork,
         lr: float = 10.0,
-        betas: tuple[float, float] = (0.997, 0.998),
+        betas: tuple[float, float] = (0.998, 0.999),
         power: float = 3.0,
         bias_lr: float = 0.1,
         hold: int = 100,
+        warmup: int = 3000,
         second_term: bool = False,
         seq_len: int | None = None,
         rtol: float = 1e-3,
@@ -92,8 +95,9 @@ class GatedPathSGD(Optimizer):
         check_number("rtol", rtol, zero=True)
         if not isinstance(betas, tuple | list) or len(betas) != 2 or not all(map(_is_share, betas)):
             raise ValueError(f"betas is {betas!r}; it must be two numbers, each at least 0 and below 1")
-        if isinstance(hold, bool) or not isinstance(hold, numbers.Integral) or hold < 0:
-            raise ValueError(f"hold is {hold!r}; it must be an integer, at least 0")
+        for name, count in (("hold", hold), ("warmup", warmup)):
+            if isinstance(count, bool) or not isinstance(count, numbers.Integral) or count < 0:
+                raise ValueError(f"{name} is {count!r}; it must be an integer, at least 0")
         if not isinstance(second_term, bool):
             raise TypeError(f"second_term is {second_term!r}; it must be True or False")
         if seq_len is not None:
@@ -111,7 +115,7 @@ class GatedPathSGD(Optimizer):
         groups: list[dict[str, Any]] = [inner]
         if _OUTPUT_BIAS in parameters:
             groups.append({"params": [parameters[_OUTPUT_BIAS]], "lr": bias_lr})
-        super().__init__(groups, {"lr": lr, "betas": tuple(betas), "power": power, "hold": hold})
+        super().__init__(groups, {"lr": lr, "betas": tuple(betas), "power": power, "hold": hold, "warmup": warmup})
 
     def __getstate__(self) -> dict[str, Any]:
         # As torch's optimisers are pickled, and with what they lack.
@@ -183,7 +187,8 @@ class GatedPathSGD(Optimizer):
             # Squares below the dtype's range belong to entries that are as good as on no path.
             ratio = _quotient(state["exp_avg"], (state["exp_avg_sq"] / (1 - beta2 ** state["step"])).sqrt_())
             step = ratio.abs().clamp_(max=1).pow_(group["power"]).copysign_(ratio)
-            p.sub_(_quotient(step, root), alpha=group["lr"] / math.sqrt(p.numel()))
+            rate = group["lr"] * min(1.0, state["step"] / max(group["warmup"], 1))
+            p.sub_(_quotient(step, root), alpha=rate / math.sqrt(p.numel()))
 
 
 def _quotient(numerator: Tensor | None, divisor: Tensor) -> Tensor:

@@ -114,7 +114,7 @@ _QUOTIENTS = ("path-sgd", "path-adam")
 #: Of ``GatedPathSGD``: its defaults, and Adam in path coordinates.
 _IN_COORDINATES: dict[str, dict[str, Any]] = {
     "path-gated": {},
-    "path-invariant": {"power": 1.0, "betas": (0.9, 0.99), "hold": 0},
+    "path-invariant": {"power": 1.0, "betas": (0.9, 0.99), "hold": 0, "warmup": 0},
 }
 
 

@@ -40,8 +40,8 @@ def assert_same(net, other, **tolerance):
 def test_the_docstrings_formula(outputs, power, second_term):
     """With κ and γ² from the dense factors, step by step, the output's bias first."""
     net = make(num_layers=2, outputs=outputs)
-    beta1, beta2, lr, bias_lr, hold = 0.8, 0.9, 0.05, 0.05, 2
-    optimizer = pk.GatedPathSGD(net, lr, (beta1, beta2), power, bias_lr, hold, second_term, rtol=0)
+    beta1, beta2, lr, bias_lr, hold, warmup = 0.8, 0.9, 0.05, 0.05, 2, 3
+    optimizer = pk.GatedPathSGD(net, lr, (beta1, beta2), power, bias_lr, hold, warmup, second_term, rtol=0)
     p = values(net)
     inner = [name for name in p if name != "head.bias"]
     m, v = ({name: torch.zeros_like(p[name]) for name in inner} for _ in range(2))
@@ -63,7 +63,7 @@ def test_the_docstrings_formula(outputs, power, second_term):
                 v[name] = beta2 * v[name] + (1 - beta2) * (g[name] / length) ** 2
                 ratio = m[name].abs() / (v[name] / (1 - beta2**steps)).sqrt()
                 u = m[name].sign() * ratio.nan_to_num().clamp(max=1) ** power
-                p[name] -= lr * u * (gamma2 / kappa[name] / u.numel()).sqrt()
+                p[name] -= lr * min(1, steps / warmup) * u * (gamma2 / kappa[name] / u.numel()).sqrt()
         for name, q in net.named_parameters():
             torch.testing.assert_close(q.detach(), p[name], rtol=1e-9, atol=1e-12, msg=lambda s, n=name: f"{n}: {s}")
             assert torch.equal(q.grad, grad[name])
@@ -77,8 +77,16 @@ def test_a_network_may_be_rescaled_at_any_time(second_term, case, data):
     net, seq_len = case
     alphas = data.draw(rescalings(net))
     twin = copy.deepcopy(net)
-    options = {"lr": 0.1, "betas": (0.5, 0.6), "power": 2.0, "hold": 1, "second_term": second_term, "rtol": 0}
-    optimizers = [pk.GatedPathSGD(n, seq_len=seq_len, **options) for n in (net, twin)]
+    options = {
+        "lr": 0.1,
+        "betas": (0.5, 0.6),
+        "power": 2.0,
+        "hold": 1,
+        "warmup": 0,
+        "second_term": second_term,
+        "rtol": 0,
+    }
+    optimizers = [pk.GatedPathSGD(n, second_term=second_term, seq_len=seq_len, rtol=0, **options) for n in (net, twin)]
     for step in range(4):
         if step == 2:
             node_rescale_(twin, alphas)
@@ -105,7 +113,7 @@ def test_adam_in_path_coordinates_is_invariant_where_adam_is_not():
     alphas = [torch.logspace(-1, 1, 8)]
     twin = node_rescale_(copy.deepcopy(net), alphas)
     for n in (net, twin):
-        optimizer = pk.GatedPathSGD(n, 0.1, (0.9, 0.999), power=1.0, hold=0)
+        optimizer = pk.GatedPathSGD(n, 0.1, (0.9, 0.999), power=1.0, hold=0, warmup=0)
         for step in range(3):
             backward(n, seed=step)
             optimizer.step()
@@ -239,6 +247,7 @@ def test_a_scheduler_scales_both_rates():
         ({"betas": 0.9}, ValueError, "betas is 0.9"),
         ({"hold": -1}, ValueError, "hold is -1"),
         ({"hold": 0.5}, ValueError, "hold is 0.5"),
+        ({"warmup": -1}, ValueError, "warmup is -1"),
         ({"second_term": 1}, TypeError, "second_term is 1"),
         ({"seq_len": 0}, ValueError, "seq_len is 0"),
         ({"rtol": -1}, ValueError, "rtol is -1"),
