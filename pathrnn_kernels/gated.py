@@ -82,7 +82,7 @@ class GatedPathSGD(Optimizer):
         power: float = 3.0,
         bias_lr: float = 0.1,
         hold: int = 100,
-        warmup: int = 3000,
+        warmup: int = 1000,
         second_term: bool = False,
         seq_len: int | None = None,
         rtol: float = 1e-3,
@@ -116,6 +116,16 @@ class GatedPathSGD(Optimizer):
         if _OUTPUT_BIAS in parameters:
             groups.append({"params": [parameters[_OUTPUT_BIAS]], "lr": bias_lr})
         super().__init__(groups, {"lr": lr, "betas": tuple(betas), "power": power, "hold": hold, "warmup": warmup})
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        own = {id(p) for p in self.net.weights().values()}
+        given = param_group["params"]
+        param_group = {**param_group, "params": [given] if isinstance(given, Tensor) else list(given)}
+        if any(id(p) not in own for p in param_group["params"]):
+            raise ValueError(
+                "these are not parameters of the network and have no κ: give them an optimiser of their own"
+            )
+        super().add_param_group(param_group)
 
     def __getstate__(self) -> dict[str, Any]:
         # As torch's optimisers are pickled, and with what they lack.

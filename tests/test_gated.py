@@ -77,15 +77,7 @@ def test_a_network_may_be_rescaled_at_any_time(second_term, case, data):
     net, seq_len = case
     alphas = data.draw(rescalings(net))
     twin = copy.deepcopy(net)
-    options = {
-        "lr": 0.1,
-        "betas": (0.5, 0.6),
-        "power": 2.0,
-        "hold": 1,
-        "warmup": 0,
-        "second_term": second_term,
-        "rtol": 0,
-    }
+    options = {"lr": 0.1, "betas": (0.5, 0.6), "power": 2.0, "hold": 1, "warmup": 0}
     optimizers = [pk.GatedPathSGD(n, second_term=second_term, seq_len=seq_len, rtol=0, **options) for n in (net, twin)]
     for step in range(4):
         if step == 2:
@@ -257,6 +249,13 @@ def test_a_scheduler_scales_both_rates():
 def test_bad_arguments(options, error, words):
     with pytest.raises(error, match=words):
         pk.GatedPathSGD(**{"net": make(), **options})
+
+
+def test_other_parameters_are_refused():
+    optimizer = pk.GatedPathSGD(make())
+    with pytest.raises(ValueError, match="an optimiser of their own"):
+        optimizer.add_param_group({"params": nn.Parameter(torch.ones(2))})
+    assert len(optimizer.param_groups) == 2
 
 
 def test_a_step_that_cannot_be_taken_changes_nothing():
