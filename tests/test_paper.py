@@ -247,7 +247,7 @@ def test_scores():
 def finished(tmp_path_factory):
     """A quick table of two systems, made by the command with two processes."""
     out = tmp_path_factory.mktemp("paper")
-    arguments = ["table2", "--quick", "--only", "adding-100/lstm", "adding-100/irnn", "--out", str(out)]
+    arguments = ["table2", "--quick", "--only", "adding-100", "--system", "lstm", "irnn", "--out", str(out)]
     assert command.main([*arguments, "--processes", "2"]) == 0
     return out, arguments
 
@@ -285,7 +285,12 @@ def test_an_error_in_a_run_is_one_sentence(tmp_path, capsys):
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
-    [(["table2", "--only", "gru"], "--only gru: table2 has no such row"), (["table2", "--seeds", "0"], "--seeds is 0")],
+    [
+        (["table2", "--only", "gru"], "--only gru: table2 has no such row"),
+        (["table2", "--seeds", "0"], "--seeds is 0"),
+        (["table2", "--system", "gru"], "invalid choice: 'gru'"),
+        (["table2", "--system", "trec"], "--system trec: table2 has none of these"),
+    ],
 )
 def test_a_wrong_option_is_refused(capsys, tmp_path, arguments, message):
     with pytest.raises(SystemExit) as exit:

