@@ -165,7 +165,7 @@ def _defaults(task: str) -> str:
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = ["  " + "  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]
     notes = (
-        f"the trust radius is {training.TRUST}/sqrt(hidden size * T)",
+        f"the trust radius is {training.TRUST}/sqrt(hidden size * T) where nothing better is known",
         "path-sgd, path-adam: SGD and Adam on g/κ; path-gated: GatedPathSGD, for long sequences; path-invariant: Adam",
         "in path coordinates, which rescaling the network does not change",
     )
