@@ -67,7 +67,7 @@ def _characters(length: int, corpus: str, data: str, paper: dict[str, str]) -> C
 def _words(hidden_size: int, systems: tuple[str, ...]) -> Column:
     settings = {
         **{"corpus": "sotu", "length": 20, "embedding_size": 200, "hidden_size": hidden_size, "batch_size": 32},
-        **{"steps": 150, "eval_every": 75},
+        **{"steps": 5000, "eval_every": 500},
     }
     quick = {"length": 5, "train_size": 2000, "embedding_size": 4}
     # SGD has no metric that would take the size of the network out of the rate.
