@@ -17,9 +17,6 @@ from .optim import check_count, check_number, sequence_length
 
 _OUTPUT_BIAS = "head.bias"
 
-#: Of exp's argument, so that a factor of float32 has room on both sides.
-_LARGEST_EXPONENT = 60.0
-
 
 class GatedPathSGD(Optimizer):
     """Path-SGD (eq. (8)) that moves an entry as far as the sign of its gradient can be trusted.
@@ -173,20 +170,16 @@ class GatedPathSGD(Optimizer):
         return loss
 
     def _move(self, moving: dict[str, Tensor], k: Kappa, log_norm: float, group: dict[str, Any]) -> None:
-        # sqrt(κ)/γ; the tensors' scales apart, of which only the quotient need be representable.
-        roots = []
-        for name in moving:
-            exponent = (k.log_scales[name] - log_norm) / 2
-            exponent = max(-_LARGEST_EXPONENT, min(_LARGEST_EXPONENT, exponent))
-            roots.append(k.factors[name].sqrt().mul_(math.exp(exponent)))
+        share = math.exp((log_norm - float(k.log_path_norm)) / 2)  # of γ, without the output's bias
+        units = [k.relative(name).sqrt().mul_(share) for name in moving]  # γ/sqrt(κ)
         parameters = list(moving.values())
-        gradients = [_quotient(p.grad, root) for p, root in zip(parameters, roots, strict=True)]
+        gradients = [torch.mul(p.grad, unit) for p, unit in zip(parameters, units, strict=True)]  # type: ignore[arg-type]
         norms = [torch.linalg.vector_norm(g, dtype=torch.float64) for g in gradients]
         length = float(torch.linalg.vector_norm(torch.stack(norms)))
         if not 0 < length < math.inf:
             return
         beta1, beta2 = group["betas"]
-        for p, g, root in zip(parameters, gradients, roots, strict=True):
+        for p, g, unit in zip(parameters, gradients, units, strict=True):
             state = self.state[p]
             if not state:
                 state.update(step=0, exp_avg=torch.zeros_like(p), exp_avg_sq=torch.zeros_like(p))
@@ -194,17 +187,12 @@ class GatedPathSGD(Optimizer):
             g /= length
             state["exp_avg"].lerp_(g, 1 - beta1)
             state["exp_avg_sq"].mul_(beta2).addcmul_(g, g, value=1 - beta2)
+            root = (state["exp_avg_sq"] / (1 - beta2 ** state["step"])).sqrt_()
             # Squares below the dtype's range belong to entries that are as good as on no path.
-            ratio = _quotient(state["exp_avg"], (state["exp_avg_sq"] / (1 - beta2 ** state["step"])).sqrt_())
+            ratio = torch.where(root > 0, state["exp_avg"] / root, 0.0)
             step = ratio.abs().clamp_(max=1).pow_(group["power"]).copysign_(ratio)
             rate = group["lr"] * min(1.0, state["step"] / max(group["warmup"], 1))
-            p.sub_(_quotient(step, root), alpha=rate / math.sqrt(p.numel()))
-
-
-def _quotient(numerator: Tensor | None, divisor: Tensor) -> Tensor:
-    """0 where the divisor is."""
-    assert numerator is not None
-    return torch.where(divisor > 0, numerator / divisor, 0.0)
+            p.sub_(step.mul_(unit), alpha=rate / math.sqrt(p.numel()))
 
 
 def _log_norm(net: PathNetwork, k: Kappa) -> float:

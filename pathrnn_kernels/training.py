@@ -458,8 +458,8 @@ def _advice(config: Config) -> str:
         if config.scale != "path_norm":
             tries.append(f'scale "path_norm" (it is "{config.scale}")')
         now = "there is none" if config.trust_radius == _OFF else f"it is {config.trust_radius:g}"
-        tries.append(f"a smaller trust radius ({now}; the default is {TRUST}/sqrt(hidden_size * T))")
-    else:
+        tries.append(f"a smaller trust radius ({now}; the usual one is {TRUST}/sqrt(hidden_size * T))")
+    elif config.optimizer not in _IN_COORDINATES:  # which see only the direction of the gradient
         tries.append(
             "clip 1 (gradients are not clipped)" if config.clip == _OFF else f"a smaller clip (it is {config.clip:g})"
         )

@@ -90,6 +90,7 @@ def test_a_network_may_be_rescaled_at_any_time(second_term, case, data):
         assume(all(p.isfinite().all() and p.abs().max() < 1e6 for p in net.parameters()))
     expected = node_rescale_(copy.deepcopy(net), alphas)
     for (name, p), q in zip(twin.named_parameters(), expected.parameters(), strict=True):
+        # A few hundred roundings of the largest gradient are 1e-13; of the smallest that counts, 1e-7; and a few steps.
         torch.testing.assert_close(
             p, q, rtol=1e-6, atol=1e-6 * q.abs().max().item(), msg=lambda text, name=name: f"{name}: {text}"
         )
@@ -97,10 +98,10 @@ def test_a_network_may_be_rescaled_at_any_time(second_term, case, data):
 
 def _has_no_noise(grad):
     size = grad.abs()
-    return bool(((size == 0) | (size > 1e-9 * size.max())).all())
+    return bool(((size == 0) | (size > 1e-6 * size.max())).all())
 
 
-def test_adam_in_path_coordinates_is_invariant_where_adam_is_not():
+def test_adam_in_path_coordinates_is_invariant():
     net = make()
     alphas = [torch.logspace(-1, 1, 8)]
     twin = node_rescale_(copy.deepcopy(net), alphas)
@@ -115,7 +116,7 @@ def test_adam_in_path_coordinates_is_invariant_where_adam_is_not():
 @pytest.mark.parametrize("num_layers", [1, 2])
 def test_lr_bounds_the_length_of_every_tensors_step(num_layers):
     net = make(num_layers=num_layers, head_bias=False)
-    optimizer = pk.GatedPathSGD(net, lr=0.01, betas=(0.0, 0.9))
+    optimizer = pk.GatedPathSGD(net, lr=0.01, betas=(0.0, 0.9), warmup=0)
     for seed in range(5):
         before, k = values(net), pk.kappa(net, SEQ_LEN)
         gamma2 = pk.path_norm(net, SEQ_LEN).item()
@@ -127,6 +128,8 @@ def test_lr_bounds_the_length_of_every_tensors_step(num_layers):
         ]
         assert max(lengths) <= 0.01 * (1 + 1e-9)
         assert min(lengths) > 0
+        if seed == 0:  # every ratio is 1 then, but for entries without a gradient
+            assert max(lengths) == pytest.approx(0.01)
 
 
 def test_noise_hardly_moves_what_a_steady_gradient_moves():
