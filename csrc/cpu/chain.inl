@@ -57,6 +57,77 @@ inline Vec<T> maximum(const Vec<T>& a, const Vec<T>& b) {
   return a > b ? a : b;
 }
 
+// ---- exponents of weights, exact also where their squares would leave the dtype ----
+
+template <typename T>
+using Int = std::conditional_t<std::is_same<T, float>::value, int32_t, int64_t>;
+template <typename T>
+using Ints = decltype(Vec<T>{} > Vec<T>{});  // lanes of Int<T>
+
+// The binary exponent of a zero. Three of them, with any others beside, add up without overflow.
+constexpr int64_t kNone = -(int64_t{1} << 28);
+inline bool is_none(int64_t exponent) { return exponent < kNone / 2; }
+
+template <typename T>
+inline Ints<T> bits_of(const Vec<T>& v) {
+  Ints<T> bits;
+  std::memcpy(&bits, &v, sizeof(bits));
+  return bits;
+}
+template <typename T>
+inline Vec<T> from_bits(const Ints<T>& bits) {
+  Vec<T> v;
+  std::memcpy(&v, &bits, sizeof(v));
+  return v;
+}
+
+// floor(log2 |v|) by lanes, kNone for 0; nothing of use for what is not finite.
+template <typename T>
+inline Ints<T> exponents_of(const Vec<T>& v) {
+  constexpr Int<T> mantissa = std::numeric_limits<T>::digits - 1, bias = std::numeric_limits<T>::max_exponent - 1;
+  constexpr Int<T> one = 1, magic = (bias + mantissa) << mantissa;
+  const Ints<T> bits = bits_of<T>(v) & std::numeric_limits<Int<T>>::max();
+  // A subnormal number is its bits, as an integer, times the smallest of them.
+  const Ints<T> low = bits_of<T>(from_bits<T>(bits | magic) - from_bits<T>(Ints<T>{} + magic));
+  const Ints<T> subnormal = (low >> mantissa) - (2 * bias - 1 + mantissa);
+  return bits >= (one << mantissa) ? (bits >> mantissa) - bias : bits > 0 ? subnormal : Ints<T>{} + Int<T>(kNone);
+}
+template <typename T>
+inline int64_t exponent_of(T v) {
+  return v == T(0) ? kNone : std::ilogb(v);
+}
+// v · 2^n, in halves, as 2^n may be out of range where the product is not; 0 for a zero, whatever n.
+template <typename T>
+inline Vec<T> times_power(const Vec<T>& v, const Ints<T>& n) {
+  constexpr Int<T> mantissa = std::numeric_limits<T>::digits - 1, bias = std::numeric_limits<T>::max_exponent - 1;
+  const auto power = [](Ints<T> e) {
+    e = e < -bias ? Ints<T>{} - bias : e > bias ? Ints<T>{} + bias : e;
+    return from_bits<T>((e + bias) << mantissa);
+  };
+  const Ints<T> half = n >> 1;
+  return v * power(half) * power(n - half);
+}
+template <typename T>
+inline Ints<T> load_ints(const Int<T>* p) {
+  Ints<T> v;
+  std::memcpy(&v, p, sizeof(v));
+  return v;
+}
+template <typename T>
+inline void store_ints(Int<T>* p, const Ints<T>& v) {
+  std::memcpy(p, &v, sizeof(v));
+}
+
+// A matrix of weights in canonical coordinates: its squares are (data[j, k] · column[k] · row[j])² · 2^exponent, none
+// above 4 · 2^exponent, also before `row` is applied but for a factor 2^kFactor.
+constexpr int64_t kFactor = 8;
+template <typename T>
+struct Weights {
+  const T* data;
+  const T *row, *column;  // padded, powers of two or 0
+  int64_t exponent;
+};
+
 // Doubles from memory that holds T.
 template <typename T>
 inline Vec<double> load_wide(const T* p) {
@@ -103,9 +174,9 @@ class Workspace {
   Buffer<T>* kept_;
 };
 
-// The exponent of a result whose largest entry is about 2^m: 0, so that the factor is κ itself, where that is at home
-// in the dtype.
-inline int64_t natural_exponent(int64_t m) { return m >= 0 && m <= 60 ? 0 : m; }
+// The exponent of a result whose largest entry is about 2^m: with the largest mantissa near 2^40, float32 holds what is
+// 2^-166 of it.
+inline int64_t result_exponent(int64_t m) { return m == kZeroExponent ? 0 : m - 40; }
 
 // Steps [first, last) of a chain in closed form: row t is Σ_i coefficients[i][t] · basis[i], on the scale of the step's
 // exponent; these rows themselves are not written. A chain at rest is one row with the coefficient 1.
@@ -597,8 +668,8 @@ struct Pair {
 // uses them for h (a dot product a row) and for δ (a multiple of the row); W is squared in registers. Steps from `from`
 // on, those before it having been written.
 template <typename T, bool Forward, bool Backward>
-void chains_shared(const Chain<T>& h, const Chain<T>& d, const T* weight, T scale, int64_t w_exponent, int64_t hidden,
-                   int64_t from, int64_t steps, Buffer<T>& scratch, const Team& team) {
+void chains_shared(const Chain<T>& h, const Chain<T>& d, const Weights<T>& weight, int64_t hidden, int64_t from,
+                   int64_t steps, Buffer<T>& scratch, const Team& team) {
   constexpr int64_t width = Simd<T>::width;
   constexpr int64_t kRows = 4;
   const int64_t ld = padded<T>(hidden);
@@ -627,18 +698,19 @@ void chains_shared(const Chain<T>& h, const Chain<T>& d, const T* weight, T scal
 #pragma GCC unroll 4
       for (int64_t r = 0; r < kRows; ++r) {
         // Rows past the end repeat the last one, with a zero for δ; their dot products are not stored.
-        w[r] = weight + (j + std::min(r, rows - 1)) * hidden;
-        dj[r] = Backward && r < rows ? own_d.now[j + r] : T(0);
+        w[r] = weight.data + (j + std::min(r, rows - 1)) * hidden;
+        dj[r] = Backward && r < rows ? own_d.now[j + r] * (weight.row[j + r] * weight.row[j + r]) : T(0);
         dot[r] = Vec<T>{};
       }
       for (int64_t k = 0; k < hidden; k += width) {
         Vec<T> x{}, y{};
+        const Vec<T> column = load(weight.column + k);
         if (Forward) x = load(own_h.now + k);
         if (Backward) y = load(next_d + k);
 #pragma GCC unroll 4
         for (int64_t r = 0; r < kRows; ++r) {
           Vec<T> v = load(w[r] + k, hidden - k);
-          v *= scale;
+          v *= column;
           v *= v;
           if (Forward) dot[r] += v * x;
           if (Backward) y += v * dj[r];
@@ -646,13 +718,15 @@ void chains_shared(const Chain<T>& h, const Chain<T>& d, const T* weight, T scal
         if (Backward) store(next_d + k, y);
       }
       if (Forward) {
-        for (int64_t r = 0; r < rows; ++r) next_h[j + r] = lane_sum<T>(dot[r]);
+        for (int64_t r = 0; r < rows; ++r) {
+          next_h[j + r] = lane_sum<T>(dot[r]) * (weight.row[j + r] * weight.row[j + r]);
+        }
       }
     }
     team.wait();
     if (Forward) {
       std::copy(next_h, next_h + hidden, own_h.next);
-      own_h.finish(h, s, w_exponent, team.rank == 0);
+      own_h.finish(h, s, weight.exponent, team.rank == 0);
     }
     if (Backward) {
       const T* parts = partial + (s & 1) * team.size * ld;
@@ -661,7 +735,7 @@ void chains_shared(const Chain<T>& h, const Chain<T>& d, const T* weight, T scal
         for (int64_t r = 1; r < team.size; ++r) sum += load(parts + r * ld + k);
         store(own_d.next + k, sum);
       }
-      own_d.finish(d, s, w_exponent, team.rank == team.size - 1);
+      own_d.finish(d, s, weight.exponent, team.rank == team.size - 1);
     }
     moving = (Forward && own_h.rest < 0) || (Backward && own_d.rest < 0);
   }
@@ -673,15 +747,15 @@ void chains_shared(const Chain<T>& h, const Chain<T>& d, const T* weight, T scal
 // The same read of W for the increments of both chains, or of one: until each has a closed form or none is in sight.
 // `scratch` holds (8 + 7 · team.size) rows. Returns the number of steps written of the chains that have none.
 template <typename T>
-int64_t close_shared(const Chain<T>& h, const Chain<T>& d, const T* weight, T scale, int64_t w_exponent, int64_t hidden,
-                     int64_t steps, bool& forward, bool& backward, Buffer<double>& scratch, const Team& team) {
+int64_t close_shared(const Chain<T>& h, const Chain<T>& d, const Weights<T>& weight, int64_t hidden, int64_t steps,
+                     bool& forward, bool& backward, Buffer<double>& scratch, const Team& team) {
   constexpr int64_t width = Simd<double>::width;
   constexpr int64_t kRows = 4;
   const int64_t ld = h.out.row;
   double* const raw_h = scratch.data();
   double* const partial = raw_h + 2 * ld;
   double* const own = partial + 2 * team.size * ld + 6 * team.rank * ld;
-  Increments<T> own_h(h, steps, w_exponent, own), own_d(d, steps, w_exponent, own + 3 * ld);
+  Increments<T> own_h(h, steps, weight.exponent, own), own_d(d, steps, weight.exponent, own + 3 * ld);
   if (forward && team.rank == 0) own_h.write();
   if (backward && team.rank == team.size - 1) own_d.write();
   int64_t row_first, row_last;
@@ -695,21 +769,24 @@ int64_t close_shared(const Chain<T>& h, const Chain<T>& d, const T* weight, T sc
     for (int64_t j = row_first; j < row_last; j += kRows) {
       const int64_t rows = std::min(kRows, row_last - j);
       const T* w[kRows];
-      double dj[kRows];
+      double dj[kRows], factor[kRows];
       Vec<double> dot[kRows];
 #pragma GCC unroll 4
       for (int64_t r = 0; r < kRows; ++r) {
-        w[r] = weight + (j + std::min(r, rows - 1)) * hidden;
-        dj[r] = do_d && r < rows ? own_d.now[j + r] : 0.0;
+        const int64_t row = j + std::min(r, rows - 1);
+        w[r] = weight.data + row * hidden;
+        factor[r] = static_cast<double>(weight.row[row]) * weight.row[row];
+        dj[r] = do_d && r < rows ? own_d.now[row] * factor[r] : 0.0;
         dot[r] = Vec<double>{};
       }
       const int64_t whole = hidden / width * width;
       for (int64_t k = 0; k < whole; k += width) {
         const Vec<double> x = load(own_h.now + k);
+        const Vec<double> column = load_wide(weight.column + k);
         Vec<double> y = load(next_d + k);
 #pragma GCC unroll 4
         for (int64_t r = 0; r < kRows; ++r) {
-          Vec<double> v = load_wide(w[r] + k) * static_cast<double>(scale);
+          Vec<double> v = load_wide(w[r] + k) * column;
           v *= v;
           dot[r] += v * x;
           y += v * dj[r];
@@ -719,11 +796,11 @@ int64_t close_shared(const Chain<T>& h, const Chain<T>& d, const T* weight, T sc
       for (int64_t r = 0; r < kRows; ++r) {
         double rest = 0;
         for (int64_t k = whole; k < hidden; ++k) {
-          const double v = static_cast<double>(w[r][k]) * scale;
+          const double v = static_cast<double>(w[r][k]) * weight.column[k];
           rest += v * v * own_h.now[k];
           next_d[k] += v * v * dj[r];
         }
-        if (r < rows) next_h[j + r] = lane_sum<double>(dot[r]) + rest;
+        if (r < rows) next_h[j + r] = (lane_sum<double>(dot[r]) + rest) * factor[r];
       }
     }
     team.wait();
@@ -781,7 +858,7 @@ void sum_rows(const Rows<T>& rows, int64_t first, int64_t last, T* out, int64_t&
 template <typename T>
 int64_t copy_result(const T* vector, int64_t exponent, int64_t n, T* out) {
   const int64_t m = magnitude(*std::max_element(vector, vector + n));
-  const int64_t result = m == kZeroExponent ? 0 : natural_exponent(m + exponent);
+  const int64_t result = result_exponent(m == kZeroExponent ? m : m + exponent);
   const T s = m == kZeroExponent ? T(0) : std::ldexp(T(1), static_cast<int>(exponent - result));
   std::transform(vector, vector + n, out, [s](T v) { return v * s; });
   return result;
@@ -935,7 +1012,7 @@ void outer_sum(const Rows<T>& d, const Rows<T>& h, int64_t n, int64_t rows, int6
   team.share(rows, first, last);
   const PairSum<T> sum(d, h, n, first, last, left, right);
   const int64_t largest = std::max(sum.largest, beside);
-  const int64_t result = largest == kZeroExponent ? 0 : natural_exponent(largest);
+  const int64_t result = result_exponent(largest);
   if (team.rank == 0) exponent = result;
   // Beside something far larger in two steps: the scale may be out of range where the entries are not.
   const int64_t shift = sum.count == 0 ? 0 : sum.exponent - result;

@@ -4,9 +4,7 @@
 
 template <typename T>
 struct SecondTerm {
-  const T* weight;
-  T scale;  // W̃ = (weight · scale)² · 2^weight_exponent
-  int64_t weight_exponent;
+  Weights<T> weight;  // of W̃
   Rows<T> h, d;    // h_0 … h_{T-1}, δ_1 … δ_T
   const T* drive;  // of h at every step, or null: it varies
   int64_t drive_exponent;
@@ -177,7 +175,7 @@ class Kappa2Run {
         T square[kBlock][kBlock + 1];
         for (int64_t k = k0; k < k1; ++k) {
           for (int64_t j = j0; j < j1; ++j) {
-            const T v = p.weight[k * H_ + j] * p.scale;
+            const T v = p.weight.data[k * H_ + j] * p.weight.column[j] * p.weight.row[k];
             square[j - j0][k - k0] = v * v;
           }
         }
@@ -186,7 +184,7 @@ class Kappa2Run {
       for (int64_t j = j0; j < j1; ++j) std::fill(powers_ + j * ld_ + H_, powers_ + (j + 1) * ld_, T(0));
     }
     if (team.rank == 0) {
-      exponents_[0] = p.weight_exponent;
+      exponents_[0] = p.weight.exponent;
       count_ = 1;
     }
     lost_[team.rank] |= FlushDenormals::lost();
@@ -396,7 +394,7 @@ class Kappa2Run {
     };
     const int64_t driven = pair(rest_exponent, p.drive_exponent);
     const int64_t started = pair(p.d.exponent[lag + 1], p.h.exponent[0]);
-    const int64_t old = pair(s.sum_exponent, p.weight_exponent);
+    const int64_t old = pair(s.sum_exponent, p.weight.exponent);
     const int64_t top = std::max({old, driven + kHeadroom, started + kHeadroom});
     const T a = power_of_two<T>(old - top);
     const T b = power_of_two<T>(driven + kHeadroom - top), c = power_of_two<T>(started + kHeadroom - top);
@@ -665,10 +663,10 @@ class Kappa2Run {
   template <typename Error>
   T largest_share(const SecondTerm<T>& p, int64_t j, const State& s, const Error& error) const {
     constexpr int64_t width = Simd<T>::width;
-    const T factor = static_cast<T>(p.factor), first = power_of_two<T>(*p.exponent - s.exponent - p.weight_exponent);
+    const T factor = static_cast<T>(p.factor), first = power_of_two<T>(*p.exponent - s.exponent - p.weight.exponent);
     Vec<T> most{};
     for (int64_t k = 0; k < H_; k += width) {
-      Vec<T> w = load(p.weight + j * H_ + k, H_ - k) * p.scale;
+      Vec<T> w = load(p.weight.data + j * H_ + k, H_ - k) * load(p.weight.column + k) * p.weight.row[j];
       w *= w * factor;
       const Vec<T> kappa = load(p.kappa + j * H_ + k, H_ - k) * first + w * load(pairs_ + j * ld_ + k);
       const Vec<T> share = w * error(k) / (kappa + std::numeric_limits<T>::min());
@@ -963,14 +961,14 @@ class Kappa2Run {
 
   // κ = κ⁽¹⁾ + factor · W̃ ⊙ S, all rows on one scale.
   void finish(const SecondTerm<T>& p, State& s, const Team& team) {
-    const int64_t first = *p.exponent, second = s.exponent <= kZeroExponent / 2 ? kZeroExponent : s.exponent + p.weight_exponent;
+    const int64_t first = *p.exponent, second = s.exponent <= kZeroExponent / 2 ? kZeroExponent : s.exponent + p.weight.exponent;
     constexpr int64_t width = Simd<T>::width;
     const T factor = static_cast<T>(p.factor);
     Vec<T> largest1{}, largest2{};
     for (int64_t j = s.j0; j < s.j1; ++j) {
       for (int64_t k = 0; k < H_; k += width) {
         const int64_t i = j * H_ + k, n = H_ - k;
-        Vec<T> w = load(p.weight + i, n) * p.scale;
+        Vec<T> w = load(p.weight.data + i, n) * load(p.weight.column + k) * p.weight.row[j];
         w *= w * factor;
         const Vec<T> term = w * load(pairs_ + j * ld_ + k);
         store(pairs_ + j * ld_ + k, term);
@@ -982,7 +980,7 @@ class Kappa2Run {
     tops_[team.rank] = std::max(m1 == kZeroExponent ? m1 : m1 + first, m2 == kZeroExponent ? m2 : m2 + second);
     team.wait();
     const int64_t top = *std::max_element(tops_.begin(), tops_.begin() + team.size);
-    const int64_t result = top <= kZeroExponent / 2 ? 0 : natural_exponent(top + 1);
+    const int64_t result = result_exponent(top <= kZeroExponent / 2 ? kZeroExponent : top + 1);
     const auto to_result = [&](int64_t m, int64_t exponent) {
       return m == kZeroExponent ? T(0) : static_cast<T>(std::ldexp(1.0, static_cast<int>(exponent - result)));
     };
