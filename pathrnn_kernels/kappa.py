@@ -56,7 +56,7 @@ class Scaled(NamedTuple):
     def parts(self) -> tuple[Tensor, Tensor]:
         """The same as float64 mantissas, 0 or in [1/2, 1), with one int64 exponent each."""
         mantissa, exponent = torch.frexp(self.mantissa.double())
-        return mantissa, exponent + self.exponents()
+        return mantissa, exponent.long() + self.exponents()
 
 
 def ldexp(x: Tensor, n: Tensor) -> Tensor:
@@ -548,7 +548,7 @@ def _narrowed(chain: ops.PathChain, like: Tensor) -> ops.PathChain:
     for factor, entry in zip(chain.kappa, chain.entry_exponents, strict=True):
         mantissa, exponent = torch.frexp(factor)
         kappa.append(mantissa.to(like.dtype))
-        entries.append(exponent + entry if entry.numel() else exponent.long())
+        entries.append(exponent.long() + entry if entry.numel() else exponent.long())
     moved = ops.PathChain(kappa, chain.exponents, chain.unit_exponents, entries, *chain[4:])
     return ops.PathChain(*([t.to(like.device) for t in x] if isinstance(x, list) else x.to(like.device) for x in moved))
 

@@ -151,7 +151,7 @@ def parts(chain, directions=1, head=True):
         elif head and i == per_chain * len(units):
             shift = shift + layers[-1]
         mantissa, exponent = torch.frexp(kappa.double())
-        result.append((mantissa, exponent + shift + (entries if entries.numel() else 0)))
+        result.append((mantissa, exponent.long() + shift + (entries if entries.numel() else 0)))
     return result
 
 
