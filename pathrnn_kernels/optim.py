@@ -93,7 +93,7 @@ class PathOptimizer(Optimizer):
         rtol: float = 1e-3,
     ) -> None:
         _check_base(base)
-        _check_net(net)
+        check_net(net)
         if not isinstance(second_term, bool):
             raise TypeError(f"second_term is {second_term!r}; it must be True or False")
         if scale not in SCALES:
@@ -379,34 +379,6 @@ class PathOptimizer(Optimizer):
         return [[list(p.shape) for p in group["params"]] for group in self.param_groups]
 
 
-class PathSGD(PathOptimizer):
-    """Path-SGD (eq. (8)) on a network alone: ``PathOptimizer(torch.optim.SGD(net.parameters(), …), net, …)``.
-
-    Args:
-        net: as for :class:`PathOptimizer`.
-        lr, momentum, weight_decay: as for ``torch.optim.SGD``.
-        **keywords: as for :class:`PathOptimizer`.
-
-    Example:
-        >>> net = pk.PathNetwork(pk.ReLURNN(2, 100), torch.nn.Linear(100, 1), outputs="last")
-        >>> optimizer = pk.PathSGD(net, lr=1.0, scale="path_norm", trust_radius=0.003)
-        >>> net(torch.rand(50, 16, 2)).square().mean().backward()
-        >>> optimizer.step()
-    """
-
-    def __init__(
-        self,
-        net: PathNetwork | FeedForward,
-        lr: float = 1e-2,
-        momentum: float = 0.0,
-        weight_decay: float = 0.0,
-        **keywords: Any,
-    ) -> None:
-        _check_net(net)
-        base = torch.optim.SGD(net.parameters(), lr=lr, momentum=momentum, weight_decay=weight_decay)
-        super().__init__(base, net, **keywords)
-
-
 def sequence_length(net: PathNetwork, seq_len: int | None) -> int:
     """An optimiser's own T, or that of the network's last forward pass."""
     if seq_len is not None:
@@ -417,6 +389,10 @@ def sequence_length(net: PathNetwork, seq_len: int | None) -> int:
             "run one before the step, or give the optimiser its seq_len"
         )
     return net.last_seq_len
+
+
+def gradients_used(net):  # SHIM until protocol's is here
+    pass
 
 
 def _wide(tensors: _Tensors) -> _Tensors:
@@ -560,7 +536,7 @@ def _log_length(tensors: _Tensors, log_scales: list[float]) -> float:
     return (largest + math.log(sum(math.exp(value - largest) for value in logs))) / 2 if logs else -math.inf
 
 
-def _check_net(net: Any) -> None:
+def check_net(net: Any) -> None:
     if isinstance(net, PathNetwork):
         net.check_parameters()
     elif not isinstance(net, FeedForward):
