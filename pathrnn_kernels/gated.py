@@ -53,7 +53,7 @@ class GatedPathSGD(Optimizer):
         warmup: steps after these over which lr rises linearly. Without it, early steps of long sequences now and then
             make outputs explode: training recovers, unless a loss overflows.
         second_term: whether κ includes κ⁽²⁾ (Lemma 1).
-        seq_len: T; by default the length of the last forward pass before the step.
+        seq_len: T; by default that of the gradients, as in :class:`PathOptimizer`.
         rtol: relative truncation error allowed in κ⁽¹⁾ + κ⁽²⁾, as for :func:`kappa`.
 
     Raises:
@@ -147,7 +147,10 @@ class GatedPathSGD(Optimizer):
                 raise ValueError(f"the gradient of {name} is sparse; use nn.Embedding(…, sparse=False)")
         if not moving:
             return loss
-        k = kappa(self.net, sequence_length(self.net, self.seq_len), self.second_term, rtol=self.rtol)
+        seq_len = sequence_length(self.net, self.seq_len)
+        if seq_len is None:  # all gradients are 0
+            return loss
+        k = kappa(self.net, seq_len, self.second_term, rtol=self.rtol)
         log_norm = _log_norm(self.net, k)
         if log_norm == -math.inf:
             raise ValueError(
