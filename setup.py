@@ -29,6 +29,7 @@ ROOT = Path(__file__).parent
 PACKAGE = "pathrnn_kernels"
 COMPILER = shlex.split(os.environ.get("CXX", "c++"))  # as torch has it
 
+DEFAULT_HOME = "/usr/local/cuda"
 #: Architectures that CUDA kernels are compiled for where no GPU is present, as far as nvcc knows them: T4, A100 (and
 #: RTX 30, 40), H100, B200, RTX 50; whatever comes later compiles the last one's PTX when it first runs.
 ARCHITECTURES = (75, 80, 90, 100, 120)
@@ -55,7 +56,7 @@ def _run(*command: object) -> str:
 
 def _nvcc() -> str:
     named = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
-    found = Path(named or "/usr/local/cuda", "bin", "nvcc")
+    found = Path(named or DEFAULT_HOME, "bin", "nvcc")
     if not named and (on_path := shutil.which("nvcc")):
         return on_path
     if found.is_file():
@@ -177,7 +178,7 @@ class Build(cpp_extension.BuildExtension):
         made_for, stamp = f"{torch.__version__} {sys.version}", Path(self.build_temp, "made_for.txt")
         if not stamp.is_file() or stamp.read_text() != made_for:
             shutil.rmtree(self.build_temp, ignore_errors=True)
-            stamp.parent.mkdir(parents=True)
+            stamp.parent.mkdir(parents=True, exist_ok=True)
             stamp.write_text(made_for)
         try:
             super().run()

@@ -1,4 +1,4 @@
-"""``pathrnn check``: every backend, plan and dtype that this machine has, against the oracle, on a dozen small networks.
+"""``pathrnn check``: every backend, plan and dtype that this machine has, against the oracle, on small networks.
 
 The truth is ``reference`` for κ, γ² and eq. (8), and ``torch.nn.RNN`` for the module, both in float64 on the CPU.
 Weights and inputs are multiples of 1/64, which every dtype holds, so that one truth serves all of them.
@@ -209,13 +209,14 @@ def _forced(row: Row) -> Iterator[None]:
     """All calls by this backend and plan, float32 products on a GPU in float32."""
     wanted = {backends.ENVIRONMENT: row.backend, plans.ENVIRONMENT: row.plan}
     before = {name: os.environ.get(name) for name in wanted}
-    precision_before = torch.backends.cudnn.rnn.fp32_precision
+    cudnn: Any = torch.backends.cudnn.rnn
+    precision_before = cudnn.fp32_precision
     os.environ.update(wanted)
-    torch.backends.cudnn.rnn.fp32_precision = "ieee"
+    cudnn.fp32_precision = "ieee"
     try:
         yield
     finally:
-        torch.backends.cudnn.rnn.fp32_precision = precision_before
+        cudnn.fp32_precision = precision_before
         for name, value in before.items():
             os.environ.pop(name) if value is None else os.environ.update({name: value})
 

@@ -59,8 +59,6 @@ def test_the_environment_is_as_it_was(monkeypatch):
     monkeypatch.delenv(plan.ENVIRONMENT, raising=False)
     before = torch.backends.cudnn.rnn.fp32_precision
     check.run(row(), FEW[:1])
-    import os
-
     assert os.environ[backend.ENVIRONMENT] == "reference" and plan.ENVIRONMENT not in os.environ
     assert torch.backends.cudnn.rnn.fp32_precision == before
 
