@@ -169,6 +169,7 @@ def test_a_toolkit_that_fits_is_used_wherever_nvcc_lies(script, monkeypatch, tmp
     assert script.without_cuda() is None
     assert str(home) == cpp_extension.CUDA_HOME
     assert os.environ["TORCH_CUDA_ARCH_LIST"] == "7.5;8.0;9.0;10.0;12.0+PTX"
+    assert "for 7.5, 8.0, 9.0, 10.0 and 12.0+PTX" in " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
 
 
 def test_architectures_are_those_that_nvcc_knows_and_nobody_else_named(script, monkeypatch, tmp_path):

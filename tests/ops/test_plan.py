@@ -78,7 +78,11 @@ def test_clusters_need_code_that_has_them():
 @pytest.mark.parametrize("code", (75, 90))
 def test_a_device_is_described_with_the_code_that_it_runs(monkeypatch, code):
     found = types.SimpleNamespace(
-        multi_processor_count=8, shared_memory_per_block_optin=1 << 17, major=9, L2_cache_size=1 << 20
+        multi_processor_count=8,
+        shared_memory_per_block=1 << 15,
+        shared_memory_per_block_optin=1 << 17,
+        major=9,
+        L2_cache_size=1 << 20,
     )
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: found)
     monkeypatch.setattr(plan, "cuda_code", lambda device: (code, ""))
