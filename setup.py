@@ -1,5 +1,6 @@
 """Builds the extension pathrnn_kernels._C with the torch that is installed. Type: pip install --no-build-isolation ."""
 
+import os
 import platform
 import sys
 from pathlib import Path
@@ -51,7 +52,8 @@ setup(
             f"{PACKAGE}._C",
             [*files("csrc/*.cpp"), *files("csrc/cpu/*.cpp"), *files("csrc/cuda/*.cpp"), *cuda_sources],
             depends=files("csrc/**/*.h") + files("csrc/**/*.inl") + files("csrc/**/*.cuh"),
-            define_macros=[("PATHRNN_WITH_CUDA", None)] if cuda_sources else [],
+            define_macros=[("PATHRNN_WITH_CUDA", None)] * bool(cuda_sources)
+            + [("PATHRNN_POISON", None)] * (os.environ.get("PATHRNN_POISON") == "1"),  # csrc/cpu/isa.h
             extra_compile_args={"cxx": compile_args, "nvcc": ["-O3"]},
             extra_link_args=link_args,
         )

@@ -1,11 +1,11 @@
 """κ, γ² and their gradients against exact-range arithmetic: python tests/fuzz_numbers.py --cases 100000 [--seed S].
 
-A case is a network of a structured kind, a sequence length and options; tests/exact is the oracle. Before it, a call
-of another size leaves its numbers in the kernels' workspaces. Checked are, for every parameter, Kappa.relative (γ²/κ),
-the factors with their log_scales, log γ², the certified bound, path_norm, log_path_norm and their gradients; that
-nothing is nan, and no κ zero that is not; and that a network rescaled by powers of two has the rescaled κ, bit for bit.
-A failure is made small and printed with a command that repeats it. Cases run in a child process, so that a crash names
-its case.
+A case is a network of a structured kind, a sequence length and options; tests/exact_range is the oracle. Before it, a
+call of another size leaves its numbers in the kernels' workspaces. Checked are, for every parameter, κ as Kappa holds
+it, Kappa.relative (γ²/κ), the factors with their log_scales, log γ², the certified bound, path_norm, log_path_norm and
+their gradients; that nothing is nan, and no κ zero that is not; and that a network rescaled by powers of two has the
+rescaled κ, bit for bit. A failure is made small and printed with a command that repeats it. Cases run in a child
+process, so that a crash names its case.
 
 Rounding. All terms are non-negative, so that a relative error grows by at most the unit roundoff u at each operation.
 A path of T steps and L layers passes at most T + L + 2 sums of n products (n the largest fan-in), each with at most
@@ -40,9 +40,9 @@ import torch
 from torch import nn
 
 sys.path.insert(0, str(Path(__file__).parent))
-import exact
+import exact_range
 import tolerances
-from exact import Numbers
+from exact_range import Numbers
 
 import pathrnn_kernels as pk
 
@@ -62,7 +62,7 @@ class Failure(Exception):
 
 @dataclass
 class Case:
-    shape: exact.Shape
+    shape: exact_range.Shape
     dtype: str
     weights: np.ndarray = field(repr=False)  # float64, representable in dtype
     second_term: bool = False
@@ -80,7 +80,11 @@ class Case:
     def from_json(text):
         given = json.loads(text)
         return Case(
-            **{**given, "shape": exact.Shape(*given["shape"]), "weights": np.array(given["weights"], dtype=np.float64)}
+            **{
+                **given,
+                "shape": exact_range.Shape(*given["shape"]),
+                "weights": np.array(given["weights"], dtype=np.float64),
+            }
         )
 
 
@@ -194,7 +198,7 @@ def make_case(seed, number):
     if large:
         steps = min(steps, 2 + 20000 // hidden, 24 if hidden >= 400 else 100)
     last, ones = int(rng.random() < 0.5), int(rng.random() < 0.25)
-    shape = exact.Shape(*widths, vocabulary, steps, last, ones, bias, head_bias)
+    shape = exact_range.Shape(*widths, vocabulary, steps, last, ones, bias, head_bias)
     second = bool(rng.random() < 0.6)
     case = Case(
         *(shape, dtype, np.zeros(0), second),
@@ -215,7 +219,7 @@ def make_case(seed, number):
 
 def _weights(rng, shape, dtype):
     arrays, kinds = {}, []
-    places = exact.places(shape)
+    places = exact_range.places(shape)
     for name, (_, size) in places.items():
         if "weight_hh" in name:
             kind = NAMES[int(rng.integers(len(NAMES)))]
@@ -325,7 +329,7 @@ def network(shape, dtype):
     if key not in _networks:
         if len(_networks) > 3000 or shape.hidden > 32:
             _networks.clear()
-        t, places = DTYPES[dtype], exact.places(shape)
+        t, places = DTYPES[dtype], exact_range.places(shape)
         flat = torch.zeros(sum(math.prod(size) for _, size in places.values()), dtype=t)
         bidirectional = shape.directions == 2
         with torch.device("meta"):
@@ -415,16 +419,16 @@ class Truth:
         elif s.hidden > 8:
             stride = max(1, int(s.steps * s.hidden**3 / 1e6))
         first = case.dirt % stride if stride > 1 else 0
-        self.norm, self.first, c2 = exact.chains(s, case.weights, first=first, stride=stride)
+        self.norm, self.first, c2 = exact_range.chains(s, case.weights, first=first, stride=stride)
         self.known = np.ones(count, dtype=bool)
         self.kappa = self.first
         if case.second_term:
-            squares = exact.normal(case.weights * 1.0)
-            squares = exact.product(squares, squares)
-            second = exact.product(Numbers(FACTOR[case.kappa2], 0), squares, c2)
-            self.kappa = exact.total(self.first, second)
+            squares = exact_range.normal(case.weights * 1.0)
+            squares = exact_range.product(squares, squares)
+            second = exact_range.product(Numbers(FACTOR[case.kappa2], 0), squares, c2)
+            self.kappa = exact_range.total(self.first, second)
             if stride > 1:
-                for name, (at, size) in exact.places(s).items():
+                for name, (at, size) in exact_range.places(s).items():
                     if "weight_hh" in name:
                         column = np.arange(math.prod(size)) % s.hidden
                         self.known[at : at + math.prod(size)] = column % stride == first
@@ -435,11 +439,11 @@ class Truth:
             entries = np.arange(count)
             if self.defined < count:
                 entries = np.random.default_rng(case.dirt + count).permutation(count)[: self.defined]
-            found = exact.definition(s, case.weights, entries)
+            found = exact_range.definition(s, case.weights, entries)
             for i, other in enumerate((self.norm, self.first, c2)):
                 here = np.zeros(len(entries), dtype=int) if i == 0 else entries
                 other = Numbers(other.mantissa[here], other.exponent[here])
-                error = exact.relative_error(Numbers(found.mantissa[:, i], found.exponent[:, i]), other)
+                error = exact_range.relative_error(Numbers(found.mantissa[:, i], found.exponent[:, i]), other)
                 if i == 2:
                     error = error[self.known[entries]] if case.second_term else error[:0]
                 assert error.size == 0 or error.max() <= 1e-15 * (s.steps + 4) * (s.hidden + 8), "the oracle errs"
@@ -462,7 +466,7 @@ def compare(what, found, true, where, tolerance, places, least=None, most=None):
     if np.isnan(found).any():
         i, name = _worst(np.isnan(found), np.ones(len(found), dtype=bool), places)
         raise Failure(f"{what} nan", f"{name} is nan, right {text_of(true, i)}")
-    error = exact.relative_error(exact.normal(np.abs(found)), true)
+    error = exact_range.relative_error(exact_range.normal(np.abs(found)), true)
     if least is not None:
         low = (true.mantissa > 0) & (true.exponent <= least)
         # Half of the spacing down there, and what rounding makes of it.
@@ -483,8 +487,8 @@ def compare(what, found, true, where, tolerance, places, least=None, most=None):
 
 def compare_numbers(what, mantissa, exponent, true, where, tolerance, places):
     """As `compare`, of mantissa · 2^exponent, which has no range to leave."""
-    found = exact.normal(mantissa, exponent)
-    error = exact.relative_error(found, true)
+    found = exact_range.normal(mantissa, exponent)
+    error = exact_range.relative_error(found, true)
     wrong = ~np.isfinite(mantissa) | (mantissa < 0)
     bad = wrong | (where & ~(error <= tolerance))
     if bad.any():
@@ -520,7 +524,7 @@ def check(case, definitions=1.0, gradients=True, rescaled=True, repeated=True, t
     worst = 0.0
 
     # log γ²
-    log_norm, true_log = float(k.log_path_norm), float(exact.logarithm(truth.norm)[0])
+    log_norm, true_log = float(k.log_path_norm), float(exact_range.logarithm(truth.norm)[0])
     # A logarithm in float64 knows γ² this well: half of its last bit, and as much in exp and in ln 2 times an exponent.
     of_logarithm = 2.0**-51 * abs(true_log) if math.isfinite(true_log) else 0.0
 
@@ -557,7 +561,7 @@ def check(case, definitions=1.0, gradients=True, rescaled=True, repeated=True, t
     if CONTRACT and any(k.relative(name).dtype != torch.float64 for name in places):
         raise Failure("γ²/κ dtype", "relative() is not float64")
     info = np.finfo(np.float64 if CONTRACT else case.dtype)
-    quotient = exact.quotient(repeat(truth.norm, len(relative)), truth.kappa)
+    quotient = exact_range.quotient(repeat(truth.norm, len(relative)), truth.kappa)
     allowed = (2 * tolerance + bound) / (1 - min(bound, 0.5)) + of_logarithm + info.eps
     where = truth.known if CONTRACT else truth.known & ~lost
     found = compare("γ²/κ", relative, quotient, where, allowed, places, info.minexp, info.maxexp - 1)
@@ -583,13 +587,15 @@ def check(case, definitions=1.0, gradients=True, rescaled=True, repeated=True, t
 def check_gradients(case, truth, net, places, tolerance, of_logarithm, check_log):
     """path_norm, log_path_norm and their gradients, 2 p κ⁽¹⁾ and 2 p κ⁽¹⁾/γ²."""
     s, info = case.shape, np.finfo(case.dtype)
-    squared = exact.normal(case.weights)
+    squared = exact_range.normal(case.weights)
     signs = np.sign(case.weights)
-    slope = exact.product(Numbers(2.0, 0), exact.normal(np.abs(squared.mantissa), squared.exponent), truth.first)
+    slope = exact_range.product(
+        Numbers(2.0, 0), exact_range.normal(np.abs(squared.mantissa), squared.exponent), truth.first
+    )
     n = len(case.weights)
     norm, everything, worst = repeat(truth.norm, n), np.ones(n, dtype=bool), 0.0
     parameters = [net.get_parameter(name) for name in places]
-    for function, true in ((pk.path_norm, slope), (pk.log_path_norm, exact.quotient(slope, norm))):
+    for function, true in ((pk.path_norm, slope), (pk.log_path_norm, exact_range.quotient(slope, norm))):
         what = function.__name__
         value = function(net, s.steps)
         found = float(value.detach())
@@ -679,7 +685,7 @@ def _without_unit(case, unit):
     s = case.shape
     new = s._replace(hidden=s.hidden - 1)
     parts = []
-    for name, (at, size) in exact.places(s).items():
+    for name, (at, size) in exact_range.places(s).items():
         w = case.weights[at : at + math.prod(size)].reshape(size)
         both = [unit + d * s.hidden for d in range(s.directions)]
         if name.startswith("rnn."):
@@ -699,8 +705,8 @@ def _without_unit(case, unit):
 
 def _reshaped(case, new):
     """The case with a smaller shape: what is left of every tensor."""
-    old, parts = exact.places(case.shape), []
-    for name, (_, size) in exact.places(new).items():
+    old, parts = exact_range.places(case.shape), []
+    for name, (_, size) in exact_range.places(new).items():
         at, before = old[name]
         w = case.weights[at : at + math.prod(before)].reshape(before)
         parts.append(w[tuple(slice(n) for n in size)].ravel())
