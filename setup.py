@@ -152,7 +152,8 @@ def extension(with_cuda: bool) -> Extension:
         f"{PACKAGE}._C",
         sources + (files("csrc/cuda/*.cu") if with_cuda else []),
         depends=files("csrc/**/*.h") + files("csrc/**/*.inl") + files("csrc/**/*.cuh"),
-        define_macros=[("PATHRNN_WITH_CUDA", None)] if with_cuda else [],
+        define_macros=[("PATHRNN_WITH_CUDA", None)] * with_cuda
+        + [("PATHRNN_POISON", None)] * (os.environ.get("PATHRNN_POISON") == "1"),  # csrc/cpu/isa.h
         extra_compile_args={"cxx": compile_args, "nvcc": ["-O3"]},
         extra_link_args=link_args,
     )

@@ -1,8 +1,9 @@
-"""The C++ under gcc's sanitizers: python tests/sanitize.py [address|undefined|thread] [--extension].
+"""The C++ under gcc's sanitizers and valgrind: python tests/sanitize.py [address|undefined|thread|memcheck|…].
 
 Builds csrc/cpu and sanitized_kernels.cpp in a temporary folder and runs them: every kernel on every instruction set
 that this machine has, on odd sizes, with teams of threads. Under ``address`` and ``undefined`` every allocation fails
 once, too. Under ``thread`` teams are of std::thread, since ThreadSanitizer does not know OpenMP's barriers.
+``memcheck`` is valgrind's, with every workspace undefined when it is taken (csrc/cpu/isa.h, PATHRNN_POISON).
 ``--extension`` builds the extension with both ``address`` and ``undefined`` as well, some ten minutes, and runs the
 tests of the ops on it.
 """
@@ -17,7 +18,7 @@ import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-KINDS = ("address", "undefined", "thread")
+KINDS = ("address", "undefined", "thread", "memcheck")
 FLAGS = [
     "-std=c++20",
     "-O1",
@@ -51,7 +52,9 @@ def kernels(kind: str, folder: Path) -> None:
     sources += (
         [ROOT / "csrc" / "cpu" / "isa_portable.cpp"] if thread else sorted((ROOT / "csrc" / "cpu").glob("isa*.cpp"))
     )
-    flags = [*FLAGS, f"-fsanitize={kind}", "-fno-sanitize-recover=all"]
+    flags = [*FLAGS, "-DPATHRNN_POISON", "-include", "valgrind/memcheck.h"]
+    if kind != "memcheck":
+        flags = [*FLAGS, f"-fsanitize={kind}", "-fno-sanitize-recover=all"]
     flags += ["-DPATHRNN_STD_THREADS", "-pthread"] if thread else ["-fopenmp"]
     objects = []
     for source in sources:
@@ -59,7 +62,10 @@ def kernels(kind: str, folder: Path) -> None:
         run("g++", *flags, "-c", source, "-o", objects[-1])
     program = folder / f"kernels-{kind}"
     run("g++", *flags, *objects, "-o", program)
-    run(program, *([] if thread else ["allocations fail"]))
+    if kind == "memcheck":
+        run("valgrind", "--quiet", "--error-exitcode=1", program)
+    else:
+        run(program, *([] if thread else ["allocations fail"]))
 
 
 def extension(folder: Path) -> None:

@@ -155,6 +155,7 @@ class Workspace {
     kept_ = &kept;
     if (static_cast<int64_t>(kept.size()) >= count) memory_.swap(kept);
     else memory_.resize(count);
+    poison(memory_.data(), memory_.size());
   }
   ~Workspace() {
     constexpr int64_t kKeep = (int64_t{32} << 20) / static_cast<int64_t>(sizeof(T));
