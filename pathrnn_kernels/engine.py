@@ -311,7 +311,7 @@ class Engine(Optimizer):
             k = kappa(self.net, seq_len, self.second_term, rtol=self.rtol, lags=first)
             if lags is not None:
                 # Where all lags were summed there is nothing to start from.
-                found = k.lag_counts
+                found = k._lags[1]
                 lags.copy_(torch.where(found < seq_len - 1, found, 0))
         self._kappa = k.scaled, k.log_path_norm
         return self._kappa
