@@ -46,7 +46,9 @@ class PathChain(NamedTuple):
             return lambda: found
         log_norm = self.log_path_norm.reshape(1).view(torch.int64)
         packed = torch.cat([self.exponents, log_norm, self.lost.reshape(1).long()])
-        host = torch.empty(packed.shape, dtype=torch.int64, device="cpu", pin_memory=True).copy_(packed, non_blocking=True)
+        host = torch.empty(packed.shape, dtype=torch.int64, device="cpu", pin_memory=True).copy_(
+            packed, non_blocking=True
+        )
         done = torch.cuda.Event()
         done.record(torch.cuda.current_stream(packed.device))
 
