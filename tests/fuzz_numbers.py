@@ -206,7 +206,7 @@ def make_case(seed, number):
         *(float(rng.choice((0.0, 1e-5, 1e-3))), int(rng.choice((1, 2), p=(0.6, 0.4))), int(rng.integers(len(DIRT)))),
     )
     case.weights, case.kind = _weights(rng, shape, dtype)
-    if rng.random() < 0.3:
+    if rng.random() < 0.3 and not ones:  # h_0 = 1 is no unit's to rescale
         most = 60 if dtype == "float32" else 300
         exponents = rng.integers(-most, most + 1, (layers * directions, hidden))
         if rng.random() < 0.5:
