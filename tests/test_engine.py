@@ -66,7 +66,7 @@ def test_path_sgd_is_a_path_optimizer_around_sgd(fused, case, data):
             o.step()
         for p, q in zip(net.parameters(), twin.parameters(), strict=True):
             # κ has a hundred roundings, its quotient as many; and the radius shares those of all weights.
-            torch.testing.assert_close(p, q, rtol=1e-10, atol=1e-10 * float(q.abs().max()))
+            torch.testing.assert_close(p, q, rtol=1e-10, atol=1e-10 * float(q.detach().abs().max()))
             with torch.no_grad():
                 p.copy_(q)
 
