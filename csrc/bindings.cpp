@@ -5,12 +5,14 @@
 
 #include <map>
 #include <string>
+#include <utility>
 
 #include "cpu/isa.h"
 
 #ifdef PATHRNN_WITH_CUDA
 namespace pathrnn {
 std::string cuda_build();  // cuda/build.cu
+std::pair<int, std::string> cuda_code(int device);
 }
 #endif
 
@@ -113,4 +115,8 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
         };
       },
       "The versions and options that this extension was built with, and the instruction set that it uses.");
+#ifdef PATHRNN_WITH_CUDA
+  m.def("cuda_code", &pathrnn::cuda_code,
+        "The architecture, as 90 for compute_90, of the code that a device would run; 0 and the reason if there is none.");
+#endif
 }

@@ -6,10 +6,6 @@
 #include "../check.h"
 #include "isa.h"
 #include "path_chain.h"
-#if __has_include("path_chain_exact.h")
-#include "path_chain_exact.h"
-#define PATHRNN_EXACT
-#endif
 
 namespace pathrnn {
 namespace {
@@ -209,7 +205,6 @@ void narrow(const Results& wide, Results& out) {
 // What the op returns in place of `lost`: which arithmetic the results are of.
 enum Arithmetic : int8_t { kOwn = 0, kDouble = 1, kExtended = 2 };
 
-#ifdef PATHRNN_EXACT
 // In extended range: mantissas with an exponent each, in place of unit exponents.
 void extended(const Arguments& a, Results& out) {
   bool lost = false;
@@ -219,15 +214,18 @@ void extended(const Arguments& a, Results& out) {
   }
   PathChain<double> net = network<double>(a, out, lost);
   for (const Tensor& t : out.entry_exponents) net.entry_exponents.push_back(t.mutable_data_ptr<int64_t>());
-  allocating("path_chain", [&] { path_chain_exact(net); });
+  const double hidden = static_cast<double>(a.hidden);
+  const double work = static_cast<double>(a.chains * a.seq_len) * hidden * hidden * (a.second_factor > 0 ? hidden : 1);
+  allocating("path_chain", [&] { active_isa().path_chain_exact(net, threads_for(work)); });
   // Unit exponents as those of every other pass.
   out.unit_exponents = units;
   size_t next = 0;
   for (int64_t c = 0; a.kappa1 && c < a.chains; ++c) {
-    const Tensor rows = units[c], below = c < a.directions ? Tensor() : units.slice(0, (c / a.directions - 1) * a.directions, c / a.directions * a.directions).reshape({-1});
+    const int64_t own = c / a.directions * a.directions;
+    const Tensor rows = units[c];
     Tensor &ih = out.entry_exponents[next++], &hh = out.entry_exponents[next++];
     ih.add_(rows.unsqueeze(1));
-    if (below.defined()) ih.sub_(below);
+    if (own > 0) ih.sub_(units.slice(0, own - a.directions, own).reshape({-1}));
     hh.add_(rows.unsqueeze(1)).sub_(rows);
     if (!a.bias_ih.empty()) out.entry_exponents[next++].add_(rows);
   }
@@ -235,7 +233,6 @@ void extended(const Arguments& a, Results& out) {
     out.entry_exponents[next].sub_(units.slice(0, a.chains - a.directions).reshape({-1}));
   }
 }
-#endif
 
 }  // namespace
 
@@ -350,14 +347,10 @@ PathChainResult path_chain_op(
       arithmetic = kDouble;
       lost = pass<double>(wide, found, bad);
     }
-#ifdef PATHRNN_EXACT
     if (lost) {
       arithmetic = kExtended;
       extended(wide, found);
     }
-#else
-    if (is_double) found = results;
-#endif
     if (is_double) narrow<double>(found, results);
     else narrow<float>(found, results);
   }
