@@ -1,6 +1,8 @@
 // path_chain: checks, allocation, and the choice of an arithmetic that loses nothing. The pass itself: path_chain.inl.
 #include <torch/library.h>
 
+#include <cstdlib>
+
 #include "../check.h"
 #include "isa.h"
 #include "path_chain.h"
@@ -43,6 +45,17 @@ double pass_bytes(int64_t chains, int64_t directions, int64_t seq_len, int64_t h
   const double powers = std::min(static_cast<double>(seq_len) * matrix, std::max<double>(workspace_bytes, 8 * matrix));
   return seq_len * (rows * row + chains * 4.0 * (sizeof(int64_t) + itemsize)) + 4 * matrix +
          (second ? 6 * matrix + powers : 0) + weights * itemsize;
+}
+
+// Bytes for cached powers of W̃ where the caller does not say; ops/path_chain.py has the same.
+int64_t workspace_of_environment() {
+  const char* const text = std::getenv("PATHRNN_WORKSPACE_BYTES");
+  if (!text) return 16 << 20;
+  char* end = nullptr;
+  const long long value = std::strtoll(text, &end, 10);
+  TORCH_CHECK_VALUE(*text && !*end && value >= 0, "PATHRNN_WORKSPACE_BYTES is '", text,
+                    "'; it must be a whole number of bytes");
+  return value;
 }
 
 // The arguments, contiguous: copies live until the kernel is done.
@@ -250,6 +263,7 @@ PathChainResult path_chain_op(
   for (const int64_t lags : first_lags) {
     TORCH_CHECK_VALUE(lags >= 0, "first_lags has ", lags, "; its numbers must be at least 0");
   }
+  if (workspace_bytes == -1) workspace_bytes = workspace_of_environment();
   TORCH_CHECK_VALUE(workspace_bytes >= 0, "workspace_bytes is ", workspace_bytes, "; it must be at least 0");
   const Tensor& like = weight_hh[0];
   check_floating(like, "weight_hh_l0");
