@@ -29,7 +29,8 @@ TORCH_LIBRARY(pathrnn, m) {
       "path_chain(Tensor[] weight_ih, Tensor[] weight_hh, Tensor[] bias_ih, Tensor[] bias_hh, Tensor? head_weight, "
       "Tensor? head_bias, Tensor? embedding_weight, int seq_len, bool last_only, bool ones_h0, bool kappa1, "
       "float second_factor, float rtol, int[] first_lags, int workspace_bytes, bool bidirectional=False) "
-      "-> (Tensor[], Tensor, Tensor, Tensor, Tensor, Tensor)",
+      "-> (Tensor[] kappa, Tensor exponents, Tensor unit_exponents, Tensor[] entry_exponents, Tensor log_path_norm, "
+      "Tensor lags, Tensor bounds, Tensor arithmetic)",
       tags);
   m.def(
       "precondition(Tensor[] gradients, Tensor[] kappas, float[] scales, int power) -> (Tensor[], Tensor overflowed)",

@@ -171,7 +171,7 @@ class GatedPathSGD(Optimizer):
 
     def _move(self, moving: dict[str, Tensor], k: Kappa, log_norm: float, group: dict[str, Any]) -> None:
         share = math.exp((log_norm - float(k.log_path_norm)) / 2)  # of γ, without the output's bias
-        units = [k.relative(name).sqrt().mul_(share) for name in moving]  # γ/sqrt(κ)
+        units = [k.relative(name).sqrt().mul_(share).to(p.dtype) for name, p in moving.items()]  # γ/sqrt(κ)
         parameters = list(moving.values())
         gradients = [torch.mul(p.grad, unit) for p, unit in zip(parameters, units, strict=True)]  # type: ignore[arg-type]
         norms = [torch.linalg.vector_norm(g, dtype=torch.float64) for g in gradients]

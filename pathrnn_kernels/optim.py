@@ -270,9 +270,7 @@ class PathOptimizer(Optimizer):
     def _overlapped(self, seq_len: int) -> Kappa | None:
         if self._overlap is None:
             return None
-        return self._overlap.take(
-            self._settings(seq_len), self.net.weights().values(), lambda k: [*k.factors.values(), k.log_path_norm]
-        )
+        return self._overlap.take(self._settings(seq_len), self.net.weights().values(), Kappa.tensors)
 
     def _settings(self, seq_len: int) -> tuple[Any, ...]:
         return seq_len, self.second_term, self.rtol, self._first_lags(), self.net.outputs, self.net.h0
