@@ -519,13 +519,14 @@ def _from_state(state: Any, parameters: dict[str, Tensor]) -> tuple[dict[str, Sc
     try:
         if "factors" in state:
             logs = state["log_scales"]
-            exponents = {name: torch.tensor(round(logs[name] / _LN2)) for name in state["factors"]}
+            exponents = {n: torch.tensor(round(logs[n] / _LN2), device=f.device) for n, f in state["factors"].items()}
             fits = set(logs) == set(parameters)
             scaled = {name: Scaled(factor, exponents[name]) for name, factor in state["factors"].items()}
         else:
             fits = True
             scaled = {name: Scaled(**entry) for name, entry in state["entries"].items()}
-        log_norm = torch.as_tensor(state["log_path_norm"], dtype=torch.float64)
+        device = next(iter(parameters.values())).device
+        log_norm = torch.as_tensor(state["log_path_norm"], dtype=torch.float64, device=device)
         fits &= set(scaled) == set(parameters) and not bool(log_norm.isnan())
         fits &= len({s.mantissa.dtype for s in scaled.values()}) == 1
         for name, p in parameters.items():
