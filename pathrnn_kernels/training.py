@@ -190,6 +190,8 @@ class Config:
         unknown = sorted(given.keys() - {f.name for f in fields(cls)})
         if unknown:
             raise TypeError(f"{unknown[0]} is not an option of a run; use {', '.join(f.name for f in fields(cls))}")
+        if task == "charlm" and given.get("data") and "corpus" not in given:
+            given["corpus"] = "file"
         options = {**_defaults(task, optimizer), **given}
         config = cls(task, optimizer, **options)
         if optimizer in _QUOTIENTS and "trust_radius" not in options:
