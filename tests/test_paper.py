@@ -275,6 +275,34 @@ def test_the_command_runs_only_what_is_missing(finished, monkeypatch, capsys):
     assert str(out / "table2.md") in capsys.readouterr().out
 
 
+def test_committed_results_are_gone_on_from_and_rows_of_other_commands_stay(tmp_path):
+    (cell,) = cells("table2", {"mnist": "/somewhere/digits"}, quick=True, only=["smnist/irnn"])
+    jobs = [Job(cell.experiment(seed), tmp_path / "first" / str(seed)) for seed in range(3)]
+    history = [{"step": 12, "loss": 1.0, "seconds": 5.0, "held_out": 40.0}]
+    made = {"outcome": "finished", "title": "t", "error_name": "e", "trivial_error": 90.0, "history": history}
+    for job in jobs[:2]:
+        job.folder.mkdir(parents=True)
+        result = {**made, "config": running.options(job.experiment), "seconds": 5.0, "versions": {}, "machine": "m"}
+        (job.folder / running.RESULT).write_text(json.dumps(result))
+    table = report.collect("table2", [cell], jobs, quick=False)
+    assert "somewhere" not in json.dumps(table) and table["rows"][0]["seeds"] == [0, 1]
+    path = tmp_path / "table2.json"
+    path.write_text(json.dumps(table))
+
+    # On another machine, where the digits lie elsewhere; the third seed has not run.
+    (cell,) = cells("table2", {"mnist": "/elsewhere/digits"}, quick=True, only=["smnist/irnn"])
+    again = [Job(cell.experiment(seed), tmp_path / "second" / str(seed)) for seed in range(3)]
+    report.restore(path, again)
+    assert [result_of(job) is not None for job in again] == [True, True, False]
+    assert report.collect("table2", [cell], again, quick=False)["rows"] == table["rows"]
+
+    fewer = report.collect("table2", [cell], again[:1], quick=False)
+    assert fewer["rows"][0]["seeds"] == [0] and report.merge(fewer, path)["rows"] == table["rows"]
+    other = {**table, "rows": [{**table["rows"][0], "column": "adding-100"}]}
+    assert [row["column"] for row in report.merge(other, path)["rows"]] == ["smnist", "adding-100"]
+    assert report.merge({**other, "quick": True}, path)["rows"] == other["rows"]
+
+
 def test_an_error_in_a_run_is_one_sentence(tmp_path, capsys):
     arguments = ["table3", "--quick", "--only", "text8/rnn-relu", "--seeds", "1", "--out", str(tmp_path)]
     assert command.main([*arguments, "--text8", str(tmp_path / "absent")]) == 1

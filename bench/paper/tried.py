@@ -104,6 +104,12 @@ class TrialRun(Run):
             record["spectral_radius"] = float(torch.linalg.eigvals(w).abs().max())
         return record
 
+    def record(self) -> Record | None:
+        record = super().record()
+        if record is not None and hasattr(self.optimizer, "sharpest"):
+            record["sharpest"], self.optimizer.sharpest = self.optimizer.sharpest, 0.0
+        return record
+
     def state_dict(self) -> dict[str, Any]:
         return {**super().state_dict(), "mean": self.mean}
 
