@@ -173,6 +173,7 @@ def _defaults(task: str) -> str:
     lines = ["  " + "  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]
     notes = (
         f"the trust radius is {training.TRUST}/sqrt(hidden size * T) where nothing better is known",
+        f"path-gated's lr falls with sqrt(hidden size * T) beyond {training.STABLE:,}",
         "path-sgd, path-adam: SGD and Adam on g/κ; path-gated: GatedPathSGD, for long sequences; path-invariant: Adam",
         "in path coordinates, which rescaling the network does not change",
     )
@@ -215,6 +216,9 @@ def _train(parser: _Parser, given: dict[str, Any]) -> int:
             if record is None:
                 return
             bar().set_postfix_str(f"loss {record['loss']:.4g}", refresh=False)
+            warning = run.warning(record)
+            if warning is not None:
+                bar().write(f"warning: {warning}", file=sys.stderr)
             if "held_out" in record:
                 held_out, trivial = record["held_out"], run.task.trivial_error
                 bar().write(f"step {run.step:>7,}  held-out error {held_out:<9.4g} trivial {trivial:.4g}")

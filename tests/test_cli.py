@@ -151,6 +151,14 @@ def test_a_text_needs_no_more_than_its_path(capsys, tmp_path):
     assert json.loads(log[0])["config"]["corpus"] == "file"
 
 
+def test_an_explosion_is_announced_before_it_overflows(capsys, tmp_path):
+    options = ("--optimizer", "sgd", "--clip", "none", "--log-every", 1)
+    code, _, err = run(capsys, "train", "adding", *TINY, *options, "--lr", "1e3", "--steps", 2, "--out", tmp_path / "1")
+    assert code == 0 and "warning: step 2: outputs explode" in err and "a smaller learning rate" in err
+    code, _, err = run(capsys, "train", "adding", *TINY, *options, "--lr", "1e-3", "--steps", 2, "--out", tmp_path / "2")
+    assert code == 0 and "warning" not in err
+
+
 def test_divergence_is_one_sentence(capsys, tmp_path):
     code, _, err = run(capsys, "train", "adding", *TINY, "--optimizer", "sgd", "--lr", "1e30", "--out", tmp_path)
     assert code == 1 and "Traceback" not in err

@@ -16,18 +16,18 @@ _RECURRENT = "rnn.weight_hh_l0"
 
 
 class SpectralGate(GatedPathSGD):
-    """``GatedPathSGD`` whose step of W_hh has a bound in the spectral norm beside that of every entry.
+    """``GatedPathSGD`` with a bound on the coherent part of its step of W_hh.
 
-    Near the identity a step ΔW multiplies the map over T steps by about exp(T ΔW). In path coordinates (rows and
-    columns of W_hh scaled so that κ is constant) ΔW = lr √(2/(HT)) u, so that T ‖ΔW‖ = lr √(2T/H) σ₁(u) is the
-    logarithm of the largest factor of any output. Noise of one sign in H² entries has σ₁(u) = H |u|, noise of all
-    signs 2 √H |u|. Singular values of u are cut at the one that makes it ``growth``. Invariant, as u is.
+    Near the identity a step ΔW multiplies the map over T steps by about exp(T ΔW), and so an output by up to
+    exp(T σ₁(D ΔW D⁻¹)), where D balances rows and columns of κ, D_j = (Π_k κ_jk / κ_kj)^(1/(4H)): a node that is
+    rescaled by ρ has D_j/ρ, so that D ΔW D⁻¹ is invariant. H² entries of one sign have H times the singular value of
+    one, entries of random signs 2 sqrt(H) times. Singular values above growth/T are cut to that.
     """
 
     def __init__(self, net: PathNetwork, lr: float = 10.0, growth: float = 0.1, **given: Any) -> None:
         super().__init__(net, lr, **given)
         self.growth = growth
-        self.sharpest = 0.0  # the largest logarithm since it was last read, before the cut
+        self.sharpest = 0.0  # the largest T σ₁ since it was last read, before the cut
 
     def _move(self, moving: dict[str, Tensor], k: Kappa, log_norm: float, group: dict[str, Any]) -> None:
         weight = moving.get(_RECURRENT)
@@ -35,18 +35,18 @@ class SpectralGate(GatedPathSGD):
         super()._move(moving, k, log_norm, group)
         if weight is None or before is None or not self.state[weight]:
             return
-        share = math.exp((log_norm - float(k.log_path_norm)) / 2)
-        unit = k.relative(_RECURRENT).sqrt() * share  # γ/sqrt(κ)
-        rate = group["lr"] * min(1.0, self.state[weight]["step"] / max(group["warmup"], 1)) / math.sqrt(weight.numel())
-        u = torch.where(unit > 0, (before - weight) / (unit * rate), 0.0)
+        # log(γ²/κ); entries on no path do not move and do not count.
+        logs = k.relative(_RECURRENT).double().log().nan_to_num(posinf=0.0, neginf=0.0)
+        balance = ((logs.mean(0) - logs.mean(1)) / 4).exp()
+        balance = balance / balance.mean()
+        delta = balance[:, None] * (weight - before).double() / balance
+        left, values, right = torch.linalg.svd(delta, full_matrices=False)
         seq_len = sequence_length(self.net, self.seq_len)
-        scale = rate * math.sqrt(weight.numel()) * math.sqrt(2 * seq_len / len(weight))
-        left, values, right = torch.linalg.svd(u, full_matrices=False)
-        self.sharpest = max(self.sharpest, float(values[0]) * scale)
-        limit = self.growth / scale
+        self.sharpest = max(self.sharpest, float(values[0]) * seq_len)
+        limit = self.growth / seq_len
         if values[0] > limit:
-            excess = (values - limit).clamp_(min=0)
-            weight.add_((left * excess) @ right * unit, alpha=rate)
+            cut = (left * values.clamp(max=limit)) @ right
+            weight.copy_(before + (cut / balance[:, None] * balance).to(weight.dtype))
 
 
 class PathMuon(GatedPathSGD):
