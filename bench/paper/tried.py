@@ -1,7 +1,8 @@
 """Single runs with settings that ``pathrnn train`` does not have, and what came of each (README.md, "What was tried").
 
-``python -m bench.paper.tried NAME task=smnist optimizer=path-gated data=DIR lr=30 warmup=200 …`` trains under
-``runs/tried/NAME``, goes on where it was stopped, and writes ``bench/results/paper/tried/NAME.json``.
+``python -m bench.paper.tried NAME task=smnist optimizer=path-gated data=DIR lr=30.0 warmup=200 …`` trains under
+``runs/tried/NAME``, goes on where it was stopped, and writes ``bench/results/paper/tried/NAME.json``; without
+arguments it prints the table of what these files hold.
 """
 
 from __future__ import annotations
@@ -75,7 +76,9 @@ class TrialRun(Run):
         self.mean: list[Tensor] | None = None
 
     def make_network(self) -> nn.Module:
-        return SYSTEMS[self.config.system].network(self.config, self.task) if self.config.system else super().make_network()
+        if not self.config.system:
+            return super().make_network()
+        return SYSTEMS[self.config.system].network(self.config, self.task)
 
     def advance(self) -> float:
         value = super().advance()
@@ -99,8 +102,9 @@ class TrialRun(Run):
             torch._foreach_copy_(weights, self.mean)
             record["averaged"] = evaluate(self.net, self.task)
             torch._foreach_copy_(weights, own)
-        if hasattr(self.net, "rnn") and hasattr(self.net.rnn, "weight_hh_l0") and self.config.system not in ("lstm",):
-            w = self.net.rnn.weight_hh_l0.detach().double()
+        w = getattr(self.net.rnn, "weight_hh_l0", None)
+        if w is not None and w.shape[0] == w.shape[1]:  # an LSTM has four of them
+            w = w.detach().double()
             record["spectral_radius"] = float(torch.linalg.eigvals(w).abs().max())
         return record
 
@@ -122,7 +126,22 @@ def _finite(record: Record) -> dict[str, float | None]:
     return {name: value if math.isfinite(value) else None for name, value in record.items()}
 
 
+def table(folder: Path) -> str:
+    """Markdown, a row a result file."""
+    lines = ["| run | steps | held-out error | of averaged weights | hours |", "|---|---|---|---|---|"]
+    for path in sorted(folder.glob("*.json")):
+        result = json.loads(path.read_text(encoding="utf-8"))
+        last = next((record for record in reversed(result["history"]) if "held_out" in record), {})
+        error = "diverged" if result["outcome"] == "diverged" else f"{last['held_out']:.4g}"
+        averaged = f"{last['averaged']:.4g}" if "averaged" in last else ""
+        lines.append(f"| {result['name']} | {result['steps']:,} | {error} | {averaged} | {result['hours']:.2g} |")
+    return "\n".join(lines)
+
+
 def main(arguments: list[str]) -> int:
+    if not arguments:
+        print(table(RESULTS))
+        return 0
     name, *pairs = arguments
     given: dict[str, Any] = {}
     for pair in pairs:
