@@ -60,7 +60,7 @@ def measures(net: pk.PathNetwork, pattern: Tensor, seq_len: int) -> dict[str, fl
         "γ'/γ": math.sqrt(after / gamma2),
         "T log ρ(W')": seq_len * math.log(float(torch.linalg.eigvals(moved[1]).abs().max())),
         "T σ₁(D ΔW D⁻¹)": seq_len * float(torch.linalg.matrix_norm(d[:, None] * delta / d, 2)),
-        "log |f'(1)/f(1)|": math.log(signed(moved, seq_len) / signed(w, seq_len)),
+        "log f'(1)/f(1)": math.log(signed(moved, seq_len) / signed(w, seq_len)),
     }
 
 
