@@ -428,8 +428,8 @@ class Run:
         if not times > EXPLODED:
             return None
         return (
-            f"step {self.step:,}: outputs explode, the mean training loss is {times:,.0f} times the trivial one, and the "
-            f"run may end in an overflow; {_advice(self.config)}"
+            f"step {self.step:,}: outputs explode, the mean training loss is {times:,.0f} times the trivial one, and "
+            f"the run may end in an overflow; {_advice(self.config)}"
         )
 
     def evaluate(self) -> Record:

@@ -155,7 +155,9 @@ def test_an_explosion_is_announced_before_it_overflows(capsys, tmp_path):
     options = ("--optimizer", "sgd", "--clip", "none", "--log-every", 1)
     code, _, err = run(capsys, "train", "adding", *TINY, *options, "--lr", "1e3", "--steps", 2, "--out", tmp_path / "1")
     assert code == 0 and "warning: step 2: outputs explode" in err and "a smaller learning rate" in err
-    code, _, err = run(capsys, "train", "adding", *TINY, *options, "--lr", "1e-3", "--steps", 2, "--out", tmp_path / "2")
+    code, _, err = run(
+        capsys, "train", "adding", *TINY, *options, "--lr", "1e-3", "--steps", 2, "--out", tmp_path / "2"
+    )
     assert code == 0 and "warning" not in err
 
 

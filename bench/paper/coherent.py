@@ -1,4 +1,4 @@
-"""``python -m bench.paper.coherent``: which measure of a step sees that entries of one sign act together (README.md)."""
+"""``python -m bench.paper.coherent``: which measure of a step sees that entries of one sign act together."""
 
 from __future__ import annotations
 

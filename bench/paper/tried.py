@@ -13,7 +13,7 @@ import math
 import platform
 import subprocess
 import sys
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,6 @@ import torch
 from torch import Tensor, nn
 
 import pathrnn_kernels
-from pathrnn_kernels import init
 from pathrnn_kernels.training import CHECKPOINT, Config, Record, Run, TrainingError, atomic_write, evaluate, train
 
 from .running import options
