@@ -226,7 +226,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> chains(
     const int64_t fit = (limit - chain_shared_bytes<T>(0, a.stride)) / (a.stride * static_cast<int64_t>(sizeof(T)));
     a.resident = static_cast<int>(std::clamp<int64_t>(fit, 0, a.slice));
     TORCH_CHECK(chain_shared_bytes<T>(a.resident, a.stride) <= limit, name, ": two rows of ", hidden,
-                " hidden units do not fit into the ", limit, " bytes of shared memory of a block; use plan gemm");
+                " hidden units do not fit into the ", limit, " bytes of shared memory of a block; use backend cpu");
     TORCH_CHECK(plan == ChainPlan::grid || a.resident == a.slice, name, ": ", a.slice, " rows of ", hidden,
                 " hidden units do not fit into the ", limit, " bytes of shared memory of a block, at most ",
                 std::max<int64_t>(fit, 0), " do; use more blocks, or plan grid");

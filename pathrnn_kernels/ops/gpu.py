@@ -11,10 +11,9 @@ derive the power of two that brings it to [1, 2).
 
 from __future__ import annotations
 
-import contextlib
 import math
+import threading
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -140,32 +139,66 @@ def path_chain(
     largest = torch.stack(torch._foreach_norm(every, math.inf))
     directions = 2 if bidirectional else 1
     net = Network(ih, hh, b_ih, b_hh, head, head_b, embedding, seq_len, last_only, ones_h0, directions, largest)
-    with torch.no_grad(), _full_precision():
+    with torch.no_grad(), _exact_products():
         return _Pass(kernels, plan, net).run(kappa1, second_factor, rtol, first_lags, workspace_bytes)
 
 
-@contextlib.contextmanager
-def _full_precision() -> Iterator[None]:
-    """Products of float32 in float32, whatever precision the user's own products have."""
+class _exact_products:
+    """Within: products of float32 in float32, and under deterministic algorithms too; afterwards what the user chose.
+
+    The settings are the process's, so that threads count: the first one in changes them, the last one out restores.
+    torch gives cuBLAS a workspace a stream, with which it repeats itself; torch asks for CUBLAS_WORKSPACE_CONFIG even so.
+    """
+
+    _lock, _inside = threading.Lock(), 0
+    _before: tuple[str | None, tuple[bool, bool] | None] = None, None
+
+    def __enter__(self) -> None:
+        matmul, own = torch.backends.cuda.matmul, type(self)
+        with own._lock:
+            own._inside += 1
+            if own._inside > 1:
+                return
+            strict = torch.are_deterministic_algorithms_enabled()
+            deterministic = (strict, torch.is_deterministic_algorithms_warn_only_enabled()) if strict else None
+            if strict:
+                torch._C._set_deterministic_algorithms(False)
+            precision = _own_precision() if matmul.fp32_precision == "tf32" else None
+            if precision is not None:
+                matmul.fp32_precision = "ieee"
+            own._before = precision, deterministic
+
+    def __exit__(self, *_: object) -> None:
+        own = type(self)
+        with own._lock:
+            own._inside -= 1
+            if own._inside > 0:
+                return
+            precision, deterministic = own._before
+            if precision is not None:
+                torch.backends.cuda.matmul.fp32_precision = precision
+            if deterministic is not None:
+                torch._C._set_deterministic_algorithms(deterministic[0], warn_only=deterministic[1])
+
+
+def _own_precision() -> str:
+    """Of products that take "tf32": that, where it is their own setting, or "none", where they follow a general one.
+
+    torch gives away only what holds in the end, so each general setting, CUDA's and everything's, is turned for a look.
+    """
     matmul = torch.backends.cuda.matmul
-    before = matmul.fp32_precision
-    if before != "tf32":
-        yield
-        return
-    matmul.fp32_precision = "ieee"
-    try:
-        yield
-    finally:
-        matmul.fp32_precision = before
-
-
-@dataclass
-class _Doubling:
-    """A sequence under way from one row to T."""
-
-    rows: Rows
-    sums: bool  # of a constant drive; else the drive acts at the first step alone
-    transposed: bool
+    for general in (torch.backends, torch.backends.cudnn):
+        if general.fp32_precision != "tf32":
+            continue
+        general.fp32_precision = "ieee"
+        follows = matmul.fp32_precision == "ieee"
+        of_cuda_follows = torch.backends.cudnn.fp32_precision == "ieee"
+        general.fp32_precision = "tf32"
+        if follows:
+            return "none"
+        if of_cuda_follows and general is torch.backends:
+            break  # the setting of CUDA has no value of its own, so the products have one
+    return "tf32"
 
 
 class _Pass:
@@ -270,17 +303,13 @@ class _Pass:
                     below = self.add(below, Rows(drive.data[i : i + 1], drive.exponents[i : i + 1]))
                 if kappa1:
                     above = self.driven_from_above(d, j)
-            if self.plan.name == "gemm" and i == 0:
-                rows, deltas = self.doubled(c, below, j, above, kappa1)
-            else:
-                plan = self.plan.stepwise or self.plan
-                backward = (net.weight_hh[j], net.largest_of(1, j), *above) if kappa1 else (None, None, None, None)
-                forward = (net.weight_hh[c], net.largest_of(1, c), *below)
-                last_only = net.last_only and i == 0
-                found = self.kernels.chains(
-                    *forward, *backward, net.seq_len, last_only, net.ones_h0, plan.name, plan.blocks, self.lost
-                )
-                rows, deltas = Rows(*found[:2]), Rows(*found[2:])
+            backward = (net.weight_hh[j], net.largest_of(1, j), *above) if kappa1 else (None, None, None, None)
+            forward = (net.weight_hh[c], net.largest_of(1, c), *below)
+            last_only = net.last_only and i == 0
+            found = self.kernels.chains(
+                *forward, *backward, net.seq_len, last_only, net.ones_h0, self.plan.name, self.plan.blocks, self.lost
+            )
+            rows, deltas = Rows(*found[:2]), Rows(*found[2:])
             h.append(rows)
             d[j] = deltas
         return h, [d[c] for c in range(self.count)]
@@ -313,51 +342,6 @@ class _Pass:
         squares, exponent = self.squares(weight, largest)
         self.losses += [_loses(rows.data, squares), _faded(squares, weight != 0, 1.0)]
         return centred(Rows(rows.data @ (squares if transposed else squares.T), rows.exponents + exponent))
-
-    def doubled(self, chain: int, drive: Rows, above: int, head: Rows, backward: bool) -> tuple[Rows, Rows]:
-        """h of one chain and δ of one above it by log₂ T products instead of T steps, for constant drives."""
-        net = self.net
-        matrix = Rows(*self.squares(net.weight_hh[chain], net.largest_of(1, chain)))
-        ones = Rows(torch.ones_like(drive.data), self.exponent(0))
-        start = ones if net.ones_h0 else Rows(torch.zeros_like(drive.data), self.exponent(ZERO))
-        forward = [_Doubling(drive, True, False)]
-        if net.ones_h0:
-            first = centred(Rows(ones.data @ matrix.data.T, matrix.exponents))
-            forward.append(_Doubling(first, False, False))
-        back = [_Doubling(head, not net.last_only, True)] if backward else []
-        if chain == above:
-            self.grow(net.weight_hh[chain], matrix, forward + back)
-        else:
-            self.grow(net.weight_hh[chain], matrix, forward)
-            other = Rows(*self.squares(net.weight_hh[above], net.largest_of(1, above)))
-            self.grow(net.weight_hh[above], other, back)
-        h = forward[0].rows if len(forward) == 1 else self.add(forward[0].rows, forward[1].rows)
-        d = back[0].rows.turned() if back else Rows(h.data[:0], h.exponents[:0])
-        return _joined(start, h), d
-
-    def grow(self, weight: Tensor, matrix: Rows, sequences: list[_Doubling]) -> None:
-        """Sequences y_1, y_2, … from y_1 to y_T, where y_{n+m} = W̃ⁿ y_m, plus y_n if it is a sum."""
-        self.losses.append(_faded(matrix.data, weight != 0, 1.0))
-        length, steps, power = 1, self.net.seq_len, matrix
-        while sequences and length < steps:
-            for s in sequences:
-                m = min(length, steps - length)
-                product = s.rows.data[:m] @ (power.data if s.transposed else power.data.T)
-                self.losses.append(_loses(s.rows.data, power.data))
-                later = centred(Rows(product, s.rows.exponents[:m] + power.exponents))
-                if s.sums:
-                    later = centred(self.add(later, s.rows.from_row(length - 1)))
-                s.rows = _joined(s.rows, later)
-            length *= 2
-            if length < steps:
-                power = self.squared(power)
-
-    def squared(self, power: Rows) -> Rows:
-        """A matrix times itself, its largest entry in [1, 2)."""
-        self.losses.append(_loses(power.data, power.data))
-        product = power.data @ power.data
-        m = torch.frexp(product.amax()).exponent.long() - 1
-        return Rows(product * power_of_two(-m, self.dtype), 2 * power.exponents + m)
 
     # ---- sums --------------------------------------------------------------------------------------------------------
 

@@ -6,7 +6,7 @@ import gpu_model
 import pytest
 import tolerances
 import torch
-from gpu_cases import F32, F64, ON_CPU, needs_gpu
+from gpu_cases import F32, F64, KERNEL_SIZES, LARGE_KERNEL_SIZES, ON_CPU, needs_gpu, served
 from gpu_model import ZERO, centre, same
 
 from pathrnn_kernels.ops.plan import describe, plans
@@ -14,7 +14,7 @@ from pathrnn_kernels.ops.plan import describe, plans
 pytestmark = pytest.mark.gpu
 
 DTYPES = pytest.mark.parametrize("dtype", (F32, F64), ids=("float32", "float64"))
-HIDDEN = pytest.mark.parametrize("hidden", (1, 3, 17, 130) if ON_CPU else (1, 3, 17, 100, 130, 513))
+HIDDEN = pytest.mark.parametrize("hidden", [hidden for hidden, _ in KERNEL_SIZES])
 STEPS = (1, 7) if ON_CPU else (1, 2, 7, 40)
 
 
@@ -115,17 +115,6 @@ def test_finish(kernels, device, hidden, dtype):
     assert kernels.finish(*moved((*zero, nan), device)).isnan()
 
 
-def served(backend, device, hidden, seq_len, dtype):
-    """(plan, blocks): also more blocks than rows, and numbers of them that do not divide the rows."""
-    found = plans(backend, describe(device), hidden, seq_len, dtype.itemsize)
-    result = [(name, found[name].blocks) for name in ("block", "cluster", "grid") if not isinstance(found[name], str)]
-    if backend == "cuda":
-        more = {"cluster": (2, 8), "grid": (1, 3)}
-        return result + [(name, n) for name, _ in result for n in more.get(name, ())]
-    # Interpreted, the programs of a grid cannot wait for each other.
-    return [(name, 1) for name, _ in result] if ON_CPU else [*result, ("grid", 1), ("grid", 3)]
-
-
 @HIDDEN
 @pytest.mark.parametrize("last_only", (False, True), ids=("all", "last"))
 @pytest.mark.parametrize("both", (False, True), ids=("h", "h and d"))
@@ -138,7 +127,7 @@ def test_chains(kernels, backend, device, hidden, dtype, both, last_only):
             drive_h, drive_d = (tempered(seq_len if varying else 1, hidden, dtype) for _ in range(2))
             down = (v, largest(v), *drive_d) if both else (None,) * 4
             once = last_only and not varying  # a drive that varies is given in full
-            for plan in served(backend, device, hidden, seq_len, dtype):
+            for plan in served(backend, describe(device), hidden, seq_len, dtype):
                 call = (w, largest(w), *drive_h, *down, seq_len, once, varying, *plan)
                 error = tolerances.path(dtype, seq_len, hidden)
                 check(kernels.chains, gpu_model.chains, call, device, error, True)
@@ -153,7 +142,7 @@ def test_chains_say_what_they_lose(kernels, backend, device, dtype):
         scale = torch.logspace(-exponent, exponent, hidden, dtype=dtype)
         w = weight(hidden, hidden, dtype=dtype) * scale[:, None] / scale
         drive = (torch.ones(1, hidden, dtype=dtype), torch.tensor([0]))
-        for plan in served(backend, device, hidden, seq_len, dtype):
+        for plan in served(backend, describe(device), hidden, seq_len, dtype):
             call = (w, largest(w), *drive, w, largest(w), *drive, seq_len, False, False, *plan)
             found, expected = flag(device), flag()
             kernels.chains(*moved(call, device), found)
@@ -194,17 +183,16 @@ def test_pair_sums(kernels, device, hidden, dtype):
                     check(kernels.pair_sums, gpu_model.pair_sums, call, device, error)
 
 
-@pytest.mark.parametrize("hidden", (70,) if ON_CPU else (700, 1500))
+@pytest.mark.parametrize("hidden, seq_len", LARGE_KERNEL_SIZES)
 @DTYPES
-def test_chains_of_large_matrices(kernels, backend, device, hidden, dtype):
-    seq_len = 5 if ON_CPU else 20
+def test_chains_of_large_matrices(kernels, backend, device, hidden, seq_len, dtype):
     w, v = (weight(hidden, hidden, dtype=dtype) for _ in range(2))
     drives = [(torch.rand(1, hidden, dtype=dtype), torch.tensor([0])) for _ in range(2)]
     call = (w, largest(w), *drives[0], v, largest(v), *drives[1], seq_len, False, False)
     # The model in float64: in float32 it rounds as much as the kernel.
     wide = [t.double() if isinstance(t, torch.Tensor) and t.is_floating_point() else t for t in call]
     expected = gpu_model.chains(*wide, "block", 1, flag())
-    for plan in served(backend, device, hidden, seq_len, dtype):
+    for plan in served(backend, describe(device), hidden, seq_len, dtype):
         found = kernels.chains(*moved(call, device), *plan, flag(device))
         for i in (0, 2):
             same((found[i].double(), found[i + 1]), expected[i : i + 2], tolerances.path(dtype, seq_len, hidden))

@@ -14,8 +14,7 @@ from pathrnn_kernels import ops
 from pathrnn_kernels.ops import gpu
 from pathrnn_kernels.ops.plan import Plan
 
-STEPS = Plan("block", 1, 0.0)
-PLANS = {"steps": STEPS, "gemm": Plan("gemm", 1, 0.0, STEPS)}
+PLAN = Plan("block", 1, 0.0)
 
 
 def network(
@@ -43,9 +42,9 @@ def arguments(net, seq_len):
     return *lists, *ends, seq_len, net.outputs == "last", net.h0 == "ones"
 
 
-def run(net, seq_len, plan=STEPS, kappa1=True, factor=0.0, rtol=0.0, first_lags=(), workspace=1 << 24):
+def run(net, seq_len, kappa1=True, factor=0.0, rtol=0.0, first_lags=(), workspace=1 << 24):
     options = (kappa1, factor, rtol, first_lags, workspace, net.rnn.bidirectional)
-    found = gpu.path_chain(gpu_model, plan, *arguments(net, seq_len), *options)
+    found = gpu.path_chain(gpu_model, PLAN, *arguments(net, seq_len), *options)
     return ops.PathChain._make(found)
 
 
@@ -75,11 +74,10 @@ def check(found, wanted, rtol):
         torch.testing.assert_close(log(factor, exponent), log(other, other_exponent), rtol=0, atol=rtol)
 
 
-@pytest.mark.parametrize("plan", PLANS.values(), ids=PLANS)
 @pytest.mark.parametrize("dtype", (torch.float32, torch.float64), ids=str)
 @pytest.mark.parametrize("both", (False, True), ids=("forward", "bidirectional"))
 @pytest.mark.parametrize("layers", (1, 2, 3))
-def test_every_network_equals_the_cpu_kernels(layers, both, dtype, plan):
+def test_every_network_equals_the_cpu_kernels(layers, both, dtype):
     options = itertools.product((False, True), (0, 1, 2), (False, True), ("all", "last"), ("zeros", "ones"), (1, 2, 9))
     # All of them for one layer; a fifth, in which every option meets every other, where passes take longer.
     for bias, head, embedding, outputs, h0, seq_len in itertools.islice(
@@ -88,9 +86,9 @@ def test_every_network_equals_the_cpu_kernels(layers, both, dtype, plan):
         net = network(5, layers, bias, head, embedding, outputs, h0, dtype, both)
         for factor in (0.0, 4.0):
             rtol = tolerances.path(dtype, layers * seq_len, 7)
-            check(run(net, seq_len, plan, factor=factor), truth(net, seq_len, factor), rtol)
-        norm = run(net, seq_len, plan, kappa1=False)
-        assert norm.kappa == [] and norm.log_path_norm == run(net, seq_len, plan).log_path_norm
+            check(run(net, seq_len, factor=factor), truth(net, seq_len, factor), rtol)
+        norm = run(net, seq_len, kappa1=False)
+        assert norm.kappa == [] and norm.log_path_norm == run(net, seq_len).log_path_norm
 
 
 HIDDEN, SEQ_LEN = 30, 150
@@ -152,9 +150,8 @@ def test_first_lags_start_where_a_former_call_ended():
         check(found, truth(net, SEQ_LEN, 4.0), 1e-5 + tolerances.path(torch.float64, SEQ_LEN, HIDDEN))
 
 
-@pytest.mark.parametrize("plan", PLANS.values(), ids=PLANS)
 @pytest.mark.parametrize("both", (False, True), ids=("forward", "bidirectional"))
-def test_growth_beyond_every_dtype(both, plan):
+def test_growth_beyond_every_dtype(both):
     net = network(HIDDEN, dtype=torch.float32, both=both)
     with torch.no_grad():
         for name, p in net.named_parameters():
@@ -163,7 +160,7 @@ def test_growth_beyond_every_dtype(both, plan):
     for factor in (0.0, 4.0):
         wanted = truth(net, 1000, factor)
         assert wanted.log_path_norm > 2000
-        check(run(net, 1000, plan, factor=factor, rtol=0.0), wanted, tolerances.path(torch.float32, 1000, HIDDEN))
+        check(run(net, 1000, factor=factor, rtol=0.0), wanted, tolerances.path(torch.float32, 1000, HIDDEN))
 
 
 def test_a_direction_that_float32_loses_beside_the_other_is_told():
@@ -176,9 +173,8 @@ def test_a_direction_that_float32_loses_beside_the_other_is_told():
     check(run(net, 60), truth(net, 60), tolerances.path(torch.float64, 120, 10))
 
 
-@pytest.mark.parametrize("plan", PLANS.values(), ids=PLANS)
 @pytest.mark.parametrize("where", ("weight_hh", "weight_ih", "head", "bias"))
-def test_what_float32_loses_is_told(where, plan):
+def test_what_float32_loses_is_told(where):
     """One entry far below the others whose square vanishes in float32, on a path that matters to a unit."""
     net = network(4, dtype=torch.float32)
     with torch.no_grad():
@@ -195,8 +191,8 @@ def test_what_float32_loses_is_told(where, plan):
             net.rnn.weight_ih_l0[1] = 0
             net.rnn.bias_ih_l0[1] = 1e-30
             net.rnn.bias_hh_l0[1] = 0
-    assert run(net, 6, plan).lost
-    assert not run(network(4, dtype=torch.float32), 6, plan).lost
+    assert run(net, 6).lost
+    assert not run(network(4, dtype=torch.float32), 6).lost
 
 
 def test_dead_units_are_not_taken_for_losses():
@@ -220,16 +216,55 @@ def test_a_weight_that_is_not_finite_gives_nan(value):
         assert run(net, 3).log_path_norm.isnan()
 
 
-def test_products_keep_full_precision_whatever_the_user_chose():
-    matmul = torch.backends.cuda.matmul
-    before = matmul.fp32_precision
+PRECISIONS = [("generic", "all"), ("cuda", "all"), ("cuda", "matmul"), ("cuda", "conv"), ("cuda", "rnn")]
+
+
+def precisions():
+    return [torch._C._get_fp32_precision_getter(*key) for key in PRECISIONS]
+
+
+@pytest.mark.parametrize("chosen", itertools.product(("none", "ieee", "tf32"), repeat=3), ids="-".join)
+def test_products_keep_full_precision_whatever_the_user_chose_and_chooses_later(chosen):
+    before = precisions()
+
+    def choose(general, of_cuda, own):
+        torch.backends.fp32_precision = general
+        torch.backends.cudnn.fp32_precision = of_cuda
+        torch.backends.cuda.matmul.fp32_precision = own
+
+    def seen():
+        """What holds now, and what would if a general setting changed: inherited values are not pinned."""
+        found = [precisions()]
+        for general in ("ieee", "tf32"):
+            torch.backends.fp32_precision = general
+            found.append(precisions())
+        torch.backends.fp32_precision = chosen[0]
+        return found
+
     try:
-        matmul.fp32_precision = "tf32"
-        with gpu._full_precision():
-            assert matmul.fp32_precision == "ieee"
-        assert matmul.fp32_precision == "tf32"
+        choose(*chosen)
+        wanted = seen()
+        with gpu._exact_products():
+            assert torch.backends.cuda.matmul.fp32_precision != "tf32"
+            with gpu._exact_products():
+                pass
+            assert torch.backends.cuda.matmul.fp32_precision != "tf32"
+        assert seen() == wanted
     finally:
-        matmul.fp32_precision = before
+        choose("none", "none", "none")
+    assert precisions() == before
+
+
+@pytest.mark.parametrize("warn_only", (False, True))
+def test_products_serve_deterministic_algorithms_without_an_environment_variable(warn_only):
+    torch.use_deterministic_algorithms(True, warn_only=warn_only)
+    try:
+        with gpu._exact_products():
+            assert not torch.are_deterministic_algorithms_enabled()
+        assert torch.are_deterministic_algorithms_enabled()
+        assert torch.is_deterministic_algorithms_warn_only_enabled() == warn_only
+    finally:
+        torch.use_deterministic_algorithms(False)
 
 
 def test_powers_of_two_are_exact():
@@ -279,5 +314,5 @@ def test_kappa1_of_one_layer_is_few_operations():
     """README's some fifteen, and two small tensors on the host: on a GPU, host time is what a small κ costs."""
     call = arguments(network(20, head=2, outputs="last", dtype=torch.float32), 60)
     with Counting() as counting:
-        gpu.path_chain(counting, STEPS, *call, True, 0.0, 0.0, (), 1 << 24)
+        gpu.path_chain(counting, PLAN, *call, True, 0.0, 0.0, (), 1 << 24)
     assert 7 <= counting.count <= 16

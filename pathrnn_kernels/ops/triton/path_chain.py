@@ -220,7 +220,7 @@ def shape(hidden: int, itemsize: int, plan: str, blocks: int) -> Shape:
         ValueError: a plan that there is not, or a size that it does not serve.
     """
     if plan not in ("block", "grid"):
-        raise ValueError(f"plan is {plan!r}; the triton backend has 'block', 'grid' and 'gemm' (no clusters)")
+        raise ValueError(f"plan is {plan!r}; the triton backend has 'block' and 'grid' (no clusters)")
     block = triton.next_power_of_2(hidden)
     rows = triton.next_power_of_2(triton.cdiv(hidden, blocks))
     resident = block * rows * itemsize
@@ -228,10 +228,12 @@ def shape(hidden: int, itemsize: int, plan: str, blocks: int) -> Shape:
         limit = 1 << (int(RESIDENT_BYTES / itemsize).bit_length() - 1) // 2
         raise ValueError(
             f"plan 'block' serves one program a chain and hidden sizes up to {limit} at {itemsize} bytes a number, "
-            f"not {blocks} and {hidden}; use plan 'grid' or 'gemm'"
+            f"not {blocks} and {hidden}; use plan 'grid'"
         )
     if hidden > HIDDEN_LIMIT:
-        raise ValueError(f"plan 'grid' serves hidden sizes up to {HIDDEN_LIMIT}, not {hidden}; use plan 'gemm'")
+        raise ValueError(
+            f"plan 'grid' serves hidden sizes up to {HIDDEN_LIMIT}, not {hidden}; use backend 'cuda' or 'cpu'"
+        )
     if blocks > 1 and interpreted():
         raise ValueError(f"interpreted programs run one after another and cannot meet: use blocks=1, not {blocks}")
     if resident <= RESIDENT_BYTES:
