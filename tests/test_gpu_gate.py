@@ -17,7 +17,8 @@ spoiled = []
 
 def benchmarks(child):
     def row(name):
-        return {{"row": {{"label": name, "milliseconds": {{"ours": [1, 1, 1]}}, "best": "ours", "ratios": {{}}, "GB/s": 2.0}}}}
+        times = {{"milliseconds": {{"ours": [1, 1, 1]}}, "best": "ours", "ratios": {{}}}}
+        return {{"row": {{"label": name, "GB/s": 2.0, **times}}}}
     def fails():
         raise AssertionError("wrong")
     def spoils():

@@ -42,6 +42,9 @@ _LEAST_POWERS = 8
 class Kernels(Protocol):
     """The kernels of a backend; tests/gpu_model.py specifies them."""
 
+    maxima: Any
+    reach: Any
+    canonical_: Any
     column_sums: Any
     ends: Any
     chains: Any
@@ -129,25 +132,117 @@ def path_chain(
     bidirectional: bool = False,
 ) -> tuple[list[Tensor], Tensor, Tensor, list[Tensor], Tensor, Tensor, Tensor, Tensor]:
     """The results of ``ops.path_chain``, whose log γ² is nan where a weight is not finite; arguments are checked."""
-    ih, hh, b_ih, b_hh = (
-        [t.detach().contiguous() for t in tensors] for tensors in (weight_ih, weight_hh, bias_ih, bias_hh)
-    )
-    head, head_b, embedding = (
-        None if t is None else t.detach().contiguous() for t in (head_weight, head_bias, embedding_weight)
-    )
-    every = [*ih, *hh, *b_ih, *b_hh, *(t for t in (head, head_b, embedding) if t is not None)]
-    largest = torch.stack(torch._foreach_norm(every, math.inf))
     directions = 2 if bidirectional else 1
-    net = Network(ih, hh, b_ih, b_hh, head, head_b, embedding, seq_len, last_only, ones_h0, directions, largest)
+    heads = (head_weight, head_bias, embedding_weight)
     with torch.no_grad(), _exact_products():
-        return _Pass(kernels, plan, net).run(kappa1, second_factor, rtol, first_lags, workspace_bytes)
+        net, unit_exponents, state = canonical(
+            kernels, weight_ih, weight_hh, bias_ih, bias_hh, *heads, seq_len, last_only, ones_h0, directions
+        )
+        found = _Pass(kernels, plan, net, state).run(kappa1, second_factor, rtol, first_lags, workspace_bytes)
+    factors, exponents, *rest = found
+    none = [unit_exponents.new_empty(0) for _ in factors]
+    return factors, exponents, unit_exponents, none, *rest
+
+
+class State(NamedTuple):
+    """Of one zeroed piece of memory: what kernels set as they go."""
+
+    lost: Tensor  # bool [1]: whether something underflowed
+    lags: Tensor  # int64 [C]
+    bounds: Tensor  # float64 [C]
+    zero: Tensor  # int64 [1]
+    largest: Tensor  # of every weight
+
+
+def canonical(
+    kernels: Kernels,
+    weight_ih: Sequence[Tensor],
+    weight_hh: Sequence[Tensor],
+    bias_ih: Sequence[Tensor],
+    bias_hh: Sequence[Tensor],
+    head_weight: Tensor | None,
+    head_bias: Tensor | None,
+    embedding: Tensor | None,
+    seq_len: int,
+    last_only: bool,
+    ones_h0: bool,
+    directions: int,
+) -> tuple[Network, Tensor, State]:
+    """The network in canonical coordinates, in which no rescaling of units by powers of two is seen, and their d.
+
+    Unit j's incoming weights are divided by 2^(d_j/2) and its outgoing ones multiplied. d_j is half the difference
+    between the exponents of what reaches unit j and of what it reaches (``reach``), rounded down to an even number, so
+    that a rescaling by 2^a changes it by 2a. A start from h_0 = 1 is no node of its own: there all d are 0.
+    """
+    like, chains = weight_hh[0], len(weight_hh)
+    hidden, inputs, bias = len(like), weight_ih[0].shape[1], bool(bias_ih)
+    ends = [t for t in (head_weight, head_bias, embedding) if t is not None]
+    weights = [*weight_ih, *weight_hh, *bias_ih, *bias_hh, *ends]
+    flat = torch.cat([t.detach().reshape(-1) for t in weights])
+    parts = flat.split([t.numel() for t in weights])
+
+    zeros = torch.zeros(2 + 2 * chains + len(weights), dtype=torch.int64, device=like.device)
+    lost, lags, bounds, zero, tops = zeros.split([1, chains, chains, 1, len(weights)])
+    largest = tops.view(like.dtype)[: len(weights)]
+    state = State(lost.view(torch.bool)[:1], lags, bounds.view(torch.float64), zero, largest)
+
+    wide = directions * hidden
+    layers = chains // directions
+
+    def joint(first: int, rows: int, columns: int, layer: int) -> Tensor:
+        """Both directions' tensors of one kind and layer, which lie side by side, as one."""
+        at = parts[first + layer * directions]
+        return flat.as_strided((directions * rows, columns), (columns, 1), at.storage_offset())
+
+    def of_units(first: int, layer: int) -> Tensor | None:
+        return joint(first, 1, hidden, layer) if bias else None
+
+    def recurrent(layer: int) -> Tensor:
+        return joint(chains, hidden, hidden, layer).view(directions, hidden, hidden)
+
+    source = None
+    if embedding is not None:
+        source = kernels.maxima(None, None, parts[-1].view(embedding.shape), None)[1]
+    head = None if head_weight is None else parts[4 * chains if bias else 2 * chains].view(head_weight.shape)
+    f: list[Tensor] = []
+    g: list[Tensor] = []
+    for i in range(layers):
+        below = joint(0, hidden, inputs if i == 0 else wide, i)
+        above, target = (head, None) if i == 0 else (joint(0, hidden, wide, layers - i), g[-1].view(-1))
+        starts = kernels.maxima(below, source, above, target)
+        starts = [x.view(directions, hidden) if len(x) else x.new_zeros(directions, hidden) for x in starts]
+        found = kernels.reach(
+            recurrent(i), starts[0], of_units(2 * chains, i), of_units(3 * chains, i), recurrent(layers - 1 - i), starts[1]
+        )
+        source = found[0].view(-1)
+        f.append(found[0])
+        g.append(found[1])
+    g.reverse()
+    both = (f[0], g[0]) if layers == 1 else (torch.cat(f), torch.cat(g))
+    unit_exponents = kernels.canonical_(
+        flat,
+        *both,
+        directions,
+        inputs,
+        bias,
+        0 if head_weight is None else len(head_weight),
+        0 if head_bias is None else len(head_bias),
+        0 if embedding is None else len(embedding),
+        not ones_h0,
+        largest,
+        state.lost,
+    )
+    shaped = iter([part.view(t.shape) for part, t in zip(parts, weights, strict=True)])
+    lists = [[next(shaped) for _ in tensors] for tensors in (weight_ih, weight_hh, bias_ih, bias_hh)]
+    others = [None if t is None else next(shaped) for t in (head_weight, head_bias, embedding)]
+    return Network(*lists, *others, seq_len, last_only, ones_h0, directions, largest), unit_exponents, state
 
 
 class _exact_products:
     """Within: products of float32 in float32, and under deterministic algorithms too; afterwards what the user chose.
 
     The settings are the process's, so that threads count: the first one in changes them, the last one out restores.
-    torch gives cuBLAS a workspace a stream, with which it repeats itself; torch asks for CUBLAS_WORKSPACE_CONFIG even so.
+    torch gives cuBLAS a workspace a stream, with which it repeats itself, yet asks for CUBLAS_WORKSPACE_CONFIG too.
     """
 
     _lock, _inside = threading.Lock(), 0
@@ -204,18 +299,19 @@ def _own_precision() -> str:
 class _Pass:
     """One pass over the squared network."""
 
-    def __init__(self, kernels: Kernels, plan: Plan, net: Network) -> None:
-        self.kernels, self.plan, self.net = kernels, plan, net
+    def __init__(self, kernels: Kernels, plan: Plan, net: Network, state: State) -> None:
+        self.kernels, self.plan, self.net, self.state = kernels, plan, net, state
         self.directions, self.count = net.directions, len(net.weight_hh)
         like = net.weight_hh[0]
         self.dtype, self.device, self.hidden = like.dtype, like.device, len(like)
-        # Whether something underflowed: a flag that kernels set, and those of the products outside kernels.
-        self.lost = torch.zeros(1, dtype=torch.bool, device=self.device)
+        self.lost = state.lost
+        # Whether products outside kernels lost something.
         self.losses: list[Tensor] = []
 
     def run(
         self, kappa1: bool, second_factor: float, rtol: float, first_lags: Sequence[int], workspace_bytes: int
-    ) -> tuple[list[Tensor], Tensor, Tensor, list[Tensor], Tensor, Tensor, Tensor, Tensor]:
+    ) -> tuple[list[Tensor], Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """κ, its exponents, log γ², lags, bounds, and -1 where something is lost."""
         net, kernels = self.net, self.kernels
         inputs = None
         if net.embedding_weight is not None:
@@ -224,18 +320,12 @@ class _Pass:
         h, d = self.chains(kappa1, [head for _, head, _ in ends], [drive for drive, _, _ in ends])
 
         steps = 1 if net.last_only else net.seq_len
-        outputs = [Rows(*kernels.row_sums(*rows.from_row(net.seq_len + 1 - steps))) for rows in h[-self.directions :]]
-        norms = [
-            kernels.finish(*sums, *rest, steps, net.largest) for sums, (_, _, rest) in zip(outputs, ends, strict=True)
-        ]
-        log_norm = norms[0] if self.directions == 1 else torch.logaddexp(*norms)
-
-        lags, bounds = (torch.zeros(self.count, dtype=t, device="cpu") for t in (torch.int64, torch.float64))
+        # Sums of the top chains' h at the outputs, and of every δ.
+        outputs, sums_of_d = self.sums(h, d, steps)
+        lags, bounds = self.state.lags, self.state.bounds
         factors: list[Rows] = []
-        sums_of_d: list[Rows] = []
         for c in range(self.count if kappa1 else 0):
-            deltas = Rows(*kernels.row_sums(*d[c]))
-            sums_of_d.append(deltas)
+            deltas = sums_of_d[c]
             if c >= self.directions:
                 factors.append(self.side_by_side([self.pair_sums(d[c], rows) for rows in self.below(h, c)]))
             elif inputs is None:
@@ -245,7 +335,9 @@ class _Pass:
             kappa_hh = self.pair_sums(d[c], h[c])
             if second_factor > 0 and net.seq_len > 1:
                 term = _SecondTerm(self, c, h[c], d[c], kappa_hh, second_factor, workspace_bytes)
-                kappa_hh, lags[c], bounds[c] = term.run(rtol, first_lags[c] if first_lags else 0)
+                kappa_hh, summed, bound = term.run(rtol, first_lags[c] if first_lags else 0)
+                lags[c].fill_(summed)
+                bounds[c].fill_(bound)
             factors.append(kappa_hh)
             if net.bias_ih:
                 factors.append(deltas)
@@ -253,18 +345,34 @@ class _Pass:
             if net.head_weight is not None:
                 factors.append(self.side_by_side([Rows(sums.data[None], sums.exponents) for sums in outputs]))
             if net.head_bias is not None:
-                factors.append(Rows(torch.full_like(outputs[0].data[:1], steps), self.exponent(0)))
+                place_of_bias = len(factors)
+                factors.append(Rows(outputs[0].data[:1], self.state.zero))  # finish gives its value
             if net.embedding_weight is not None:
                 parts = []
                 for c, deltas in enumerate(sums_of_d[: self.directions]):
                     squares, exponent = self.squares(net.weight_ih[c], net.largest_of(0, c))
                     parts.append(Rows(deltas.data[None] @ squares, deltas.exponents + exponent))
                 factors.append(self.total([_alive(part) for part in parts]))
-        scales = torch.cat([f.exponents for f in factors]) if factors else self.lost.new_empty(0, dtype=torch.int64)
-        lost = torch.cat([self.lost, *self.losses]).any() if self.losses else self.lost[0]
-        units = torch.zeros(self.count, self.hidden, dtype=torch.int64, device=self.device)
-        none = [units.new_empty(0) for _ in factors]
-        return [f.data for f in factors], scales, units, none, log_norm, lags, bounds, -lost.to(torch.int8)
+        if self.losses:
+            self.lost.logical_or_(torch.cat(self.losses).any())
+        norms = []
+        for e, (_, _, rest) in enumerate(ends):
+            norm, of_bias, arithmetic = kernels.finish(*outputs[e], *rest, steps, net.largest, self.lost)
+            norms.append(norm)
+            if kappa1 and net.head_bias is not None and e == 0:
+                factors[place_of_bias] = Rows(of_bias, self.state.zero)
+        log_norm = norms[0] if self.directions == 1 else torch.logaddexp(*norms)
+        scales = torch.cat([f.exponents for f in factors]) if factors else lags[:0]
+        return [f.data for f in factors], scales, log_norm, lags, bounds, arithmetic
+
+    def sums(self, h: list[Rows], d: list[Rows], steps: int) -> tuple[list[Rows], list[Rows]]:
+        wanted = [rows.from_row(self.net.seq_len + 1 - steps) for rows in h[-self.directions :]]
+        wanted += [rows for rows in d if len(rows.data)]
+        found: list[Rows] = []
+        for i in range(0, len(wanted), 2):  # a launch serves two
+            sums = self.kernels.row_sums(*wanted[i], *(wanted[i + 1] if i + 1 < len(wanted) else (None, None)))
+            found += [Rows(*sums[n : n + 2]) for n in range(0, len(sums), 2)]
+        return found[: self.directions], found[self.directions :]
 
     # ---- the chains --------------------------------------------------------------------------------------------------
 
@@ -281,10 +389,7 @@ class _Pass:
             net.largest,
             self.lost,
         )
-        # Near the centre, as the chains keep what they make of them: the scale of sums of their rows is known then.
-        data = torch._foreach_mul([ends[0], ends[2]], 2.0 ** CENTRE[self.dtype])
-        exponents = torch._foreach_sub([ends[1], ends[3]], CENTRE[self.dtype])
-        return Rows(data[0], exponents[0]), Rows(data[1], exponents[1]), ends[2:]
+        return Rows(*ends[:2]), Rows(*ends[2:4]), ends[2:]
 
     def chains(self, kappa1: bool, heads: list[Rows], drives: list[Rows]) -> tuple[list[Rows], list[Rows]]:
         """h and δ of every chain, in its own time; h from the bottom up beside δ from the top down."""

@@ -223,7 +223,7 @@ def precisions():
     return [torch._C._get_fp32_precision_getter(*key) for key in PRECISIONS]
 
 
-@pytest.mark.parametrize("chosen", itertools.product(("none", "ieee", "tf32"), repeat=3), ids="-".join)
+@pytest.mark.parametrize("chosen", list(itertools.product(("none", "ieee", "tf32"), repeat=3)), ids="-".join)
 def test_products_keep_full_precision_whatever_the_user_chose_and_chooses_later(chosen):
     before = precisions()
 
