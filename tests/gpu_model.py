@@ -277,19 +277,34 @@ def natural(total, top, usual):
     return (total if top == ZERO else ldexp(total, top - exponent)), torch.tensor([exponent])
 
 
-def row_sums(rows, exponents, more_rows=None, more_exponents=None):
+def row_sums(rows, exponents, more_rows, more_exponents, lost):
     """Of one or two sequences."""
-    first = _row_sums(rows, exponents)
-    return first if more_rows is None else (*first, *_row_sums(more_rows, more_exponents))
+    first = _row_sums(rows, exponents, lost)
+    return first if more_rows is None else (*first, *_row_sums(more_rows, more_exponents, lost))
 
 
-def _row_sums(rows, exponents):
+def _row_sums(rows, exponents, lost):
+    found = _row_sum(rows, exponents)
+    lost |= ((rows != 0).any(0) & (found[0] < torch.finfo(rows.dtype).tiny)).any()
+    return found
+
+
+def _row_sum(rows, exponents):
     total, top = join(list(zip(rows, exponents, strict=True)), rows.dtype)
     return natural(torch.zeros_like(rows[0]) if total is None else total, top, centre(rows.dtype))
 
 
 def pair_sums(
-    d, d_exponents, h, h_exponents, offset, weights=None, weight_exponents=None, previous=None, previous_exponent=None
+    d,
+    d_exponents,
+    h,
+    h_exponents,
+    offset,
+    weights=None,
+    weight_exponents=None,
+    previous=None,
+    previous_exponent=None,
+    lost=None,
 ):
     parts = [] if previous is None else [(previous, previous_exponent)]
     for i in range(1 if weights is None else len(weights)):
@@ -305,6 +320,10 @@ def pair_sums(
         parts.append((tile, top) if weights is None else (weights[i].T * tile, top + int(weight_exponents[i])))
     total, top = join(parts, d.dtype)
     total = torch.zeros(d.shape[1], d.shape[1], dtype=d.dtype) if total is None else total
+    if lost is not None:
+        n = max(0, min(len(d) - offset, len(h)))
+        some = (d[offset : offset + n] != 0).double().T @ (h[:n] != 0).double() > 0
+        lost |= (some & (total < torch.finfo(d.dtype).tiny)).any()
     # With weights it is a term of a longer sum, which wants the range that a natural scale would give away.
     return natural(total, top, 2 * centre(d.dtype)) if weights is None else (total, torch.tensor([top]))
 

@@ -370,7 +370,7 @@ class _Pass:
         wanted += [rows for rows in d if len(rows.data)]
         found: list[Rows] = []
         for i in range(0, len(wanted), 2):  # a launch serves two
-            sums = self.kernels.row_sums(*wanted[i], *(wanted[i + 1] if i + 1 < len(wanted) else (None, None)))
+            sums = self.kernels.row_sums(*wanted[i], *(wanted[i + 1] if i + 1 < len(wanted) else (None, None)), self.lost)
             found += [Rows(*sums[n : n + 2]) for n in range(0, len(sums), 2)]
         return found[: self.directions], found[self.directions :]
 
@@ -451,7 +451,7 @@ class _Pass:
     # ---- sums --------------------------------------------------------------------------------------------------------
 
     def pair_sums(self, d: Rows, h: Rows, offset: int = 0) -> Rows:
-        return Rows(*self.kernels.pair_sums(*d, *h, offset, None, None, None, None))
+        return Rows(*self.kernels.pair_sums(*d, *h, offset, None, None, None, None, self.lost if offset == 0 else None))
 
     def total(self, parts: list[Rows]) -> Rows:
         """The sum of one or two."""
@@ -517,7 +517,7 @@ class _SecondTerm:
         done = 0
         for block in self.powers(max(first, block_size) if certifies else self.lags):
             self.pairs = Rows(
-                *self.kernels.pair_sums(*self.d, *self.h, done + 1, *block, *(self.pairs or (None, None)))
+                *self.kernels.pair_sums(*self.d, *self.h, done + 1, *block, *(self.pairs or (None, None)), None)
             )
             done += len(block.data)
             if perron is None or done == self.lags:
@@ -626,7 +626,7 @@ class _SecondTerm:
         width = torch.where(middle > 0, half / middle, 0.0).amax(0)
         enclosed = centred(Rows(middle, lower.exponents), self.parent.dtype)
         pair = (enclosed, self.h) if by_column else (self.d.from_row(n + 2), enclosed)
-        tail = Rows(*self.kernels.pair_sums(*pair[0], *pair[1], 0, last.data[None], last.exponents, None, None))
+        tail = Rows(*self.kernels.pair_sums(*pair[0], *pair[1], 0, last.data[None], last.exponents, None, None, None))
         error = tail.data.double() * (width[:, None] if by_column else width)
         most = torch.stack([self.share(error, tail.exponents, kappa, top).amax(), width.amax()])
         # Beside the tail, too, which is part of κ and no less than the lower end of the enclosure.
@@ -714,7 +714,7 @@ class _Perron:
         ratio = self.log_rho.exp().to(dtype).expand(len(self.x)).contiguous()
         rest = term.kernels.filtered(*term.d.from_row(n + 2), ratio, term.weight.exponents, True)
         limit = self.limit(last.exponents, n).to(dtype)
-        return Rows(*term.kernels.pair_sums(*rest, *term.h, 0, limit, last.exponents, *(term.pairs or (None, None))))
+        return Rows(*term.kernels.pair_sums(*rest, *term.h, 0, limit, last.exponents, *(term.pairs or (None, None)), None))
 
 
 # ---- arithmetic on rows ----------------------------------------------------------------------------------------------
