@@ -699,7 +699,7 @@ def rows_of_kernels(gate: Child, hidden: int, seq_len: int, count: int) -> dict[
         ),
         "chains": chains,
         "row_sums": kernel(
-            "row_sums", "", (rows, zeros), lambda: rows.sum(0), sequence, 0, lambda: rows.double().sum(0), seq_len
+            "row_sums", "", (rows, zeros, None, None, lost), lambda: rows.sum(0), sequence, 0, lambda: rows.double().sum(0), seq_len
         ),
         "pair_sums, one lag": kernel(
             "pair_sums",

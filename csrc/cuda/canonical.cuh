@@ -157,7 +157,7 @@ struct Canonical {
 __device__ inline int unit_exponent(int f, int g) {
   if (f == kNone) return g == kNone ? 0 : -g;
   if (g == kNone) return f;
-  return (f - g >> 2) * 2;  // rounded down
+  return ((f - g) >> 2) * 2;  // rounded down
 }
 
 // Block (x, y): tile x of weight y.

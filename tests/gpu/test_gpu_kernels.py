@@ -105,14 +105,15 @@ def test_finish(kernels, device, hidden, dtype):
     for exponent in (0, 900, -40_000):
         for biases in (bias, none):
             call = (outputs, torch.tensor([exponent]), head, torch.tensor([-3]), *biases, 9, finite)
-            found, expected = kernels.finish(*moved(call, device)), gpu_model.finish(*call)
+            found = kernels.finish(*moved(call, device), flag(device))[0]
+            expected = gpu_model.finish(*call, flag())[0]
             assert found.shape == () and found.dtype == F64
             # Relative to γ², and to the logarithm where that is long.
             error = tolerances.unit_roundoff(F64) * (8 + hidden + 4 * abs(expected.item()))
             assert abs(found.item() - expected.item()) <= error
     zero = (torch.zeros(hidden, dtype=dtype), torch.tensor([ZERO]), head, torch.tensor([0]), *none, 9)
-    assert kernels.finish(*moved((*zero, finite), device)).item() == -math.inf
-    assert kernels.finish(*moved((*zero, nan), device)).isnan()
+    assert kernels.finish(*moved((*zero, finite), device), flag(device))[0].item() == -math.inf
+    assert kernels.finish(*moved((*zero, nan), device), flag(device))[0].isnan()
 
 
 @HIDDEN
@@ -157,7 +158,8 @@ def test_row_sums_and_filtered(kernels, device, hidden, dtype):
     for steps in STEPS:
         rows = tempered(steps, hidden, dtype)
         error = tolerances.path(dtype, steps, 1)
-        check(kernels.row_sums, gpu_model.row_sums, rows, device, error)
+        for more in (None, None), tempered(steps // 2 + 1, hidden, dtype):
+            check(kernels.row_sums, gpu_model.row_sums, (*rows, *more), device, error, True)
         ratio = 0.5 + torch.rand(hidden, dtype=dtype)
         for reverse in (False, True):
             for exponent in (-1, 0, 3):
@@ -224,7 +226,7 @@ def test_offsets_beyond_32_bits(kernels, backend, device):
             torch.testing.assert_close(chain[part:stop] * scale, rest[0].expand_as(chain[part:stop]), rtol=1e-5, atol=0)
     # Sums of equal terms, but for the first and last thousand: those are the second part of the tolerance.
     error = tolerances.path(F32, seq_len, 1) + 2 * start / seq_len
-    total, exponent = kernels.row_sums(h, h_exponents)
+    total, exponent = kernels.row_sums(h, h_exponents, None, None, flag(device))
     same((total, exponent), (rest_h[0] * seq_len, rest_h[1].reshape(1)), error)
     pairs = kernels.pair_sums(d, d_exponents, h, h_exponents, 0, None, None, None, None)
     product = torch.outer(rest_d[0].double(), rest_h[0].double()) * seq_len

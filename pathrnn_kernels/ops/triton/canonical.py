@@ -204,17 +204,17 @@ def _canonical(
         if BALANCED:
             d = _unit_exponent(tl.load(f + n, inside, other=0), tl.load(g + n, inside, other=0))
         tl.store(units + n, d.to(tl.int64), inside)
-    live = n < rows * columns
+    count = rows * columns
+    live = n < count
     w = tl.load(flat + at + n, live, other=0)
     found = w
     if BALANCED:
         row, column = n // columns, n % columns
-        to_f, to_g = tl.load(f + target + row, live & (target >= 0), other=0), tl.load(
-            g + target + row, live & (target >= 0), other=0
-        )
-        of_f, of_g = tl.load(f + source + column, live & (source >= 0), other=0), tl.load(
-            g + source + column, live & (source >= 0), other=0
-        )
+        has_target, has_source = n < tl.where(target >= 0, count, 0), n < tl.where(source >= 0, count, 0)
+        to_f = tl.load(f + target + row, has_target, other=0)
+        to_g = tl.load(g + target + row, has_target, other=0)
+        of_f = tl.load(f + source + column, has_source, other=0)
+        of_g = tl.load(g + source + column, has_source, other=0)
         shift = (_unit_exponent(of_f, of_g) - _unit_exponent(to_f, to_g)) >> 1
         finite = tl.abs(w) < float("inf")
         idle = (of_f == NONE) & (to_g == NONE)

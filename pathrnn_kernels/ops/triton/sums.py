@@ -320,7 +320,7 @@ def _log(x, exponent):
 
 @triton.jit(do_not_specialize=["steps", "hidden", "count"])
 def _finish(
-    outputs, outputs_exponent, head, head_exponent, head_bias, head_bias_exponent, largest, lost, out, bias, arithmetic,
+    outputs, outputs_exponent, head, head_exponent, head_bias, head_bias_exponent, largest, lost, out, of_bias, arithmetic,
     steps, hidden, count,
 ):
     """One program."""
@@ -340,7 +340,7 @@ def _finish(
     total = tl.exp(through - top) + tl.exp(bias - top)
     value = tl.where(total > 0, top + tl.log(tl.where(total > 0, total, 1.0)), float("-inf"))
     tl.store(out, tl.where(tl.min(finite.to(tl.int32), 0) != 0, value, float("nan")))
-    tl.store(bias, steps)
+    tl.store(of_bias, steps)
     tl.store(arithmetic, tl.where(tl.load(lost) != 0, -1, 0))
 
 
