@@ -127,7 +127,19 @@ def check_follows(kernels, options):
 class Computing(TorchDispatchMode):
     """Operations of torch that a GPU would launch."""
 
-    FREE = ("view", "slice", "split", "select", "detach", "unsqueeze", "expand", "alias", "as_strided", "empty", "pathrnn")
+    FREE = (
+        "view",
+        "slice",
+        "split",
+        "select",
+        "detach",
+        "unsqueeze",
+        "expand",
+        "alias",
+        "as_strided",
+        "empty",
+        "pathrnn",
+    )
 
     def __init__(self):
         super().__init__()

@@ -212,7 +212,12 @@ def canonical(
         starts = kernels.maxima(below, source, above, target)
         starts = [x.view(directions, hidden) if len(x) else x.new_zeros(directions, hidden) for x in starts]
         found = kernels.reach(
-            recurrent(i), starts[0], of_units(2 * chains, i), of_units(3 * chains, i), recurrent(layers - 1 - i), starts[1]
+            recurrent(i),
+            starts[0],
+            of_units(2 * chains, i),
+            of_units(3 * chains, i),
+            recurrent(layers - 1 - i),
+            starts[1],
         )
         source = found[0].view(-1)
         f.append(found[0])
@@ -370,7 +375,9 @@ class _Pass:
         wanted += [rows for rows in d if len(rows.data)]
         found: list[Rows] = []
         for i in range(0, len(wanted), 2):  # a launch serves two
-            sums = self.kernels.row_sums(*wanted[i], *(wanted[i + 1] if i + 1 < len(wanted) else (None, None)), self.lost)
+            sums = self.kernels.row_sums(
+                *wanted[i], *(wanted[i + 1] if i + 1 < len(wanted) else (None, None)), self.lost
+            )
             found += [Rows(*sums[n : n + 2]) for n in range(0, len(sums), 2)]
         return found[: self.directions], found[self.directions :]
 
@@ -714,7 +721,9 @@ class _Perron:
         ratio = self.log_rho.exp().to(dtype).expand(len(self.x)).contiguous()
         rest = term.kernels.filtered(*term.d.from_row(n + 2), ratio, term.weight.exponents, True)
         limit = self.limit(last.exponents, n).to(dtype)
-        return Rows(*term.kernels.pair_sums(*rest, *term.h, 0, limit, last.exponents, *(term.pairs or (None, None)), None))
+        return Rows(
+            *term.kernels.pair_sums(*rest, *term.h, 0, limit, last.exponents, *(term.pairs or (None, None)), None)
+        )
 
 
 # ---- arithmetic on rows ----------------------------------------------------------------------------------------------

@@ -89,7 +89,10 @@ def test_sums_come_on_a_natural_scale(exponent, dtype):
     row, at = torch.full((1, 3), 2.0 ** centre(dtype), dtype=dtype), torch.tensor([exponent - centre(dtype)])
     one = row, torch.tensor([-centre(dtype)])
     scale = 0 if 0 <= exponent <= 60 else exponent
-    for total, found in (cuda.row_sums(row, at, None, None, torch.zeros(1, dtype=torch.bool)), cuda.pair_sums(row, at, *one, 0)):
+    for total, found in (
+        cuda.row_sums(row, at, None, None, torch.zeros(1, dtype=torch.bool)),
+        cuda.pair_sums(row, at, *one, 0),
+    ):
         assert found == scale and (total == 2.0 ** (exponent - scale)).all()
     weight = torch.ones(1, 3, 3, dtype=dtype), torch.tensor([0])
     assert cuda.pair_sums(row, at, *one, 0, *weight)[1] == exponent - 2 * centre(dtype)

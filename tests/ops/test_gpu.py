@@ -202,7 +202,9 @@ def test_powers_of_two_are_followed(layers, both):
         before, after = run(net, 9, factor=factor), run(other, 9, factor=factor)
         assert torch.equal(before.log_path_norm, after.log_path_norm) and before.arithmetic == after.arithmetic == 0
         assert all(map(torch.equal, before.kappa, after.kappa)) and torch.equal(before.exponents, after.exponents)
-        wanted = [-moved[f"rnn.bias_ih_{ending}" if net.rnn.bias else f"rnn.weight_hh_{ending}"] for ending in net.endings]
+        wanted = [
+            -moved[f"rnn.bias_ih_{ending}" if net.rnn.bias else f"rnn.weight_hh_{ending}"] for ending in net.endings
+        ]
         if net.rnn.bias:
             assert torch.equal(before.unit_exponents - after.unit_exponents, torch.stack(wanted))
 

@@ -40,14 +40,18 @@ def _through(exponents, source):
 
 
 @triton.jit
-def _maxima_of(w, source, result, block, inner, outer, step_inner, step_outer, SOURCE: tl.constexpr, DOUBLE: tl.constexpr):
+def _maxima_of(
+    w, source, result, block, inner, outer, step_inner, step_outer, SOURCE: tl.constexpr, DOUBLE: tl.constexpr
+):
     """The block-th _ROWS results: maxima over ``inner``, _COLUMNS at a time."""
     out = block * _ROWS + tl.arange(0, _ROWS)
     most = tl.full([_ROWS, _COLUMNS], NONE, tl.int32)
     for start in range(0, inner, _COLUMNS):
         at = start + tl.arange(0, _COLUMNS)
         mask = (out < outer)[:, None] & (at < inner)[None, :]
-        tile = tl.load(w + out.to(tl.int64)[:, None] * step_outer + at.to(tl.int64)[None, :] * step_inner, mask, other=0)
+        tile = tl.load(
+            w + out.to(tl.int64)[:, None] * step_outer + at.to(tl.int64)[None, :] * step_inner, mask, other=0
+        )
         found = _square_exponents(tile, DOUBLE)
         if SOURCE:
             found = _through(found, tl.load(source + at, at < inner, other=NONE)[None, :])
@@ -158,7 +162,9 @@ def _unit_exponent(f, g):
     return tl.where(g == NONE, tl.where(f == NONE, 0, f), tl.where(f == NONE, -g, ((f - g) >> 2) * 2))
 
 
-@triton.jit(do_not_specialize=["chains", "directions", "hidden", "inputs", "biases", "outputs", "head_bias", "vocabulary"])
+@triton.jit(
+    do_not_specialize=["chains", "directions", "hidden", "inputs", "biases", "outputs", "head_bias", "vocabulary"]
+)
 def _canonical(
     flat, f, g, units, largest, lost, chains, directions, hidden, inputs, biases, outputs, head_bias, vocabulary,
     BALANCED: tl.constexpr, DOUBLE: tl.constexpr,

@@ -63,9 +63,7 @@ def _nonzero(w, squares):
 
 
 @triton.jit
-def _columns(
-    w, largest, sums, exponent, lost, block, split, rows, columns, DOUBLE: tl.constexpr, NEAR: tl.constexpr
-):
+def _columns(w, largest, sums, exponent, lost, block, split, rows, columns, DOUBLE: tl.constexpr, NEAR: tl.constexpr):
     """Of the squares, the sums of the block-th _WIDE columns over the split-th _SPLIT rows."""
     most = tl.load(largest)
     scale = _scale(most, DOUBLE)
@@ -320,8 +318,20 @@ def _log(x, exponent):
 
 @triton.jit(do_not_specialize=["steps", "hidden", "count"])
 def _finish(
-    outputs, outputs_exponent, head, head_exponent, head_bias, head_bias_exponent, largest, lost, out, of_bias, arithmetic,
-    steps, hidden, count,
+    outputs,
+    outputs_exponent,
+    head,
+    head_exponent,
+    head_bias,
+    head_bias_exponent,
+    largest,
+    lost,
+    out,
+    of_bias,
+    arithmetic,
+    steps,
+    hidden,
+    count,
 ):
     """One program."""
     slots = tl.arange(0, _CHUNK)
