@@ -73,11 +73,10 @@ struct PathChain {
   T* kappa_head_bias = nullptr;  // [1]
   T* kappa_embedding = nullptr;  // [1, I]
   int64_t* exponents = nullptr;  // per chain ih, hh, bias if any; head, head bias, embedding if any
-  int64_t* unit_exponents;       // [chains, H], even
+  int64_t* unit_exponents = nullptr;      // [chains, H], even
   std::vector<int64_t*> entry_exponents;  // as `exponents`, of each κ's shape; in extended range alone, else empty
   double* log_path_norm = nullptr;       // natural logarithm of γ², -inf for 0
-  bool* lost = nullptr;                  // whether squares, h, δ or powers of W̃ underflowed somewhere, or may have
-                                         // in a direction whose κ shares its exponent with a far larger one
+  bool* lost = nullptr;                  // whether a result may be wrong because something underflowed
 
   // κ⁽²⁾ = factor · W̃ ⊙ S is added to kappa_hh unless the factor is zero, S[j, k] = Σ_n (W̃^n)[k, j] Σ_t δ_{t+n+2}[j] h_t[k]
   // over the lags n = 0 … T-2 (eq. (11), index corrected). Lags are summed until the rest is known to within `rtol` of κ,

@@ -184,11 +184,14 @@ def _trial(base: Optimizer, closure: bool, graph: bool) -> str | None:
             _bare_step(twin)(twin, *([lambda: torch.zeros(())] if closure else []))
     for p in weights:
         for key, value in twin.state.get(p, {}).items():
-            if isinstance(value, Tensor) and value.shape == p.shape and value.is_floating_point():
-                # A tenth is far more than any rounding, and far less than from here to a gradient.
-                if torch.allclose(value.detach().double(), p.detach().double(), rtol=0.1):
-                    return str(key)
+            # A tenth is far more than any rounding, and far less than from here to a gradient.
+            if isinstance(value, Tensor) and value.shape == p.shape and value.is_floating_point() and _near(value, p):
+                return str(key)
     return None
+
+
+def _near(value: Tensor, p: Tensor) -> bool:
+    return torch.allclose(value.detach().double(), p.detach().double(), rtol=0.1)
 
 
 def _small_copy(base: Optimizer) -> tuple[Any, list[nn.Parameter]]:
@@ -198,7 +201,7 @@ def _small_copy(base: Optimizer) -> tuple[Any, list[nn.Parameter]]:
         for p in group["params"]:
             value = torch.full((4,) * p.dim(), _MARK, dtype=p.dtype, device=p.device)
             small[id(p)] = memo[id(p)] = nn.Parameter(value)
-            for key, state in base.state.get(p, {}).items():
+            for state in base.state.get(p, {}).values():
                 if isinstance(state, Tensor) and state.shape == p.shape and p.dim() > 0:
                     memo[id(state)] = torch.zeros_like(value, dtype=state.dtype)
     twin: Any = object.__new__(type(base))

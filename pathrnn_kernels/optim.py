@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, Literal, TypeAlias
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim import Optimizer
 
 from .bases import Step, Together, check_base
@@ -86,6 +86,8 @@ class PathOptimizer(Optimizer):
         >>> optimizer.step()  # κ for T = 50, the steps that the gradient came through
     """
 
+    divides_by_kappa = True
+
     def __init__(
         self,
         base: Optimizer | Sequence[Optimizer],
@@ -120,9 +122,9 @@ class PathOptimizer(Optimizer):
 
         bases = list(base) if isinstance(base, Sequence) else [base]
         for one in bases:
-            if isinstance(one, PathOptimizer):
+            if getattr(one, "divides_by_kappa", False):
                 raise ValueError(
-                    "base is a PathOptimizer itself: gradients would be divided by κ twice; give it a plain one"
+                    f"base is a {type(one).__name__} itself: gradients would be divided by κ twice; give it a plain one"
                 )
             check_base(one, trust_radius is not None)
         base = bases[0] if len(bases) == 1 else Together(bases)
@@ -179,8 +181,8 @@ class PathOptimizer(Optimizer):
         # Where the base has them, and else not: callers ask by hasattr.
         if name in ("train", "eval") and "base" in self.__dict__:
             bases = self.base.bases if isinstance(self.base, Together) else [self.base]
-            if found := [getattr(base, name) for base in bases if hasattr(base, name)]:
-                return lambda *arguments: [switch(*arguments) for switch in found][0]
+            if switches := [getattr(base, name) for base in bases if hasattr(base, name)]:
+                return lambda: [switch() for switch in switches]
         raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -216,7 +218,7 @@ class PathOptimizer(Optimizer):
             self._base_step(held, [])
             return loss
 
-        names, parameters, gradients = zip(*moving, strict=True)
+        names, _, gradients = zip(*moving, strict=True)
         for name, gradient in zip(names, gradients, strict=True):
             if gradient.layout != torch.strided:
                 raise ValueError(f"the gradient of {name} is sparse; use nn.Embedding(…, sparse=False)")
@@ -224,14 +226,14 @@ class PathOptimizer(Optimizer):
         if metric is None:
             k, lags = self._kappa()
             metric = None if k is None else _Metric(k, self.eps)
-            if metric is not None and metric.log_norm == -math.inf:
-                if self.scale == "path_norm" or self.trust_radius is not None:
-                    _check_zero(
-                        gradients,
-                        "the path norm of the network is 0 (a layer or head of zeros?), so that scale='path_norm' and "
-                        "trust_radius would forbid every step: initialise it, or use scale='none' without a radius",
-                    )
-                    metric = None
+            needs_norm = self.scale == "path_norm" or self.trust_radius is not None
+            if metric is not None and metric.log_norm == -math.inf and needs_norm:
+                _check_zero(
+                    gradients,
+                    "the path norm of the network is 0 (a layer or head of zeros?), so that scale='path_norm' and "
+                    "trust_radius would forbid every step: initialise it, or use scale='none' without a radius",
+                )
+                metric = None
         if metric is None:  # all gradients are 0, and whatever they were divided by would leave them so
             self._base_step(held, gradients)
             return loss

@@ -65,9 +65,10 @@ class ReLURNN(nn.RNNBase):
 
     mode, nonlinearity, proj_size = "RNN_RELU", "relu", 0
     weight_hh_l0: nn.Parameter
+    steps: Steps
 
     # An RNNBase for isinstance alone: what that does beyond nn.Module serves its list of weights for cuDNN.
-    __setattr__ = nn.Module.__setattr__
+    __setattr__ = nn.Module.__setattr__  # type: ignore[assignment]
     __setstate__ = nn.Module.__setstate__
     _apply = nn.Module._apply
     _replicate_for_data_parallel = nn.Module._replicate_for_data_parallel
@@ -293,7 +294,8 @@ class ReLURNN(nn.RNNBase):
         if not torch.is_grad_enabled() or torch.compiler.is_exporting():
             return
         if torch.compiler.is_compiling() or transformed():  # no hooks there
-            self.steps.traced = seq_len
+            goes_on = h_0 is not None and h_0.requires_grad and not h_0.is_leaf
+            self.steps.traced = seq_len + (self.steps.traced or 0 if goes_on else 0)
         else:
             self.steps.watch(outputs, seq_len, h_0, self._parameters)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -30,7 +30,7 @@ class Steps:
         self._found: int | None = None
         self._used = False
         self._backward: int | None = None  # the backward pass that _found was last changed in
-        #: T of a forward pass inside compiled code, where no hook can be: taken at once, the last one alone.
+        #: T of the last sequence that passed through compiled code, where no hook can be: it is taken at once.
         self.traced: int | None = None
 
     @property
@@ -52,6 +52,7 @@ class Steps:
         """
         if h_0 is not None and h_0.grad_fn is not None:
             seq_len += self._before(h_0.grad_fn)
+        node: Any
         for node in {output.grad_fn for output in outputs}:
             if node is None:
                 self._add(seq_len, {})  # nothing here learns, but what stands behind it may
@@ -68,7 +69,7 @@ class Steps:
         self._found = max(self._found or 0, seq_len)
         self._used, self._backward = False, backward
 
-    def _before(self, node: torch.autograd.graph.Node) -> int:
+    def _before(self, node: Any) -> int:
         """The steps of the call of this module that is nearest above the node."""
         nodes, seen = [node], {node}
         for node in nodes:

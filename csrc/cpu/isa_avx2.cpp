@@ -45,7 +45,7 @@ inline Vec<double> square_root(const Vec<double>& v) { return (Vec<double>)_mm25
 
 namespace pathrnn {
 const Isa kAvx2{"avx2", [] { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }, &kKernels<float>,
-                &kKernels<double>};
+                &kKernels<double>, &path_chain_exact};
 }  // namespace pathrnn
 
 #endif

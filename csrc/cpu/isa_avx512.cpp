@@ -48,7 +48,7 @@ inline Vec<double> square_root(const Vec<double>& v) { return (Vec<double>)_mm51
 namespace pathrnn {
 const Isa kAvx512{"avx512", [] { return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                                 __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"); }, &kKernels<float>,
-                &kKernels<double>};
+                &kKernels<double>, &path_chain_exact};
 }  // namespace pathrnn
 
 #endif

@@ -32,5 +32,5 @@ inline V square_root(V v) {
 #include "kernels.inl"
 }  // namespace
 
-const Isa kPortable{"portable", [] { return true; }, &kKernels<float>, &kKernels<double>};
+const Isa kPortable{"portable", [] { return true; }, &kKernels<float>, &kKernels<double>, &path_chain_exact};
 }  // namespace pathrnn

@@ -1,12 +1,11 @@
 // path_chain: checks, allocation, and the choice of an arithmetic that loses nothing. The pass itself: path_chain.inl.
 #include <torch/library.h>
 
+#include <cstdlib>
+
 #include "../check.h"
 #include "isa.h"
-#if __has_include("path_chain_exact.h")
-#include "path_chain_exact.h"
-#define PATHRNN_EXACT
-#endif
+#include "path_chain.h"
 
 namespace pathrnn {
 namespace {
@@ -46,6 +45,17 @@ double pass_bytes(int64_t chains, int64_t directions, int64_t seq_len, int64_t h
   const double powers = std::min(static_cast<double>(seq_len) * matrix, std::max<double>(workspace_bytes, 8 * matrix));
   return seq_len * (rows * row + chains * 4.0 * (sizeof(int64_t) + itemsize)) + 4 * matrix +
          (second ? 6 * matrix + powers : 0) + weights * itemsize;
+}
+
+// Bytes for cached powers of W̃ where the caller does not say; ops/path_chain.py has the same.
+int64_t workspace_of_environment() {
+  const char* const text = std::getenv("PATHRNN_WORKSPACE_BYTES");
+  if (!text) return 16 << 20;
+  char* end = nullptr;
+  const long long value = std::strtoll(text, &end, 10);
+  TORCH_CHECK_VALUE(*text && !*end && value >= 0, "PATHRNN_WORKSPACE_BYTES is '", text,
+                    "'; it must be a whole number of bytes");
+  return value;
 }
 
 // The arguments, contiguous: copies live until the kernel is done.
@@ -195,7 +205,6 @@ void narrow(const Results& wide, Results& out) {
 // What the op returns in place of `lost`: which arithmetic the results are of.
 enum Arithmetic : int8_t { kOwn = 0, kDouble = 1, kExtended = 2 };
 
-#ifdef PATHRNN_EXACT
 // In extended range: mantissas with an exponent each, in place of unit exponents.
 void extended(const Arguments& a, Results& out) {
   bool lost = false;
@@ -205,15 +214,18 @@ void extended(const Arguments& a, Results& out) {
   }
   PathChain<double> net = network<double>(a, out, lost);
   for (const Tensor& t : out.entry_exponents) net.entry_exponents.push_back(t.mutable_data_ptr<int64_t>());
-  allocating("path_chain", [&] { path_chain_exact(net); });
+  const double hidden = static_cast<double>(a.hidden);
+  const double work = static_cast<double>(a.chains * a.seq_len) * hidden * hidden * (a.second_factor > 0 ? hidden : 1);
+  allocating("path_chain", [&] { active_isa().path_chain_exact(net, threads_for(work)); });
   // Unit exponents as those of every other pass.
   out.unit_exponents = units;
   size_t next = 0;
   for (int64_t c = 0; a.kappa1 && c < a.chains; ++c) {
-    const Tensor rows = units[c], below = c < a.directions ? Tensor() : units.slice(0, (c / a.directions - 1) * a.directions, c / a.directions * a.directions).reshape({-1});
+    const int64_t own = c / a.directions * a.directions;
+    const Tensor rows = units[c];
     Tensor &ih = out.entry_exponents[next++], &hh = out.entry_exponents[next++];
     ih.add_(rows.unsqueeze(1));
-    if (below.defined()) ih.sub_(below);
+    if (own > 0) ih.sub_(units.slice(0, own - a.directions, own).reshape({-1}));
     hh.add_(rows.unsqueeze(1)).sub_(rows);
     if (!a.bias_ih.empty()) out.entry_exponents[next++].add_(rows);
   }
@@ -221,9 +233,10 @@ void extended(const Arguments& a, Results& out) {
     out.entry_exponents[next].sub_(units.slice(0, a.chains - a.directions).reshape({-1}));
   }
 }
-#endif
 
-std::tuple<std::vector<Tensor>, Tensor, Tensor, std::vector<Tensor>, Tensor, Tensor, Tensor, Tensor> run(
+}  // namespace
+
+PathChainResult path_chain_op(
     at::TensorList weight_ih, at::TensorList weight_hh, at::TensorList bias_ih, at::TensorList bias_hh,
     const optional<Tensor>& head_weight, const optional<Tensor>& head_bias, const optional<Tensor>& embedding,
     int64_t seq_len, bool last_only, bool ones_h0, bool kappa1, double second_factor, double rtol,
@@ -250,6 +263,7 @@ std::tuple<std::vector<Tensor>, Tensor, Tensor, std::vector<Tensor>, Tensor, Ten
   for (const int64_t lags : first_lags) {
     TORCH_CHECK_VALUE(lags >= 0, "first_lags has ", lags, "; its numbers must be at least 0");
   }
+  if (workspace_bytes == -1) workspace_bytes = workspace_of_environment();
   TORCH_CHECK_VALUE(workspace_bytes >= 0, "workspace_bytes is ", workspace_bytes, "; it must be at least 0");
   const Tensor& like = weight_hh[0];
   check_floating(like, "weight_hh_l0");
@@ -333,25 +347,20 @@ std::tuple<std::vector<Tensor>, Tensor, Tensor, std::vector<Tensor>, Tensor, Ten
       arithmetic = kDouble;
       lost = pass<double>(wide, found, bad);
     }
-#ifdef PATHRNN_EXACT
     if (lost) {
       arithmetic = kExtended;
       extended(wide, found);
     }
-#else
-    if (is_double) found = results;
-#endif
     if (is_double) narrow<double>(found, results);
     else narrow<float>(found, results);
   }
-  const Tensor which = at::full({}, static_cast<int64_t>(arithmetic), like.options().dtype(at::kChar));
+  const Tensor which = at::empty({}, like.options().dtype(at::kChar));
+  *which.mutable_data_ptr<int8_t>() = arithmetic;
   return {results.kappa, results.exponents, results.unit_exponents, results.entry_exponents, results.log_path_norm,
           results.lags, results.bounds, which};
 }
 
-}  // namespace
-
-TORCH_LIBRARY_IMPL(pathrnn, CPU, m) { m.impl("path_chain", &run); }
+TORCH_LIBRARY_IMPL(pathrnn, CPU, m) { m.impl("path_chain", &path_chain_op); }
 // A constant: its gradient is none, and a fallthrough costs nothing.
 TORCH_LIBRARY_IMPL(pathrnn, Autograd, m) { m.impl("path_chain", torch::CppFunction::makeFallthrough()); }
 

@@ -750,11 +750,12 @@ class PathChainRun {
     const bool wanted = !net_.kappa_hh.empty();
     if (team.rank == team.size - 1) {
       for (int64_t e = 0; e < D_; ++e) {
-        sum_rows(h_after_first(C_ - D_ + e), net_.last_only ? T_ - 1 : 0, T_, h_sum(e), h_sum_exponent_[e]);
+        const Rows<T> rows = h_after_first(C_ - D_ + e);
+        lost_[team.rank] |= !sum_rows(rows, net_.last_only ? T_ - 1 : 0, T_, H_, h_sum(e), h_sum_exponent_[e]);
       }
     }
     for (int64_t c = 0; wanted && c < C_; ++c) {
-      if (team.rank == c % team.size) sum_rows(d(c), 0, T_, d_sum(c), d_sum_exponent_[c]);
+      if (team.rank == c % team.size) lost_[team.rank] |= !sum_rows(d(c), 0, T_, H_, d_sum(c), d_sum_exponent_[c]);
     }
     team.wait();
     if (team.rank == 0) *net_.log_path_norm = log_path_norm();
@@ -774,7 +775,7 @@ class PathChainRun {
       if (second_) second_term(c, exponent, team);
       ++exponent;
       if (!net_.kappa_bias.empty()) {
-        if (team.rank == 0) *exponent = copy_result(d_sum(c), d_sum_exponent_[c], H_, net_.kappa_bias[c]);
+        if (team.rank == 0) *exponent = copy(d_sum(c), d_sum_exponent_[c], H_, net_.kappa_bias[c]);
         ++exponent;
       }
     }
@@ -797,7 +798,6 @@ class PathChainRun {
     if (D_ == 1) return outer(d(c), h_after_first(same), out, H_, kZeroExponent, exponent, team);
     const Rows<T> own = h_after_first(same), other = turned(h_after_first(opposite(same)), team);
     const int64_t own_largest = largest_pair(d(c), own, T_), other_largest = largest_pair(d(c), other, T_);
-    note_gap(own_largest, other_largest, team);
     outer(d(c), own, out + column(same), D_ * H_, other_largest, exponent, team);
     outer(d(c), other, out + column(opposite(same)), D_ * H_, own_largest, exponent, team);
   }
@@ -817,12 +817,6 @@ class PathChainRun {
     return {h_other_, h_other_exponent_.data(), h_other_largest_.data(), ld_, &h_other_closed_};
   }
 
-  // Of two parts with one exponent, the smaller keeps half of the dtype's range for its entries, or they may be lost.
-  void note_gap(int64_t a, int64_t b, const Team& team) {
-    if (std::min(a, b) == kZeroExponent) return;
-    if (std::abs(a - b) > -std::numeric_limits<T>::min_exponent / 2) lost_[team.rank] = 1;
-  }
-
   // Σ_t h_t of the top layer, both directions on one exponent.
   int64_t head_kappa() {
     std::vector<int64_t> largest;
@@ -832,12 +826,12 @@ class PathChainRun {
     }
     const int64_t top = *std::max_element(largest.begin(), largest.end());
     const int64_t result = result_exponent(top);
-    if (D_ > 1) note_gap(largest[0], largest[1], Team{});
     for (int64_t e = 0; e < D_; ++e) {
       // In two halves: the scale may be out of range where the entries are not.
       const int64_t shift = h_sum_exponent_[e] - result;
       const T s1 = power_of_two<T>(shift / 2), s2 = power_of_two<T>(shift - shift / 2);
       std::transform(h_sum(e), h_sum(e) + H_, net_.kappa_head + e * H_, [=](T v) { return v * s1 * s2; });
+      lost_[0] |= !kept(h_sum(e), net_.kappa_head + e * H_, H_);
     }
     return result;
   }
@@ -860,13 +854,20 @@ class PathChainRun {
              const Team& team) {
     int64_t first, last;
     team.share(H_, first, last);
-    outer_sum(d, h, T_, H_, H_, out, row, beside, exponent, left_ + PairSum<T>::left_size(T_, first),
-              right_ + team.rank * PairSum<T>::right_size(ld_), team);
+    lost_[team.rank] |= !outer_sum(d, h, T_, H_, H_, out, row, beside, exponent,
+                                   left_ + PairSum<T>::left_size(T_, first),
+                                   right_ + team.rank * PairSum<T>::right_size(ld_), team);
+  }
+  int64_t copy(const T* vector, int64_t exponent, int64_t n, T* out) {
+    bool held;
+    const int64_t result = copy_result(vector, exponent, n, out, held);
+    lost_[0] |= !held;
+    return result;
   }
 
   // The input is the same at every step: κ⁽¹⁾ = (Σ_t δ_t) · inputᵀ, equal columns for an input of ones.
-  int64_t first_kappa(const T* d_sum, int64_t exponent, T* out) const {
-    if (!net_.embedding) return copy_result(d_sum, exponent, H_, out);
+  int64_t first_kappa(const T* d_sum, int64_t exponent, T* out) {
+    if (!net_.embedding) return copy(d_sum, exponent, H_, out);
     const T* x = input_.data.data();
     const int64_t md = magnitude(*std::max_element(d_sum, d_sum + H_));
     const int64_t mx = magnitude(*std::max_element(x, x + net_.input));
@@ -879,7 +880,9 @@ class PathChainRun {
     const T s1 = std::ldexp(T(1), static_cast<int>(-md)), s2 = std::ldexp(T(1), static_cast<int>(-mx));
     const T s = std::ldexp(T(1), static_cast<int>(md + exponent + mx + input_.exponent - result));
     for (int64_t j = 0; j < H_; ++j) {
-      for (int64_t k = 0; k < net_.input; ++k) out[j * net_.input + k] = (d_sum[j] * s1 * s) * (x[k] * s2);
+      T* const row = out + j * net_.input;
+      for (int64_t k = 0; k < net_.input; ++k) row[k] = (d_sum[j] * s1 * s) * (x[k] * s2);
+      if (d_sum[j] > T(0)) lost_[0] |= !kept(x, row, net_.input);
     }
     return result;
   }
@@ -904,7 +907,7 @@ class PathChainRun {
     }
     Scaled<T> result(net_.input);
     if (!result.set(values, exponents)) lost_[0] = 1;
-    return copy_result(result.data.data(), result.exponent, net_.input, net_.kappa_embedding);
+    return copy(result.data.data(), result.exponent, net_.input, net_.kappa_embedding);
   }
 
   int64_t output_steps() const { return net_.last_only ? 1 : T_; }

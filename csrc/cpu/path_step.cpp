@@ -1,10 +1,12 @@
-// path_update_: a step of Path-SGD, or of Adam in path coordinates, from κ to the weights. Entry by entry: path_step.inl.
+// path_update_ and path_step_: a step of Path-SGD, or of Adam in path coordinates, from κ to the weights, and from
+// nothing. Entry by entry: path_step.inl.
 #include <torch/library.h>
 
 #include <cmath>
 
 #include "../check.h"
 #include "isa.h"
+#include "path_chain.h"
 
 namespace pathrnn {
 namespace {
@@ -305,6 +307,15 @@ class Step {
     }
     return result;
   }
+  // Whether any gradient is not 0.
+  bool pulled() const {
+    for (const StepWeight<T>& w : views_) {
+      for (int64_t i = 0; i < w.size; ++i) {
+        if (w.gradient[i] != T(0)) return true;
+      }
+    }
+    return false;
+  }
   int64_t refused(const std::vector<StepSums>& sums) const {
     for (size_t v = 0; v < views_.size(); ++v) {
       if (chains_.recurrent(moving_[v]) && sums[v].pulled && !sums[v].paths) return kUnreached + 4 * moving_[v];
@@ -317,7 +328,8 @@ class Step {
 
   int64_t sgd() {
     const Number norm = Number::exp(kappa_.log_path_norm);
-    if (norm.mantissa == 0 && (a_.scale == 1 || a_.radius > 0)) return kNoPath;
+    const bool no_path = norm.mantissa == 0;
+    if (no_path && (a_.scale == 1 || a_.radius > 0) && pulled()) return kNoPath;
     if (!std::isfinite(norm.mantissa)) return kUnbounded;
     wide_ |= a_.eps > 0;
     const double unscaled = a_.grad_scale ? 1 / scalar(*a_.grad_scale) : 1;
@@ -349,7 +361,7 @@ class Step {
     };
     Number scale{1, 0};
     double constant = std::numeric_limits<double>::quiet_NaN();
-    if (a_.scale == 1) scale = norm;
+    if (a_.scale == 1 && !no_path) scale = norm;
     if (a_.scale == 2) {
       constant = scalar(*a_.constant);
       if (std::isnan(constant)) {
@@ -368,7 +380,7 @@ class Step {
     });
     const std::vector<StepSums> sums = gather(all, parts);
     if (const int64_t status = refused(sums); status != kDone) return status;
-    if (a_.radius > 0) {
+    if (a_.radius > 0 && !no_path) {
       std::vector<Number> squares;
       for (size_t v = 0; v < views_.size(); ++v) squares.push_back({sums[v].square, views_[v].exponent});
       const double length = (sum(squares) / norm).root().value();
@@ -412,7 +424,7 @@ class Step {
       const StepWeight<T> head = view(bias_at - 1, false);
       norm = {kernels<T>().path_mass(head, 0, head.size), head.exponent};
     }
-    if (norm.mantissa == 0) return kNoPath;
+    if (norm.mantissa == 0) return pulled() ? kNoPath : kDone;
     if (!std::isfinite(norm.mantissa)) return kUnbounded;
     const double unscaled = a_.grad_scale ? 1 / scalar(*a_.grad_scale) : 1;
     const std::vector<Tile> all = tiles(bias);
@@ -498,6 +510,13 @@ class Step {
   int64_t numbers_per_weight_ = 0;
 };
 
+// GradScaler's word that a gradient is not finite.
+bool skipped(const Arguments& a) {
+  if (!a.found_inf) return false;
+  check_scalar(*a.found_inf, "found_inf");
+  return scalar(*a.found_inf) != 0;
+}
+
 int64_t step(Arguments a, const Kappa& kappa) {
   const at::NoGradGuard no_grad;
   TORCH_CHECK_VALUE(a.rule == "sgd" || a.rule == "coordinates", "rule is ", a.rule, "; use sgd or coordinates");
@@ -513,10 +532,7 @@ int64_t step(Arguments a, const Kappa& kappa) {
                         kappa.unit_exponents.is_contiguous(),
                     "unit_exponents has shape ", kappa.unit_exponents.sizes(), "; it must be [chains, H]");
   if (a.grad_scale) check_scalar(*a.grad_scale, "grad_scale");
-  if (a.found_inf) {
-    check_scalar(*a.found_inf, "found_inf");
-    if (scalar(*a.found_inf) != 0) return kDone;
-  }
+  if (skipped(a)) return kDone;
   const at::ScalarType dtype = a.weights[0].scalar_type();
   if (!at::isReducedFloatingType(dtype)) {
     int64_t status = kDone;
@@ -559,9 +575,61 @@ int64_t path_update(TensorList weights, const c10::List<optional<Tensor>>& gradi
   return step(std::move(a), {kappas, exponents, unit_exponents, entry_exponents, scalar(log_path_norm)});
 }
 
+int64_t path_step(TensorList weights, const c10::List<optional<Tensor>>& gradients, TensorList first, TensorList second,
+                  TensorList counts, const optional<Tensor>& constant, TensorList rates, at::ArrayRef<double> numbers,
+                  c10::string_view rule, int64_t chains, bool bidirectional, bool bias, bool head, bool head_bias,
+                  bool embedding, int64_t scale, double eps, double radius, const optional<Tensor>& grad_scale,
+                  const optional<Tensor>& found_inf, int64_t seq_len, bool last_only, bool ones_h0,
+                  double second_factor, double rtol, int64_t workspace_bytes, const optional<Tensor>& lags) {
+  const at::NoGradGuard no_grad;
+  Arguments a{weights, list(gradients), first, second, counts, constant, rates, numbers, rule,
+              {chains, bidirectional, bias, head, head_bias, embedding}, scale, eps, radius, grad_scale, found_inf};
+  TORCH_CHECK_VALUE(static_cast<int64_t>(weights.size()) == a.chains.weights(), "there are ", weights.size(),
+                    " weights; these chains have ", a.chains.weights());
+  if (skipped(a)) return kDone;
+  // By kind, as path_chain takes them.
+  std::vector<Tensor> kinds[4];
+  optional<Tensor> rest[3];
+  const int64_t per_chain = a.chains.per_chain();
+  const auto wide = [](const Tensor& t) { return at::isReducedFloatingType(t.scalar_type()) ? t.to(at::kFloat) : t; };
+  int64_t next = 0;
+  for (int64_t c = 0; c < chains; ++c) {
+    for (int64_t k = 0; k < per_chain; ++k) kinds[k].push_back(wide(weights[next++]));
+  }
+  if (head) rest[0] = wide(weights[next++]);
+  if (head_bias) rest[1] = wide(weights[next++]);
+  if (embedding) rest[2] = wide(weights[next]);
+  std::vector<int64_t> first_lags;
+  if (lags) {
+    TORCH_CHECK_VALUE(lags->scalar_type() == at::kLong && lags->numel() == chains && lags->is_contiguous(),
+                      "lags has shape ", lags->sizes(), "; it must be int64 [chains]");
+    const int64_t* const former = lags->const_data_ptr<int64_t>();
+    // One less than the last κ needed, so that the number can shrink again.
+    for (int64_t c = 0; c < chains; ++c) first_lags.push_back(std::max<int64_t>(former[c] - 1, 0));
+  }
+  const PathChainResult found =
+      path_chain_op(kinds[0], kinds[1], kinds[2], kinds[3], rest[0], rest[1], rest[2], seq_len, last_only, ones_h0,
+                    true, second_factor, rtol, first_lags, workspace_bytes, bidirectional);
+  const auto& [kappas, exponents, unit_exponents, entry_exponents, log_path_norm, counted, bounds, arithmetic] = found;
+  const int64_t status =
+      step(std::move(a), {kappas, exponents, unit_exponents, entry_exponents, scalar(log_path_norm)});
+  if (status == kDone && lags) {
+    const int64_t* const now = counted.const_data_ptr<int64_t>();
+    // Where all lags were summed there is nothing to start from.
+    for (int64_t c = 0; c < chains; ++c) lags->mutable_data_ptr<int64_t>()[c] = now[c] < seq_len - 1 ? now[c] : 0;
+  }
+  return status;
+}
+
 }  // namespace
 
-TORCH_LIBRARY_IMPL(pathrnn, CPU, m) { m.impl("path_update_", &path_update); }
-TORCH_LIBRARY_IMPL(pathrnn, Autograd, m) { m.impl("path_update_", torch::CppFunction::makeFallthrough()); }
+TORCH_LIBRARY_IMPL(pathrnn, CPU, m) {
+  m.impl("path_update_", &path_update);
+  m.impl("path_step_", &path_step);
+}
+TORCH_LIBRARY_IMPL(pathrnn, Autograd, m) {
+  m.impl("path_update_", torch::CppFunction::makeFallthrough());
+  m.impl("path_step_", torch::CppFunction::makeFallthrough());
+}
 
 }  // namespace pathrnn

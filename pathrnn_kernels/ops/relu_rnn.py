@@ -11,6 +11,7 @@ import os
 import torch
 from torch import Tensor
 
+from . import flops
 from .backend import (
     BACKENDS,
     ENVIRONMENT,
@@ -125,6 +126,8 @@ def _refusal_of_cudnn(device: torch.device, dtype: torch.dtype) -> str | None:
 def _serving(
     device: torch.device, dtype: torch.dtype, hidden_size: int, backend: str, has_lengths: bool = False
 ) -> str:
+    if torch._C._len_torch_dispatch_stack() > 0:
+        flops.be_counted()
     if backend == "auto":
         backend = os.environ.get(ENVIRONMENT, "auto")
     if transformed() and backend != "reference":
