@@ -121,7 +121,7 @@ def check_follows(kernels, options):
         assert all(map(torch.equal, before[0], after[0]))
         for i in (1, 4, 5, 6):
             assert torch.equal(before[i], after[i])
-        assert (before[2] != after[2]).any() or options[0] == 1 and net.head is None
+        assert (before[2] != after[2]).any() or (options[0] == 1 and net.head is None)
 
 
 class Computing(TorchDispatchMode):

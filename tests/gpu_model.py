@@ -131,10 +131,10 @@ def unit_exponents(f, g):
 def canonical_(flat, f, g, directions, inputs, bias, outputs, head_bias, vocabulary, balanced, largest, lost):
     """All weights end to end, in place: w · 2^((d_source - d_target) / 2); their d, int64 [C, H].
 
-    In this order: weight_ih, weight_hh and with ``bias`` bias_ih, bias_hh of every chain; head weight ``[outputs, D H]``
-    unless ``outputs`` is 0, head bias, embedding ``[vocabulary, I]``, of which the last two have no units. What leads
-    from a unit that nothing reaches to one that reaches nothing becomes 0: it adds nothing to either. ``largest``, zeros
-    at first, becomes the largest magnitude of each. Without ``balanced`` all d are 0.
+    In this order: weight_ih, weight_hh and with ``bias`` bias_ih, bias_hh of every chain; head weight
+    ``[outputs, D H]`` unless ``outputs`` is 0, head bias, embedding ``[vocabulary, I]``, of which the last two have no
+    units. What leads from a unit that nothing reaches to one that reaches nothing becomes 0: it adds nothing to either.
+    ``largest``, zeros at first, becomes the largest magnitude of each. Without ``balanced`` all d are 0.
     """
     chains, hidden = f.shape
     d = unit_exponents(f, g) if balanced else torch.zeros_like(f, dtype=torch.int64)

@@ -45,7 +45,7 @@ class Plan:
         return f"{PLANS[self.name]}{shape}; about {self.microseconds:.3g} µs by the cost model"
 
 
-# The cost model: per step the bytes of W̃ over a rate, plus a latency, plus what every further block adds to the barrier.
+# The cost model: per step the bytes of W̃ over a rate, a latency, and what every further block adds to the barrier.
 # Rates and latencies are an H100's by its data sheet and by published microbenchmarks; no GPU has measured this
 # package's kernels yet. bench/gpu_gate.py times every plan, so that these can be corrected by a commit that shows the
 # figures.

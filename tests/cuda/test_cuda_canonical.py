@@ -1,4 +1,4 @@
-"""maxima, reach and canonical_ in CUDA, emulated, against their specification; launches of a whole κ⁽¹⁾; powers of two."""
+"""maxima, reach and canonical_ in CUDA, emulated, against their specification; launches; powers of two."""
 
 import canonical_cases as cases
 import pytest

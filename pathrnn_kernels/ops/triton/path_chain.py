@@ -274,7 +274,8 @@ def chains(
     try:
         with on_device(h):
             _chains[(programs, 2 if both else 1)](
-                weight_h.t().contiguous() if layout.TILE else weight_h, largest_h, drive_h, drive_h_exponents, h, h_exponents,
+                weight_h.t().contiguous() if layout.TILE else weight_h, largest_h, drive_h, drive_h_exponents, h,
+                h_exponents,
                 either(weight_d, weight_h), either(largest_d, largest_h), either(drive_d, drive_h),
                 either(drive_d_exponents, drive_h_exponents), d, d_exponents,
                 lost, arrivals, hidden, seq_len, len(drive_h), 1 if drive_d is None else len(drive_d),

@@ -371,7 +371,7 @@ def finish(
     arithmetic = outputs.new_empty((), dtype=torch.int8)
     with on_device(outputs):
         _finish[(1,)](
-            outputs, outputs_exponent, head, head_exponent, head_bias, head_bias_exponent, largest, lost, log_norm, bias,
-            arithmetic, steps, len(outputs), len(largest), num_warps=8, enable_fp_fusion=True,
+            outputs, outputs_exponent, head, head_exponent, head_bias, head_bias_exponent, largest, lost, log_norm,
+            bias, arithmetic, steps, len(outputs), len(largest), num_warps=8, enable_fp_fusion=True,
         )  # fmt: skip
     return log_norm, bias, arithmetic
