@@ -103,7 +103,7 @@ def check_canonical(kernels, options, dtype):
         assert torch.equal(found[0], wanted[0]) and found[3] >= wanted[3] and found[3] == far
         if not far:  # what is out of range is not to be used
             assert torch.equal(found[1], wanted[1]) and torch.equal(found[2], wanted[2])
-    for value in (float("inf"), float("nan")):
+    for value in (float("inf"), float("nan"), -float("nan")):
         copy, largest = flat.clone(), torch.zeros(len(weights), dtype=dtype)
         copy[-1] = value
         kernels.canonical_(copy, f, g, *call[:-2], largest, torch.zeros(1, dtype=torch.bool))

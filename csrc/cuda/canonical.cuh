@@ -232,7 +232,7 @@ __global__ void __launch_bounds__(kCanonicalThreads) make_canonical(Canonical<T>
       }
       a.flat[at + n] = found;
     }
-    most = max(most, bits_of(found < T(0) ? -found : found));
+    most = max(most, magnitude_bits(found));
   }
   for (int offset = kWarp / 2; offset > 0; offset /= 2) most = max(most, __shfl_xor_sync(kAllLanes, most, offset));
   if (threadIdx.x % kWarp == 0) atomic_max_bits(a.largest + blockIdx.y, most);
