@@ -335,6 +335,7 @@ def finish_arguments(hidden, dtype, exponents=(3, -2, 4)):
         "head_bias_exponent": torch.tensor(exponents[2:]),
         "steps": 7,
         "largest": torch.rand(300, dtype=dtype),
+        "lost": torch.zeros(1, dtype=torch.bool),
     }
 
 
@@ -343,11 +344,13 @@ def finish_arguments(hidden, dtype, exponents=(3, -2, 4)):
 @pytest.mark.parametrize("exponents", ((3, -2, 4), (10**6, 10**6, 0), (-(10**6), 0, -(10**6)), (0, 0, 10**6)), ids=str)
 def test_finish(hidden, exponents, dtype):
     call = finish_arguments(hidden, dtype, exponents)
-    found, wanted = cuda.finish(**call), gpu_model.finish(**call)
+    (found, *state), (wanted, *wanted_state) = cuda.finish(**call), gpu_model.finish(**call)
+    assert identical(state, wanted_state)
     torch.testing.assert_close(
         found, wanted, rtol=tolerances.unit_roundoff(F64) * 16, atol=tolerances.path(F64, 1, 600)
     )
-    assert torch.equal(found, cuda.finish(**call))
+    again, _, arithmetic = cuda.finish(**(call | {"lost": torch.ones(1, dtype=torch.bool)}))
+    assert torch.equal(found, again) and arithmetic == -1
 
 
 @DTYPES
@@ -355,11 +358,11 @@ def test_finish_of_zeros_and_of_what_is_not_finite(dtype):
     call = finish_arguments(40, dtype)
     nothing = {"head_bias": torch.zeros(1, dtype=dtype), "head_bias_exponent": torch.tensor([ZERO])}
     no_path = {"outputs": torch.zeros(40, dtype=dtype)}
-    assert cuda.finish(**(call | nothing)).isfinite() and cuda.finish(**(call | no_path)).isfinite()
-    assert cuda.finish(**(call | nothing | no_path)) == -math.inf
+    assert cuda.finish(**(call | nothing))[0].isfinite() and cuda.finish(**(call | no_path))[0].isfinite()
+    assert cuda.finish(**(call | nothing | no_path))[0] == -math.inf
     for place, value in itertools.product((0, 299), (math.nan, math.inf)):
         call["largest"][place] = value
-        assert cuda.finish(**call).isnan()
+        assert cuda.finish(**call)[0].isnan()
         call["largest"][place] = 1
 
 

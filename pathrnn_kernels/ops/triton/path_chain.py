@@ -46,10 +46,10 @@ _APART = tl.constexpr(32)
 
 
 @triton.jit
-def _weights(weight, out, into, hidden):
+def _weights(weight, out, into, hidden, out_stride, into_stride):
     """Those from units ``into`` to units ``out``, ``[out, into]``. Offsets fit 32 bits: HIDDEN_LIMIT² does."""
     mask = (out < hidden)[:, None] & (into < hidden)[None, :]
-    return tl.load(weight + into[None, :] * hidden + out[:, None], mask, other=0)
+    return tl.load(weight + into[None, :] * into_stride + out[:, None] * out_stride, mask, other=0)
 
 
 @triton.jit
@@ -62,7 +62,7 @@ def _streamed(
     for start in tl.range(0, width, TILE, num_stages=_STAGES):
         into = start + tl.arange(0, TILE)
         x = times_power(tl.load(source + into, into < width, other=0), shift, DOUBLE)
-        total += square(_weights(weight, out, into, hidden), scale) * x[None, :]
+        total += square(_weights(weight, out, into, hidden, 1, hidden), scale) * x[None, :]
     return tl.sum(total, 1)
 
 
@@ -117,14 +117,15 @@ def _chains(
     live = unit < hidden
     out = block * ROWS + tl.arange(0, ROWS)
     if TILE == 0:
-        w = _weights(weight, out, unit, hidden)
+        # Read once, so in the order in which it lies.
+        w = _weights(weight, out, unit, hidden, tl.where(forward, hidden, 1), tl.where(forward, 1, hidden))
         matrix = square(w, scale)
         least = _least(w, scale)
     else:
         least = tl.full([], float("inf"), dtype)
         for first in range(block * ROWS, hidden, blocks * ROWS):
             for start in range(0, hidden, TILE):
-                w = _weights(weight, first + tl.arange(0, ROWS), start + tl.arange(0, TILE), hidden)
+                w = _weights(weight, first + tl.arange(0, ROWS), start + tl.arange(0, TILE), hidden, 1, hidden)
                 least = tl.minimum(least, _least(w, scale))
     # An entry below this may underflow when it is multiplied.
     threshold = power_of_two(least_exponent(DOUBLE) - log2_floor(least, DOUBLE), DOUBLE)
@@ -220,7 +221,7 @@ def shape(hidden: int, itemsize: int, plan: str, blocks: int) -> Shape:
         ValueError: a plan that there is not, or a size that it does not serve.
     """
     if plan not in ("block", "grid"):
-        raise ValueError(f"plan is {plan!r}; the triton backend has 'block', 'grid' and 'gemm' (no clusters)")
+        raise ValueError(f"plan is {plan!r}; the triton backend has 'block' and 'grid' (no clusters)")
     block = triton.next_power_of_2(hidden)
     rows = triton.next_power_of_2(triton.cdiv(hidden, blocks))
     resident = block * rows * itemsize
@@ -228,10 +229,12 @@ def shape(hidden: int, itemsize: int, plan: str, blocks: int) -> Shape:
         limit = 1 << (int(RESIDENT_BYTES / itemsize).bit_length() - 1) // 2
         raise ValueError(
             f"plan 'block' serves one program a chain and hidden sizes up to {limit} at {itemsize} bytes a number, "
-            f"not {blocks} and {hidden}; use plan 'grid' or 'gemm'"
+            f"not {blocks} and {hidden}; use plan 'grid'"
         )
     if hidden > HIDDEN_LIMIT:
-        raise ValueError(f"plan 'grid' serves hidden sizes up to {HIDDEN_LIMIT}, not {hidden}; use plan 'gemm'")
+        raise ValueError(
+            f"plan 'grid' serves hidden sizes up to {HIDDEN_LIMIT}, not {hidden}; use backend 'cuda' or 'cpu'"
+        )
     if blocks > 1 and interpreted():
         raise ValueError(f"interpreted programs run one after another and cannot meet: use blocks=1, not {blocks}")
     if resident <= RESIDENT_BYTES:
@@ -263,14 +266,16 @@ def chains(
     programs = min(blocks, triton.cdiv(hidden, layout.ROWS))
     h, d = weight_h.new_empty(seq_len + 1, hidden), weight_h.new_empty(seq_len if both else 0, hidden)
     h_exponents, d_exponents = (drive_h_exponents.new_empty(len(rows)) for rows in (h, d))
-    arrivals = drive_h_exponents.new_zeros(2 * _APART.value if plan == "grid" else 1, dtype=torch.int32)
+    # Counters of programs that meet; others are given some pointer.
+    arrivals = drive_h_exponents.new_zeros(2 * _APART.value, dtype=torch.int32) if plan == "grid" else h_exponents
     options = whole(layout.num_warps)
     if programs > 1:
         options["launch_cooperative_grid"] = True  # programs that wait for each other must all be running
     try:
         with on_device(h):
             _chains[(programs, 2 if both else 1)](
-                weight_h.t().contiguous(), largest_h, drive_h, drive_h_exponents, h, h_exponents,
+                weight_h.t().contiguous() if layout.TILE else weight_h, largest_h, drive_h, drive_h_exponents, h,
+                h_exponents,
                 either(weight_d, weight_h), either(largest_d, largest_h), either(drive_d, drive_h),
                 either(drive_d_exponents, drive_h_exponents), d, d_exponents,
                 lost, arrivals, hidden, seq_len, len(drive_h), 1 if drive_d is None else len(drive_d),
