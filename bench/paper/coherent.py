@@ -12,6 +12,7 @@ import pathrnn_kernels as pk
 
 #: The step's length in the path metric, over γ.
 LENGTH = 1e-3
+WEIGHTS = ("rnn.weight_ih_l0", "rnn.weight_hh_l0", "head.weight")
 
 
 def network(hidden: int, seed: int = 0) -> pk.PathNetwork:
@@ -47,8 +48,7 @@ def balance(kappa: Tensor) -> Tensor:
 @torch.no_grad()
 def measures(net: pk.PathNetwork, pattern: Tensor, seq_len: int) -> dict[str, float]:
     """Of the step of W_hh of length ``LENGTH`` γ whose entries in path coordinates are the pattern, up to a factor."""
-    w = [net.rnn.weight_ih_l0, net.rnn.weight_hh_l0, net.head.weight]  # type: ignore[union-attr]
-    w = [p.detach() for p in w]
+    w = [net.get_parameter(name).detach() for name in WEIGHTS]
     gamma2 = inner(w, w, seq_len)
     kappa = pk.kappa(net, seq_len).dense("rnn.weight_hh_l0")
     delta = LENGTH * math.sqrt(gamma2) * pattern / pattern.norm() / kappa.sqrt()
@@ -66,7 +66,7 @@ def measures(net: pk.PathNetwork, pattern: Tensor, seq_len: int) -> dict[str, fl
 
 def main(hidden: int = 100) -> int:
     net = network(hidden)
-    w_ih, head = net.rnn.weight_ih_l0.detach(), net.head.weight.detach()  # type: ignore[union-attr]
+    w_ih, _, head = (net.get_parameter(name).detach() for name in WEIGHTS)
     patterns = {
         "one sign": torch.ones(hidden, hidden),
         "as of the gradient for inputs of 1": torch.outer(head[0].sign(), w_ih.sum(1).sign()),

@@ -96,7 +96,7 @@ class TrialRun(Run):
         if self.task.carries:
             record["test"] = evaluate(self.net, self.task, self.task.held_out_test())  # type: ignore[attr-defined]
         if self.mean is not None:
-            weights = list(self.net.parameters())
+            weights: list[Tensor] = list(self.net.parameters())
             own = [p.detach().clone() for p in weights]
             torch._foreach_copy_(weights, self.mean)
             record["averaged"] = evaluate(self.net, self.task)
@@ -130,7 +130,7 @@ def table(folder: Path) -> str:
     lines = ["| run | steps | held-out error | of averaged weights | hours |", "|---|---|---|---|---|"]
     for path in sorted(folder.glob("*.json")):
         result = json.loads(path.read_text(encoding="utf-8"))
-        last = next((record for record in reversed(result["history"]) if "held_out" in record), {})
+        last: Record = next((record for record in reversed(result["history"]) if "held_out" in record), {})
         error = "diverged" if result["outcome"] == "diverged" else f"{last['held_out']:.4g}"
         averaged = f"{last['averaged']:.4g}" if "averaged" in last else ""
         lines.append(f"| {result['name']} | {result['steps']:,} | {error} | {averaged} | {result['hours']:.2g} |")

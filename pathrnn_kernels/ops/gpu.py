@@ -238,9 +238,10 @@ def canonical(
         state.lost,
     )
     shaped = iter([part.view(t.shape) for part, t in zip(parts, weights, strict=True)])
-    lists = [[next(shaped) for _ in tensors] for tensors in (weight_ih, weight_hh, bias_ih, bias_hh)]
-    others = [None if t is None else next(shaped) for t in (head_weight, head_bias, embedding)]
-    return Network(*lists, *others, seq_len, last_only, ones_h0, directions, largest), unit_exponents, state
+    w_ih, w_hh, b_ih, b_hh = ([next(shaped) for _ in given] for given in (weight_ih, weight_hh, bias_ih, bias_hh))
+    w_out, b_out, table = (None if t is None else next(shaped) for t in (head_weight, head_bias, embedding))
+    net = Network(w_ih, w_hh, b_ih, b_hh, w_out, b_out, table, seq_len, last_only, ones_h0, directions, largest)
+    return net, unit_exponents, state
 
 
 class _exact_products:
