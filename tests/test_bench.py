@@ -31,6 +31,8 @@ TINY = (
     Spec("backward", 3, 4, 2, 2, axes="random"),
     Spec("step", 4, 5, 2, 2, "κ⁽¹⁾"),
     Spec("step", 4, 5, 2, 2, "κ⁽¹⁾+κ⁽²⁾"),
+    Spec("step", 4, 5, 2, 2, "GatedPathSGD"),
+    *(Spec("update", 4, 5, kind=kind) for kind in ("κ", "PathSGD", "PathAdam", "GatedPathSGD")),
 )
 
 

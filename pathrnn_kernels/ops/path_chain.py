@@ -199,7 +199,8 @@ def _workspace_bytes() -> int:
     return int(text)
 
 
-_op = operator("path_chain")
+#: The op itself, of the CPU alone; ``workspace_bytes`` is -1 for what PATHRNN_WORKSPACE_BYTES says.
+path_chain_on_cpu = _op = operator("path_chain")
 
 if extension_problem() is None:
 
