@@ -68,6 +68,8 @@ struct PathChain {
   T* kappa_head_bias = nullptr;  // [1]
   T* kappa_embedding = nullptr;  // [1, I]
   int64_t* exponents = nullptr;  // per chain ih, hh, bias if any; head, head bias, embedding if any
+  std::vector<int64_t*> entry_exponents;  // per tensor of `exponents`, in κ's shape: powers of two of single entries
+  int64_t* unit_exponents = nullptr;      // [chains, H]
   double* log_path_norm = nullptr;       // natural logarithm of γ², -inf for 0
   bool* lost = nullptr;                  // whether squares, h, δ or powers of W̃ underflowed somewhere, or may have
                                          // in a direction whose κ shares its exponent with a far larger one

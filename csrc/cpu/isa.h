@@ -56,6 +56,8 @@ struct Isa {
   bool (*supported)();
   const Kernels<float>* single_precision;
   const Kernels<double>* double_precision;
+  // path_chain in extended range: of finite weights, whatever their size. Returns -1.
+  int64_t (*path_chain_exact)(const PathChain<double>&, int threads);
 };
 
 extern const Isa kPortable;

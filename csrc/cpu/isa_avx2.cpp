@@ -42,7 +42,7 @@ inline void store_lanes(double* p, const Vec<double>& v, int64_t n) { _mm256_mas
 
 namespace pathrnn {
 const Isa kAvx2{"avx2", [] { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }, &kKernels<float>,
-                &kKernels<double>};
+                &kKernels<double>, &path_chain_exact};
 }  // namespace pathrnn
 
 #endif

@@ -45,7 +45,7 @@ inline void store_lanes(double* p, const Vec<double>& v, int64_t n) {
 namespace pathrnn {
 const Isa kAvx512{"avx512", [] { return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                                 __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"); }, &kKernels<float>,
-                &kKernels<double>};
+                &kKernels<double>, &path_chain_exact};
 }  // namespace pathrnn
 
 #endif

@@ -26,5 +26,5 @@ inline void store_lanes(T* p, const Vec<T>& v, int64_t n) {
 #include "kernels.inl"
 }  // namespace
 
-const Isa kPortable{"portable", [] { return true; }, &kKernels<float>, &kKernels<double>};
+const Isa kPortable{"portable", [] { return true; }, &kKernels<float>, &kKernels<double>, &path_chain_exact};
 }  // namespace pathrnn

@@ -6,6 +6,7 @@ static_assert(kTileRows / 2 <= kRowGroup, "a row group fills half a tile");
 #include "chain.inl"
 #include "kappa2.inl"
 #include "path_chain.inl"
+#include "path_chain_exact.inl"
 #include "path_update.inl"
 
 template <typename T>
