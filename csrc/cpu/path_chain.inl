@@ -116,6 +116,7 @@ class PathChainRun {
         d_other_exponent_.resize(T_);
       }
     }
+    summed_.assign(C_, 0);
     h_closed_.resize(C_);
     d_closed_.resize(C_);
     coefficients_.resize(4 * C_ * (T_ + 1));
@@ -212,6 +213,8 @@ class PathChainRun {
         for (int64_t i = 0; i < L_; ++i) forward(i, team);
         for (int64_t i = L_ - 1; backward_ && i >= 0; --i) backward(i, team);
       }
+    } else if (L_ == 1 && backward_ && !second_) {
+      for (int64_t c = 0; c < D_; ++c) only_layer(c, team);
     } else {
       // The network is linear, so that neither h nor δ waits for the other.
       if (team.rank == 0) {
@@ -419,6 +422,58 @@ class PathChainRun {
     if (team.rank == 0) d_constant_ = D_ == 1 && rest.last > rest.first ? T_ - rest.last : T_;
   }
 
+  // Both chains of one layer whose rows nobody else asks for: once it is seen that neither rest nor a closed form ends
+  // them, in blocks, if those take less time.
+  void only_layer(int64_t c, const Team& team) {
+    const Team alone{};
+    const Chain<T> h = h_chain(c), d = d_chain(c);
+    const Packed<T> w_h{packed_h_.data(), H_, H_, kVectorRow * Simd<T>::width}, w_d{packed_d_.data(), H_, H_, w_h.panel};
+    const Tensor& w = hh(c);
+    int64_t done_h = 0, done_d = 0;
+    if (team.rank == 0) {
+      set_start(c, alone);
+      pack(w_h, w.data, 1, H_, alone, square(w.scale));
+      rests_[0] = begin_chain(h, w_h, w.exponent, done_h, T_);
+    }
+    if (team.rank == team.size - 1) {
+      pack(w_d, w.data, H_, 1, alone, square(w.scale));
+      rests_[1] = begin_chain(d, w_d, w.exponent, done_d, T_);
+    }
+    team.wait();
+    const int64_t log2 = block_log2(rests_[0], rests_[1], team.size);
+    if (log2 > 0) {
+      if (team.rank == 0) blocks_.emplace(T_, H_, log2, team.size);
+      team.wait();
+      const bool fine = blocks_->run(
+          h, d, w_h, w_d, w.exponent, net_.last_only, net_.kappa_hh[c],
+          net_.exponents + c * (net_.bias_ih.empty() ? 2 : 3) + 1,
+          {h_sum(c), d_sum(c), &h_sum_exponent_[c], &d_sum_exponent_[c]}, team);
+      team.wait();
+      if (team.rank == 0) summed_[c] = fine;
+      if (fine) return team.wait();
+    }
+    if (team.rank == 0 && rests_[0] > 0) end_chain(h, w_h, w.exponent, done_h, T_);
+    if (team.rank == team.size - 1 && rests_[1] > 0) end_chain(d, w_d, w.exponent, done_d, T_);
+    team.wait();
+  }
+
+  // The best number of steps in a block, its logarithm; 0 if chains that may rest after those steps do as well without.
+  int64_t block_log2(int64_t h_rests, int64_t d_rests, int threads) const {
+    constexpr double kOverhead = 5e5;
+    const double H = static_cast<double>(H_);
+    const double steps = static_cast<double>(threads > 1 ? std::max(h_rests, d_rests) : h_rests + d_rests);
+    double least = H * H * (ChainBlocks<T>::kVector * steps + static_cast<double>(T_) / threads) - kOverhead;
+    int64_t best = 0;
+    for (int64_t q = 1; q < 12 && (T_ >> q) >= 4; ++q) {
+      const double cost = ChainBlocks<T>::cost(T_, H_, q, threads);
+      if (cost < least) {
+        least = cost;
+        best = q;
+      }
+    }
+    return best;
+  }
+
   template <bool Forward>
   void run_chain(const Chain<T>& c, const Tensor& w, int64_t row, int64_t column, Buffer<T>& packed,
                  const Team& team) {
@@ -501,11 +556,12 @@ class PathChainRun {
     const bool wanted = !net_.kappa_hh.empty();
     if (team.rank == team.size - 1) {
       for (int64_t e = 0; e < D_; ++e) {
+        if (summed_[e]) continue;
         sum_rows(h_after_first(C_ - D_ + e), net_.last_only ? T_ - 1 : 0, T_, h_sum(e), h_sum_exponent_[e]);
       }
     }
     for (int64_t c = 0; wanted && c < C_; ++c) {
-      if (team.rank == c % team.size) sum_rows(d(c), 0, T_, d_sum(c), d_sum_exponent_[c]);
+      if (team.rank == c % team.size && !summed_[c]) sum_rows(d(c), 0, T_, d_sum(c), d_sum_exponent_[c]);
     }
     team.wait();
     if (team.rank == 0) *net_.log_path_norm = log_path_norm();
@@ -521,7 +577,7 @@ class PathChainRun {
         *exponent = first_kappa(d_sum(c), d_sum_exponent_[c], net_.kappa_ih[c]);
       }
       ++exponent;
-      outer(d(c), h(c), net_.kappa_hh[c], H_, kZeroExponent, *exponent, team);
+      if (!summed_[c]) outer(d(c), h(c), net_.kappa_hh[c], H_, kZeroExponent, *exponent, team);
       if (second_) second_term(c, exponent, team);
       ++exponent;
       if (!net_.kappa_bias.empty()) {
@@ -710,6 +766,9 @@ class PathChainRun {
   std::vector<T> drive_sums_;
   Workspace<T> memory_;
   std::optional<Kappa2Run<T>> second_;
+  std::optional<ChainBlocks<T>> blocks_;
+  std::vector<char> summed_;     // per chain: whether κ and the sums are there already
+  std::array<int64_t, 2> rests_;  // of h and δ, as begin_chain tells
   T *h_ = nullptr, *d_ = nullptr, *h_drive_ = nullptr, *d_drive_ = nullptr, *left_ = nullptr,
     *right_ = nullptr;
   T *h_other_ = nullptr, *d_other_ = nullptr;  // T rows from the other direction
