@@ -56,7 +56,11 @@ inline void check_shape(const at::Tensor& tensor, const char* name, at::IntArray
 
 // Threads for a call of `work` multiply-adds: a second thread pays from some ten microseconds of work on.
 inline int threads_for(double work) {
+#ifdef PATHRNN_POISON
+  constexpr double kWorthATeam = 0;  // small networks meet the code of teams, too
+#else
   constexpr double kWorthATeam = 2e5;
+#endif
   return work < kWorthATeam ? 1 : at::get_num_threads();
 }
 

@@ -45,8 +45,10 @@ struct ReluRnnBackward {
 
 // The squared network's chains h (forward) and δ (backward), κ⁽¹⁾ and log γ² (eqs. (3), (9), (11)). Every vector of a
 // chain carries a power-of-two exponent of its own and is renormalised when its largest entry leaves a narrow range,
-// so nothing overflows. An entry is lost where it lies too far below the largest of its vector, or a weight's square
-// below that of its matrix, for the dtype; `lost` says so, for a caller that can use a wider one.
+// so nothing overflows. It all runs in canonical coordinates, w 2^((d_source - d_target) / 2) in place of w, whose even
+// unit exponents d follow a rescaling of the units by powers of two (Theorem 1), so that the arithmetic never meets it.
+// An entry is lost where it still lies too far below the largest of its vector, or a weight's square below that of its
+// matrix, for the dtype; `lost` says so, for a caller that can use a wider one.
 template <typename T>
 struct PathChain {
   // A layer has D = 1 or 2 directions. A reverse one runs from step T to step 1; in its own time it is a chain like any
@@ -60,7 +62,10 @@ struct PathChain {
   const T* head_bias;    // [O] or null
   const T* embedding;    // [V, I] or null: the inputs are ones
 
-  // Results; null or empty where not wanted. κ⁽¹⁾ is all wanted or not at all.
+  // Results; null or empty where not wanted. κ⁽¹⁾ is all wanted or not at all. The true κ of entry (r, c) is the stored
+  // one times 2 to the sum of: its tensor's exponent; -unit_exponents[its own chain][r], for weight_ih, weight_hh and
+  // biases; +unit_exponents[c] of the chains that it reads, for weight_hh, upper weight_ih and the head's weight; and its
+  // entry exponent, where there are any.
   std::vector<T*> kappa_ih;    // first layer [H, 1], with an embedding [H, I]; others [H, D H]
   std::vector<T*> kappa_hh;    // [H, H]
   std::vector<T*> kappa_bias;  // [H], for either bias
@@ -68,11 +73,10 @@ struct PathChain {
   T* kappa_head_bias = nullptr;  // [1]
   T* kappa_embedding = nullptr;  // [1, I]
   int64_t* exponents = nullptr;  // per chain ih, hh, bias if any; head, head bias, embedding if any
-  std::vector<int64_t*> entry_exponents;  // per tensor of `exponents`, in κ's shape: powers of two of single entries
-  int64_t* unit_exponents = nullptr;      // [chains, H]
+  int64_t* unit_exponents = nullptr;      // [chains, H], even
+  std::vector<int64_t*> entry_exponents;  // as `exponents`, of each κ's shape; in extended range alone, else empty
   double* log_path_norm = nullptr;       // natural logarithm of γ², -inf for 0
-  bool* lost = nullptr;                  // whether squares, h, δ or powers of W̃ underflowed somewhere, or may have
-                                         // in a direction whose κ shares its exponent with a far larger one
+  bool* lost = nullptr;                  // whether a result may be wrong because something underflowed
 
   // κ⁽²⁾ = factor · W̃ ⊙ S is added to kappa_hh unless the factor is zero, S[j, k] = Σ_n (W̃^n)[k, j] Σ_t δ_{t+n+2}[j] h_t[k]
   // over the lags n = 0 … T-2 (eq. (11), index corrected). Lags are summed until the rest is known to within `rtol` of κ,
@@ -100,6 +104,53 @@ struct PathUpdate {
   int64_t multiply_first, multiply_after;  // returns whether a finite entry overflowed
   // step_length: returns Σ kappa (in - before)², not rounded to T in between.
   double half, factor;  // norm_gradient: out = (in half) (kappa half) factor, 0 where in is 0, however large kappa
+};
+
+// One weight of a step and its κ, as [rows, columns]: entry (r, c) has, in the coordinates of a network whose units are
+// rescaled by powers of two (Theorem 1),
+//   weight · 2^e,  gradient · 2^-e  and  κ = kappa[r * row_stride + c * column_stride] · 2^(exponent + entry exponent)
+// with e = row[r] + column[c]. There nothing leaves the range of T, and a step is bit for bit the same however the
+// network had been rescaled by powers of two.
+template <typename T>
+struct StepWeight {
+  int64_t size, columns;
+  const T* kappa;
+  int64_t row_stride, column_stride;
+  int64_t exponent;
+  const int64_t* entry_exponents;  // strides as kappa, or null: zeros
+  const int64_t *row, *column;     // or null: zeros
+  // 2^row, 2^-row, 2^column, 2^-column where every product of two of them is a normal number, or `tables` is false.
+  bool tables;
+  const T *row_up, *row_down, *column_up, *column_down;
+  int64_t most_down;  // the largest -e
+  const T* gradient;
+  T* weight;
+  T* first;   // SGD: momentum, in the weight's own coordinates, or null. Otherwise average of the gradient
+  T* second;  // and of its square, in path coordinates, which no rescaling changes
+};
+
+// Path-SGD: q = before · g / (κ + damping γ²) · after, eq. (8); the step is Δ = -rate (q + decay w), momentum included.
+struct SgdRule {
+  double before, after;         // before < 0 climbs
+  double kappa_scale, damping;  // κ's and γ²'s share of the divisor
+  double rate, momentum, decay;
+  bool nesterov;
+  double limit;   // a larger |q| in the weight's own coordinates is lost
+  double factor;  // of the step: below 1 where the trust radius shortens it
+};
+
+// Steps in path coordinates p sqrt(κ)/γ, of the gradient g/sqrt(κ) · before · after, whose norm over all weights is 1:
+// Δ = -rate · sign(m) min(|m| / (sqrt(correction · v) + eps), 1)^power / sqrt(kappa).
+struct CoordinateRule {
+  double before, after;
+  double beta1, beta2, correction, eps, power;
+  double rate;
+};
+
+// Of the entries that one call saw.
+struct StepSums {
+  double square;             // SGD: Σ kappa Δ²; otherwise Σ g²/kappa; both in those coordinates, exponents left out
+  bool lost, paths, pulled;  // a finite gradient's quotient is lost; some κ > 0; some gradient ≠ 0
 };
 
 // Rows of the batch that a thread of relu_rnn takes at least; at least half a register tile of every instruction set.

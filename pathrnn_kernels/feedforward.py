@@ -252,7 +252,7 @@ class _Pass:
         leaves = [square.value for square in self.squares.values()]
         found = torch.autograd.grad(total, leaves, allow_unused=True) if total.requires_grad else [None] * len(leaves)
         norm = total.detach()
-        factors, log_scales = {}, {}
+        factors, exponents = {}, {}
         for (name, p), gradient in zip(self.parameters.items(), found, strict=True):
             if gradient is None:  # on no path
                 gradient = torch.zeros([1] * p.dim(), dtype=torch.float64, device=self.device)
@@ -272,9 +272,9 @@ class _Pass:
                 )
             shift = math.frexp(largest)[1]
             factors[name] = shifted(gradient, -shift).to(p.dtype)
-            log_scales[name] = (output.exponent - self.squares[name].exponent + shift) * _LN2
+            exponents[name] = output.exponent - self.squares[name].exponent + shift
         log_norm = norm.log() + output.exponent * _LN2
-        return Kappa(factors, log_scales, log_norm, {}, 0.0, {name: p.shape for name, p in self.parameters.items()})
+        return Kappa.of(factors, exponents, log_norm, {}, {name: p.shape for name, p in self.parameters.items()})
 
 
 def _title(name: str, module: nn.Module) -> str:

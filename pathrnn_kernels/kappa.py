@@ -14,13 +14,14 @@ from torch import Tensor, nn
 
 from . import ops
 from .network import PathNetwork
-from .ops import update
-from .ops.backend import choose, extension_problem, transformed
+from .ops.backend import choose, transformed
 
 #: κ⁽²⁾ = factor · W̃ ⊙ S: the Hessian's factor, the paper's Lemma 1 over ordered pairs, its Theorem 3 as printed.
 KAPPA2_FACTOR = {"exact": 4.0, "lemma1": 2.0, "theorem3": 1.0}
 
 _LN2 = math.log(2)
+#: Below minus this there is no exponent.
+_FAR = 1 << 60
 
 _PLAIN = frozenset((Tensor, nn.Parameter))
 _HALVES = frozenset((torch.bfloat16, torch.float16))
@@ -31,9 +32,45 @@ def precision(dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if dtype in _HALVES else dtype
 
 
-@dataclass(slots=True)
+class Scaled(NamedTuple):
+    """A tensor of any range: entry (r, c) is ``mantissa[r, c] · 2^(exponent + rows[r] + columns[c] + entries[r, c])``.
+
+    All exponents are int64, on the mantissa's device; None stands for zeros.
+    """
+
+    mantissa: Tensor
+    exponent: Tensor
+    rows: Tensor | None = None
+    columns: Tensor | None = None
+    entries: Tensor | None = None
+
+    def exponents(self) -> Tensor:
+        """Their sum, broadcastable to the mantissa."""
+        total = self.exponent
+        if self.rows is not None:
+            total = total + (self.rows[:, None] if self.mantissa.dim() == 2 else self.rows)
+        for part in (self.columns, self.entries):
+            total = total if part is None else total + part
+        return total
+
+    def parts(self) -> tuple[Tensor, Tensor]:
+        """The same as float64 mantissas, 0 or in [1/2, 1), with one int64 exponent each."""
+        mantissa, exponent = torch.frexp(self.mantissa.double())
+        return mantissa, exponent.long() + self.exponents()
+
+
+def ldexp(x: Tensor, n: Tensor) -> Tensor:
+    """x · 2^n of a float64 tensor and an int64 one, whatever n: 0 stays 0."""
+    for _ in range(3):
+        part = n.clamp(-1000, 1000)
+        x = x * ((part + 1023) << 52).view(torch.float64)
+        n = n - part
+    return x
+
+
+@dataclass(slots=True, eq=False)
 class Kappa:
-    """κ of every parameter, as broadcastable factors with logarithmic scales: true κ = factor · exp(log_scale).
+    """κ of every parameter. It holds tensors on the weights' device; what is read of it is formed on demand.
 
     Example:
         >>> net = pk.PathNetwork(pk.ReLURNN(2, 3), torch.nn.Linear(3, 1))
@@ -46,39 +83,101 @@ class Kappa:
         torch.Size([3, 3])
     """
 
-    #: Parameter name → tensor broadcastable to the parameter, of its dtype; float32 for bfloat16 and float16.
-    factors: dict[str, Tensor]
-    #: Parameter name → natural logarithm of the scale, a multiple of ln 2.
-    log_scales: dict[str, float]
+    #: Parameter name → κ, broadcastable to the parameter, its mantissas of the parameter's dtype; float32 for bfloat16
+    #: and float16. This alone holds every entry, whatever its size.
+    scaled: dict[str, Scaled]
     #: log γ² of the same pass, float64, 0-dim.
     log_path_norm: Tensor
-    #: Recurrent parameter name → lags of κ⁽²⁾ that were summed explicitly; 0 without the second term.
-    lags: dict[str, int]
-    #: Certified relative error of κ from truncation, over all entries of all factors; 0 when every lag was summed.
-    #: Rounding comes on top of it, in the dtype of the weights.
-    bound: float
+    _lags: tuple[tuple[str, ...], Tensor]
+    _bounds: Tensor
+    _arithmetic: Tensor
     _shapes: dict[str, torch.Size] = field(repr=False)
+    _factors: dict[str, Tensor] = field(default_factory=dict, repr=False)
+    _log_scales: dict[str, float] = field(default_factory=dict, repr=False)
+
+    @classmethod
+    def of(
+        cls, factors: dict[str, Tensor], exponents: Mapping[str, int], log_path_norm: Tensor, lags: Mapping[str, int],
+        shapes: dict[str, torch.Size],
+    ) -> Kappa:
+        """From factors with one exponent a tensor, exact but for rounding."""
+        scaled = {
+            name: Scaled(factor, torch.tensor(exponents[name], device=factor.device))
+            for name, factor in factors.items()
+        }
+        counts = torch.tensor(list(lags.values()), dtype=torch.int64)
+        own = torch.zeros((), dtype=torch.int8)
+        return cls(scaled, log_path_norm, (tuple(lags), counts), torch.zeros(1, dtype=torch.float64), own, shapes)
+
+    @property
+    def factors(self) -> dict[str, Tensor]:
+        """Parameter name → κ on one scale a tensor: true κ = factor · exp(log_scale).
+
+        An entry below the range of the dtype is 0 here, though not in :meth:`relative`.
+        """
+        if not self._factors:
+            for name, s in self.scaled.items():
+                mantissa, exponents = s.parts()
+                most = torch.where(mantissa > 0, exponents - 1, -_FAR).amax()
+                # The factor is κ itself where that is at home in the dtype.
+                scale = torch.where(((most >= 0) & (most <= 60)) | (most == -_FAR), 0, most)
+                self._factors[name] = ldexp(mantissa, exponents - scale).to(s.mantissa.dtype)
+                self._log_scales[name] = int(scale) * _LN2
+        return self._factors
+
+    @property
+    def log_scales(self) -> dict[str, float]:
+        """Parameter name → natural logarithm of the factor's scale, a multiple of ln 2."""
+        self.factors  # noqa: B018
+        return self._log_scales
+
+    @property
+    def lags(self) -> dict[str, int]:
+        """Recurrent parameter name → lags of κ⁽²⁾ that were summed explicitly; 0 without the second term."""
+        return dict(zip(self._lags[0], self._lags[1].tolist(), strict=True))
+
+    @property
+    def bound(self) -> float:
+        """Certified relative error of κ from truncation, over all entries of all tensors; 0 when every lag was summed.
+
+        Rounding comes on top of it, in the dtype of the weights.
+        """
+        return max(self._bounds.tolist())
+
+    @property
+    def arithmetic(self) -> str:
+        """What κ was computed in: the weights' dtype; "float64", where something underflows in that; "extended", with
+        an exponent of 64 bits for every number, where something underflows in that, too. The last takes longer.
+        """
+        own = str(next(iter(self.scaled.values())).mantissa.dtype).removeprefix("torch.")
+        return (own, "float64", "extended")[int(self._arithmetic)]
 
     def relative(self, name: str) -> Tensor:
-        """γ²/κ of one parameter, broadcastable to it, without forming γ² or κ; 0 where κ is 0 (no path, no step)."""
-        factor = self._factor(name).double()
-        # Half of the scale on either side: neither alone need be representable for their quotient to be.
-        half = math.exp(max(-700.0, min(700.0, (float(self.log_path_norm) - self.log_scales[name]) / 2)))
-        ratio = half / factor * half
-        return torch.where(factor > 0, ratio, 0.0).to(self.factors[name].dtype)
+        """γ²/κ of one parameter, float64, broadcastable to it; 0 where κ is 0 (no path, no step)."""
+        mantissa, exponents = self._of(name).parts()
+        norm, exponent = power_of_e(self.log_path_norm)
+        return torch.where(mantissa > 0, ldexp(norm / mantissa, exponent - exponents), 0.0)
 
     def dense(self, name: str) -> Tensor:
-        """κ of one parameter in full shape, exp(log_scale) included; inf where the dtype cannot hold it."""
-        factor = self._factor(name)
-        exponent = round(self.log_scales[name] / _LN2)
-        for part in (exponent // 2, exponent - exponent // 2):
-            factor = torch.ldexp(factor, torch.tensor(part, device=factor.device))
-        return factor.expand(self._shapes[name]).clone()
+        """κ of one parameter in full shape; inf where its dtype cannot hold it."""
+        mantissa, exponents = self._of(name).parts()
+        return ldexp(mantissa, exponents).to(self.scaled[name].mantissa.dtype).expand(self._shapes[name]).clone()
 
-    def _factor(self, name: str) -> Tensor:
-        if name not in self.factors:
-            raise ValueError(f"{name!r} is not a parameter of the network; it has {', '.join(self.factors)}")
-        return self.factors[name]
+    def tensors(self) -> list[Tensor]:
+        """All that it holds."""
+        every = [self.log_path_norm, self._lags[1], self._bounds, self._arithmetic]
+        return every + [part for s in self.scaled.values() for part in s if part is not None]
+
+    def _of(self, name: str) -> Scaled:
+        if name not in self.scaled:
+            raise ValueError(f"{name!r} is not a parameter of the network; it has {', '.join(self.scaled)}")
+        return self.scaled[name]
+
+
+def power_of_e(log: Tensor) -> tuple[Tensor, Tensor]:
+    """exp(log) of a float64 tensor as a mantissa in [1, 2) and an int64 exponent; (0, 0) for -inf."""
+    exponent = torch.where(log.isfinite(), (log / _LN2).floor(), 0.0)
+    return torch.exp(log - exponent * _LN2), exponent.long()
 
 
 def kappa(
@@ -180,9 +279,8 @@ def kappa_later(
             factors = reference.kappa(copies, seq_len, net.outputs, net.h0, second_term, kappa2)
             log_norm = reference.path_norm(copies, seq_len, net.outputs, net.h0).double().log()
         all_lags = dict.fromkeys(layout.kinds[1], seq_len - 1 if second_term else 0)
-        return lambda: Kappa(factors, dict.fromkeys(factors, 0.0), log_norm, all_lags, 0.0, shapes)
+        return lambda: Kappa.of(factors, dict.fromkeys(factors, 0), log_norm, all_lags, shapes)
 
-    dtype = parameters["rnn.weight_hh_l0"].dtype
     launched = _launch(
         net,
         parameters,
@@ -197,11 +295,10 @@ def kappa_later(
     )
 
     def collect() -> Kappa:
-        chain, exponents, _ = launched()
-        factors = {name: chain.kappa[place].to(dtype) for name, place in layout.places.items()}
-        log_scales = {name: exponents[place] * _LN2 for name, place in layout.places.items()}
-        summed = dict(zip(layout.kinds[1], chain.lags.tolist(), strict=True))
-        return Kappa(factors, log_scales, chain.log_path_norm, summed, max(chain.bounds.tolist()), shapes)
+        chain = launched()
+        scaled = _scaled(chain, layout, net.num_directions)
+        lags = layout.kinds[1], chain.lags
+        return Kappa(scaled, chain.log_path_norm, lags, chain.bounds, chain.arithmetic, shapes)
 
     return collect
 
@@ -273,44 +370,40 @@ class _Norm(torch.autograd.Function):
         need = any(ctx.needs_input_grad)
         parameters = dict(zip(names, values, strict=True))
         layout = _layout(net.endings, *_options(parameters))
-        chain, exponents, ctx.log_norm = _launch(net, parameters, layout, seq_len, backend=backend, kappa1=need)()
-        ctx.logarithm = logarithm
+        chain = _launch(net, parameters, layout, seq_len, backend=backend, kappa1=need)()
         if need:
-            places = layout.places
-            ctx.factors = [chain.kappa[places[name]] for name in names]
-            ctx.log_scales = [exponents[places[name]] * _LN2 for name in names]
+            scaled = _scaled(chain, layout, net.num_directions)
+            ctx.kappas = [scaled[name] for name in names]
+            ctx.log_norm = chain.log_path_norm if logarithm else None
             ctx.save_for_backward(*values)
         result = chain.log_path_norm if logarithm else chain.log_path_norm.exp()
         return result.to(values[0].dtype)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        wanted = [i for i in range(len(ctx.saved_tensors)) if ctx.needs_input_grad[5 + i]]
-        weights = [ctx.saved_tensors[i] for i in wanted]
-        log_scales = [ctx.log_scales[i] - (ctx.log_norm if ctx.logarithm else 0.0) for i in wanted]
-        with torch.no_grad():
-            found = _norm_gradients(weights, [ctx.factors[i] for i in wanted], log_scales, grad)
         gradients: list[Tensor | None] = [None] * len(ctx.saved_tensors)
-        for i, p, gradient in zip(wanted, weights, found, strict=True):
+        for i, p in enumerate(ctx.saved_tensors):
+            if not ctx.needs_input_grad[5 + i]:
+                continue
+            with torch.no_grad():
+                gradient = _norm_gradient(p, ctx.kappas[i], grad, ctx.log_norm)
             # create_graph: a second derivative would otherwise be zero without a word.
             gradients[i] = _FirstOrder.apply(gradient, p) if torch.is_grad_enabled() else gradient
         return (None, None, None, None, None, *gradients)
 
 
-def _norm_gradients(weights: list[Tensor], kappas: list[Tensor], log_scales: list[float], grad: Tensor) -> list[Tensor]:
-    """∂γ²/∂p = 2 p κ⁽¹⁾, times grad."""
-    if weights[0].device.type == "cpu" and extension_problem() is None:
-        # κ is in float64 where float32 lost something; it need not fit float32.
-        wide = [p.to(kappa.dtype) for p, kappa in zip(weights, kappas, strict=True)]
-        found = update.norm_gradients(wide, kappas, log_scales, grad)
-        return [gradient.to(p.dtype) for gradient, p in zip(found, weights, strict=True)]
-    found = []
-    for p, kappa, log_scale in zip(weights, kappas, log_scales, strict=True):
-        # In two halves, so that κ may be out of range where p κ is not.
-        half = math.exp(max(-700.0, min(700.0, log_scale / 2)))
-        gradient = (p.double() * half) * (kappa.double() * half) * (2 * grad.double())
-        found.append(torch.where(p == 0, 0.0, gradient).to(p.dtype))  # zero weights have none, however large κ
-    return found
+def _norm_gradient(p: Tensor, kappa: Scaled, grad: Tensor, log_norm: Tensor | None) -> Tensor:
+    """∂γ²/∂p = 2 p κ⁽¹⁾, times grad, over γ² if its logarithm is given: mantissas and exponents apart."""
+    mantissa, exponent = kappa.parts()
+    weight, weight_exponent = torch.frexp(p.double())
+    factor, factor_exponent = torch.frexp(2 * grad.double())
+    exponent = exponent + weight_exponent + factor_exponent
+    if log_norm is not None:
+        norm, norm_exponent = power_of_e(log_norm)
+        factor, exponent = factor / norm, exponent - norm_exponent
+    product = weight * mantissa
+    # Without a path, or of a zero, it is 0, whatever grad is.
+    return torch.where(product == 0, 0.0, ldexp(product * factor, exponent)).to(p.dtype)
 
 
 class _FirstOrder(torch.autograd.Function):
@@ -409,14 +502,35 @@ def _layout(endings: tuple[str, ...], bias: bool, head: bool, head_bias: bool, e
 
 def _launch(
     net: PathNetwork, parameters: dict[str, Tensor], layout: _Layout, seq_len: int, **options: Any
-) -> Callable[[], tuple[ops.PathChain, list[int], float]]:
-    """The pass, in float64 where float32 lost something; with its exponents and log γ² on the host."""
-    weight_ih, weight_hh, bias_ih, bias_hh = ([parameters[name] for name in names] for names in layout.kinds)
-    launched = ops.path_chain(
-        weight_ih,
-        weight_hh,
-        bias_ih,
-        bias_hh,
+) -> Callable[[], ops.PathChain]:
+    """The pass, in a wider arithmetic where one loses something."""
+    launched = _pass(net, parameters, layout, seq_len, **options)
+    transfer = launched.to_host()
+
+    def collect() -> ops.PathChain:
+        log_norm, arithmetic = transfer()
+        if math.isnan(log_norm):
+            _check_finite(parameters)
+        if arithmetic >= 0:
+            return launched
+        weight = parameters["rnn.weight_hh_l0"]
+        wide = {name: p.detach().double() for name, p in parameters.items()}
+        if weight.dtype == torch.float32:
+            found = _pass(net, wide, layout, seq_len, **options)
+            if found.to_host()()[1] >= 0:
+                return _narrowed(found, weight)._replace(arithmetic=torch.ones_like(found.arithmetic))
+        # What float64 loses, the CPU alone can compute.
+        host = {name: p.cpu() for name, p in wide.items()}
+        return _narrowed(_pass(net, host, layout, seq_len, **options | {"backend": "cpu", "plan": "auto"}), weight)
+
+    return collect
+
+
+def _pass(
+    net: PathNetwork, parameters: dict[str, Tensor], layout: _Layout, seq_len: int, **options: Any
+) -> ops.PathChain:
+    return ops.path_chain(
+        *([parameters[name] for name in names] for names in layout.kinds),
         parameters.get("head.weight"),
         parameters.get("head.bias"),
         parameters.get("embedding.weight"),
@@ -426,24 +540,44 @@ def _launch(
         bidirectional=net.rnn.bidirectional,
         **options,
     )
-    transfer = launched.to_host()
 
-    def collect() -> tuple[ops.PathChain, list[int], float]:
-        chain = launched
-        exponents, log_norm, lost = transfer()
-        if math.isnan(log_norm):
-            _check_finite(parameters)
-        if lost:
-            if weight_hh[0].dtype == torch.float32:
-                return _launch(net, _wide(parameters), layout, seq_len, **options)()
-            if log_norm == -math.inf and (connected := _connected(net, parameters, layout)):
-                # What grows beside the paths, without being on one, has hidden them.
-                options.update(kappa1=False, second_factor=0.0)
-                alone, _, log_norm = _launch(net, connected, layout, seq_len, **options)()
-                chain = chain._replace(log_path_norm=alone.log_path_norm)
-        return chain, exponents, log_norm
 
-    return collect
+def _narrowed(chain: ops.PathChain, like: Tensor) -> ops.PathChain:
+    """The results of a wider pass, on the device and in the dtype of ``like``, with an exponent for every entry."""
+    kappa, entries = [], []
+    for factor, entry in zip(chain.kappa, chain.entry_exponents, strict=True):
+        mantissa, exponent = torch.frexp(factor)
+        kappa.append(mantissa.to(like.dtype))
+        entries.append(exponent.long() + entry if entry.numel() else exponent.long())
+    moved = ops.PathChain(kappa, chain.exponents, chain.unit_exponents, entries, *chain[4:])
+    return ops.PathChain(*([t.to(like.device) for t in x] if isinstance(x, list) else x.to(like.device) for x in moved))
+
+
+def _scaled(chain: ops.PathChain, layout: _Layout, directions: int) -> dict[str, Scaled]:
+    """κ of every parameter with its exponents."""
+    exponents, entries = chain.exponents.unbind(), chain.entry_exponents
+    units = chain.unit_exponents
+    layers = units.reshape(-1, directions * units.shape[1])  # as the columns of the weights above see them
+    rows: dict[str, Tensor] = {}
+    columns: dict[str, Tensor] = {}
+    for kind, names in enumerate(layout.kinds):
+        for c, name in enumerate(names):
+            rows[name] = -units[c]
+            if kind == 1:
+                columns[name] = units[c]
+            elif kind == 0 and c >= directions:
+                columns[name] = layers[c // directions - 1]
+    columns["head.weight"] = layers[-1]
+    return {
+        name: Scaled(
+            chain.kappa[place],
+            exponents[place],
+            rows.get(name),
+            columns.get(name),
+            entries[place] if entries[place].numel() else None,
+        )
+        for name, place in layout.places.items()
+    }
 
 
 def _check_finite(parameters: dict[str, Tensor]) -> None:
@@ -453,49 +587,3 @@ def _check_finite(parameters: dict[str, Tensor]) -> None:
                 f"{name} has a nan or infinite entry; κ and γ² need finite weights: restore them, or lower the step "
                 "size"
             )
-
-
-def _wide(parameters: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {name: p.detach().double() for name, p in parameters.items()}
-
-
-def _connected(net: PathNetwork, parameters: dict[str, Tensor], layout: _Layout) -> dict[str, Tensor] | None:
-    """The parameters without the units that lie on no path from an input to an output; None if all units do."""
-    edges = {name: p.detach() != 0 for name, p in parameters.items()}
-
-    def closure(units: Tensor, matrix: Tensor) -> Tensor:
-        while not torch.equal(more := units | (matrix & units).any(1), units):
-            units = more
-        return units
-
-    directions = net.num_directions
-    chains = list(zip(layout.kinds[0], layout.kinds[1], strict=True))
-    reached: list[Tensor] = []
-    below = torch.ones_like(edges[layout.kinds[0][0]][0])
-    if "embedding.weight" in edges:
-        below = edges["embedding.weight"].any(0)
-    for c, (weight_ih, weight_hh) in enumerate(chains):
-        if c and c % directions == 0:
-            below = torch.cat(reached[-directions:])
-        driven = (edges[weight_ih] & below).any(1) | (net.h0 == "ones")
-        for biases in layout.kinds[2:]:
-            driven = driven | edges[biases[c]] if biases else driven
-        reached.append(closure(driven, edges[weight_hh]))
-    top = torch.cat(reached[-directions:])
-    above = edges["head.weight"].any(0) if "head.weight" in edges else torch.ones_like(top)
-    result = dict(parameters)
-    for first in reversed(range(0, len(chains), directions)):
-        used = []
-        for c, ends in enumerate(above.chunk(directions), first):
-            weight_ih, weight_hh = chains[c]
-            leads = closure(ends, edges[weight_hh].T)
-            keep = reached[c] & leads
-            result[weight_hh] = parameters[weight_hh].detach() * (keep[:, None] & keep)
-            result[weight_ih] = parameters[weight_ih].detach() * keep[:, None]
-            for biases in layout.kinds[2:]:
-                if biases:
-                    result[biases[c]] = parameters[biases[c]].detach() * keep
-            used.append((edges[weight_ih] & leads[:, None]).any(0))
-            reached[c] = keep
-        above = torch.stack(used).any(0)
-    return None if all(bool(keep.all()) for keep in reached) else result

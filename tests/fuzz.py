@@ -26,9 +26,10 @@ import torch
 from torch import Tensor, nn
 
 import pathrnn_kernels as pk
-from pathrnn_kernels import reference
+from pathrnn_kernels import ops, reference
 
 sys.path.insert(0, str(Path(__file__).parent))
+import oracles
 import tolerances
 
 NAN, INF = math.nan, math.inf
@@ -406,8 +407,9 @@ def check_chain(a, found):
 
 
 def check_kappas(parameters, seq_len, last_only, ones_h0, factor, rtol, found):
-    factors, exponents, log_norm, lags, bounds, lost = found[:6]
-    if log_norm.device.type == "meta" or lost.item():  # what was lost is formed again in float64 by kappa()
+    chain = ops.PathChain._make(found)
+    factors, log_norm, lags, bounds = chain.kappa, chain.log_path_norm, chain.lags, chain.bounds
+    if log_norm.device.type == "meta":
         return
     options = ("last" if last_only else "all", "ones" if ones_h0 else "zeros")
     size = max(p.shape[-1] for p in parameters.values())
@@ -426,8 +428,7 @@ def check_kappas(parameters, seq_len, last_only, ones_h0, factor, rtol, found):
     kinds = ("weight_ih", "weight_hh", "bias_ih")
     order = [f"rnn.{kind}_l{i}" for i in range(len(lags)) for kind in kinds]
     order = [name for name in (*order, "head.weight", "head.bias", "embedding.weight") if name in expected]
-    for name, kappa, exponent in zip(order, factors, exponents.tolist(), strict=True):
-        true = torch.ldexp(kappa.double(), torch.tensor(exponent, dtype=torch.float64))
+    for name, true in zip(order, oracles.values(chain, head="head.weight" in expected), strict=True):
         close(f"κ({name})", true.expand_as(expected[name]), expected[name], tolerance)
 
 

@@ -7,6 +7,7 @@ import tolerances
 import torch
 
 import pathrnn_kernels as pk
+from pathrnn_kernels.kappa import ldexp
 
 #: log γ² (0-dim) and log κ of every parameter by name, in full shape.
 LogKappa = namedtuple("LogKappa", "log_path_norm log_kappa")
@@ -132,3 +133,28 @@ def check_logarithms(net, seq_len, second_term=False, rtol=tolerances.LOG_DOMAIN
             log_factor[~held] <= true[~held].clamp_min(math.log(torch.finfo(factor.dtype).tiny) + largest) + 1
         ).all()
     return found, expected
+
+
+def parts(chain, directions=1, head=True):
+    """κ as an ``ops.PathChain`` holds it: float64 mantissas, 0 or in [1/2, 1), and int64 exponents, tensor by tensor."""
+    units, per_chain = chain.unit_exponents, 3 if len(chain.kappa) > 2 and chain.kappa[2].dim() == 1 else 2
+    layers = units.reshape(-1, directions * units.shape[1])
+    result = []
+    for i, (kappa, entries) in enumerate(zip(chain.kappa, chain.entry_exponents, strict=True)):
+        (c, kind), shift = divmod(i, per_chain), chain.exponents[i]
+        if c < len(units):
+            shift = shift - (units[c] if kind == 2 else units[c][:, None])
+            if kind == 1:
+                shift = shift + units[c]
+            elif kind == 0 and c >= directions:
+                shift = shift + layers[c // directions - 1]
+        elif head and i == per_chain * len(units):
+            shift = shift + layers[-1]
+        mantissa, exponent = torch.frexp(kappa.double())
+        result.append((mantissa, exponent.long() + shift + (entries if entries.numel() else 0)))
+    return result
+
+
+def values(chain, directions=1, head=True):
+    """The same in plain float64."""
+    return [ldexp(*pair) for pair in parts(chain, directions, head)]

@@ -1,10 +1,12 @@
-"""The C++ under gcc's sanitizers: python tests/sanitize.py [address|undefined|thread] [--extension].
+"""The C++ under gcc's sanitizers and valgrind: python tests/sanitize.py [address|undefined|thread|memcheck|…].
 
 Builds csrc/cpu and sanitized_kernels.cpp in a temporary folder and runs them: every kernel on every instruction set
 that this machine has, on odd sizes, with teams of threads. Under ``address`` and ``undefined`` every allocation fails
 once, too. Under ``thread`` teams are of std::thread, since ThreadSanitizer does not know OpenMP's barriers.
+``memcheck`` is valgrind's, with every workspace undefined when it is taken (csrc/cpu/isa.h, PATHRNN_POISON).
 ``--extension`` builds the extension with both ``address`` and ``undefined`` as well, some ten minutes, and runs the
-tests of the ops on it.
+tests of the ops on it. ``--poison`` builds it so that fresh memory is full of nan, and runs these tests and a short
+fuzz_numbers.py. Neither runs the kernels alone, unless they are named.
 """
 
 from __future__ import annotations
@@ -17,7 +19,7 @@ import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-KINDS = ("address", "undefined", "thread")
+KINDS = ("address", "undefined", "thread", "memcheck")
 FLAGS = [
     "-std=c++20",
     "-O1",
@@ -51,7 +53,9 @@ def kernels(kind: str, folder: Path) -> None:
     sources += (
         [ROOT / "csrc" / "cpu" / "isa_portable.cpp"] if thread else sorted((ROOT / "csrc" / "cpu").glob("isa*.cpp"))
     )
-    flags = [*FLAGS, f"-fsanitize={kind}", "-fno-sanitize-recover=all"]
+    flags = [*FLAGS, "-DPATHRNN_POISON", "-include", "valgrind/memcheck.h"]
+    if kind != "memcheck":
+        flags = [*FLAGS, f"-fsanitize={kind}", "-fno-sanitize-recover=all"]
     flags += ["-DPATHRNN_STD_THREADS", "-pthread"] if thread else ["-fopenmp"]
     objects = []
     for source in sources:
@@ -59,37 +63,53 @@ def kernels(kind: str, folder: Path) -> None:
         run("g++", *flags, "-c", source, "-o", objects[-1])
     program = folder / f"kernels-{kind}"
     run("g++", *flags, *objects, "-o", program)
-    run(program, *([] if thread else ["allocations fail"]))
+    if kind == "memcheck":
+        run("valgrind", "--quiet", "--error-exitcode=1", "--show-mismatched-frees=no", program)  # its own new, our free
+    else:
+        run(program, *([] if thread else ["allocations fail"]))
 
 
-def extension(folder: Path) -> None:
+def extension(folder: Path, building: dict[str, str], testing: dict[str, str]) -> None:
     """The tests of the ops, on an extension built for it."""
-    options = (
-        "-fsanitize=address,undefined -fno-sanitize=vptr -fno-omit-frame-pointer"  # torch's types carry no vptr checks
-    )
     build = ["setup.py", "-q", "build", "--build-base", folder / "build", "--build-lib", folder / "lib"]
     os.chdir(ROOT)
-    run(sys.executable, *build, CFLAGS=options, LDFLAGS=options)
-    library = subprocess.run(["g++", "-print-file-name=libasan.so"], check=True, capture_output=True, text=True)
+    run(sys.executable, *build, **building)
     os.chdir(folder)  # not where the other extension is
     pytest = ["-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", LEFT_OUT, "-c", ROOT / "pyproject.toml"]
     tests = [ROOT / "tests" / "ops" / name for name in TESTS]
-    run(sys.executable, *pytest, *tests, LD_PRELOAD=library.stdout.strip(), PYTHONPATH=str(folder / "lib"))
+    run(sys.executable, *pytest, *tests, PYTHONPATH=str(folder / "lib"), **testing)
+
+
+def sanitized(folder: Path) -> None:
+    options = (
+        "-fsanitize=address,undefined -fno-sanitize=vptr -fno-omit-frame-pointer"  # torch's types carry no vptr checks
+    )
+    library = subprocess.run(["g++", "-print-file-name=libasan.so"], check=True, capture_output=True, text=True)
+    extension(folder, {"CFLAGS": options, "LDFLAGS": options}, {"LD_PRELOAD": library.stdout.strip()})
+
+
+def poisoned(folder: Path) -> None:
+    extension(folder, {"PATHRNN_POISON": "1", "PATHRNN_CUDA": "0"}, {})
+    fuzz = [ROOT / "tests" / "fuzz_numbers.py", "--cases", "5000", "--seed", "1"]
+    run(sys.executable, *fuzz, PYTHONPATH=str(folder / "lib"))
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("kind", nargs="*", help=f"of {', '.join(KINDS)}; all by default")
-    parser.add_argument("--extension", action="store_true", help="the tests of the ops, too")
+    parser.add_argument("--extension", action="store_true", help="the tests of the ops under address and undefined")
+    parser.add_argument("--poison", action="store_true", help="the tests of the ops with poisoned memory")
     given = parser.parse_args()
     if unknown := set(given.kind) - set(KINDS):
         parser.error(f"{', '.join(sorted(unknown))}: choose from {', '.join(KINDS)}")
     with tempfile.TemporaryDirectory() as folder:
         try:
-            for kind in given.kind or KINDS:
+            for kind in given.kind or (() if given.extension or given.poison else KINDS):
                 kernels(kind, Path(folder))
             if given.extension:
-                extension(Path(folder))
+                sanitized(Path(folder) / "sanitized")
+            if given.poison:
+                poisoned(Path(folder) / "poisoned")
         except subprocess.CalledProcessError as error:
             print(f"failed with {error.returncode}: {' '.join(map(str, error.cmd))}")
             return 1

@@ -138,11 +138,12 @@ struct Path {
     net.embedding = embedded ? embedding.data() : nullptr;
     if (headed) net.kappa_head = results.take(hidden);
     if (embedded) net.kappa_embedding = results.take(input);
-    std::vector<int64_t> exponents(3 * layers + 2), lags(layers);
+    std::vector<int64_t> exponents(3 * layers + 2), units(layers * hidden), lags(layers);
     std::vector<double> bounds(layers);
     double log_path_norm;
     bool lost;
     net.exponents = exponents.data();
+    net.unit_exponents = units.data();
     net.log_path_norm = &log_path_norm;
     net.lost = &lost;
     net.second_factor = factor;

@@ -57,6 +57,77 @@ inline Vec<T> maximum(const Vec<T>& a, const Vec<T>& b) {
   return a > b ? a : b;
 }
 
+// ---- exponents of weights, exact also where their squares would leave the dtype ----
+
+template <typename T>
+using Int = std::conditional_t<std::is_same<T, float>::value, int32_t, int64_t>;
+template <typename T>
+using Ints = decltype(Vec<T>{} > Vec<T>{});  // lanes of Int<T>
+
+// The binary exponent of a zero. Three of them, with any others beside, add up without overflow.
+constexpr int64_t kNone = -(int64_t{1} << 28);
+inline bool is_none(int64_t exponent) { return exponent < kNone / 2; }
+
+template <typename T>
+inline Ints<T> bits_of(const Vec<T>& v) {
+  Ints<T> bits;
+  std::memcpy(&bits, &v, sizeof(bits));
+  return bits;
+}
+template <typename T>
+inline Vec<T> from_bits(const Ints<T>& bits) {
+  Vec<T> v;
+  std::memcpy(&v, &bits, sizeof(v));
+  return v;
+}
+
+// floor(log2 |v|) by lanes, kNone for 0; nothing of use for what is not finite.
+template <typename T>
+inline Ints<T> exponents_of(const Vec<T>& v) {
+  constexpr Int<T> mantissa = std::numeric_limits<T>::digits - 1, bias = std::numeric_limits<T>::max_exponent - 1;
+  constexpr Int<T> one = 1, magic = (bias + mantissa) << mantissa;
+  const Ints<T> bits = bits_of<T>(v) & std::numeric_limits<Int<T>>::max();
+  // A subnormal number is its bits, as an integer, times the smallest of them.
+  const Ints<T> low = bits_of<T>(from_bits<T>(bits | magic) - from_bits<T>(Ints<T>{} + magic));
+  const Ints<T> subnormal = (low >> mantissa) - (2 * bias - 1 + mantissa);
+  return bits >= (one << mantissa) ? (bits >> mantissa) - bias : bits > 0 ? subnormal : Ints<T>{} + Int<T>(kNone);
+}
+template <typename T>
+inline int64_t exponent_of(T v) {
+  return v == T(0) ? kNone : std::ilogb(v);
+}
+// v · 2^n, in halves, as 2^n may be out of range where the product is not; 0 for a zero, whatever n.
+template <typename T>
+inline Vec<T> times_power(const Vec<T>& v, const Ints<T>& n) {
+  constexpr Int<T> mantissa = std::numeric_limits<T>::digits - 1, bias = std::numeric_limits<T>::max_exponent - 1;
+  const auto power = [](Ints<T> e) {
+    e = e < -bias ? Ints<T>{} - bias : e > bias ? Ints<T>{} + bias : e;
+    return from_bits<T>((e + bias) << mantissa);
+  };
+  const Ints<T> half = n >> 1;
+  return v * power(half) * power(n - half);
+}
+template <typename T>
+inline Ints<T> load_ints(const Int<T>* p) {
+  Ints<T> v;
+  std::memcpy(&v, p, sizeof(v));
+  return v;
+}
+template <typename T>
+inline void store_ints(Int<T>* p, const Ints<T>& v) {
+  std::memcpy(p, &v, sizeof(v));
+}
+
+// A matrix of weights in canonical coordinates: its squares are (data[j, k] · column[k] · row[j])² · 2^exponent, none
+// above 4 · 2^exponent, also before `row` is applied but for a factor 2^kFactor.
+constexpr int64_t kFactor = 8;
+template <typename T>
+struct Weights {
+  const T* data;
+  const T *row, *column;  // padded, powers of two or 0
+  int64_t exponent;
+};
+
 // Doubles from memory that holds T.
 template <typename T>
 inline Vec<double> load_wide(const T* p) {
@@ -84,6 +155,7 @@ class Workspace {
     kept_ = &kept;
     if (static_cast<int64_t>(kept.size()) >= count) memory_.swap(kept);
     else memory_.resize(count);
+    poison(memory_.data(), memory_.size());
   }
   ~Workspace() {
     constexpr int64_t kKeep = (int64_t{32} << 20) / static_cast<int64_t>(sizeof(T));
@@ -103,9 +175,9 @@ class Workspace {
   Buffer<T>* kept_;
 };
 
-// The exponent of a result whose largest entry is about 2^m: 0, so that the factor is κ itself, where that is at home
-// in the dtype.
-inline int64_t natural_exponent(int64_t m) { return m >= 0 && m <= 60 ? 0 : m; }
+// The exponent of a result whose largest entry is about 2^m: with the largest mantissa near 2^40, float32 holds what is
+// 2^-166 of it.
+inline int64_t result_exponent(int64_t m) { return m == kZeroExponent ? 0 : m - 40; }
 
 // Steps [first, last) of a chain in closed form: row t is Σ_i coefficients[i][t] · basis[i], on the scale of the step's
 // exponent; these rows themselves are not written. A chain at rest is one row with the coefficient 1.
@@ -324,17 +396,19 @@ class Increments {
         high = std::numeric_limits<double>::infinity();
       }
     }
-    if (!(top > 0) || s_ + 4 >= steps_) {
+    const int64_t m = top > 0 ? std::ilogb(top) : 0, sum_before = sum_exponent_, exponent = exponent_ + w_exponent_ + m;
+    const int64_t sum_exponent = sums_ ? std::max(sum_exponent_, exponent) : exponent;
+    const double a = sums_ ? power_of_two<double>(sum_before - sum_exponent) : 0.0;
+    const double b = power_of_two<double>(exponent - sum_exponent);
+    // Sums and increments too far apart for one scale are left to the chain itself, which watches them unit by unit.
+    if (!(top > 0) || s_ + 4 >= steps_ || (sums_ && a == 0.0) || b == 0.0) {
       failed_ = true;
       return;
     }
     ++s_;
-    const int64_t m = std::ilogb(top), sum_before = sum_exponent_;
+    exponent_ = exponent;
+    sum_exponent_ = sum_exponent;
     const double scale = std::ldexp(1.0, static_cast<int>(-m));
-    exponent_ += w_exponent_ + m;
-    sum_exponent_ = sums_ ? std::max(sum_exponent_, exponent_) : exponent_;
-    const double a = sums_ ? power_of_two<double>(sum_before - sum_exponent_) : 0.0;
-    const double b = power_of_two<double>(exponent_ - sum_exponent_);
     double share = 0;
     for (int64_t k = 0; k < c_.out.row; ++k) {
       next[k] *= scale;
@@ -403,7 +477,8 @@ class Increments {
       const double true_low = std::ldexp(low, static_cast<int>(w_exponent_));
       error = std::min(error, share / 2 * (true_high / (1 - true_high) - true_low / (1 - true_low)));
     }
-    certified_ = error <= kClosedError<T>;
+    // Increments that die, low = 0, have no ratio.
+    certified_ = low > 0 && error <= kClosedError<T>;
     if (certified_) {
       const double ratio = std::sqrt(low) * std::sqrt(high);
       const int m = std::ilogb(ratio);
@@ -561,7 +636,8 @@ int64_t begin_chain(const Chain<T>& c, const Packed<T>& w, int64_t w_exponent, i
   for (const int64_t look : kLooks) {
     if (walk(c, w, w_exponent, done, std::min(look, steps), steps) || done == steps) return 0;
     if (!closable) continue;
-    while (increments->open() && increments->step() < done) {
+    // The closed form starts from a row that is written.
+    while (increments->open() && increments->step() + 1 < done) {
       matrix_vector_wide(w, increments->now, increments->next);
       increments->advance();
     }
@@ -629,8 +705,8 @@ struct Pair {
 // uses them for h (a dot product a row) and for δ (a multiple of the row); W is squared in registers. Steps from `from`
 // on, those before it having been written.
 template <typename T, bool Forward, bool Backward>
-void chains_shared(const Chain<T>& h, const Chain<T>& d, const T* weight, T scale, int64_t w_exponent, int64_t hidden,
-                   int64_t from, int64_t steps, Buffer<T>& scratch, const Team& team) {
+void chains_shared(const Chain<T>& h, const Chain<T>& d, const Weights<T>& weight, int64_t hidden, int64_t from,
+                   int64_t steps, Buffer<T>& scratch, const Team& team) {
   constexpr int64_t width = Simd<T>::width;
   constexpr int64_t kRows = 4;
   const int64_t ld = padded<T>(hidden);
@@ -659,18 +735,19 @@ void chains_shared(const Chain<T>& h, const Chain<T>& d, const T* weight, T scal
 #pragma GCC unroll 4
       for (int64_t r = 0; r < kRows; ++r) {
         // Rows past the end repeat the last one, with a zero for δ; their dot products are not stored.
-        w[r] = weight + (j + std::min(r, rows - 1)) * hidden;
-        dj[r] = Backward && r < rows ? own_d.now[j + r] : T(0);
+        w[r] = weight.data + (j + std::min(r, rows - 1)) * hidden;
+        dj[r] = Backward && r < rows ? own_d.now[j + r] * (weight.row[j + r] * weight.row[j + r]) : T(0);
         dot[r] = Vec<T>{};
       }
       for (int64_t k = 0; k < hidden; k += width) {
         Vec<T> x{}, y{};
+        const Vec<T> column = load(weight.column + k);
         if (Forward) x = load(own_h.now + k);
         if (Backward) y = load(next_d + k);
 #pragma GCC unroll 4
         for (int64_t r = 0; r < kRows; ++r) {
           Vec<T> v = load(w[r] + k, hidden - k);
-          v *= scale;
+          v *= column;
           v *= v;
           if (Forward) dot[r] += v * x;
           if (Backward) y += v * dj[r];
@@ -678,13 +755,15 @@ void chains_shared(const Chain<T>& h, const Chain<T>& d, const T* weight, T scal
         if (Backward) store(next_d + k, y);
       }
       if (Forward) {
-        for (int64_t r = 0; r < rows; ++r) next_h[j + r] = lane_sum<T>(dot[r]);
+        for (int64_t r = 0; r < rows; ++r) {
+          next_h[j + r] = lane_sum<T>(dot[r]) * (weight.row[j + r] * weight.row[j + r]);
+        }
       }
     }
     team.wait();
     if (Forward) {
       std::copy(next_h, next_h + hidden, own_h.next);
-      own_h.finish(h, s, w_exponent, team.rank == 0);
+      own_h.finish(h, s, weight.exponent, team.rank == 0);
     }
     if (Backward) {
       const T* parts = partial + (s & 1) * team.size * ld;
@@ -693,7 +772,7 @@ void chains_shared(const Chain<T>& h, const Chain<T>& d, const T* weight, T scal
         for (int64_t r = 1; r < team.size; ++r) sum += load(parts + r * ld + k);
         store(own_d.next + k, sum);
       }
-      own_d.finish(d, s, w_exponent, team.rank == team.size - 1);
+      own_d.finish(d, s, weight.exponent, team.rank == team.size - 1);
     }
     moving = (Forward && own_h.rest < 0) || (Backward && own_d.rest < 0);
   }
@@ -705,15 +784,15 @@ void chains_shared(const Chain<T>& h, const Chain<T>& d, const T* weight, T scal
 // The same read of W for the increments of both chains, or of one: until each has a closed form or none is in sight.
 // `scratch` holds (8 + 7 · team.size) rows. Returns the number of steps written of the chains that have none.
 template <typename T>
-int64_t close_shared(const Chain<T>& h, const Chain<T>& d, const T* weight, T scale, int64_t w_exponent, int64_t hidden,
-                     int64_t steps, bool& forward, bool& backward, Buffer<double>& scratch, const Team& team) {
+int64_t close_shared(const Chain<T>& h, const Chain<T>& d, const Weights<T>& weight, int64_t hidden, int64_t steps,
+                     bool& forward, bool& backward, Buffer<double>& scratch, const Team& team) {
   constexpr int64_t width = Simd<double>::width;
   constexpr int64_t kRows = 4;
   const int64_t ld = h.out.row;
   double* const raw_h = scratch.data();
   double* const partial = raw_h + 2 * ld;
   double* const own = partial + 2 * team.size * ld + 6 * team.rank * ld;
-  Increments<T> own_h(h, steps, w_exponent, own), own_d(d, steps, w_exponent, own + 3 * ld);
+  Increments<T> own_h(h, steps, weight.exponent, own), own_d(d, steps, weight.exponent, own + 3 * ld);
   if (forward && team.rank == 0) own_h.write();
   if (backward && team.rank == team.size - 1) own_d.write();
   int64_t row_first, row_last;
@@ -727,21 +806,24 @@ int64_t close_shared(const Chain<T>& h, const Chain<T>& d, const T* weight, T sc
     for (int64_t j = row_first; j < row_last; j += kRows) {
       const int64_t rows = std::min(kRows, row_last - j);
       const T* w[kRows];
-      double dj[kRows];
+      double dj[kRows], factor[kRows];
       Vec<double> dot[kRows];
 #pragma GCC unroll 4
       for (int64_t r = 0; r < kRows; ++r) {
-        w[r] = weight + (j + std::min(r, rows - 1)) * hidden;
-        dj[r] = do_d && r < rows ? own_d.now[j + r] : 0.0;
+        const int64_t row = j + std::min(r, rows - 1);
+        w[r] = weight.data + row * hidden;
+        factor[r] = static_cast<double>(weight.row[row]) * weight.row[row];
+        dj[r] = do_d && r < rows ? own_d.now[row] * factor[r] : 0.0;
         dot[r] = Vec<double>{};
       }
       const int64_t whole = hidden / width * width;
       for (int64_t k = 0; k < whole; k += width) {
         const Vec<double> x = load(own_h.now + k);
+        const Vec<double> column = load_wide(weight.column + k);
         Vec<double> y = load(next_d + k);
 #pragma GCC unroll 4
         for (int64_t r = 0; r < kRows; ++r) {
-          Vec<double> v = load_wide(w[r] + k) * static_cast<double>(scale);
+          Vec<double> v = load_wide(w[r] + k) * column;
           v *= v;
           dot[r] += v * x;
           y += v * dj[r];
@@ -751,11 +833,11 @@ int64_t close_shared(const Chain<T>& h, const Chain<T>& d, const T* weight, T sc
       for (int64_t r = 0; r < kRows; ++r) {
         double rest = 0;
         for (int64_t k = whole; k < hidden; ++k) {
-          const double v = static_cast<double>(w[r][k]) * scale;
+          const double v = static_cast<double>(w[r][k]) * weight.column[k];
           rest += v * v * own_h.now[k];
           next_d[k] += v * v * dj[r];
         }
-        if (r < rows) next_h[j + r] = lane_sum<double>(dot[r]) + rest;
+        if (r < rows) next_h[j + r] = (lane_sum<double>(dot[r]) + rest) * factor[r];
       }
     }
     team.wait();
@@ -784,9 +866,76 @@ int64_t close_shared(const Chain<T>& h, const Chain<T>& d, const T* weight, T sc
   return std::min(forward ? own_h.written() : steps, backward ? own_d.written() : steps);
 }
 
-// Σ_t row_t as a vector with an exponent: rows first … last-1, `out` padded.
+// ---- what underflowed, and whether it matters ----
+
+// Sums of products leave out what is too far below the largest for the dtype, and must. An entry is right all the same if
+// it is far above the most that may be missing from it, or a true zero. Entries at which no row is positive:
 template <typename T>
-void sum_rows(const Rows<T>& rows, int64_t first, int64_t last, T* out, int64_t& exponent) {
+class Support {
+ public:
+  // Of `count` columns from `first` on, n rows: bit t of column k is set where row t is positive there.
+  Support(const Rows<T>& rows, int64_t n, int64_t first, int64_t count)
+      : words_((n + 63) / 64), bits_(words_ * count, 0) {
+    const Closed<T> closed = rows.closed();
+    const auto mark = [&](const T* row, int64_t t) {
+      for (int64_t k = 0; k < count; ++k) {
+        if (row[first + k] > T(0)) bits_[k * words_ + t / 64] |= uint64_t{1} << (t % 64);
+      }
+    };
+    for (int64_t t = 0; t < n; ++t) {
+      if (rows.exponent[t] == kZeroExponent) continue;
+      if (!closed.holds(t)) mark(rows[t], t);
+      // A coefficient too small for the dtype is not zero: the rows of a closed form are alike.
+      for (int i = 0; i < closed.count && closed.holds(t); ++i) mark(closed.basis[i], t);
+    }
+  }
+  bool any(int64_t k) const {
+    return std::any_of(bits_.begin() + k * words_, bits_.begin() + (k + 1) * words_, [](uint64_t w) { return w != 0; });
+  }
+  bool meets(int64_t k, const Support& other, int64_t l) const {
+    for (int64_t i = 0; i < words_; ++i) {
+      if (bits_[k * words_ + i] & other.bits_[l * words_ + i]) return true;
+    }
+    return false;
+  }
+
+ private:
+  int64_t words_;
+  std::vector<uint64_t> bits_;
+};
+
+// The bits by which an entry must stand above what may be missing.
+template <typename T>
+constexpr int64_t kAbove = std::numeric_limits<T>::digits + 1;
+// The magnitude of the largest entry of a row or of a basis of a closed form, at most, with its coefficient.
+template <typename T>
+constexpr int64_t kHighest = kCentre<T> + kSlack + 5;
+
+// Whether any of n numbers is below `least`; `padded`: n is a whole number of vectors.
+template <typename T>
+bool any_below(const T* v, int64_t n, T least) {
+  constexpr int64_t width = Simd<T>::width;
+  Ints<T> found{};
+  int64_t k = 0;
+  for (; k + width <= n; k += width) found |= load(v + k) < least;
+  for (int64_t i = 0; i < width; ++i) {
+    if (found[i]) return true;
+  }
+  return std::any_of(v + k, v + n, [least](T x) { return x < least; });
+}
+// Whether every positive number has become one that is normal.
+template <typename T>
+bool kept(const T* from, const T* to, int64_t n) {
+  for (int64_t k = 0; k < n; ++k) {
+    if (from[k] > T(0) && to[k] < std::numeric_limits<T>::min()) return false;
+  }
+  return true;
+}
+inline int64_t log2_above(int64_t n) { return n <= 1 ? 0 : std::ilogb(static_cast<double>(n - 1)) + 1; }
+
+// Σ_t row_t as a vector with an exponent: rows first … last-1, n numbers, `out` padded. Returns whether it is right.
+template <typename T>
+bool sum_rows(const Rows<T>& rows, int64_t first, int64_t last, int64_t n, T* out, int64_t& exponent) {
   constexpr int64_t width = Simd<T>::width;
   int64_t top = kZeroExponent;
   for (int64_t t = first; t < last; ++t) top = std::max(top, rows.exponent[t]);
@@ -807,15 +956,26 @@ void sum_rows(const Rows<T>& rows, int64_t first, int64_t last, T* out, int64_t&
   }
   for (int i = 0; i < closed.count; ++i) add(static_cast<T>(sums[i]), closed.basis[i]);
   exponent = top;
+  if (top == kZeroExponent) return true;
+  const int64_t missing = log2_above(last - first) + std::numeric_limits<T>::min_exponent + kHighest<T>;
+  const T least = power_of_two<T>(missing + kAbove<T>);
+  if (!any_below(out, n, least)) return true;
+  const Support<T> support(rows.from(first), last - first, 0, n);
+  for (int64_t k = 0; k < n; ++k) {
+    if (out[k] < least && support.any(k)) return false;
+  }
+  return true;
 }
 
-// out = the first n numbers of a padded vector, on the scale that suits a result; returns that scale's exponent.
+// out = the first n numbers of a padded vector, on the scale that suits a result; returns that scale's exponent, and
+// whether all of them are held.
 template <typename T>
-int64_t copy_result(const T* vector, int64_t exponent, int64_t n, T* out) {
+int64_t copy_result(const T* vector, int64_t exponent, int64_t n, T* out, bool& held) {
   const int64_t m = magnitude(*std::max_element(vector, vector + n));
-  const int64_t result = m == kZeroExponent ? 0 : natural_exponent(m + exponent);
+  const int64_t result = result_exponent(m == kZeroExponent ? m : m + exponent);
   const T s = m == kZeroExponent ? T(0) : std::ldexp(T(1), static_cast<int>(exponent - result));
   std::transform(vector, vector + n, out, [s](T v) { return v * s; });
+  held = kept(vector, out, n);
   return result;
 }
 
@@ -825,6 +985,8 @@ template <typename T>
 struct PairSum {
   int64_t exponent = kZeroExponent;
   int64_t largest = kZeroExponent;  // a bound of the largest d_t h_tᵀ, its magnitude on the scale 1
+  int64_t missing = 0;              // what may be missing from an entry is below 2^missing, on the scale 2^exponent
+  bool drops = false;               // whether a step has been left out, which raises no flag
   int count = 0;
   Product<T> products[2];
 
@@ -845,7 +1007,14 @@ struct PairSum {
     }
     const int64_t own = j1 - j0, ld = h.row;
     const Closed<T> dc = d.closed(), hc = h.closed();
-    const auto scale = [&](int64_t t) { return power_of_two<T>(d.exponent[t] + h.exponent[t] - exponent); };
+    const int64_t factors = dc.count > 0 && hc.count > 0 ? 2 : 1;  // of a number that may have underflowed
+    missing = log2_above(n) + std::numeric_limits<T>::min_exponent + factors * kHighest<T>;
+    const auto scale = [&](int64_t t) {
+      const int64_t x = d.exponent[t] + h.exponent[t];
+      const T s = power_of_two<T>(x - exponent);
+      drops = drops || (s == T(0) && x > kZeroExponent / 2);
+      return s;
+    };
     const int depth = dc.count + hc.count;
     if (depth > 0) {
       // Row i of `right` meets the basis of d; the rows after them are the basis of h, met by sums over d.
@@ -913,16 +1082,18 @@ struct PairSum {
  private:
   // sums[i][l] = Σ_t 2^(exponents of d and h - exponent) · (coefficient i of d)[t] · (coefficient l of h)[t].
   void dots(const Rows<T>& d, const Rows<T>& h, const Closed<T>& dc, const Closed<T>& hc, int64_t from, int64_t to,
-            double (&sums)[Closed<T>::kMost][Closed<T>::kMost]) const {
+            double (&sums)[Closed<T>::kMost][Closed<T>::kMost]) {
     typedef int64_t Integers __attribute__((vector_size(kVectorBytes)));
     constexpr int64_t width = Simd<double>::width, kLeast = -1022, kBias = 1023;
     Vec<double> parts[Closed<T>::kMost][Closed<T>::kMost] = {};
+    Integers lows{};
     int64_t t = from;
     for (; t + width <= to; t += width) {
       Integers x, y;
       std::memcpy(&x, d.exponent + t, sizeof(x));
       std::memcpy(&y, h.exponent + t, sizeof(y));
       x += y - exponent;
+      lows |= x < kLeast;
       x = x < kLeast ? Integers{} - kBias : x;
       x = (x + kBias) << 52;
       Vec<double> scale;
@@ -932,11 +1103,13 @@ struct PairSum {
         for (int l = 0; l < hc.count; ++l) parts[i][l] += a * load_wide(hc.coefficients[l] + t);
       }
     }
+    for (int64_t i = 0; i < width; ++i) drops = drops || lows[i] != 0;
     for (int i = 0; i < dc.count; ++i) {
       for (int l = 0; l < hc.count; ++l) sums[i][l] = lane_sum<double>(parts[i][l]);
     }
     for (; t < to; ++t) {
       const double scale = power_of_two<double>(d.exponent[t] + h.exponent[t] - exponent);
+      drops |= scale == 0;
       for (int i = 0; i < dc.count; ++i) {
         for (int l = 0; l < hc.count; ++l) {
           sums[i][l] += scale * static_cast<double>(dc.coefficients[i][t]) * hc.coefficients[l][t];
@@ -959,23 +1132,38 @@ int64_t largest_pair(const Rows<T>& d, const Rows<T>& h, int64_t n) {
 }
 
 // out[j, k] = Σ_t d_t[j] h_t[k], rows of `row` numbers, with its exponent: κ⁽¹⁾ of a matrix, or of some columns of one,
-// whose largest_pair elsewhere is `beside`; split by rows over the team.
+// whose largest_pair elsewhere is `beside`; split by rows over the team. Returns whether this thread's are right.
 template <typename T>
-void outer_sum(const Rows<T>& d, const Rows<T>& h, int64_t n, int64_t rows, int64_t columns, T* out, int64_t row,
+bool outer_sum(const Rows<T>& d, const Rows<T>& h, int64_t n, int64_t rows, int64_t columns, T* out, int64_t row,
                int64_t beside, int64_t& exponent, T* left, T* right, const Team& team) {
   int64_t first, last;
   team.share(rows, first, last);
   const PairSum<T> sum(d, h, n, first, last, left, right);
-  const int64_t largest = std::max(sum.largest, beside);
-  const int64_t result = largest == kZeroExponent ? 0 : natural_exponent(largest);
+  const int64_t result = result_exponent(std::max(sum.largest, beside));
   if (team.rank == 0) exponent = result;
   // Beside something far larger in two steps: the scale may be out of range where the entries are not.
   const int64_t shift = sum.count == 0 ? 0 : sum.exponent - result;
   const int64_t at_once = std::max<int64_t>(shift, std::numeric_limits<T>::min_exponent);
   sum.multiply(out + first * row, row, last - first, columns, power_of_two<T>(at_once));
-  if (shift == at_once) return;
-  const T rest = power_of_two<T>(shift - at_once);
-  for (int64_t j = first; j < last; ++j) {
-    for (int64_t k = 0; k < columns; ++k) out[j * row + k] *= rest;
+  if (shift != at_once) {
+    const T rest = power_of_two<T>(shift - at_once);
+    for (int64_t j = first; j < last; ++j) {
+      for (int64_t k = 0; k < columns; ++k) out[j * row + k] *= rest;
+    }
   }
+  if (sum.count == 0) return true;
+  const int64_t missing = std::max<int64_t>(sum.missing + kAbove<T> + shift, std::numeric_limits<T>::min_exponent);
+  const T least = power_of_two<T>(missing);
+  std::optional<Support<T>> of_h;
+  for (int64_t j = first; j < last; ++j) {
+    const T* const own = out + j * row;
+    if (!any_below(own, columns, least)) continue;
+    const Support<T> of_d(d, n, j, 1);
+    if (!of_d.any(0)) continue;
+    if (!of_h) of_h.emplace(h, n, 0, columns);
+    for (int64_t k = 0; k < columns; ++k) {
+      if (own[k] < least && of_d.meets(0, *of_h, k)) return false;
+    }
+  }
+  return true;
 }

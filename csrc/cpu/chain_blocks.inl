@@ -38,13 +38,13 @@ class BlockRows {
     clear(to);
     exponent_[to] = kZeroExponent;
     int64_t own;
-    sum_rows(rows_, first, last, scratch, own);
+    if (!sum_rows(rows_, first, last, rows_.row, scratch, own)) mark_lost();
     finish_step(rows_[to], kZeroExponent, scratch, own, rows_.row, exponent_[to], largest_[to]);
   }
   // out += times · Σ of rows [first, last).
   void add_to(T* out, int64_t& exponent, int64_t first, int64_t last, T times, T* scratch) const {
     int64_t own, largest;
-    sum_rows(rows_, first, last, scratch, own);
+    if (!sum_rows(rows_, first, last, rows_.row, scratch, own)) mark_lost();
     for (int64_t k = 0; k < rows_.row; ++k) scratch[k] *= times;
     finish_step(out, exponent, scratch, own, rows_.row, exponent, largest);
   }
@@ -97,19 +97,17 @@ class ChainBlocks {
     int64_t *h_exponent, *d_exponent;
   };
 
-  // κ⁽¹⁾ with its exponent. False on all threads if something underflowed, which single steps may not lose, or a power is
+  // κ⁽¹⁾ with its exponent. False on all threads if anything underflowed, which single steps may not lose, or a power is
   // zero, which they would come to soon. `h` and `d` are the chains, `w_h` and `w_d` their packed matrices.
   bool run(const Chain<T>& h, const Chain<T>& d, const Packed<T>& w_h, const Packed<T>& w_d, int64_t w_exponent,
            bool last_only, T* kappa, int64_t* kappa_exponent, const Sums& sums, const Team& team) {
-    const bool lost_before = FlushDenormals::lost();
     FlushDenormals::forget();
     State s;
-    const bool fine = all_powers(w_h, w_exponent, s, team) &&
-                      (chains(h, d, w_h, w_d, w_exponent, last_only, sums, s, team), products(s, team));
-    if (fine) finish(s, kappa, kappa_exponent, team);
-    else FlushDenormals::forget();
-    if (lost_before) mark_lost();
-    return fine;
+    if (!all_powers(w_h, w_exponent, s, team)) return false;
+    chains(h, d, w_h, w_d, w_exponent, last_only, sums, s, team);
+    if (!products(s, team)) return false;
+    finish(s, kappa, kappa_exponent, team);
+    return none_lost(s, team);
   }
 
  private:
@@ -173,13 +171,18 @@ class ChainBlocks {
     team.share(H_, first, last);
     Vec<T> most{};
     for (int64_t at = first * ld_; at < last * ld_; at += Simd<T>::width) most = maximum<T>(most, load(matrix + at));
-    const int own = s.parity * team.size, size = team.size;
+    const auto tops = tops_.begin() + s.parity * team.size;
+    tops[team.rank] = magnitude(largest_lane<T>(most));
+    const bool held = none_lost(s, team);
+    top = *std::max_element(tops, tops + team.size) + 1;
+    return held && top > kZeroExponent / 2;
+  }
+  bool none_lost(State& s, const Team& team) {
+    const auto lost = lost_.begin() + s.parity * team.size;
     s.parity ^= 1;
-    tops_[own + team.rank] = magnitude(largest_lane<T>(most));
-    lost_[own + team.rank] = FlushDenormals::lost();
+    lost[team.rank] = FlushDenormals::lost();
     team.wait();
-    top = *std::max_element(tops_.begin() + own, tops_.begin() + own + size) + 1;
-    return top > kZeroExponent / 2 && !*std::max_element(lost_.begin() + own, lost_.begin() + own + size);
+    return std::find(lost, lost + team.size, 1) == lost + team.size;
   }
 
   void chains(const Chain<T>& h, const Chain<T>& d, const Packed<T>& w_h, const Packed<T>& w_d, int64_t w_exponent,
@@ -276,6 +279,7 @@ class ChainBlocks {
     int64_t first, last;
     team.share(H_, first, last);
     const PairSum<T> sum(d_.rows().from(start), h_.rows().from(start), count, first, last, left_ + left_size(first), nullptr);
+    if (sum.drops) mark_lost();
     const int64_t exponent = sum.count ? sum.largest - kCentre<T> : kZeroExponent;
     sum.multiply(out + first * ld_, ld_, last - first, ld_, power_of_two<T>(sum.exponent - exponent));
     return exponent;
@@ -284,7 +288,7 @@ class ChainBlocks {
   void finish(const State& s, T* kappa, int64_t* kappa_exponent, const Team& team) const {
     int64_t first, last;
     team.share(H_, first, last);
-    const int64_t result = natural_exponent(std::max(s.exponent + s.top, s.rest_exponent + kCentre<T>));
+    const int64_t result = result_exponent(std::max(s.exponent + s.top, s.rest_exponent + kCentre<T>));
     if (team.rank == 0) *kappa_exponent = result;
     const T a = power_of_two<T>(s.exponent - result), b = power_of_two<T>(s.rest_exponent - result);
     for (int64_t j = first; j < last; ++j) {

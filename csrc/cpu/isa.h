@@ -20,6 +20,19 @@
 
 namespace pathrnn {
 
+// In a debug build (setup.py, PATHRNN_POISON=1) memory that comes uninitialised holds signalling nans, or huge integers,
+// so that what nobody has written does not pass for a number.
+template <typename T>
+inline void poison([[maybe_unused]] T* p, [[maybe_unused]] std::size_t n) {
+#ifdef PATHRNN_POISON
+  using Limits = std::numeric_limits<T>;
+  std::fill(p, p + n, Limits::has_signaling_NaN ? Limits::signaling_NaN() : Limits::max() / 3);
+#ifdef VALGRIND_MAKE_MEM_UNDEFINED  // tests/sanitize.py memcheck
+  VALGRIND_MAKE_MEM_UNDEFINED(p, n * sizeof(T));
+#endif
+#endif
+}
+
 // A vector's allocator whose memory starts on a cache line and is not initialised.
 template <typename T>
 struct Aligned {
@@ -28,7 +41,11 @@ struct Aligned {
   Aligned() = default;
   template <typename U>
   Aligned(const Aligned<U>&) {}
-  T* allocate(std::size_t n) { return static_cast<T*>(::operator new(n * sizeof(T), kAlignment)); }
+  T* allocate(std::size_t n) {
+    T* const result = static_cast<T*>(::operator new(n * sizeof(T), kAlignment));
+    poison(result, n);
+    return result;
+  }
   void deallocate(T* p, std::size_t) { ::operator delete(p, kAlignment); }
   template <typename U>
   void construct(U*) {}
@@ -49,6 +66,13 @@ struct Kernels {
   bool (*precondition)(const PathUpdate<T>&, int64_t first, int64_t last);
   double (*step_length)(const PathUpdate<T>&, int64_t first, int64_t last);
   void (*norm_gradient)(const PathUpdate<T>&, int64_t first, int64_t last);
+  // Of entries [first, last); arithmetic in [0] the weights' dtype, [1] float64.
+  StepSums (*sgd_measure[2])(const StepWeight<T>&, const SgdRule&, int64_t first, int64_t last);
+  void (*sgd_apply[2])(const StepWeight<T>&, const SgdRule&, int64_t first, int64_t last);
+  StepSums (*coordinate_measure[2])(const StepWeight<T>&, int64_t first, int64_t last);
+  void (*coordinate_apply[2])(const StepWeight<T>&, const CoordinateRule&, int64_t first, int64_t last);
+  double (*path_mass)(const StepWeight<T>&, int64_t first, int64_t last);
+  void (*raw_and_divided)(const StepWeight<T>&, const SgdRule&, int64_t first, int64_t last, double* raw, double* divided);
 };
 
 struct Isa {

@@ -4,9 +4,7 @@
 
 template <typename T>
 struct SecondTerm {
-  const T* weight;
-  T scale;  // W̃ = (weight · scale)² · 2^weight_exponent
-  int64_t weight_exponent;
+  Weights<T> weight;  // of W̃
   Rows<T> h, d;    // h_0 … h_{T-1}, δ_1 … δ_T
   const T* drive;  // of h at every step, or null: it varies
   int64_t drive_exponent;
@@ -34,11 +32,13 @@ class Kappa2Run {
         memory_((3 + chunk_ + more_) * matrix_ + 2 * padded<T>(Packed<T>::size(H_, H_)) + filtered_size(threads) +
                 (9 + 2 * threads) * ld_),
         exponents_(chunk_ + 1),
+        missing_(chunk_ + 1, 0.0),
         x_(ld_),
         u_(ld_),
         row_dots_(T_ + Closed<T>::kMost),
         tops_(threads),
         lost_(threads, 0),
+        flushed_(threads, 0),
         maxima_(threads) {
     pairs_ = memory_.take(matrix_);
     sums_ = memory_.take(matrix_);
@@ -71,6 +71,7 @@ class Kappa2Run {
     int64_t summed = 0, lags = -1;
     double bound = 0;
     if (T_ > 1) {
+      FlushDenormals::forget();
       add_diagonal(PairSum<T>(p.d.from(1), p.h, T_ - 1, s.j0, s.j1, p.left, p.right), s);
       summed = 1;
       if (p.rtol > 0 && T_ > 2 && diagonal(s, team)) {
@@ -88,8 +89,12 @@ class Kappa2Run {
         }
         const int64_t end = std::min({batch_end(summed, p.first_lags), base + chunk_, T_ - 1});
         if (base == 1) form(end - 1, team);
-        if (exponents_[summed - base] == kZeroExponent) break;  // nilpotent: no more lags
-        const bool tests = p.rtol > 0 && end < T_ - 1 && end >= p.first_lags;
+        if (exponents_[summed - base] == kZeroExponent) {  // nilpotent: no more lags
+          lost_[team.rank] |= missing_[summed - base] > 0;
+          break;
+        }
+        // The certificates trust every entry of the powers.
+        const bool tests = p.rtol > 0 && end < T_ - 1 && end >= p.first_lags && missing_[end - 1 - base] == 0;
         // The last lag first: the tests look at it.
         sum_pairs(p, end - 1, s);
         add(end - 1 - base, s);
@@ -143,7 +148,14 @@ class Kappa2Run {
     bool mixes = false;
     std::vector<T> growth;  // g_j of own rows
     bool stale = false;     // whether a tail has replaced C
+    // What may be missing from an entry of S, and of C, because it underflowed.
+    double missing = 0, sum_missing = 0;
   };
+
+  static constexpr double kTiny = std::numeric_limits<T>::min();
+  static double power(int64_t n) { return std::ldexp(1.0, static_cast<int>(std::clamp<int64_t>(n, -2000, 2000))); }
+  // The largest entry of C, at most.
+  double most_of_sum() const { return static_cast<double>(T_) * power(kLargest + 1); }
 
   static int64_t chunk(int64_t seq_len, int64_t hidden, int64_t workspace_bytes) {
     const int64_t matrix = hidden * padded<T>(hidden) * static_cast<int64_t>(sizeof(T));
@@ -163,7 +175,7 @@ class Kappa2Run {
   // W̃ᵀ, and whichever power wide products need.
   Packed<T> first_factor() const { return {packed_first_, H_, H_, kPanel<T>}; }
   Packed<T> wide_factor() const { return {packed_wide_, H_, H_, kPanel<T>}; }
-  const T* power(int64_t n) const { return powers_ + n * matrix_; }  // the n-th cached
+  const T* cached(int64_t n) const { return powers_ + n * matrix_; }
 
   void first_power(const SecondTerm<T>& p, const Team& team) {
     int64_t first, last;
@@ -177,7 +189,7 @@ class Kappa2Run {
         T square[kBlock][kBlock + 1];
         for (int64_t k = k0; k < k1; ++k) {
           for (int64_t j = j0; j < j1; ++j) {
-            const T v = p.weight[k * H_ + j] * p.scale;
+            const T v = p.weight.data[k * H_ + j] * p.weight.column[j] * p.weight.row[k];
             square[j - j0][k - k0] = v * v;
           }
         }
@@ -186,7 +198,7 @@ class Kappa2Run {
       for (int64_t j = j0; j < j1; ++j) std::fill(powers_ + j * ld_ + H_, powers_ + (j + 1) * ld_, T(0));
     }
     if (team.rank == 0) {
-      exponents_[0] = p.weight_exponent;
+      exponents_[0] = p.weight.exponent;
       count_ = 1;
     }
     lost_[team.rank] |= FlushDenormals::lost();
@@ -201,10 +213,12 @@ class Kappa2Run {
       const int64_t have = count_, more = std::min(have, last - have);
       team.wait();
       if (more == 1) {
-        multiply(power(have - 1), have - 1, 1, first_factor(), exponents_[0], powers_ + have * matrix_, have, team);
+        multiply(cached(have - 1), have - 1, 1, first_factor(), exponents_[0], missing_[0], powers_ + have * matrix_, have,
+                 team);
       } else {
         pack_wide(have - 1, team);
-        multiply(powers_, 0, more, wide_factor(), exponents_[have - 1], powers_ + have * matrix_, have, team);
+        multiply(powers_, 0, more, wide_factor(), exponents_[have - 1], missing_[have - 1], powers_ + have * matrix_, have,
+                 team);
       }
       if (team.rank == 0) count_ += more;
       team.wait();
@@ -212,7 +226,7 @@ class Kappa2Run {
   }
 
   void pack_wide(int64_t n, const Team& team) {
-    pack(wide_factor(), power(n), ld_, 1, team, [](T v) { return v; });
+    pack(wide_factor(), cached(n), ld_, 1, team, [](T v) { return v; });
     team.wait();
   }
 
@@ -220,19 +234,21 @@ class Kappa2Run {
   void next_chunk(int64_t wanted, bool first, const Team& team) {
     team.wait();
     if (first) {
-      if (team.rank == 0) wide_exponent_ = exponents_[chunk_ - 1];
+      if (team.rank == 0) {
+        wide_exponent_ = exponents_[chunk_ - 1];
+        wide_missing_ = missing_[chunk_ - 1];
+      }
       pack_wide(chunk_ - 1, team);
     }
-    multiply(powers_, 0, wanted, wide_factor(), wide_exponent_, other_, 0, team);
+    multiply(powers_, 0, wanted, wide_factor(), wide_exponent_, wide_missing_, other_, 0, team);
     if (team.rank == 0) std::swap(powers_, other_);
     team.wait();
   }
 
   // to[i] = from[i] · right for i = 0 … count-1, each brought back to a largest entry in [1, 2).
-  // from[i] has exponent exponents_[from_at + i], to[i] gets exponents_[to_at + i].
-  void multiply(const T* from, int64_t from_at, int64_t count, const Packed<T>& right, int64_t right_exponent, T* to,
-                int64_t to_at, const Team& team) {
-    // Adding a lag flushes rows that are negligible, rightly; here it would be a loss.
+  // from[i] has exponent exponents_[from_at + i], to[i] gets exponents_[to_at + i]; likewise what may be missing.
+  void multiply(const T* from, int64_t from_at, int64_t count, const Packed<T>& right, int64_t right_exponent,
+                double right_missing, T* to, int64_t to_at, const Team& team) {
     FlushDenormals::forget();
     int64_t row_first, row_last;
     team.share(H_, row_first, row_last);
@@ -255,6 +271,8 @@ class Kappa2Run {
       power_tops_[i * team.size + team.rank] = largest_lane<T>(most);
     }
     team.wait();
+    const double rows = 2 * static_cast<double>(H_);  // an entry of a product has so much of the largest error, at most
+    std::vector<double> scales(team.rank == 0 ? count : 0);
     for (int64_t i = 0; i < count; ++i) {
       T top = 0;
       for (int64_t r = 0; r < team.size; ++r) top = std::max(top, power_tops_[i * team.size + r]);
@@ -265,9 +283,18 @@ class Kappa2Run {
       }
       if (team.rank == 0) {
         exponents_[to_at + i] = top > T(0) ? exponents_[from_at + i] + right_exponent + m : kZeroExponent;
+        scales[i] = s;
       }
     }
-    lost_[team.rank] |= FlushDenormals::lost();
+    flushed_[team.rank] = FlushDenormals::lost();
+    team.wait();
+    if (team.rank == 0) {
+      const bool flushed = std::find(flushed_.begin(), flushed_.begin() + team.size, 1) != flushed_.begin() + team.size;
+      for (int64_t i = 0; i < count; ++i) {
+        const double own = rows * (missing_[from_at + i] * (1 + right_missing) + right_missing);
+        missing_[to_at + i] = scales[i] * (own + (flushed ? rows * kTiny : 0)) + (flushed ? kTiny : 0);
+      }
+    }
     team.wait();
   }
 
@@ -277,7 +304,7 @@ class Kappa2Run {
   void add_diagonal(const PairSum<T>& sum, State& s) {
     if (sum.count == 0) return;
     const int64_t to = sum.largest - kLargest;
-    const T alpha = std::ldexp(T(1), static_cast<int>(sum.exponent - to)) * onto(to, s);
+    const T scale = onto(to, s), alpha = std::ldexp(T(1), static_cast<int>(sum.exponent - to)) * scale;
     for (int i = 0; i < sum.count; ++i) {
       const Product<T>& m = sum.products[i];
       for (int64_t t = 0; t < m.depth; ++t) {
@@ -286,13 +313,27 @@ class Kappa2Run {
         }
       }
     }
+    s.sum_missing = 0;
+    if (sum.drops || FlushDenormals::lost()) {
+      s.sum_missing = power(sum.missing + sum.exponent - to);
+      s.missing += static_cast<double>(T_) * power(std::numeric_limits<T>::min_exponent + kHighest<T>);
+    }
+    miss(to, scale, most_of_sum(), 0, s);
+  }
+
+  // What S misses of a term, C times entries of at most 2 of which `power_missing` may be missing, that `onto` has scaled.
+  void miss(int64_t from, T scale, double most, double power_missing, State& s) const {
+    if (from <= kZeroExponent / 2) return;
+    const double size = power(from - s.exponent);
+    s.missing += size * (most * power_missing + s.sum_missing * (2 + power_missing)) + kTiny;
+    if (scale == T(0)) s.missing += size * most * 2;
   }
 
   // Whether W̃ is diagonal: then its first power tells all the others.
   bool diagonal(const State& s, const Team& team) {
     T beside = 0;
     for (int64_t j = s.j0; j < s.j1; ++j) {
-      const T* q = power(0) + j * ld_;
+      const T* q = cached(0) + j * ld_;
       for (int64_t k = 0; k < H_ && beside == T(0); ++k) beside = k == j ? T(0) : q[k];
       ratio_low_[j] = ratio_high_[j] = q[j];
     }
@@ -301,7 +342,7 @@ class Kappa2Run {
   void add_diagonal_tail(const SecondTerm<T>& p, State& s, const Team& team) {
     const int64_t n = T_ - 2, own = s.j1 - s.j0;
     Filtered e(own_memory(s, team), n, padded<T>(own));
-    filter(p.d.from(2), n - 1, -1, s.j0, own, ratio_low_, ratio_high_, exponents_[0], e, width_ + s.j0);
+    lost_[team.rank] |= !filter(p.d.from(2), n - 1, -1, s.j0, own, ratio_low_, ratio_high_, exponents_[0], e, width_ + s.j0);
     // Rows of E are this thread's alone; so are the columns of h that meet them.
     const PairSum<T> sum(e.rows(), p.h, n, 0, own, p.left, p.right);
     add_diagonal(sum, s);
@@ -309,10 +350,13 @@ class Kappa2Run {
 
   // C of a lag, this thread's rows, its entries near 2^kLargest at most.
   void sum_pairs(const SecondTerm<T>& p, int64_t lag, State& s) {
-    collect(PairSum<T>(p.d.from(lag + 1), p.h, T_ - 1 - lag, s.j0, s.j1, p.left, p.right), s);
+    collect(p, p.d.from(lag + 1), p.h, T_ - 1 - lag, s.j0, s.j1, s);
   }
-  void collect(const PairSum<T>& sum, State& s) {
+  void collect(const SecondTerm<T>& p, const Rows<T>& d, const Rows<T>& h, int64_t n, int64_t j0, int64_t j1, State& s) {
+    FlushDenormals::forget();
+    const PairSum<T> sum(d, h, n, j0, j1, p.left, p.right);
     s.stale = false;
+    s.sum_missing = 0;
     if (sum.count == 0) {
       s.sum_exponent = kZeroExponent;
       std::fill(s.sums + s.j0 * ld_, s.sums + s.j1 * ld_, T(0));
@@ -322,6 +366,7 @@ class Kappa2Run {
     sum.multiply(s.sums + s.j0 * ld_, ld_, s.j1 - s.j0, H_,
                  std::ldexp(T(1), static_cast<int>(sum.exponent - s.sum_exponent)));
     for (int64_t j = s.j0; j < s.j1; ++j) std::fill(s.sums + j * ld_ + H_, s.sums + (j + 1) * ld_, T(0));
+    if (sum.drops || FlushDenormals::lost()) s.sum_missing = power(sum.missing + sum.exponent - s.sum_exponent) + kTiny;
   }
 
   // The factor that brings numbers on the scale 2^from to S's own, which grows where it must; zero: negligible.
@@ -329,6 +374,10 @@ class Kappa2Run {
     if (from <= kZeroExponent / 2 || from < s.exponent - kNegligible<T>) return T(0);
     if (from > s.exponent) {
       const T shrink = power_of_two<T>(s.exponent - from);
+      if (s.exponent > kZeroExponent / 2) {
+        s.missing = s.missing * power(s.exponent - from) + kTiny;
+        if (shrink == T(0)) s.missing += power(std::numeric_limits<T>::max_exponent + s.exponent - from);
+      }
       for (int64_t at = s.j0 * ld_; at < s.j1 * ld_; at += Simd<T>::width) store(pairs_ + at, load(pairs_ + at) * shrink);
       s.exponent = from;
     }
@@ -342,9 +391,11 @@ class Kappa2Run {
 
   // S += C ⊙ the n-th cached power.
   void add(int64_t n, State& s) {
-    const T scale = exponents_[n] == kZeroExponent ? T(0) : onto(s.sum_exponent + exponents_[n], s);
+    const int64_t from = exponents_[n] == kZeroExponent ? kZeroExponent : s.sum_exponent + exponents_[n];
+    const T scale = onto(from, s);
+    miss(from, scale, most_of_sum(), missing_[n], s);
     if (scale == T(0)) return;
-    const T* q = power(n);
+    const T* q = cached(n);
     for (int64_t at = s.j0 * ld_; at < s.j1 * ld_; at += Simd<T>::width) {
       store(pairs_ + at, load(pairs_ + at) + load(s.sums + at) * load(q + at) * scale);
     }
@@ -384,6 +435,7 @@ class Kappa2Run {
   void descend(const SecondTerm<T>& p, int64_t lag, int64_t n, const T* rest, int64_t rest_exponent, State& s) {
     const Packed<T> w = first_factor();
     const int64_t at = s.j0 * ld_, rows = s.j1 - s.j0;
+    FlushDenormals::forget();
     for (int64_t panel = 0; panel < w.panels(); ++panel) {
       Tile<T> t{};
       t.c = s.spare + at + panel * w.panel;
@@ -396,13 +448,20 @@ class Kappa2Run {
     };
     const int64_t driven = pair(rest_exponent, p.drive_exponent);
     const int64_t started = pair(p.d.exponent[lag + 1], p.h.exponent[0]);
-    const int64_t old = pair(s.sum_exponent, p.weight_exponent);
+    const int64_t old = pair(s.sum_exponent, p.weight.exponent);
     const int64_t top = std::max({old, driven + kHeadroom, started + kHeadroom});
     const T a = power_of_two<T>(old - top);
     const T b = power_of_two<T>(driven + kHeadroom - top), c = power_of_two<T>(started + kHeadroom - top);
     const T down = power_of_two<T>(-kHeadroom);
-    const T scale = exponents_[n] == kZeroExponent ? T(0) : onto(top + exponents_[n], s);
-    const T* const q = power(n);
+    const int64_t from = exponents_[n] == kZeroExponent ? kZeroExponent : top + exponents_[n];
+    const T scale = onto(from, s);
+    const double sides = 2 * static_cast<double>(H_), most_before = most_of_sum() * sides;
+    double missing = power(old - top) * s.sum_missing * sides;
+    if (a == T(0)) missing += power(old - top) * most_before;
+    for (const int64_t left_out : {b == T(0) ? driven : kZeroExponent, c == T(0) ? started : kZeroExponent}) {
+      if (left_out > kZeroExponent / 2) missing += power(2 * kHighest<T> + left_out - top);
+    }
+    const T* const q = cached(n);
     Vec<T> most{};
     for (int64_t j = s.j0; j < s.j1; ++j) {
       T* row = s.sums + j * ld_;
@@ -417,12 +476,16 @@ class Kappa2Run {
         store(pairs_ + i, load(pairs_ + i) + v * load(q + i) * scale);
       }
     }
+    if (FlushDenormals::lost()) missing += power(std::numeric_limits<T>::min_exponent + kHighest<T>) + sides * kTiny;
+    s.sum_missing = missing;
+    miss(from, scale, most_before, missing_[n], s);
     s.sum_exponent = top;
     const int64_t m = magnitude(largest_lane<T>(most)), shift = kLargest - m;
     if (m == kZeroExponent || std::abs(shift) <= kSlack) return;
     const T centring = std::ldexp(T(1), static_cast<int>(shift));
     for (int64_t i = at; i < s.j1 * ld_; i += Simd<T>::width) store(s.sums + i, load(s.sums + i) * centring);
     s.sum_exponent -= shift;
+    s.sum_missing = s.sum_missing * power(shift) + (shift < 0 ? kTiny : 0);
   }
 
   // ---- the Perron certificate ---------------------------------------------------------------------------------------
@@ -478,7 +541,7 @@ class Kappa2Run {
     double spread = kNone, before = kNone;
     for (int i = 1; i <= kMost; ++i) {
       const bool first = lag == 1 || spread < 0x1p-18;
-      multiply(power(first ? 0 : lag - 1), v.data(), next.data());
+      multiply(cached(first ? 0 : lag - 1), v.data(), next.data());
       double low = kNone, high = 0, top = 0, least = kNone;
       for (int64_t k = 0; k < H_; ++k) {
         const double r = next[k] / v[k];
@@ -580,7 +643,7 @@ class Kappa2Run {
     T* const partial = partial_ + team.rank * ld_;
     std::fill(partial, partial + ld_, T(0));
     for (int64_t j = s.j0; j < s.j1; ++j) {
-      const T* q = power(n) + j * ld_;
+      const T* q = cached(n) + j * ld_;
       const T scale = static_cast<T>(std::ldexp(1 / (u_[j] * mantissa), static_cast<int>(exponents_[n] - exponent)));
       const T pi = pi_[j];
       Vec<T> sum{};
@@ -665,10 +728,10 @@ class Kappa2Run {
   template <typename Error>
   T largest_share(const SecondTerm<T>& p, int64_t j, const State& s, const Error& error) const {
     constexpr int64_t width = Simd<T>::width;
-    const T factor = static_cast<T>(p.factor), first = power_of_two<T>(*p.exponent - s.exponent - p.weight_exponent);
+    const T factor = static_cast<T>(p.factor), first = power_of_two<T>(*p.exponent - s.exponent - p.weight.exponent);
     Vec<T> most{};
     for (int64_t k = 0; k < H_; k += width) {
-      Vec<T> w = load(p.weight + j * H_ + k, H_ - k) * p.scale;
+      Vec<T> w = load(p.weight.data + j * H_ + k, H_ - k) * load(p.weight.column + k) * p.weight.row[j];
       w *= w * factor;
       const Vec<T> kappa = load(p.kappa + j * H_ + k, H_ - k) * first + w * load(pairs_ + j * ld_ + k);
       const Vec<T> share = w * error(k) / (kappa + std::numeric_limits<T>::min());
@@ -696,20 +759,43 @@ class Kappa2Run {
 
     Filtered(T* memory, int64_t n, int64_t entries) : exponent(n), largest(n), data(memory), row(entries) {}
     Rows<T> rows() { return {data, exponent.data(), largest.data(), row, &closed}; }
-    // Brings row t, on the scale 2^e, near the centre; returns the factor that does.
-    T centre(int64_t t, int64_t e) {
+    // Brings row t, on the scale 2^e, near the centre; returns two factors that do, as one may be out of range.
+    std::pair<T, T> centre(int64_t t, int64_t e) {
       T* const out = data + t * row;
       Vec<T> most{};
       for (int64_t k = 0; k < row; k += Simd<T>::width) most = maximum<T>(most, load(out + k));
       const int64_t m = magnitude(largest_lane<T>(most));
       const int64_t shift = m == kZeroExponent || std::abs(kCentre<T> - m) <= kSlack ? 0 : kCentre<T> - m;
-      const T scale = std::ldexp(T(1), static_cast<int>(shift));
-      for (int64_t k = 0; shift != 0 && k < row; k += Simd<T>::width) store(out + k, load(out + k) * scale);
+      const T s1 = std::ldexp(T(1), static_cast<int>(shift / 2)), s2 = std::ldexp(T(1), static_cast<int>(shift - shift / 2));
+      for (int64_t k = 0; shift != 0 && k < row; k += Simd<T>::width) store(out + k, load(out + k) * s1 * s2);
       exponent[t] = m == kZeroExponent ? kZeroExponent : e - shift;
       largest[t] = m == kZeroExponent ? kZeroExponent : m + shift;
-      return scale;
+      return {s1, s2};
     }
   };
+  // Entries [j0, j0 + own) of row t, near the centre, and their exponent: the rest of the row may be far larger.
+  static int64_t own_part(const Rows<T>& rows, const Closed<T>& closed, int64_t t, int64_t j0, int64_t own, T* out) {
+    std::fill(out, out + own, T(0));
+    if (rows.exponent[t] == kZeroExponent) return kZeroExponent;
+    const bool is_closed = closed.holds(t);
+    for (int b = 0; b < (is_closed ? closed.count : 1); ++b) {
+      const T c = is_closed ? closed.coefficients[b][t] : T(1);
+      const T* row = (is_closed ? closed.basis[b] : rows[t]) + j0;
+      for (int64_t j = 0; j < own; ++j) out[j] += c * row[j];
+    }
+    const int64_t m = own > 0 ? magnitude(*std::max_element(out, out + own)) : kZeroExponent, shift = kCentre<T> - m;
+    if (m == kZeroExponent) return m;
+    if (std::abs(shift) <= kSlack) return rows.exponent[t];
+    const T s1 = std::ldexp(T(1), static_cast<int>(shift / 2)), s2 = std::ldexp(T(1), static_cast<int>(shift - shift / 2));
+    for (int64_t j = 0; j < own; ++j) out[j] = out[j] * s1 * s2;
+    return rows.exponent[t] - shift;
+  }
+  // 2^(exponent - top) beside a term on the scale 2^top; `dropped`: it is not zero, but too small for the dtype.
+  static T beside(int64_t exponent, int64_t top, bool& dropped) {
+    const T scale = exponent == kZeroExponent ? T(0) : power_of_two<T>(exponent - top);
+    dropped = dropped || (scale == T(0) && exponent != kZeroExponent);
+    return scale;
+  }
   T* own_memory(const State& s, const Team& team) {
     return filtered_ + T_ * (s.j0 / Simd<T>::width + 2 * team.rank) * Simd<T>::width;
   }
@@ -725,15 +811,21 @@ class Kappa2Run {
     const T ratio = static_cast<T>(ratio_);
     std::fill(e.data + n * e.row, e.data + (n + 1) * e.row, T(0));
     e.exponent[n] = e.largest[n] = kZeroExponent;
+    std::vector<T> x(own);
+    bool dropped = false;
+    FlushDenormals::forget();
     for (int64_t t = n - 1; t >= begin; --t) {
       const int64_t from = e.exponent[t + 1] == kZeroExponent ? kZeroExponent : e.exponent[t + 1] + ratio_exponent_;
-      const int64_t top = std::max(from, d.exponent[t]);
-      const T a = ratio * power_of_two<T>(from - top), b = power_of_two<T>(d.exponent[t] - top);
+      const int64_t given = own_part(d, closed, t, s.j0, own, x.data()), top = std::max(from, given);
+      bool left = false;
+      const T a = ratio * beside(from, top, left), b = beside(given, top, left);
       T *out = e.data + t * e.row, *before = out + e.row;
-      for (int64_t j = 0; j < own; ++j) out[j] = a * before[j] + b * d[t][s.j0 + j];
+      if (left) dropped = dropped || !covers(a > T(0) ? before : x.data(), a > T(0) ? x.data() : before, own);
+      for (int64_t j = 0; j < own; ++j) out[j] = a * before[j] + b * x[j];
       std::fill(out + own, out + e.row, T(0));
       e.centre(t, top);
     }
+    lost_[team.rank] |= dropped || FlushDenormals::lost();
     if (begin > 0) {
       e.closed.last = begin;
       e.closed.count = closed.count + 1;
@@ -773,20 +865,24 @@ class Kappa2Run {
       }
     }
     // Rows of E are this thread's alone.
-    collect(PairSum<T>(e.rows(), p.h, n, 0, own, p.left, p.right), s);
+    collect(p, e.rows(), p.h, n, 0, own, s);
     double mantissa;
     int64_t exponent;
     power_of_ratio(lag + 1, mantissa, exponent);
-    const T scale = onto(s.sum_exponent + exponent, s);
+    // u may have entries far above one, as x has none.
+    const int m = std::ilogb(*std::max_element(u_.begin(), u_.begin() + H_));
+    const int64_t from = s.sum_exponent == kZeroExponent ? kZeroExponent : s.sum_exponent + exponent + m;
+    const T scale = onto(from, s);
+    miss(from, scale, 2 * most_of_sum(), 0, s);
+    s.stale = true;
     if (scale == T(0)) return;
     for (int64_t j = s.j0; j < s.j1; ++j) {
-      const T row = static_cast<T>(u_[j] * mantissa) * scale;
+      const T row = static_cast<T>(std::ldexp(u_[j], -m) * mantissa) * scale;
       for (int64_t k = 0; k < ld_; k += Simd<T>::width) {
         const int64_t i = j * ld_ + k;
         store(pairs_ + i, load(pairs_ + i) + load(s.sums + i) * (row * load(x_narrow_ + k)));
       }
     }
-    s.stale = true;
   }
 
   // ---- the certificate by ratios ------------------------------------------------------------------------------------
@@ -797,13 +893,14 @@ class Kappa2Run {
     constexpr int64_t width = Simd<T>::width;
     const T infinity = std::numeric_limits<T>::infinity();
     form(lag + 1, team);
-    if (exponents_[lag] == kZeroExponent) return false;  // nilpotent: the next lag ends the sum
+    // Nilpotent: the next lag ends the sum. What underflowed has no ratio.
+    if (exponents_[lag] == kZeroExponent || missing_[lag] > 0) return false;
     const int64_t ratio_exponent = exponents_[lag] - exponents_[lag - 1];
     // The share of the lag that has just been added, for guesses whether it is worth the sums below.
     const T scale = scale_beside(s.sum_exponent + exponents_[lag - 1], s);
     const auto share_of = [&](int64_t j) {
       return largest_share(p, j, s, [&](int64_t k) {
-        return load(s.sums + j * ld_ + k) * load(power(lag - 1) + j * ld_ + k) * scale;
+        return load(s.sums + j * ld_ + k) * load(cached(lag - 1) + j * ld_ + k) * scale;
       });
     };
     // One row of S tells for most matrices that it is not.
@@ -818,7 +915,7 @@ class Kappa2Run {
     std::fill(low, low + ld_, infinity);
     std::fill(high, high + ld_, T(0));
     for (int64_t j = s.j0; j < s.j1; ++j) {
-      const T *now = power(lag - 1) + j * ld_, *next = power(lag) + j * ld_;
+      const T *now = cached(lag - 1) + j * ld_, *next = cached(lag) + j * ld_;
       Vec<T> least = Vec<T>{} + infinity, most{};
       for (int64_t k = 0; k < ld_; k += width) {
         const Vec<T> a = load(now + k), b = load(next + k);
@@ -854,7 +951,7 @@ class Kappa2Run {
 
   // The least half width that a filter with the ratios of row j can have.
   T first_half_width(int64_t lag, int64_t j) const {
-    const T *now = power(lag - 1) + j * ld_, *next = power(lag) + j * ld_;
+    const T *now = cached(lag - 1) + j * ld_, *next = cached(lag) + j * ld_;
     T low = std::numeric_limits<T>::infinity(), high = 0;
     for (int64_t k = 0; k < H_; ++k) {
       if (now[k] == T(0) && next[k] > T(0)) return T(1);
@@ -870,10 +967,10 @@ class Kappa2Run {
                        const Team& team) {
     const int64_t n = T_ - 2 - lag, own = s.j1 - s.j0;
     Filtered e(own_memory(s, team), n, padded<T>(own));
-    filter(p.d.from(lag + 2), n - 1, -1, s.j0, own, ratio_low_, ratio_high_, ratio_exponent, e, width_ + s.j0);
-    const T widest = own > 0 ? *std::max_element(width_ + s.j0, width_ + s.j1) : T(0);
-    if (!promises(widest, share, n, p.rtol, team)) return false;
-    collect(PairSum<T>(e.rows(), p.h, n, 0, own, p.left, p.right), s);
+    const bool right = filter(p.d.from(lag + 2), n - 1, -1, s.j0, own, ratio_low_, ratio_high_, ratio_exponent, e, width_ + s.j0);
+    const T widest = !right ? std::numeric_limits<T>::infinity() : own > 0 ? *std::max_element(width_ + s.j0, width_ + s.j1) : T(0);
+    if (!promises(widest, right ? share : T(1), n, p.rtol, team)) return false;
+    collect(p, e.rows(), p.h, n, 0, own, s);
     return accept(p, lag, s, widest, bound, team, [&](int64_t j, int64_t) { return Vec<T>{} + width_[j]; });
   }
 
@@ -883,13 +980,14 @@ class Kappa2Run {
     const int64_t n = T_ - 2 - lag;
     if (team.rank == 0) {
       shared_filter_ = std::make_unique<Filtered>(filtered_, n, ld_);
-      filter(p.h, 0, 1, 0, H_, row_low_, row_high_, ratio_exponent, *shared_filter_, width_);
+      const bool right = filter(p.h, 0, 1, 0, H_, row_low_, row_high_, ratio_exponent, *shared_filter_, width_);
       std::fill(width_ + H_, width_ + ld_, T(0));
+      if (!right) width_[0] = std::numeric_limits<T>::infinity();
     }
     team.wait();
     const T widest = *std::max_element(width_, width_ + H_);
     if (!promises(widest, share, n, p.rtol, team)) return false;
-    collect(PairSum<T>(p.d.from(lag + 2), shared_filter_->rows(), n, s.j0, s.j1, p.left, p.right), s);
+    collect(p, p.d.from(lag + 2), shared_filter_->rows(), n, s.j0, s.j1, s);
     return accept(p, lag, s, widest, bound, team, [&](int64_t, int64_t k) { return load(width_ + k); });
   }
 
@@ -905,7 +1003,7 @@ class Kappa2Run {
               const Width& half_width) {
     s.stale = true;
     const T scale = scale_beside(s.sum_exponent + exponents_[lag - 1], s);
-    const T* q = power(lag - 1);
+    const T* q = cached(lag - 1);
     T most = 0;
     for (int64_t j = s.j0; j < s.j1; ++j) {
       most = std::max(most, largest_share(p, j, s, [&](int64_t k) {
@@ -922,25 +1020,22 @@ class Kappa2Run {
   }
 
   // E_t = ρ (x_t + E_{t'}), t' the row before in the direction `step`, from row `first` on, for every ρ in [low, high] ·
-  // 2^exponent: the middles go to `e`, and to `width` the largest half width over the middle.
-  void filter(const Rows<T>& in, int64_t first, int64_t step, int64_t j0, int64_t own, const T* low, const T* high,
+  // 2^exponent: the middles go to `e`, and to `width` the largest half width over the middle. Returns whether nothing
+  // underflowed.
+  bool filter(const Rows<T>& in, int64_t first, int64_t step, int64_t j0, int64_t own, const T* low, const T* high,
               int64_t ratio_exponent, Filtered& e, T* width) const {
     const Closed<T> closed = in.closed();
     const int64_t n = static_cast<int64_t>(e.exponent.size());
     std::vector<T> x(own), least(own, T(0)), most(own, T(0));
     std::fill(width, width + own, T(0));
     int64_t before = kZeroExponent;
+    bool dropped = false;
+    FlushDenormals::forget();
     for (int64_t i = 0, t = first; i < n; ++i, t += step) {
-      std::fill(x.begin(), x.end(), T(0));
-      const bool is_closed = closed.holds(t);
-      for (int b = 0; b < (is_closed ? closed.count : 1); ++b) {
-        const T c = is_closed ? closed.coefficients[b][t] : T(1);
-        const T* row = (is_closed ? closed.basis[b] : in[t]) + j0;
-        for (int64_t j = 0; in.exponent[t] != kZeroExponent && j < own; ++j) x[j] += c * row[j];
-      }
-      const int64_t top = std::max(before, in.exponent[t]);
-      const T a = before == kZeroExponent ? T(0) : power_of_two<T>(before - top);
-      const T b = in.exponent[t] == kZeroExponent ? T(0) : power_of_two<T>(in.exponent[t] - top);
+      const int64_t given = own_part(in, closed, t, j0, own, x.data()), top = std::max(before, given);
+      bool left = false;
+      const T a = beside(before, top, left), b = beside(given, top, left);
+      if (left) dropped = dropped || !covers(a > T(0) ? least.data() : x.data(), a > T(0) ? x.data() : most.data(), own);
       T* const out = e.data + t * e.row;
       for (int64_t j = 0; j < own; ++j) {
         least[j] = low[j0 + j] * (a * least[j] + b * x[j]);
@@ -950,27 +1045,28 @@ class Kappa2Run {
         if (!(half <= width[j])) width[j] = half == half ? half : std::numeric_limits<T>::infinity();
       }
       std::fill(out + own, out + e.row, T(0));
-      const T scale = e.centre(t, top + ratio_exponent);
+      const auto [s1, s2] = e.centre(t, top + ratio_exponent);
       for (int64_t j = 0; j < own; ++j) {
-        least[j] *= scale;
-        most[j] *= scale;
+        least[j] = least[j] * s1 * s2;
+        most[j] = most[j] * s1 * s2;
       }
       before = e.exponent[t];
     }
+    return !dropped && !FlushDenormals::lost();
   }
 
   // ---- the end ------------------------------------------------------------------------------------------------------
 
   // κ = κ⁽¹⁾ + factor · W̃ ⊙ S, all rows on one scale.
   void finish(const SecondTerm<T>& p, State& s, const Team& team) {
-    const int64_t first = *p.exponent, second = s.exponent <= kZeroExponent / 2 ? kZeroExponent : s.exponent + p.weight_exponent;
+    const int64_t first = *p.exponent, second = s.exponent <= kZeroExponent / 2 ? kZeroExponent : s.exponent + p.weight.exponent;
     constexpr int64_t width = Simd<T>::width;
     const T factor = static_cast<T>(p.factor);
     Vec<T> largest1{}, largest2{};
     for (int64_t j = s.j0; j < s.j1; ++j) {
       for (int64_t k = 0; k < H_; k += width) {
         const int64_t i = j * H_ + k, n = H_ - k;
-        Vec<T> w = load(p.weight + i, n) * p.scale;
+        Vec<T> w = load(p.weight.data + i, n) * load(p.weight.column + k) * p.weight.row[j];
         w *= w * factor;
         const Vec<T> term = w * load(pairs_ + j * ld_ + k);
         store(pairs_ + j * ld_ + k, term);
@@ -982,16 +1078,30 @@ class Kappa2Run {
     tops_[team.rank] = std::max(m1 == kZeroExponent ? m1 : m1 + first, m2 == kZeroExponent ? m2 : m2 + second);
     team.wait();
     const int64_t top = *std::max_element(tops_.begin(), tops_.begin() + team.size);
-    const int64_t result = top <= kZeroExponent / 2 ? 0 : natural_exponent(top + 1);
+    const int64_t result = result_exponent(top <= kZeroExponent / 2 ? kZeroExponent : top + 1);
     const auto to_result = [&](int64_t m, int64_t exponent) {
       return m == kZeroExponent ? T(0) : static_cast<T>(std::ldexp(1.0, static_cast<int>(exponent - result)));
     };
     const T a = to_result(m1, first), b = to_result(m2, second);
+    // Every path that counts in κ⁽²⁾ counts in κ⁽¹⁾: where that is 0, so is all. Elsewhere κ must be far above what S
+    // misses, and what underflows in the products with W̃ or, compared with errors, in the certificates.
+    const T missing = second == kZeroExponent ? T(0) : static_cast<T>(s.missing * power(second - result + kAbove<T>));
+    const T least = std::max(std::numeric_limits<T>::min(), b * power_of_two<T>(std::numeric_limits<T>::min_exponent + kAbove<T> + 10));
+    Ints<T> wrong{};
     for (int64_t j = s.j0; j < s.j1; ++j) {
       for (int64_t k = 0; k < H_; k += width) {
         T* const kappa = p.kappa + j * H_ + k;
-        store(kappa, a * load(kappa, H_ - k) + b * load(pairs_ + j * ld_ + k), H_ - k);
+        const int64_t n = H_ - k;
+        Vec<T> w = load(p.weight.data + j * H_ + k, n) * load(p.weight.column + k) * p.weight.row[j];
+        w *= w * factor;
+        const Vec<T> own = load(kappa, n), both = a * own + b * load(pairs_ + j * ld_ + k);
+        const Vec<T> limit = maximum<T>(w * missing, Vec<T>{} + least);
+        wrong |= (own > T(0)) & ~((both >= limit) & (both <= std::numeric_limits<T>::max()));
+        store(kappa, both, n);
       }
+    }
+    for (int64_t i = 0; i < width; ++i) {
+      if (wrong[i]) lost_[team.rank] = 1;
     }
     team.wait();
     if (team.rank == 0) *p.exponent = result;
@@ -1002,12 +1112,13 @@ class Kappa2Run {
   T *pairs_, *sums_, *spare_, *powers_, *other_, *packed_first_, *packed_wide_, *filtered_;
   T *inverse_x_, *x_narrow_, *pi_, *ratio_low_, *ratio_high_, *row_low_, *row_high_, *width_, *weighted_x_, *partial_;
   int64_t count_ = 0, wide_exponent_ = 0, ratio_exponent_ = 0;
-  double ratio_ = 1, x_spread_ = 0, u_spread_ = 0;
+  double wide_missing_ = 0, ratio_ = 1, x_spread_ = 0, u_spread_ = 0;
   std::vector<int64_t> exponents_;
+  std::vector<double> missing_;  // of an entry of the cached powers, at most, because it underflowed
   std::vector<double> x_, u_;
   std::vector<T> row_dots_, power_tops_;
   std::unique_ptr<Filtered> shared_filter_;
   std::vector<int64_t> tops_;
-  std::vector<int> lost_;  // by thread
+  std::vector<int> lost_, flushed_;  // by thread
   std::vector<T> maxima_;
 };

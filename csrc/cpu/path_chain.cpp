@@ -1,8 +1,9 @@
-// path_chain: checks and allocation. The pass itself: path_chain.inl.
+// path_chain: checks, allocation, and the choice of an arithmetic that loses nothing. The pass itself: path_chain.inl.
 #include <torch/library.h>
 
 #include "../check.h"
 #include "isa.h"
+#include "path_chain.h"
 
 namespace pathrnn {
 namespace {
@@ -44,7 +45,185 @@ double pass_bytes(int64_t chains, int64_t directions, int64_t seq_len, int64_t h
          (second ? 6 * matrix + powers : 0) + weights * itemsize;
 }
 
-std::tuple<std::vector<Tensor>, Tensor, Tensor, Tensor, Tensor, Tensor> run(
+// The arguments, contiguous: copies live until the kernel is done.
+struct Arguments {
+  int64_t chains, directions, input, hidden, outputs = 0, vocabulary = 0, seq_len;
+  bool last_only, ones_h0, kappa1;
+  double second_factor, rtol;
+  std::vector<int64_t> first_lags;
+  int64_t workspace_bytes;
+  std::vector<Tensor> weight_ih, weight_hh, bias_ih, bias_hh;
+  Tensor head_weight, head_bias, embedding;  // undefined where not given
+
+  Arguments wide() const {
+    Arguments result = *this;
+    for (auto* list : {&result.weight_ih, &result.weight_hh, &result.bias_ih, &result.bias_hh}) {
+      for (Tensor& t : *list) t = t.to(at::kDouble);
+    }
+    for (Tensor* t : {&result.head_weight, &result.head_bias, &result.embedding}) {
+      if (t->defined()) *t = t->to(at::kDouble);
+    }
+    return result;
+  }
+};
+
+// What the op returns, κ in the dtype of the pass that made it.
+struct Results {
+  std::vector<Tensor> kappa;
+  Tensor exponents, unit_exponents;
+  std::vector<Tensor> entry_exponents;
+  Tensor log_path_norm, lags, bounds;
+
+  Results(const Arguments& a, at::ScalarType dtype) {
+    const auto options = a.weight_hh[0].options().dtype(dtype);
+    const auto add = [&](at::IntArrayRef shape) { kappa.push_back(at::empty(shape, options)); };
+    for (int64_t c = 0; a.kappa1 && c < a.chains; ++c) {
+      const int64_t columns = c >= a.directions ? a.directions * a.hidden : a.embedding.defined() ? a.input : 1;
+      add({a.hidden, columns});
+      add({a.hidden, a.hidden});
+      if (!a.bias_ih.empty()) add({a.hidden});
+    }
+    if (a.kappa1 && a.head_weight.defined()) add({1, a.directions * a.hidden});
+    if (a.kappa1 && a.head_bias.defined()) add({1});
+    if (a.kappa1 && a.embedding.defined()) add({1, a.input});
+    const int64_t count = static_cast<int64_t>(kappa.size());
+    exponents = at::zeros({count}, options.dtype(at::kLong));
+    unit_exponents = at::zeros({a.chains, a.hidden}, options.dtype(at::kLong));
+    for (int64_t i = 0; i < count; ++i) entry_exponents.push_back(at::empty({0}, options.dtype(at::kLong)));
+    log_path_norm = at::empty({}, options.dtype(at::kDouble));
+    lags = at::zeros({a.chains}, options.dtype(at::kLong));
+    bounds = at::zeros({a.chains}, options.dtype(at::kDouble));
+  }
+};
+
+template <typename T>
+PathChain<T> network(const Arguments& a, const Results& out, bool& lost) {
+  PathChain<T> net;
+  net.num_layers = a.chains / a.directions;
+  net.directions = a.directions;
+  net.input = a.input;
+  net.hidden = a.hidden;
+  net.outputs = a.outputs;
+  net.vocabulary = a.vocabulary;
+  net.seq_len = a.seq_len;
+  net.last_only = a.last_only;
+  net.ones_h0 = a.ones_h0;
+  net.weight_ih = pointers<T>(a.weight_ih);
+  net.weight_hh = pointers<T>(a.weight_hh);
+  net.bias_ih = pointers<T>(a.bias_ih);
+  net.bias_hh = pointers<T>(a.bias_hh);
+  const auto optional_pointer = [](const Tensor& t) { return t.defined() ? t.const_data_ptr<T>() : nullptr; };
+  net.head_weight = optional_pointer(a.head_weight);
+  net.head_bias = optional_pointer(a.head_bias);
+  net.embedding = optional_pointer(a.embedding);
+  size_t next = 0;
+  const auto result = [&] { return out.kappa[next++].mutable_data_ptr<T>(); };
+  for (int64_t c = 0; a.kappa1 && c < a.chains; ++c) {
+    net.kappa_ih.push_back(result());
+    net.kappa_hh.push_back(result());
+    if (!a.bias_ih.empty()) net.kappa_bias.push_back(result());
+  }
+  if (a.kappa1 && a.head_weight.defined()) net.kappa_head = result();
+  if (a.kappa1 && a.head_bias.defined()) net.kappa_head_bias = result();
+  if (a.kappa1 && a.embedding.defined()) net.kappa_embedding = result();
+  net.exponents = out.exponents.mutable_data_ptr<int64_t>();
+  net.unit_exponents = out.unit_exponents.mutable_data_ptr<int64_t>();
+  net.log_path_norm = out.log_path_norm.mutable_data_ptr<double>();
+  net.second_factor = a.second_factor;
+  net.rtol = a.rtol;
+  net.first_lags = a.first_lags;
+  net.workspace_bytes = a.workspace_bytes;
+  net.lags = out.lags.mutable_data_ptr<int64_t>();
+  net.bounds = out.bounds.mutable_data_ptr<double>();
+  net.lost = &lost;
+  return net;
+}
+
+// One pass in the dtype T; whether something was lost. `bad`: the index of a tensor that is not finite, or -1.
+template <typename T>
+bool pass(const Arguments& a, const Results& out, int64_t& bad) {
+  bool lost = false;
+  const PathChain<T> net = network<T>(a, out, lost);
+  const double hidden = static_cast<double>(a.hidden), steps = static_cast<double>(a.seq_len);
+  const double work = static_cast<double>(a.chains) * (steps + (a.second_factor > 0 ? hidden : 0)) * hidden * hidden +
+                      static_cast<double>(a.outputs * a.hidden + a.vocabulary * a.input);
+  allocating("path_chain", [&] { bad = kernels<T>().path_chain(net, threads_for(work)); });
+  return lost;
+}
+
+// κ of a wider pass in the weights' dtype: with its tensor's exponent where the dtype holds all entries beside the
+// largest, else with one for each entry.
+template <typename T>
+void narrow(const Results& wide, Results& out) {
+  for (size_t i = 0; i < wide.kappa.size(); ++i) {
+    const int64_t n = wide.kappa[i].numel();
+    const double* from = wide.kappa[i].const_data_ptr<double>();
+    T* const to = out.kappa[i].mutable_data_ptr<T>();
+    const int64_t* entry = wide.entry_exponents[i].numel() ? wide.entry_exponents[i].const_data_ptr<int64_t>() : nullptr;
+    const int64_t own = wide.exponents.const_data_ptr<int64_t>()[i];
+    int64_t most = kZeroExponent, least = -kZeroExponent;
+    const auto exponent = [&](int64_t k) { return (entry ? entry[k] : 0) + std::ilogb(from[k]); };
+    for (int64_t k = 0; k < n; ++k) {
+      if (from[k] == 0) continue;
+      most = std::max(most, exponent(k));
+      least = std::min(least, exponent(k));
+    }
+    // The largest mantissa is near 2^40.
+    const int64_t shift = most == kZeroExponent ? 0 : most - 40;
+    const bool common = least - shift >= std::numeric_limits<T>::min_exponent;
+    out.exponents.mutable_data_ptr<int64_t>()[i] = own + (common ? shift : 0);
+    int64_t* exponents = nullptr;
+    if (!common) {
+      out.entry_exponents[i] = at::zeros(wide.kappa[i].sizes(), out.exponents.options());
+      exponents = out.entry_exponents[i].mutable_data_ptr<int64_t>();
+    }
+    for (int64_t k = 0; k < n; ++k) {
+      const int64_t e = from[k] == 0 ? 0 : common ? (entry ? entry[k] : 0) - shift : -std::ilogb(from[k]);
+      to[k] = static_cast<T>(std::ldexp(from[k], static_cast<int>(e)));
+      if (exponents && from[k] != 0) exponents[k] = exponent(k);
+    }
+  }
+  out.unit_exponents = wide.unit_exponents;
+  out.log_path_norm = wide.log_path_norm;
+  out.lags = wide.lags;
+  out.bounds = wide.bounds;
+}
+
+// What the op returns in place of `lost`: which arithmetic the results are of.
+enum Arithmetic : int8_t { kOwn = 0, kDouble = 1, kExtended = 2 };
+
+// In extended range: mantissas with an exponent each, in place of unit exponents.
+void extended(const Arguments& a, Results& out) {
+  bool lost = false;
+  const Tensor units = out.unit_exponents.clone();
+  for (size_t i = 0; i < out.kappa.size(); ++i) {
+    out.entry_exponents[i] = at::zeros(out.kappa[i].sizes(), out.exponents.options());
+  }
+  PathChain<double> net = network<double>(a, out, lost);
+  for (const Tensor& t : out.entry_exponents) net.entry_exponents.push_back(t.mutable_data_ptr<int64_t>());
+  const double hidden = static_cast<double>(a.hidden);
+  const double work = static_cast<double>(a.chains * a.seq_len) * hidden * hidden * (a.second_factor > 0 ? hidden : 1);
+  allocating("path_chain", [&] { active_isa().path_chain_exact(net, threads_for(work)); });
+  // Unit exponents as those of every other pass.
+  out.unit_exponents = units;
+  size_t next = 0;
+  for (int64_t c = 0; a.kappa1 && c < a.chains; ++c) {
+    const int64_t own = c / a.directions * a.directions;
+    const Tensor rows = units[c];
+    Tensor &ih = out.entry_exponents[next++], &hh = out.entry_exponents[next++];
+    ih.add_(rows.unsqueeze(1));
+    if (own > 0) ih.sub_(units.slice(0, own - a.directions, own).reshape({-1}));
+    hh.add_(rows.unsqueeze(1)).sub_(rows);
+    if (!a.bias_ih.empty()) out.entry_exponents[next++].add_(rows);
+  }
+  if (a.kappa1 && a.head_weight.defined()) {
+    out.entry_exponents[next].sub_(units.slice(0, a.chains - a.directions).reshape({-1}));
+  }
+}
+
+}  // namespace
+
+PathChainResult path_chain_op(
     at::TensorList weight_ih, at::TensorList weight_hh, at::TensorList bias_ih, at::TensorList bias_hh,
     const optional<Tensor>& head_weight, const optional<Tensor>& head_bias, const optional<Tensor>& embedding,
     int64_t seq_len, bool last_only, bool ones_h0, bool kappa1, double second_factor, double rtol,
@@ -92,107 +271,82 @@ std::tuple<std::vector<Tensor>, Tensor, Tensor, Tensor, Tensor, Tensor> run(
                           like.element_size()),
                "path_chain");
 
-  // Contiguous copies live until the kernel is done.
-  std::vector<Tensor> ih, hh, b_ih, b_hh;
-  const auto keep = [&](std::vector<Tensor>& list, const Tensor& t, const std::string& name, at::IntArrayRef shape) {
+  Arguments arguments{};
+  arguments.chains = chains;
+  arguments.directions = directions;
+  arguments.input = input;
+  arguments.hidden = hidden;
+  arguments.seq_len = seq_len;
+  arguments.last_only = last_only;
+  arguments.ones_h0 = ones_h0;
+  arguments.kappa1 = kappa1;
+  arguments.second_factor = second_factor;
+  arguments.rtol = rtol;
+  arguments.first_lags = first_lags.vec();
+  arguments.workspace_bytes = workspace_bytes;
+  const auto checked = [&](const Tensor& t, const std::string& name, at::IntArrayRef shape) {
     check_shape(t, name.c_str(), shape);
     check_like(t, name.c_str(), like, "weight_hh_l0");
-    list.push_back(t.contiguous());
+    return t.contiguous();
   };
-  const auto inputs = [&](int64_t c) { return c < directions ? input : directions * hidden; };
   for (int64_t c = 0; c < chains; ++c) {
     const std::string end = suffix(c, directions);
-    keep(ih, weight_ih[c], "weight_ih" + end, {hidden, inputs(c)});
-    keep(hh, weight_hh[c], "weight_hh" + end, {hidden, hidden});
+    const int64_t inputs = c < directions ? input : directions * hidden;
+    arguments.weight_ih.push_back(checked(weight_ih[c], "weight_ih" + end, {hidden, inputs}));
+    arguments.weight_hh.push_back(checked(weight_hh[c], "weight_hh" + end, {hidden, hidden}));
     if (!bias_ih.empty()) {
-      keep(b_ih, bias_ih[c], "bias_ih" + end, {hidden});
-      keep(b_hh, bias_hh[c], "bias_hh" + end, {hidden});
+      arguments.bias_ih.push_back(checked(bias_ih[c], "bias_ih" + end, {hidden}));
+      arguments.bias_hh.push_back(checked(bias_hh[c], "bias_hh" + end, {hidden}));
     }
   }
-  std::vector<Tensor> rest;
-  int64_t outputs = 0, vocabulary = 0;
   if (head_weight) {
     TORCH_CHECK_VALUE(head_weight->dim() == 2 && head_weight->size(0) > 0, "head.weight has shape ",
                       head_weight->sizes(), "; it must be [O, ", bidirectional ? "2 H]" : "H]");
-    outputs = head_weight->size(0);
-    keep(rest, *head_weight, "head.weight", {outputs, directions * hidden});
+    arguments.outputs = head_weight->size(0);
+    arguments.head_weight = checked(*head_weight, "head.weight", {arguments.outputs, directions * hidden});
   }
   if (head_bias) {
     TORCH_CHECK_VALUE(head_weight, "head.bias is given without head.weight; give both");
-    keep(rest, *head_bias, "head.bias", {outputs});
+    arguments.head_bias = checked(*head_bias, "head.bias", {arguments.outputs});
   }
   if (embedding) {
     TORCH_CHECK_VALUE(embedding->dim() == 2 && embedding->size(0) > 0, "embedding.weight has shape ",
                       embedding->sizes(), "; it must be [V, I]");
-    vocabulary = embedding->size(0);
-    keep(rest, *embedding, "embedding.weight", {vocabulary, input});
+    arguments.vocabulary = embedding->size(0);
+    arguments.embedding = checked(*embedding, "embedding.weight", {arguments.vocabulary, input});
   }
 
-  const auto options = like.options();
-  std::vector<Tensor> factors;
-  const auto add = [&](at::IntArrayRef shape) {
-    factors.push_back(at::empty(shape, options));
-    return factors.back();
-  };
-  Tensor log_path_norm = at::empty({}, options.dtype(at::kDouble));
-  const bool second = second_factor > 0;
-  Tensor lags = at::zeros({chains}, options.dtype(at::kLong)), bounds = at::zeros({chains}, options.dtype(at::kDouble));
-  Tensor exponents, lost = at::empty({}, options.dtype(at::kBool));
+  Results results(arguments, like.scalar_type());
+  Arithmetic arithmetic = kOwn;
   int64_t bad = -1;
-
-  AT_DISPATCH_FLOATING_TYPES(like.scalar_type(), "path_chain", [&] {
-    PathChain<scalar_t> net;
-    net.num_layers = chains / directions;
-    net.directions = directions;
-    net.input = input;
-    net.hidden = hidden;
-    net.outputs = outputs;
-    net.vocabulary = vocabulary;
-    net.seq_len = seq_len;
-    net.last_only = last_only;
-    net.ones_h0 = ones_h0;
-    net.weight_ih = pointers<scalar_t>(ih);
-    net.weight_hh = pointers<scalar_t>(hh);
-    net.bias_ih = pointers<scalar_t>(b_ih);
-    net.bias_hh = pointers<scalar_t>(b_hh);
-    size_t next = 0;
-    net.head_weight = head_weight ? rest[next++].const_data_ptr<scalar_t>() : nullptr;
-    net.head_bias = head_bias ? rest[next++].const_data_ptr<scalar_t>() : nullptr;
-    net.embedding = embedding ? rest[next].const_data_ptr<scalar_t>() : nullptr;
-    const auto result = [](const Tensor& t) { return t.mutable_data_ptr<scalar_t>(); };
-    if (kappa1) {
-      for (int64_t c = 0; c < chains; ++c) {
-        net.kappa_ih.push_back(result(add({hidden, c >= directions || embedding ? inputs(c) : 1})));
-        net.kappa_hh.push_back(result(add({hidden, hidden})));
-        if (!b_ih.empty()) net.kappa_bias.push_back(result(add({hidden})));
-      }
-      if (head_weight) net.kappa_head = result(add({1, directions * hidden}));
-      if (head_bias) net.kappa_head_bias = result(add({1}));
-      if (embedding) net.kappa_embedding = result(add({1, input}));
-    }
-    exponents = at::empty({static_cast<int64_t>(factors.size())}, options.dtype(at::kLong));
-    net.exponents = exponents.mutable_data_ptr<int64_t>();
-    net.log_path_norm = log_path_norm.mutable_data_ptr<double>();
-    net.second_factor = second_factor;
-    net.rtol = rtol;
-    net.first_lags = first_lags.vec();
-    net.workspace_bytes = workspace_bytes;
-    net.lags = lags.mutable_data_ptr<int64_t>();
-    net.bounds = bounds.mutable_data_ptr<double>();
-    net.lost = lost.mutable_data_ptr<bool>();
-    const double work = static_cast<double>(chains) * (seq_len + (second ? hidden : 0)) * hidden * hidden +
-                        outputs * hidden + vocabulary * input;
-    allocating("path_chain", [&] { bad = kernels<scalar_t>().path_chain(net, threads_for(work)); });
-  });
+  const bool is_double = like.scalar_type() == at::kDouble;
+  bool lost = is_double ? pass<double>(arguments, results, bad) : pass<float>(arguments, results, bad);
   TORCH_CHECK_VALUE(bad < 0, tensor_name(bad, chains, directions, !bias_ih.empty(), head_weight.has_value(),
                                          head_bias.has_value()),
                     " has a nan or infinite entry; κ and γ² need finite weights: restore them, or lower the step size");
-  return {factors, exponents, log_path_norm, lags, bounds, lost};
+  if (lost) {
+    const Arguments wide = is_double ? arguments : arguments.wide();
+    Results found(wide, at::kDouble);
+    if (is_double) {
+      found.unit_exponents = results.unit_exponents;
+    } else {
+      arithmetic = kDouble;
+      lost = pass<double>(wide, found, bad);
+    }
+    if (lost) {
+      arithmetic = kExtended;
+      extended(wide, found);
+    }
+    if (is_double) narrow<double>(found, results);
+    else narrow<float>(found, results);
+  }
+  const Tensor which = at::empty({}, like.options().dtype(at::kChar));
+  *which.mutable_data_ptr<int8_t>() = arithmetic;
+  return {results.kappa, results.exponents, results.unit_exponents, results.entry_exponents, results.log_path_norm,
+          results.lags, results.bounds, which};
 }
 
-}  // namespace
-
-TORCH_LIBRARY_IMPL(pathrnn, CPU, m) { m.impl("path_chain", &run); }
+TORCH_LIBRARY_IMPL(pathrnn, CPU, m) { m.impl("path_chain", &path_chain_op); }
 // A constant: its gradient is none, and a fallthrough costs nothing.
 TORCH_LIBRARY_IMPL(pathrnn, Autograd, m) { m.impl("path_chain", torch::CppFunction::makeFallthrough()); }
 

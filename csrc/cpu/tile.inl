@@ -150,9 +150,13 @@ struct Packed {
   T* begin(int64_t p) const { return data + p * panel * depth; }
 };
 
-// dst = map(src), src(k, n) = src[k * row + n * column].
+// dst = map(src) or map(src, k, n), src(k, n) = src[k * row + n * column].
 template <typename T, typename Map>
 void pack(const Packed<T>& dst, const T* src, int64_t row, int64_t column, const Team& team, const Map& map) {
+  const auto at = [&map](T v, int64_t k, int64_t n) {
+    if constexpr (std::is_invocable_v<Map, T>) return map(v);
+    else return map(v, k, n);
+  };
   constexpr int64_t kBlock = 16;  // rows whose source lines stay in the first-level cache while they are transposed
   int64_t first, last;
   team.share(dst.panels(), first, last);
@@ -164,11 +168,11 @@ void pack(const Packed<T>& dst, const T* src, int64_t row, int64_t column, const
       const T* in = src + p * dst.panel * column;
       if (column == 1) {
         for (int64_t k = k0; k < k1; ++k) {
-          for (int64_t n = 0; n < width; ++n) out[k * stride + n] = map(in[k * row + n]);
+          for (int64_t n = 0; n < width; ++n) out[k * stride + n] = at(in[k * row + n], k, p * dst.panel + n);
         }
       } else {
         for (int64_t n = 0; n < width; ++n) {
-          for (int64_t k = k0; k < k1; ++k) out[k * stride + n] = map(in[k * row + n * column]);
+          for (int64_t k = k0; k < k1; ++k) out[k * stride + n] = at(in[k * row + n * column], k, p * dst.panel + n);
         }
       }
       for (int64_t k = k0; k < k1; ++k) std::fill(out + k * stride + width, out + (k + 1) * stride, T(0));

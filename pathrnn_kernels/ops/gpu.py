@@ -128,7 +128,7 @@ def path_chain(
     first_lags: Sequence[int],
     workspace_bytes: int,
     bidirectional: bool = False,
-) -> tuple[list[Tensor], Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[list[Tensor], Tensor, Tensor, list[Tensor], Tensor, Tensor, Tensor, Tensor]:
     """The results of ``ops.path_chain``, whose log γ² is nan where a weight is not finite; arguments are checked."""
     ih, hh, b_ih, b_hh = (
         [t.detach().contiguous() for t in tensors] for tensors in (weight_ih, weight_hh, bias_ih, bias_hh)
@@ -182,7 +182,7 @@ class _Pass:
 
     def run(
         self, kappa1: bool, second_factor: float, rtol: float, first_lags: Sequence[int], workspace_bytes: int
-    ) -> tuple[list[Tensor], Tensor, Tensor, Tensor, Tensor, Tensor]:
+    ) -> tuple[list[Tensor], Tensor, Tensor, list[Tensor], Tensor, Tensor, Tensor, Tensor]:
         net, kernels = self.net, self.kernels
         inputs = None
         if net.embedding_weight is not None:
@@ -197,7 +197,7 @@ class _Pass:
         ]
         log_norm = norms[0] if self.directions == 1 else torch.logaddexp(*norms)
 
-        lags, bounds = torch.zeros(self.count, dtype=torch.int64), torch.zeros(self.count, dtype=torch.float64)
+        lags, bounds = (torch.zeros(self.count, dtype=t, device="cpu") for t in (torch.int64, torch.float64))
         factors: list[Rows] = []
         sums_of_d: list[Rows] = []
         for c in range(self.count if kappa1 else 0):
@@ -229,7 +229,9 @@ class _Pass:
                 factors.append(self.total([_alive(part) for part in parts]))
         scales = torch.cat([f.exponents for f in factors]) if factors else self.lost.new_empty(0, dtype=torch.int64)
         lost = torch.cat([self.lost, *self.losses]).any() if self.losses else self.lost[0]
-        return [f.data for f in factors], scales, log_norm, lags, bounds, lost
+        units = torch.zeros(self.count, self.hidden, dtype=torch.int64, device=self.device)
+        none = [units.new_empty(0) for _ in factors]
+        return [f.data for f in factors], scales, units, none, log_norm, lags, bounds, -lost.to(torch.int8)
 
     # ---- the chains --------------------------------------------------------------------------------------------------
 

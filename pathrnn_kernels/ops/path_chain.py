@@ -21,7 +21,13 @@ WORKSPACE_BYTES = 16 << 20
 
 
 class PathChain(NamedTuple):
-    """What one pass over the squared network gives. A true value is its tensor times 2^exponent."""
+    """What one pass over the squared network gives.
+
+    It runs in canonical coordinates, in which unit j of a chain is rescaled by 2^(-d_j/2), d its unit exponents. The true
+    κ of entry (r, c) of tensor i is ``kappa[i][r, c] · 2^(exponents[i] + R[r] + C[c] + entry_exponents[i][r, c])``: R is
+    ``-unit_exponents`` of the tensor's own chain for weight_ih, weight_hh and biases, C is ``unit_exponents`` of the
+    chains that it reads, side by side, for weight_hh, weight_ih above the first layer and the head's weight.
+    """
 
     #: Per chain (one a layer, or two of a bidirectional network, forward first) weight_ih, weight_hh and, with biases,
     #: one [H] for both; then head weight [1, H] or [1, 2 H], head bias [1] and embedding [1, I], those that exist.
@@ -29,30 +35,35 @@ class PathChain(NamedTuple):
     kappa: list[Tensor]
     #: int64 [len(kappa)].
     exponents: Tensor
+    #: d, int64 [chains, H], even.
+    unit_exponents: Tensor
+    #: int64, each of the shape of its κ, or of no elements: zeros.
+    entry_exponents: list[Tensor]
     #: log γ², float64, 0-dim; -inf if γ² is 0.
     log_path_norm: Tensor
     #: Per chain, int64: lags of κ⁽²⁾ that were summed one by one.
     lags: Tensor
     #: Per chain, float64: bound of the relative error that leaving out the others causes in κ of weight_hh.
     bounds: Tensor
-    #: bool, 0-dim: whether a square, an h, a δ or a power of W̃ underflowed, so that the pass should be run again in a
-    #: wider dtype.
-    lost: Tensor
+    #: int8, 0-dim: what the pass was computed in, 0 the weights' dtype, 1 float64, 2 extended range (an int64 exponent
+    #: for every number). -1, on a GPU alone: something underflowed, and the pass must be run again in a wider one.
+    arithmetic: Tensor
 
-    def to_host(self) -> Callable[[], tuple[list[int], float, bool]]:
-        """Starts the transfer of exponents, log γ² and ``lost``; calling what it returns waits for that alone."""
-        if not self.exponents.is_cuda:
-            found = self.exponents.tolist(), float(self.log_path_norm), bool(self.lost)
+    def to_host(self) -> Callable[[], tuple[float, int]]:
+        """Starts the transfer of log γ² and ``arithmetic``; calling what it returns waits for that alone."""
+        if not self.log_path_norm.is_cuda:
+            found = float(self.log_path_norm), int(self.arithmetic)
             return lambda: found
-        log_norm = self.log_path_norm.reshape(1).view(torch.int64)
-        packed = torch.cat([self.exponents, log_norm, self.lost.reshape(1).long()])
-        host = torch.empty(packed.shape, dtype=torch.int64, pin_memory=True).copy_(packed, non_blocking=True)
+        packed = torch.stack([self.log_path_norm, self.arithmetic.double()])
+        host = torch.empty(packed.shape, dtype=torch.float64, device="cpu", pin_memory=True).copy_(
+            packed, non_blocking=True
+        )
         done = torch.cuda.Event()
         done.record(torch.cuda.current_stream(packed.device))
 
-        def wait() -> tuple[list[int], float, bool]:
+        def wait() -> tuple[float, int]:
             done.synchronize()
-            return host[:-2].tolist(), float(host[-2].view(torch.float64)), bool(host[-1])
+            return float(host[0]), int(host[1])
 
         return wait
 
@@ -78,6 +89,8 @@ def path_chain(
     bidirectional: bool = False,
 ) -> PathChain:
     """κ (eqs. (9), (11)) and log γ² (eq. (3)) in one tempered pass, which never overflows.
+
+    On the CPU a pass in which something underflows is run again in float64, and then in extended range.
 
     Peak memory, in numbers of the weights' dtype: ``(2 C + 3) T H`` for C chains (``2 C + 5`` of a bidirectional
     network); with the second term another ``T H``, ``6 H²`` and the cached powers of W̃, ``H²`` each, as many as the
@@ -229,8 +242,10 @@ if extension_problem() is None:
         return (
             factors,
             like.new_empty(len(factors), dtype=torch.int64),
+            like.new_empty(len(weight_hh), hidden, dtype=torch.int64),
+            [like.new_empty(0, dtype=torch.int64) for _ in factors],
             like.new_empty((), dtype=torch.float64),
             like.new_empty(len(weight_hh), dtype=torch.int64),
             like.new_empty(len(weight_hh), dtype=torch.float64),
-            like.new_empty((), dtype=torch.bool),
+            like.new_empty((), dtype=torch.int8),
         )

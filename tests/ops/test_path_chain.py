@@ -2,6 +2,7 @@
 
 import math
 
+import oracles
 import pytest
 import tolerances
 import torch
@@ -98,7 +99,10 @@ def test_shapes(dtype, num_layers, rest, kappa1):
     assert chain.log_path_norm.shape == () and chain.log_path_norm.dtype == F64 and chain.log_path_norm.isfinite()
     assert chain.lags.tolist() == [0] * num_layers and chain.lags.dtype == torch.int64
     assert chain.bounds.tolist() == [0] * num_layers and chain.bounds.dtype == F64
-    assert chain.lost.shape == () and chain.lost.dtype == torch.bool and not chain.lost
+    assert chain.unit_exponents.shape == (num_layers, 5) and chain.unit_exponents.dtype == torch.int64
+    assert (chain.unit_exponents % 2 == 0).all()
+    assert [e.shape for e in chain.entry_exponents] == [(0,)] * len(shapes)
+    assert chain.arithmetic.shape == () and chain.arithmetic.dtype == torch.int8 and chain.arithmetic == 0
 
 
 @pytest.mark.every_isa
@@ -111,11 +115,10 @@ def test_values(dtype, ones_h0, last_only, hidden_size, threads):
     options = (6, "last" if last_only else "all", "ones" if ones_h0 else "zeros")
     doubles = {name: p.double() for name, p in parameters(call).items()}
     expected, rtol = reference.kappa1(doubles, *options), tolerances.path(dtype, 8, hidden_size)
-    found = dict(zip(kappa_names(call), zip(chain.kappa, chain.exponents, strict=True), strict=True))
+    found = dict(zip(kappa_names(call), oracles.values(chain), strict=True))
     assert found.keys() == expected.keys() - {"rnn.bias_hh_l0", "rnn.bias_hh_l1"}
-    for name, (factor, exponent) in found.items():
-        value = torch.ldexp(factor.double(), exponent).expand_as(expected[name])
-        torch.testing.assert_close(value, expected[name], rtol=rtol, atol=0, msg=lambda m, n=name: f"{n}: {m}")
+    for name, value in found.items():
+        torch.testing.assert_close(value.expand_as(expected[name]), expected[name], rtol=rtol, atol=0, msg=lambda m, n=name: f"{n}: {m}")
     log_norm = reference.path_norm(doubles, *options).log()
     # The logarithm is of a number near 2^800, whose exponent, times ln 2, is taken off again.
     large = 3 * tolerances.unit_roundoff(F64) * 800 * math.log(2)
@@ -140,7 +143,7 @@ def test_results_are_constants():
     for p in parameters(call).values():
         p.requires_grad_()
     chain = ops.path_chain(**call)
-    assert not any(t.requires_grad for t in (*chain.kappa, *chain[1:]))
+    assert not any(t.requires_grad for t in (*chain.kappa, *chain.entry_exponents, *chain[1:3], *chain[4:]))
 
 
 def changed(**changes):
