@@ -709,10 +709,11 @@ class PathChainRun {
 
   // The best number of steps in a block, its logarithm; 0 if chains that may rest after those steps do as well without.
   int64_t block_log2(int64_t h_rests, int64_t d_rests, int threads) const {
-    constexpr double kOverhead = 5e5;
+    // Barriers and the steps already done, and what the model leaves out.
+    constexpr double kOverhead = 5e5, kWorth = 0.75;
     const double H = static_cast<double>(H_);
     const double steps = static_cast<double>(threads > 1 ? std::max(h_rests, d_rests) : h_rests + d_rests);
-    double least = H * H * (ChainBlocks<T>::kVector * steps + static_cast<double>(T_) / threads) - kOverhead;
+    double least = kWorth * H * H * (ChainBlocks<T>::kVector * steps + static_cast<double>(T_) / threads) - kOverhead;
     int64_t best = 0;
     for (int64_t q = 1; q < 12 && (T_ >> q) >= 4; ++q) {
       const double cost = ChainBlocks<T>::cost(T_, H_, q, threads);
