@@ -47,7 +47,7 @@ from bench import measure  # noqa: E402
 from bench.baselines import paper_kappa1, paper_kappa2  # noqa: E402
 from bench.measure import Row, Run, Skip, commit, output_of, quartiles, working  # noqa: E402
 from bench.rows import assert_close, forward_backward, recurrent, rounding  # noqa: E402
-from pathrnn_kernels import _C, optim  # noqa: E402
+from pathrnn_kernels import _C  # noqa: E402
 from pathrnn_kernels.ops.backend import refusals  # noqa: E402
 from pathrnn_kernels.ops.plan import Plan, choose, describe, plans  # noqa: E402
 
@@ -462,18 +462,8 @@ def row_step(gate: Gate, batch: int, seq_len: int, hidden: int, second_term: boo
             net, lr=1e-12, scale="path_norm", second_term=second_term, update_every=update_every
         )
 
-    without = stepper(path(1))
-
-    def in_line() -> None:
-        before, optim._streams = optim._streams, lambda device: None
-        try:
-            without()
-        finally:
-            optim._streams = before
-
     baselines: dict[str, Run] = {
         "PathSGD, κ cached": stepper(path(1 << 30)),
-        "PathSGD, κ in line": in_line,
         "SGD": stepper(lambda net: torch.optim.SGD(net.parameters(), lr=1e-12)),
     }
     term = "κ⁽¹⁾+κ⁽²⁾" if second_term else "κ⁽¹⁾"

@@ -73,7 +73,7 @@ def _norm_twice() -> None:
 
 def _tied() -> None:
     net = _net()
-    net.rnn.bias_hh_l0 = net.rnn.bias_ih_l0
+    net.rnn.register_parameter("bias_hh_l0", net.rnn.get_parameter("bias_ih_l0"))
     pk.PathNetwork(net.rnn)
 
 

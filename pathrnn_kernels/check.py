@@ -23,7 +23,7 @@ from .kappa import kappa, log_path_norm, precision
 from .network import PathNetwork
 from .ops import backend as backends
 from .ops import plan as plans
-from .optim import PathSGD
+from .path_sgd import PathSGD
 from .rnn import ReLURNN
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, NoReturn
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim import Optimizer
 
 from . import plain
@@ -16,11 +16,9 @@ from .feedforward import FeedForward
 from .kappa import KAPPA2_FACTOR, Scaled, kappa, precision
 from .network import PathNetwork
 from .ops.backend import choose, transformed
-from .ops.path_chain import _workspace_bytes as workspace_bytes
 from .ops.step import LOST, NO_CONSTANT, NO_PATH, UNBOUNDED, UNREACHED, path_step_, path_update_
 from .optim import check_count, check_net, check_number, gradients_used, sequence_length
 
-_PLAIN = frozenset((Tensor, nn.Parameter))
 _LN2 = math.log(2)
 
 #: Keywords that every optimiser of torch has, and what they do here.
@@ -34,13 +32,12 @@ SWITCHES = """foreach, fused: as for ``torch.optim.SGD``: by default and with ``
 class Engine(Optimizer):
     """An optimiser of a network alone, whose step is one call."""
 
+    divides_by_kappa = True
     net: Any
     #: Of ops/step.py.
     rule: ClassVar[str]
     #: Of a weight's state: tensors of its shape.
     buffers: ClassVar[tuple[str, ...]]
-    #: GradScaler leaves the scale and the skipped steps to the kernels.
-    _step_supports_amp_scaling = True
     #: Options of Path-SGD's quotient; the others have none of these.
     scale = "none"
     eps = 0.0
@@ -86,6 +83,7 @@ class Engine(Optimizer):
         self.second_term = second_term
         self.seq_len = seq_len
         self.rtol = rtol
+        self._layout: _Layout | None = None
         self._kappa: tuple[dict[str, Scaled], Tensor] | None = None
         self._steps = 0
         #: Per chain, of the last κ: lags of κ⁽²⁾ that the next one tries first.
@@ -109,9 +107,15 @@ class Engine(Optimizer):
         super().zero_grad(set_to_none)
         gradients_used(self.net)
 
+    @property
+    def _step_supports_amp_scaling(self) -> bool:
+        """Whether GradScaler leaves the scale, and steps that must be left out, to the kernels: unless steps count."""
+        return self.update_every == 1
+
     def __getstate__(self) -> dict[str, Any]:
         # Without hooks and the step that a scheduler wraps, which torch's optimisers do not pickle either.
-        return {k: v for k, v in self.__dict__.items() if k != "step" and not isinstance(v, OrderedDict)}
+        state = {k: v for k, v in self.__dict__.items() if k != "step" and not isinstance(v, OrderedDict)}
+        return {**state, "_layout": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -143,51 +147,56 @@ class Engine(Optimizer):
 
     def _step(self) -> None:
         names, weights = self._weights()
-        held = {id(p): group for group in self.param_groups for p in group["params"]}
-        gradients = [p.grad if p.requires_grad and id(p) in held else None for p in weights]
+        layout = self._layout
+        if layout is None or not layout.fits(weights, self.param_groups):
+            layout = self._layout = _Layout(self.net, names, weights, self.param_groups)
+        gradients = [p.grad if p.requires_grad else None for p in weights]
+        if layout.foreign:
+            for i in layout.foreign:
+                gradients[i] = None
         moving = [i for i, g in enumerate(gradients) if g is not None]
         if not moving:
             return
         for i in moving:
             if gradients[i].layout is not torch.strided:  # type: ignore[union-attr]
                 raise ValueError(f"the gradient of {names[i]} is sparse; use nn.Embedding(…, sparse=False)")
-        groups = [held[id(weights[i])] for i in moving]
-        states = [self._state(names[i], weights[i], group) for i, group in zip(moving, groups, strict=True)]
-        if self._kernels(weights, groups[0]):
-            status = self._call(weights, gradients, groups, states)
+        owners = layout.owners
+        states = [self._state(names[i], weights[i], owners[i]) for i in moving]
+        cached = self._kappa
+        if self._kernels(layout, weights[0]):
+            status = self._call(layout, weights, gradients, moving, states)
         else:
-            status = self._in_plain_torch(names, weights, gradients, moving, groups, states)
+            status = self._in_plain_torch(layout, weights, gradients, moving, states)
         if status:
+            self._kappa = cached
             self._refuse(status, names, weights[0].dtype)
         for i, state in zip(moving, states, strict=True):
             if state:
                 self.state[weights[i]] = state
-        self._steps += 1
-        if self._kappa is not None and self._steps % self.update_every == 0:
+        if self.update_every > 1:
+            self._steps += 1
+            self._kappa = self._kappa if self._steps % self.update_every else None  # else its memory is of no use
+        else:
             self._kappa = None
 
-    def _weights(self) -> tuple[Sequence[str], list[Tensor]]:
-        if isinstance(self.net, FeedForward):
-            found = dict(self.net.named_parameters())
-        else:
-            found = self.net.weights()
+    def _weights(self) -> tuple[list[str], list[Tensor]]:
+        found = dict(self.net.named_parameters()) if isinstance(self.net, FeedForward) else self.net.weights()
         return list(found), list(found.values())
 
     def _state(self, name: str, p: Tensor, group: dict[str, Any]) -> dict[str, Any]:
         """Of one weight, created where it has none; it becomes the optimiser's once the step is taken."""
         raise NotImplementedError
 
-    def _kernels(self, weights: Sequence[Tensor], group: dict[str, Any]) -> bool:
+    def _kernels(self, layout: _Layout, weight: Tensor) -> bool:
         """Whether the kernels take the step."""
-        if group["fused"] is False or isinstance(self.net, FeedForward):
+        fused = self.param_groups[0]["fused"]
+        if fused is False or layout.structure is None:
             return False
-        if not _PLAIN.issuperset(map(type, weights)):
-            self.net.check_parameters()
-        served = choose(weights[0].device, precision(weights[0].dtype)) == "cpu"
-        if group["fused"] and not served:
+        served = choose(weight.device, precision(weight.dtype)) == "cpu"
+        if fused and not served:
             raise ValueError(
-                f"fused is True, but the parameters are on {weights[0].device} and no kernel of this backend takes "
-                "steps: leave it out, for steps in plain torch"
+                f"fused is True, but the parameters are on {weight.device} and no kernel of this backend takes steps: "
+                "leave it out, for steps in plain torch"
             )
         return served and not transformed()
 
@@ -205,40 +214,31 @@ class Engine(Optimizer):
 
     def _call(
         self,
+        layout: _Layout,
         weights: list[Tensor],
         gradients: list[Tensor | None],
-        groups: list[dict[str, Any]],
+        moving: list[int],
         states: list[dict[str, Any]],
     ) -> int:
         net = self.net
-        rows = groups[:1] if all(group is groups[0] for group in groups) else groups
+        rows = [layout.owners[i] for i in (moving if layout.several else moving[:1])]
         rates: list[Tensor] = []
         if any(isinstance(group["lr"], Tensor) for group in rows):
             rates = [_tensor(group["lr"], weights[0]) for group in rows]
-        numbers = [number for group in rows for number in self._numbers(group)]
-        first, second, counts = self._lists(states)
-        head = net.head
         update = (
             weights,
             gradients,
-            first,
-            second,
-            counts,
-            self._constant_on(weights[0]),
+            *self._lists(states),
+            None if self.scale != "first_step" else self._constant_on(weights[0]),
             rates,
-            numbers,
+            [number for group in rows for number in self._numbers(group)],
             self.rule,
-            len(net.endings),
-            net.rnn.bidirectional,
-            net.rnn.bias,
-            head is not None,
-            head is not None and head.bias is not None,
-            net.embedding is not None,
+            *layout.structure,  # type: ignore[misc]
             SCALES[self.scale],
             self.eps,
             self.trust_radius or 0.0,
-            getattr(self, "grad_scale", None),
-            getattr(self, "found_inf", None),
+            self.__dict__.get("grad_scale"),  # GradScaler's, for the length of a step
+            self.__dict__.get("found_inf"),
         )
         if self.update_every > 1:
             scaled, log_norm = self._cached(weights)
@@ -250,19 +250,19 @@ class Engine(Optimizer):
             net.h0 == "ones",
             KAPPA2_FACTOR["exact"] if self.second_term else 0.0,
             min(self.rtol, 1.0),
-            workspace_bytes(),
+            -1,  # as PATHRNN_WORKSPACE_BYTES says
             self._first_lags(weights[0]),
         )
 
     def _in_plain_torch(
         self,
-        names: Sequence[str],
+        layout: _Layout,
         weights: list[Tensor],
         gradients: list[Tensor | None],
         moving: list[int],
-        groups: list[dict[str, Any]],
         states: list[dict[str, Any]],
     ) -> int:
+        names, groups = layout.names, [layout.owners[i] for i in moving]
         with torch.no_grad():
             scaled, log_norm = self._cached(weights)
             ends = getattr(self.net, "endings", ())
@@ -281,7 +281,7 @@ class Engine(Optimizer):
                 )
                 for i, group, state in zip(moving, groups, states, strict=True)
             ]
-            scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
+            scale, found_inf = self.__dict__.get("grad_scale"), self.__dict__.get("found_inf")
             status, commit = self._decide(names, weights, scaled, log_norm, entries, 1.0 if scale is None else 1 / scale)
             ok = status == 0
             if found_inf is not None:
@@ -442,6 +442,42 @@ class Engine(Optimizer):
         return [[list(p.shape) for p in group["params"]] for group in self.param_groups]
 
 
+class _Layout:
+    """What the checks of a step came to; it serves as long as the same parameters are held in the same groups."""
+
+    def __init__(
+        self, net: PathNetwork | FeedForward, names: list[str], weights: list[Tensor], groups: list[dict[str, Any]]
+    ) -> None:
+        if isinstance(net, PathNetwork):
+            net.check_parameters()
+        self.key, self.held = self._key(weights, groups), weights  # held, so that no other takes their ids
+        owners = {id(p): group for group in groups for p in group["params"]}
+        self.names = names
+        #: The group of every weight.
+        self.owners: list[dict[str, Any]] = [owners.get(id(p), groups[0]) for p in weights]
+        #: Places of weights that no group holds.
+        self.foreign = [i for i, p in enumerate(weights) if id(p) not in owners]
+        self.several = len(groups) > 1
+        self.structure: tuple[Any, ...] | None = None  # of a PathNetwork: chains, … as ops/step.py has them
+        if isinstance(net, PathNetwork):
+            head = net.head
+            self.structure = (
+                len(net.endings),
+                net.rnn.bidirectional,
+                net.rnn.bias,
+                head is not None,
+                head is not None and head.bias is not None,
+                net.embedding is not None,
+            )
+
+    @staticmethod
+    def _key(weights: list[Tensor], groups: list[dict[str, Any]]) -> list[int]:
+        return [*map(id, weights), *map(id, groups), *[id(p) for group in groups for p in group["params"]]]
+
+    def fits(self, weights: list[Tensor], groups: list[dict[str, Any]]) -> bool:
+        return self.key == self._key(weights, groups)
+
+
 #: As the op numbers them.
 SCALES = {"none": 0, "path_norm": 1, "first_step": 2}
 
@@ -483,13 +519,14 @@ def _from_state(state: Any, parameters: dict[str, Tensor]) -> tuple[dict[str, Sc
     try:
         if "factors" in state:
             logs = state["log_scales"]
-            exponents = {name: torch.tensor(round(logs[name] / _LN2)) for name in state["factors"]}
+            exponents = {n: torch.tensor(round(logs[n] / _LN2), device=f.device) for n, f in state["factors"].items()}
             fits = set(logs) == set(parameters)
             scaled = {name: Scaled(factor, exponents[name]) for name, factor in state["factors"].items()}
         else:
             fits = True
             scaled = {name: Scaled(**entry) for name, entry in state["entries"].items()}
-        log_norm = torch.as_tensor(state["log_path_norm"], dtype=torch.float64)
+        device = next(iter(parameters.values())).device
+        log_norm = torch.as_tensor(state["log_path_norm"], dtype=torch.float64, device=device)
         fits &= set(scaled) == set(parameters) and not bool(log_norm.isnan())
         fits &= len({s.mantissa.dtype for s in scaled.values()}) == 1
         for name, p in parameters.items():

@@ -35,7 +35,7 @@ def identity_(
     """
     _check(scale=scale, other_bound=other_bound)
     for weight in _recurrent(net):
-        nn.init.eye_(weight).mul_(scale)
+        weight.zero_().fill_diagonal_(scale)  # nn.init.eye_ would make its matrix on the default device
     return _others(net, other_bound, generator)
 
 

@@ -97,7 +97,11 @@ class Kappa:
 
     @classmethod
     def of(
-        cls, factors: dict[str, Tensor], exponents: Mapping[str, int], log_path_norm: Tensor, lags: Mapping[str, int],
+        cls,
+        factors: dict[str, Tensor],
+        exponents: Mapping[str, int],
+        log_path_norm: Tensor,
+        lags: Mapping[str, int],
         shapes: dict[str, torch.Size],
     ) -> Kappa:
         """From factors with one exponent a tensor, exact but for rounding."""
@@ -105,9 +109,13 @@ class Kappa:
             name: Scaled(factor, torch.tensor(exponents[name], device=factor.device))
             for name, factor in factors.items()
         }
-        counts = torch.tensor(list(lags.values()), dtype=torch.int64)
-        own = torch.zeros((), dtype=torch.int8)
-        return cls(scaled, log_path_norm, (tuple(lags), counts), torch.zeros(1, dtype=torch.float64), own, shapes)
+        device = log_path_norm.device
+        counts = torch.tensor(list(lags.values()), dtype=torch.int64, device=device)
+        bounds, own = (
+            torch.zeros(1, dtype=torch.float64, device=device),
+            torch.zeros((), dtype=torch.int8, device=device),
+        )
+        return cls(scaled, log_path_norm, (tuple(lags), counts), bounds, own, shapes)
 
     @property
     def factors(self) -> dict[str, Tensor]:

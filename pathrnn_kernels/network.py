@@ -75,19 +75,18 @@ class PathNetwork(nn.Module):
     def weights(self) -> dict[str, Tensor]:
         """The parameters by name, as ``named_parameters`` gives them, at a fraction of its cost: κ wants them often."""
         modules = self._modules
-        rnn, head, embedding = modules["rnn"], modules["head"], modules["embedding"]
-        own = rnn._parameters  # type: ignore[union-attr]
+        own = modules["rnn"]._parameters  # type: ignore[union-attr]
         try:
             found = {name: own[key] for name, key in self._rnn_names}
+            if (head := modules["head"]) is not None:
+                found["head.weight"] = head._parameters["weight"]
+                if (bias := head._parameters["bias"]) is not None:
+                    found["head.bias"] = bias
+            if (embedding := modules["embedding"]) is not None:
+                found["embedding.weight"] = embedding._parameters["weight"]
         except KeyError:
             self.check_parameters()  # names what has replaced a parameter since
             raise
-        if head is not None:
-            found["head.weight"] = head.weight
-            if head.bias is not None:
-                found["head.bias"] = head.bias
-        if embedding is not None:
-            found["embedding.weight"] = embedding.weight
         return found  # type: ignore[return-value]
 
     def check_parameters(self) -> None:

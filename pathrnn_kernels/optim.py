@@ -86,6 +86,8 @@ class PathOptimizer(Optimizer):
         >>> optimizer.step()  # κ for T = 50, the steps that the gradient came through
     """
 
+    divides_by_kappa = True
+
     def __init__(
         self,
         base: Optimizer | Sequence[Optimizer],
@@ -120,9 +122,9 @@ class PathOptimizer(Optimizer):
 
         bases = list(base) if isinstance(base, Sequence) else [base]
         for one in bases:
-            if isinstance(one, PathOptimizer):
+            if getattr(one, "divides_by_kappa", False):
                 raise ValueError(
-                    "base is a PathOptimizer itself: gradients would be divided by κ twice; give it a plain one"
+                    f"base is a {type(one).__name__} itself: gradients would be divided by κ twice; give it a plain one"
                 )
             check_base(one, trust_radius is not None)
         base = bases[0] if len(bases) == 1 else Together(bases)

@@ -166,7 +166,7 @@ class PathAdam(InCoordinates):
 
 
 #: Stands for the averages of the output's bias, which has none.
-_NONE = torch.empty(0)
+_NONE = torch.empty(0, device="cpu")
 
 
 def check_whole(name: str, count: Any) -> None:

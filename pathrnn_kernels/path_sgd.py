@@ -147,4 +147,4 @@ class PathSGD(Engine):
 
 
 #: Stands for the momentum of a weight that has none.
-_NONE = torch.empty(0)
+_NONE = torch.empty(0, device="cpu")

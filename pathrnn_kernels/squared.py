@@ -140,13 +140,16 @@ def _operand(value: Any, beside: Squared) -> Squared:
     """Numbers and plain tensors are constants of the network, which are squared like weights."""
     if isinstance(value, Squared):
         return value
-    tensor = torch.as_tensor(value, device=value.device if isinstance(value, Tensor) else "cpu")
+    if isinstance(value, Tensor):
+        tensor = value
+    else:  # as float64: torch would round a Python number to its default dtype
+        tensor = torch.tensor(value, dtype=None if isinstance(value, complex) else torch.float64, device="cpu")
     if tensor.requires_grad:
         raise _Refused("it takes a weight that is not an attribute of its module")
     if tensor.is_complex():
         raise _Refused("it has a complex constant")
-    tensor = tensor.to(beside.value.device, torch.float64)
-    return Squared(tensor.square(), 0, Kind.EDGE, set(), beside.run)
+    weight, exponent = settled(tensor.to(beside.value.device, torch.float64).abs(), 0, WEIGHT_RANGE)
+    return Squared(weight.square(), 2 * exponent, Kind.EDGE, set(), beside.run)
 
 
 def _operands(*values: Any) -> list[Squared]:

@@ -27,6 +27,8 @@ from . import init
 from .gated import GatedPathSGD
 from .network import PathNetwork
 from .optim import SCALES, PathOptimizer
+from .path_adam import PathAdam
+from .path_sgd import PathSGD
 from .rnn import ReLURNN
 from .tasks import Adding, Characters, SequentialDigits, Task, Words, charlm, wordlm
 from .tasks.adding import MARKERS
@@ -120,10 +122,9 @@ _PATH_ONLY: dict[str, Any] = {"second_term": False}
 _QUOTIENT_ONLY: dict[str, Any] = {"scale": "none", "trust_radius": _OFF, "update_every": 1}
 _QUOTIENTS = ("path-sgd", "path-adam")
 
-#: Of ``GatedPathSGD``: its defaults, and Adam in path coordinates.
-_IN_COORDINATES: dict[str, dict[str, Any]] = {
-    "path-gated": {},
-    "path-invariant": {"power": 1.0, "betas": (0.9, 0.99), "hold": 0, "warmup": 0},
+_IN_COORDINATES: dict[str, type[GatedPathSGD] | type[PathAdam]] = {
+    "path-gated": GatedPathSGD,
+    "path-invariant": PathAdam,
 }
 
 
@@ -298,23 +299,22 @@ def make_optimizer(config: Config, net: nn.Module, seq_len: int) -> torch.optim.
     if config.optimizer == "rmsprop":
         return torch.optim.RMSprop(net.parameters(), lr=config.lr, alpha=0.9)
     if config.optimizer in _IN_COORDINATES:
-        options = _IN_COORDINATES[config.optimizer] | {"second_term": config.second_term, "seq_len": seq_len}
-        return GatedPathSGD(_path_network(config, net), config.lr, **options)
+        kind = _IN_COORDINATES[config.optimizer]
+        return kind(_path_network(config, net), config.lr, second_term=config.second_term, seq_len=seq_len)
+    options: dict[str, Any] = {
+        "second_term": config.second_term,
+        "scale": config.scale,
+        "trust_radius": None if config.trust_radius == _OFF else config.trust_radius,
+        "update_every": config.update_every,
+        "seq_len": seq_len,
+    }
+    if config.optimizer == "path-sgd":
+        return PathSGD(_path_network(config, net), lr=config.lr, **options)
     # The fused steps are one call over all parameters instead of a dozen small ones for each.
-    kind = torch.optim.Adam if config.optimizer.endswith("adam") else torch.optim.SGD
-    base = kind(net.parameters(), lr=config.lr, fused=True)
-    if not config.optimizer.startswith("path-"):
-        return base
-    optimizer: torch.optim.Optimizer = PathOptimizer(
-        base,
-        _path_network(config, net),
-        second_term=config.second_term,
-        scale=config.scale,
-        trust_radius=None if config.trust_radius == _OFF else config.trust_radius,
-        update_every=config.update_every,
-        seq_len=seq_len,
+    base = (torch.optim.SGD if config.optimizer == "sgd" else torch.optim.Adam)(
+        net.parameters(), lr=config.lr, fused=True
     )
-    return optimizer
+    return PathOptimizer(base, _path_network(config, net), **options) if config.optimizer == "path-adam" else base
 
 
 def _path_network(config: Config, net: nn.Module) -> PathNetwork:

@@ -107,9 +107,10 @@ def test_the_base_gets_the_quotient_of_float32_rounded_once(options, backend, dt
     net = fill_gradients_(make(dtype))
     seen = []
     for module in (net, wide_copy(net)):
-        optimizer = pk.PathSGD(module, lr=1e-3, seq_len=SEQ_LEN, **options)
+        base = torch.optim.SGD(module.parameters(), lr=1e-3)
+        optimizer = pk.PathOptimizer(base, module, seq_len=SEQ_LEN, **options)
         parameters = list(module.parameters())
-        optimizer.base.register_step_pre_hook(
+        base.register_step_pre_hook(
             lambda *_, parameters=parameters: seen.append([p.grad for p in parameters])
         )
         optimizer.step()
@@ -123,9 +124,7 @@ def test_the_base_gets_the_quotient_of_float32_rounded_once(options, backend, dt
 def test_the_trust_radius_is_measured_in_float32(backend, dtype, monkeypatch):
     monkeypatch.setenv("PATHRNN_BACKEND", backend)
     net = fill_gradients_(make(dtype))
-    before, free = values(net), copy.deepcopy(net)
-    for p, q in zip(free.parameters(), net.parameters(), strict=True):
-        p.grad = q.grad
+    before, free = values(net), wide_copy(net)
     k = pk.kappa(net, SEQ_LEN)
     pk.PathSGD(free, lr=0.1, scale="path_norm", seq_len=SEQ_LEN).step()
     pk.PathSGD(net, lr=0.1, scale="path_norm", seq_len=SEQ_LEN, trust_radius=0.1).step()

@@ -293,7 +293,8 @@ def test_several_bases_refuse_what_they_cannot_do():
 
 
 def long_step(net, **options):
-    optimizer = pk.PathSGD(net, lr=1.0, scale="path_norm", trust_radius=0.003, **options)
+    base = torch.optim.SGD(net.parameters(), lr=1.0)
+    optimizer = pk.PathOptimizer(base, net, scale="path_norm", trust_radius=0.003, **options)
     backward(net)
     return optimizer
 
@@ -421,7 +422,8 @@ def test_state_and_param_groups_can_be_assigned():
 @pytest.mark.parametrize("move", (lambda net: net.float(), lambda net: net.bfloat16(), lambda net: net.half()))
 def test_a_cast_while_kappa_is_cached(move):
     net = make()
-    optimizer = pk.PathSGD(net, lr=1e-4, scale="path_norm", update_every=3)
+    base = torch.optim.SGD(net.parameters(), lr=1e-4)
+    optimizer = pk.PathOptimizer(base, net, scale="path_norm", update_every=3)
     backward(net)
     optimizer.step()
     cached = copy.deepcopy(optimizer.state_dict()["path"]["kappa"])

@@ -43,6 +43,11 @@ def backward(net, seq_len=SEQ_LEN, seed=0):
     return value
 
 
+def around_sgd(net, lr=1e-2, momentum=0.0, weight_decay=0.0, **options):
+    base = torch.optim.SGD(net.parameters(), lr=lr, momentum=momentum, weight_decay=weight_decay)
+    return pk.PathOptimizer(base, net, **options)
+
+
 def values(module):
     return {name: p.detach().clone() for name, p in module.named_parameters()}
 
@@ -492,7 +497,7 @@ def test_update_every_reuses_kappa(monkeypatch):
     calls = []
     original = pk.optim.kappa
     monkeypatch.setattr(pk.optim, "kappa", lambda *args, **kw: calls.append(args[1]) or original(*args, **kw))
-    optimizer = pk.PathSGD(net, lr=1e-3, update_every=3)
+    optimizer = around_sgd(net, lr=1e-3, update_every=3)
     cached = None
     for step in range(7):
         before = values(net)
@@ -556,7 +561,7 @@ def mutate(path, value):
 
 def test_lags_of_one_step_are_tried_first_in_the_next(monkeypatch):
     net = pk.PathNetwork(pk.ReLURNN(2, 40), nn.Linear(40, 1))
-    optimizer = pk.PathSGD(net, lr=1e-6, scale="path_norm", second_term=True, seq_len=200)
+    optimizer = around_sgd(net, lr=1e-6, scale="path_norm", second_term=True, seq_len=200)
     tried, found = [], []
 
     def spy(*arguments, **keywords):
@@ -609,7 +614,7 @@ def test_lags_of_one_step_are_tried_first_in_the_next(monkeypatch):
 )
 def test_state_dicts_that_do_not_fit_are_refused_before_anything_changes(damage, message):
     net = make()
-    optimizer = pk.PathSGD(net, lr=1e-3, momentum=0.9, update_every=3)
+    optimizer = around_sgd(net, lr=1e-3, momentum=0.9, update_every=3)
     backward(net)
     optimizer.step()
     state = copy.deepcopy(optimizer.state_dict())
@@ -624,11 +629,11 @@ def test_state_dicts_that_do_not_fit_are_refused_before_anything_changes(damage,
 
 
 def test_a_state_dict_of_another_network_or_optimizer_is_refused():
-    optimizer = pk.PathSGD(make())
+    optimizer = around_sgd(make())
     with pytest.raises(ValueError, match="damaged"):
         optimizer.load_state_dict(torch.optim.SGD([make().head.weight]).state_dict())
     with pytest.raises(ValueError, match="shapes"):
-        optimizer.load_state_dict(pk.PathSGD(make(hidden_size=4)).state_dict())
+        optimizer.load_state_dict(around_sgd(make(hidden_size=4)).state_dict())
 
 
 # --- the interface of torch.optim.Optimizer ---------------------------------------------------------------------------
@@ -748,7 +753,8 @@ def build(**options):
     ("options", "error", "message"),
     [
         ({"base": nn.Linear(2, 2)}, TypeError, "base is a Linear; it must be a torch.optim.Optimizer"),
-        ({"base": pk.PathSGD(make())}, ValueError, "base is a PathOptimizer itself"),
+        ({"base": around_sgd(make())}, ValueError, "base is a PathOptimizer itself"),
+        ({"base": pk.PathSGD(make())}, ValueError, "base is a PathSGD itself"),
         ({"base": torch.optim.LBFGS(make().parameters())}, ValueError, "base is LBFGS, which calls its closure"),
         ({"base": torch.optim.SGD(make().parameters())}, ValueError, "base does not hold rnn.weight_ih_l0, rnn.w"),
         ({"net": pk.ReLURNN(2, 3)}, TypeError, "net is a ReLURNN; it must be a PathNetwork"),

@@ -171,8 +171,7 @@ def test_systems_start_as_the_papers_say():
 
 def test_systems_train_as_their_names_say():
     kinds = {system: type(SystemRun(tiny("adding", system)).optimizer) for system in SYSTEMS}
-    for system in ("rnn-path", "rnn-path2", "path-adam"):
-        assert kinds[system] is pk.PathOptimizer
+    assert kinds["rnn-path"] is kinds["rnn-path2"] is pk.PathSGD and kinds["path-adam"] is pk.PathOptimizer
     assert kinds["urnn"] is torch.optim.RMSprop and kinds["irnn"] is torch.optim.SGD
     assert kinds["lstm"] is kinds["rnn-relu"] is torch.optim.Adam
     assert SystemRun(tiny("adding", "rnn-path2")).optimizer.second_term

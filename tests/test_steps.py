@@ -52,7 +52,11 @@ def assert_steps_as(net, seq_len, optimizer="PathSGD"):
         for p, q in zip(net.parameters(), one.parameters(), strict=True):
             q.grad = p.grad
         OPTIMIZERS[optimizer](one).step()
-        OPTIMIZERS[optimizer](two, seq_len=other).step()
+        try:
+            OPTIMIZERS[optimizer](two, seq_len=other).step()
+        except ValueError as error:  # κ(W_hh) is 0 beside a gradient that is not
+            assert other == 1 and "κ of rnn.weight_hh" in str(error)
+            continue
         same = all(torch.equal(p, q) for p, q in zip(one.parameters(), two.parameters(), strict=True))
         assert same == (other == seq_len), other
     assert net.last_seq_len == seq_len

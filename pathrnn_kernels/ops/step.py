@@ -10,7 +10,7 @@ lists of state (``first``, ``second``, ``counts``), ``rates`` and ``numbers`` fo
 of the gradient and of its square, and steps.
 
 path_update_ is given κ, path_chain's result. path_step_ runs that pass itself; ``lags``, int64 [chains], are what a former
-step's κ⁽²⁾ needed, and become what this one did.
+step's κ⁽²⁾ needed, and become what this one did; ``workspace_bytes`` is -1 for what PATHRNN_WORKSPACE_BYTES says.
 
 Returns a status, 0 once the step is taken or left out; with any other, nothing has changed.
 """

@@ -1,4 +1,4 @@
-"""Training on a GPU follows the CPU: PathSGD and PathOptimizer, κ beside the minibatch's work or not."""
+"""Training on a GPU follows the CPU: PathSGD and PathOptimizer."""
 
 import copy
 import math
@@ -6,11 +6,10 @@ import math
 import pytest
 import tolerances
 import torch
-from gpu_cases import F64, ON_CPU, assert_close, needs_gpu
+from gpu_cases import F64, ON_CPU, assert_close
 from torch import nn
 
 import pathrnn_kernels as pk
-from pathrnn_kernels import optim
 
 pytestmark = pytest.mark.gpu
 
@@ -102,44 +101,6 @@ def test_training_follows_the_cpu(path, device, monkeypatch, case, base):
     monkeypatch.delenv("PATHRNN_BACKEND", raising=False)
     truth = build("cpu")
     assert_same_history(found, train(truth, optimizer_of(truth, base, case)))
-
-
-@needs_gpu
-@pytest.mark.parametrize("case", ("kappa1", "kappa2"))
-def test_the_side_stream_changes_nothing(path, device, monkeypatch, case):
-    net = build(device)
-    optimizer = optimizer_of(net, "PathSGD", case)
-    beside = train(net, optimizer)
-    assert optimizer._overlap is not None
-    monkeypatch.setattr(optim, "_streams", lambda device: None)
-    net = build(device)
-    optimizer = optimizer_of(net, "PathSGD", case)
-    assert_same_history(train(net, optimizer), beside)
-    assert optimizer._overlap is None
-
-
-@needs_gpu
-def test_the_weights_may_change_under_way(path, device):
-    """κ that was started for other weights than the step finds is not used."""
-    results = []
-    for late in (False, True):
-        net = build(device)
-        optimizer = pk.PathSGD(net, lr=1e-2)
-        train(net, optimizer)
-        x = torch.ones(SEQ_LEN, BATCH, 2, dtype=F64, device=device)
-        optimizer.zero_grad()
-        loss = net(x).square().sum()
-        gradients = torch.autograd.grad(loss, list(net.parameters()))
-        with torch.no_grad():
-            for p, g in zip(net.parameters(), gradients, strict=True):
-                p.grad = g
-                p.mul_(1.5)
-        if not late:
-            optimizer._overlap.drop()
-        optimizer.step()
-        results.append([p.detach().clone() for p in net.parameters()])
-    for a, b in zip(*results, strict=True):
-        assert_close(a, b, 10 * STEPS * tolerances.path(F64, 2 * SEQ_LEN, HIDDEN))
 
 
 @pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16), ids=str)

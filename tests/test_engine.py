@@ -1,0 +1,617 @@
+"""PathSGD, PathAdam and GatedPathSGD: one call a step, torch's conventions, and powers of two bit for bit."""
+
+import copy
+import math
+import pickle
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from strategies import fill_, inputs, networks
+from test_optim import around_sgd, assert_same, backward, make, mutate, through_a_file, values
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import pathrnn_kernels as pk
+from pathrnn_kernels.rescale import node_rescale_
+
+SEQ_LEN = 4
+F32 = torch.float32
+#: Builds of every optimiser, of which each step moves something.
+KINDS = {
+    "sgd": lambda net, **o: pk.PathSGD(net, lr=0.1, scale="path_norm", trust_radius=0.1, **o),
+    "momentum": lambda net, **o: pk.PathSGD(net, lr=1e-3, momentum=0.9, weight_decay=0.1, scale="path_norm", **o),
+    "adam": lambda net, **o: pk.PathAdam(net, lr=0.1, **o),
+    "gated": lambda net, **o: pk.GatedPathSGD(net, lr=0.1, betas=(0.8, 0.9), hold=1, warmup=3, **o),
+}
+kinds = pytest.mark.parametrize("kind", KINDS)
+FUSED = pytest.mark.parametrize("fused", (None, False), ids=("kernels", "plain"))
+
+
+def train(net, optimizer, steps, seq_len=SEQ_LEN):
+    for step in steps:
+        backward(net, seq_len, seed=step)
+        optimizer.step()
+
+
+# --- PathSGD is SGD on the quotient -----------------------------------------------------------------------------------
+
+
+@FUSED
+@given(networks(rnns=("ReLURNN", "bidirectional")), st.data())
+def test_path_sgd_is_a_path_optimizer_around_sgd(fused, case, data):
+    net, seq_len = case
+    twin = copy.deepcopy(net)
+    scale = data.draw(st.sampled_from(("none", "path_norm", "first_step")))
+    momentum = data.draw(st.sampled_from((0.0, 0.5)))
+    nesterov = momentum > 0 and data.draw(st.booleans())
+    options = {
+        "scale": scale,
+        "eps": data.draw(st.sampled_from((0.0, 0.01))),
+        "trust_radius": data.draw(st.sampled_from((None, 0.01))),
+        "second_term": data.draw(st.booleans()),
+        "update_every": data.draw(st.integers(1, 2)),
+        "seq_len": seq_len,
+        "rtol": 0.0,
+    }
+    common = {"lr": 1e-3, "momentum": momentum, "weight_decay": data.draw(st.sampled_from((0.0, 0.1)))}
+    maximize = data.draw(st.booleans())
+    optimizer = pk.PathSGD(net, **common, nesterov=nesterov, maximize=maximize, fused=fused, **options)
+    base = torch.optim.SGD(twin.parameters(), **common, nesterov=nesterov, maximize=maximize)
+    other = pk.PathOptimizer(base, twin, **options)
+    for step in range(3):
+        for n, o in ((net, optimizer), (twin, other)):
+            backward(n, seq_len, seed=step)
+            o.step()
+        for p, q in zip(net.parameters(), twin.parameters(), strict=True):
+            # κ has a hundred roundings, its quotient as many; and the radius shares those of all weights.
+            torch.testing.assert_close(p, q, rtol=1e-10, atol=1e-10 * float(q.detach().abs().max()))
+            with torch.no_grad():
+                p.copy_(q)
+
+
+def test_path_adam_is_the_gate_with_power_one():
+    nets = [make() for _ in range(2)]
+    optimizers = [
+        pk.PathAdam(nets[0], 0.1, (0.8, 0.9), eps=0.0),
+        pk.GatedPathSGD(nets[1], 0.1, (0.8, 0.9), power=1.0, hold=0, warmup=0),
+    ]
+    for net, optimizer in zip(nets, optimizers, strict=True):
+        train(net, optimizer, range(4))
+    assert_same(*nets, rtol=0, atol=0)
+
+
+def test_eps_of_path_adam():
+    """sqrt(v / (1 - β₂)) is |g̃|/‖g̃‖ in the first step, and m a tenth of it."""
+    net = make(dtype=torch.float64)
+    optimizer = pk.PathAdam(net, lr=0.1, eps=0.5)
+    backward(net)
+    k, before = pk.kappa(net, SEQ_LEN), values(net)
+    grad = {name: p.grad * k.relative(name).sqrt() for name, p in net.named_parameters() if name != "head.bias"}
+    length = math.sqrt(sum(float(g.square().sum()) for g in grad.values()))
+    inner = pk.path_norm(net, SEQ_LEN) - (k.dense("head.bias") * before["head.bias"].square()).sum()
+    optimizer.step()
+    for name, g in grad.items():
+        size = (g / length).abs()
+        unit = (inner / k.dense(name) / g.numel()).sqrt()
+        expected = before[name] - 0.1 * 0.1 * g.sign() * size / (size + 0.5) * unit
+        torch.testing.assert_close(dict(net.named_parameters())[name].detach(), expected)
+
+
+# --- Theorem 2, bit for bit -------------------------------------------------------------------------------------------
+
+
+def powers(net, seed, most=60):
+    generator = torch.Generator().manual_seed(seed)
+    width = net.num_directions * net.hidden_size
+    draw = torch.randint(-most, most + 1, (net.num_layers, width), generator=generator)
+    return [torch.pow(2.0, row.double()) for row in draw]
+
+
+@FUSED
+@kinds
+@pytest.mark.parametrize("second_term", (False, True))
+@pytest.mark.parametrize("seed", range(4))
+def test_a_step_commutes_with_powers_of_two_bit_for_bit(kind, seed, second_term, fused):
+    # Products of two factors of up to 2^60 each, and of a weight or a gradient, are in float32's range.
+    rnn = pk.ReLURNN(2, 6, 1 + seed % 2)
+    net = fill_(pk.PathNetwork(rnn, nn.Linear(6, 2), outputs=("all", "last")[seed // 2]), seed)
+    alphas = powers(net, seed, 60 if net.num_layers == 1 else 30)
+    twin = node_rescale_(copy.deepcopy(net), alphas)
+    momentum = kind == "momentum"  # kept in the weights' own coordinates: one step from zero
+    optimizers = [KINDS[kind](n, second_term=second_term, fused=fused) for n in (net, twin)]
+    for step in range(1 if momentum else 4):
+        for n, optimizer in zip((net, twin), optimizers, strict=True):
+            backward(n, seq_len=SEQ_LEN, seed=step)
+            optimizer.step()
+    expected = node_rescale_(copy.deepcopy(net), alphas)
+    assert not all(torch.equal(p, q) for p, q in zip(net.parameters(), twin.parameters(), strict=True))
+    for (name, p), q in zip(twin.named_parameters(), expected.parameters(), strict=True):
+        assert torch.equal(p, q), name
+
+
+@pytest.mark.parametrize("kind", ("adam", "gated"))
+def test_the_averages_do_not_see_a_rescaling_between_steps(kind):
+    net = fill_(pk.PathNetwork(pk.ReLURNN(2, 6), nn.Linear(6, 2)), 0)
+    twin = copy.deepcopy(net)
+    optimizers = [KINDS[kind](n) for n in (net, twin)]
+    for n, optimizer in zip((net, twin), optimizers, strict=True):
+        train(n, optimizer, range(3))
+    alphas = powers(net, 1)
+    node_rescale_(twin, alphas)
+    for n, optimizer in zip((net, twin), optimizers, strict=True):
+        train(n, optimizer, range(3, 6))
+    assert_same(twin, node_rescale_(net, alphas), rtol=0, atol=0)
+
+
+@FUSED
+@pytest.mark.parametrize("kind", ("adam", "gated"))
+@pytest.mark.parametrize("exponent", (0, 63, 64, 100))
+def test_gamma2_over_kappa_may_leave_float32(kind, exponent, fused):
+    """shared case gated_overflow: above 2^127 every step was left out, for good and in silence."""
+    net = fill_(pk.PathNetwork(pk.ReLURNN(2, 5), nn.Linear(5, 1), outputs="last"), 0)
+    node_rescale_(net, [torch.tensor([2.0**exponent, 1, 1, 1, 1])])
+    optimizer = KINDS[kind](net, fused=fused)
+    before = values(net)
+    for step in range(2):
+        backward(net, seed=step)
+        optimizer.step()
+    assert all(not torch.equal(p, before[name]) and p.isfinite().all() for name, p in net.named_parameters())
+
+
+# --- one call a step --------------------------------------------------------------------------------------------------
+
+
+class Calls(TorchDispatchMode):
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if not function.name().startswith("profiler::"):  # torch's, around every optimiser's step
+            self.names.append(function.name())
+        return function(*args, **(kwargs or {}))
+
+
+#: What reads a tensor on the host.
+READS = ("aten::_local_scalar_dense", "aten::item", "aten::is_nonzero", "aten::_to_copy", "aten::equal", "aten::nonzero")
+
+
+@kinds
+@pytest.mark.parametrize("second_term", (False, True))
+@pytest.mark.parametrize("dtype", (torch.float32, torch.float64))
+def test_a_step_is_one_dispatch_and_reads_nothing(kind, second_term, dtype):
+    net = make(num_layers=2, dtype=dtype)
+    optimizer = KINDS[kind](net, second_term=second_term)
+    train(net, optimizer, range(2))
+    backward(net)
+    with Calls() as calls:
+        optimizer.step()
+    assert calls.names == ["pathrnn::path_step_"]
+    optimizer.param_groups[0]["lr"] = torch.tensor(0.1)
+    backward(net)
+    with Calls() as calls:
+        optimizer.step()
+    # lr of the head's bias, in a group of its own, becomes a tensor too.
+    assert set(calls.names) <= {"pathrnn::path_step_", "aten::full"} and len(calls.names) <= 2
+    assert not set(READS) & set(calls.names)
+
+
+def test_a_step_in_plain_torch_reads_one_number():
+    for kind in KINDS:
+        net = make()
+        optimizer = KINDS[kind](net, fused=False)
+        train(net, optimizer, range(2))
+        backward(net)
+        with Calls() as calls:
+            optimizer.step()
+        assert sum(name in READS and name != "aten::_to_copy" for name in calls.names) <= 3, kind
+        optimizer = KINDS[kind](net, fused=False, capturable=True)
+        train(net, optimizer, range(1))
+        with torch.no_grad():
+            net.head.weight.zero_()  # what is an error elsewhere
+        before = values(net)
+        backward(net)
+        for p in net.parameters():
+            p.grad += 1
+        optimizer.step()
+        assert all(torch.equal(p, before[name]) for name, p in net.named_parameters())
+
+
+# --- torch's conventions ----------------------------------------------------------------------------------------------
+
+
+@kinds
+def test_kernels_and_plain_torch_agree(kind):
+    nets = [make(num_layers=2) for _ in range(2)]
+    for net, fused in zip(nets, (True, False), strict=True):
+        train(net, KINDS[kind](net, fused=fused, second_term=True), range(6))
+    assert_same(*nets, rtol=1e-9, atol=1e-11)
+
+
+@kinds
+def test_learning_rates_may_be_tensors_and_differ_by_group(kind):
+    nets = [make() for _ in range(3)]
+    for i, net in enumerate(nets):
+        optimizer = KINDS[kind](net)
+        for group in optimizer.param_groups:
+            group["lr"] = 0.05 if i == 0 else torch.tensor(0.05, dtype=torch.float64)
+        if i == 2:  # the same rates, a group for every weight
+            first, *rest = optimizer.param_groups
+            single = [{**first, "params": [p]} for p in first["params"]]
+            optimizer.param_groups = [*single, *rest]
+        train(net, optimizer, range(4))
+    assert_same(nets[0], nets[1], rtol=0, atol=0)
+    assert_same(nets[0], nets[2], rtol=0, atol=0)
+    net = make()
+    optimizer = pk.PathSGD(net, lr=0.1)
+    first = optimizer.param_groups[0]
+    *others, last = first["params"]
+    optimizer.param_groups = [{**first, "params": others, "lr": 0.0}, {**first, "params": [last]}]
+    before = values(net)
+    train(net, optimizer, range(1))
+    assert [name for name, p in net.named_parameters() if not torch.equal(p, before[name])] == ["head.bias"]
+
+
+@kinds
+@FUSED
+def test_maximize_climbs(kind, fused):
+    down, up = make(), make()
+    before = values(down)
+    for net, maximize in ((down, False), (up, True)):
+        optimizer = KINDS[kind](net, maximize=maximize, fused=fused)
+        for group in optimizer.param_groups:
+            if "weight_decay" in group:
+                group["weight_decay"] = 0.0
+        train(net, optimizer, range(1) if kind != "gated" else range(1))
+    for (name, p), q in zip(down.named_parameters(), up.parameters(), strict=True):
+        torch.testing.assert_close(p - before[name], before[name] - q, rtol=1e-9, atol=1e-12)
+
+
+@kinds
+@FUSED
+@pytest.mark.parametrize("bad", (False, True))
+def test_grad_scaler(kind, fused, bad):
+    net, twin = make(), make()
+    optimizers = [KINDS[kind](n, fused=fused) for n in (net, twin)]
+    for n, optimizer in zip((net, twin), optimizers, strict=True):
+        train(n, optimizer, range(2))
+    before, state = values(net), copy.deepcopy(optimizers[0].state_dict())
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    net.zero_grad()
+    scaler.scale(net(inputs(net, SEQ_LEN, seed=2)).sub(1).square().sum()).backward()
+    if bad:
+        net.rnn.weight_hh_l0.grad[0, 0] = math.nan
+    scaler.step(optimizers[0])
+    scaler.update()
+    if bad:
+        assert scaler.get_scale() == 512.0
+        assert all(torch.equal(p, before[name]) for name, p in net.named_parameters())
+        assert str(optimizers[0].state_dict()) == str(state)
+    else:
+        train(twin, optimizers[1], [2])
+        assert_same(net, twin, rtol=0, atol=0)
+
+
+@kinds
+@pytest.mark.parametrize("options", ({}, {"second_term": True}), ids=str)
+@pytest.mark.parametrize("stop", (0, 3))
+def test_a_saved_run_continues_bit_for_bit(kind, options, stop):
+    net = make(num_layers=2)
+    optimizer = KINDS[kind](net, **options)
+    train(net, optimizer, range(stop))
+    state = through_a_file((net.state_dict(), optimizer.state_dict()))
+    train(net, optimizer, range(stop, 6))
+    again = make(num_layers=2)
+    resumed = KINDS[kind](again, **options)
+    train(again, resumed, range(10, 12))
+    again.load_state_dict(state[0])
+    resumed.load_state_dict(state[1])
+    train(again, resumed, range(stop, 6))
+    assert_same(net, again, rtol=0, atol=0)
+
+
+@FUSED
+@pytest.mark.parametrize("stop", (1, 2, 3, 4))
+def test_a_cached_kappa_is_saved_and_comes_back(stop, fused):
+    def build():
+        net = make(num_layers=2, dtype=F32)
+        options = {"scale": "first_step", "update_every": 3, "second_term": True, "trust_radius": 0.1}
+        return net, pk.PathSGD(net, 0.01, 0.9, fused=fused, **options)
+
+    net, optimizer = build()
+    train(net, optimizer, range(stop))
+    state = through_a_file((net.state_dict(), optimizer.state_dict()))
+    assert (state[1]["path"]["kappa"] is None) == (stop % 3 == 0)
+    train(net, optimizer, range(stop, 6))
+    again, resumed = build()
+    again.load_state_dict(state[0])
+    resumed.load_state_dict(state[1])
+    train(again, resumed, range(stop, 6))
+    assert_same(net, again, rtol=0, atol=0)
+
+
+@kinds
+@pytest.mark.parametrize("clone", (copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))))
+def test_copies_go_on_alike(kind, clone):
+    net = make()
+    optimizer = KINDS[kind](net)
+    scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 1, gamma=0.5)
+    train(net, optimizer, range(3))
+    scheduler.step()
+    other_net, other = clone((net, optimizer))
+    assert other.net is other_net
+    for n, o in ((net, optimizer), (other_net, other)):
+        train(n, o, range(3, 5))
+    assert_same(net, other_net, rtol=0, atol=0)
+
+
+def test_state_dicts_of_version_0_1_load():
+    """Counts were integers, κ factors with the logarithm of a scale, and PathSGD a PathOptimizer."""
+    for kind in ("adam", "gated"):
+        nets = [make() for _ in range(2)]
+        optimizers = [KINDS[kind](net) for net in nets]
+        train(nets[0], optimizers[0], range(3))
+        old = copy.deepcopy(optimizers[0].state_dict())
+        del old["path"]
+        for state in old["state"].values():
+            state["step"] = int(state["step"])
+        for group in old["param_groups"]:
+            for name in ("maximize", "foreach", "fused", "capturable", "differentiable"):
+                del group[name]
+        nets[1].load_state_dict(nets[0].state_dict())
+        optimizers[1].load_state_dict(old)
+        for net, optimizer in zip(nets, optimizers, strict=True):
+            train(net, optimizer, range(3, 5))
+        assert_same(*nets, rtol=0, atol=0)
+
+    nets = [make() for _ in range(2)]
+    options = {"lr": 1e-3, "momentum": 0.9, "update_every": 3, "scale": "path_norm"}
+    former, now = around_sgd(nets[0], **options), pk.PathSGD(nets[1], **options)
+    train(nets[0], former, range(2))
+    old = copy.deepcopy(former.state_dict())
+    assert {"factors", "log_scales"} <= set(old["path"]["kappa"])
+    nets[1].load_state_dict(nets[0].state_dict())
+    now.load_state_dict(old)
+    train(nets[0], former, range(2, 6))
+    train(nets[1], now, range(2, 6))
+    assert_same(*nets, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda state: None, "state_dict is a NoneType"),
+        (mutate(["path"], 3), "an entry 'path' that no PathSGD saved"),
+        (mutate(["path", "base"], "Adam"), "base='Adam', but this PathSGD has base='SGD'"),
+        (mutate(["path", "scale"], "path_norm"), "scale='path_norm'"),
+        (mutate(["path", "second_term"], True), "second_term=True"),
+        (mutate(["path", "shapes"], [[[2]]]), "shapes"),
+        (mutate(["path", "steps"], -1), "steps=-1"),
+        (mutate(["path", "log_constant"], math.nan), "log_constant=nan"),
+        (mutate(["path", "lags"], {"nothing": 1}), "lags="),
+        (mutate(["path", "kappa"], 3), "cached κ"),
+        (mutate(["path", "kappa", "entries", "head.bias"], KeyError), "cached κ"),
+        (mutate(["path", "kappa", "entries", "head.bias", "mantissa"], torch.ones(7)), "cached κ"),
+        (mutate(["path", "kappa", "entries", "head.bias", "exponent"], None), "cached κ"),
+        (mutate(["path", "kappa", "entries", "rnn.weight_hh_l0", "rows"], torch.ones(2)), "cached κ"),
+        (mutate(["path", "kappa", "log_path_norm"], torch.tensor(math.nan)), "cached κ"),
+        (mutate(["state"], KeyError), "damaged"),
+        (mutate(["param_groups"], []), "damaged"),
+    ],
+)
+def test_state_dicts_that_do_not_fit_are_refused_before_anything_changes(damage, message):
+    net = make()
+    optimizer = pk.PathSGD(net, lr=1e-3, momentum=0.9, update_every=3)
+    train(net, optimizer, range(1))
+    before = str(optimizer.state_dict())
+    foreign = damage(copy.deepcopy(optimizer.state_dict()))
+    with pytest.raises(ValueError, match=message):
+        optimizer.load_state_dict(foreign)
+    assert str(optimizer.state_dict()) == before
+
+
+def test_update_every_reuses_kappa_whatever_takes_the_step():
+    for fused in (None, False):
+        net = make()
+        optimizer = pk.PathSGD(net, lr=1e-3, update_every=3, fused=fused)
+        cached = None
+        for step in range(7):
+            before = values(net)
+            backward(net, seq_len=step + 2, seed=step)
+            if step % 3 == 0:
+                k = pk.kappa(net, step + 2)
+                cached = {name: k.dense(name) for name in before}
+            optimizer.step()
+            for name, p in net.named_parameters():
+                expected = torch.where(cached[name] > 0, before[name] - 1e-3 * p.grad / cached[name], before[name])
+                torch.testing.assert_close(p.detach(), expected, rtol=1e-9, atol=1e-12)
+
+
+def test_a_cached_kappa_follows_a_cast():
+    net = make(dtype=F32)
+    optimizer = pk.PathSGD(net, lr=1e-3, update_every=3)
+    train(net, optimizer, range(1))
+    net.double()
+    train(net, optimizer, range(1, 3))
+    assert all(p.isfinite().all() for p in net.parameters())
+
+
+def test_lags_of_one_step_are_tried_first_in_the_next():
+    net = pk.PathNetwork(pk.ReLURNN(2, 40), nn.Linear(40, 1))
+    optimizer = pk.PathSGD(net, lr=1e-6, scale="path_norm", second_term=True, seq_len=200)
+    backward(net)
+    optimizer.step()
+    name = "rnn.weight_hh_l0"
+    assert optimizer.state_dict()["path"]["lags"] == pk.kappa(net, 200, True, rtol=1e-3).lags
+    with torch.no_grad():
+        net.rnn.weight_hh_l0.copy_(torch.eye(40) + 0.02 * torch.randn(40, 40))  # nothing certifies: all lags
+    assert pk.kappa(net, 200, True, rtol=1e-3).lags[name] == 199
+    optimizer.step()
+    assert optimizer.state_dict()["path"]["lags"] == {}
+
+
+# --- what is left alone, and refusals ---------------------------------------------------------------------------------
+
+
+@kinds
+@FUSED
+def test_frozen_weights_and_those_without_gradient_stay(kind, fused):
+    net = make(num_layers=2)
+    optimizer = KINDS[kind](net, fused=fused)
+    net.rnn.weight_ih_l0.requires_grad_(False)
+    before = values(net)
+    for step in range(3):
+        backward(net, seed=step)
+        net.rnn.weight_hh_l1.grad = None
+        optimizer.step()
+    stay = {name for name, p in net.named_parameters() if torch.equal(p, before[name])}
+    assert stay == {"rnn.weight_ih_l0", "rnn.weight_hh_l1"}
+
+
+@kinds
+@FUSED
+@pytest.mark.parametrize("bad", (math.nan, math.inf))
+def test_a_gradient_that_is_not_finite(kind, fused, bad):
+    net = make()
+    optimizer = KINDS[kind](net, fused=fused)
+    train(net, optimizer, range(2))
+    before = values(net)
+    backward(net)
+    net.rnn.weight_hh_l0.grad[0, 1] = bad
+    optimizer.step()
+    hidden = net.rnn.weight_hh_l0
+    if kind in ("adam", "gated"):  # the step is left out, but for the output's bias
+        changed = {name for name, p in net.named_parameters() if not torch.equal(p, before[name])}
+        assert changed == {"head.bias"}
+        train(net, optimizer, range(2, 4))
+        assert all(p.isfinite().all() for p in net.parameters())
+    else:  # as torch.optim.SGD has it
+        assert not hidden[0, 1].isfinite() and hidden[1, 1].isfinite()
+
+
+@kinds
+@FUSED
+def test_a_weight_whose_kappa_is_zero_must_not_have_a_gradient(kind, fused):
+    net = make()
+    optimizer = KINDS[kind](net, seq_len=1, fused=fused)
+    backward(net)
+    before, state = values(net), str(optimizer.state_dict())
+    with pytest.raises(ValueError, match=r"κ of rnn.weight_hh_l0 is 0, but its gradient is not.*seq_len="):
+        optimizer.step()
+    assert all(torch.equal(p, before[name]) for name, p in net.named_parameters())
+    assert str(optimizer.state_dict()) == state
+    net.rnn.weight_hh_l0.grad.zero_()
+    optimizer.step()
+
+
+@kinds
+@FUSED
+def test_sparse_gradients_are_refused(kind, fused):
+    net = pk.PathNetwork(pk.ReLURNN(2, 3), nn.Linear(3, 1), nn.Embedding(5, 2, sparse=True))
+    optimizer = KINDS[kind](net, fused=fused)
+    backward(net)
+    with pytest.raises(ValueError, match=r"the gradient of embedding.weight is sparse; use nn.Embedding"):
+        optimizer.step()
+
+
+@kinds
+def test_torch_nn_rnn_with_its_seq_len(kind):
+    nets = []
+    for rnn in (pk.ReLURNN(2, 3, dtype=torch.float64), nn.RNN(2, 3, nonlinearity="relu", dtype=torch.float64)):
+        net = fill_(pk.PathNetwork(rnn, nn.Linear(3, 2, dtype=torch.float64)), 0)
+        train(net, KINDS[kind](net, seq_len=SEQ_LEN), range(3))
+        nets.append(net)
+    assert_same(*nets, rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "words"),
+    [
+        ({"differentiable": True}, ValueError, "differentiable is True, but the step of"),
+        ({"differentiable": 1}, TypeError, "differentiable is 1"),
+        ({"maximize": "yes"}, TypeError, "maximize is 'yes'"),
+        ({"capturable": None}, TypeError, "capturable is None"),
+        ({"fused": "no"}, TypeError, "fused is 'no'"),
+        ({"foreach": True, "fused": True}, ValueError, "foreach and fused are both True"),
+    ],
+)
+@pytest.mark.parametrize("kind", (pk.PathSGD, pk.PathAdam, pk.GatedPathSGD))
+def test_bad_switches(kind, options, error, words):
+    with pytest.raises(error, match=words):
+        kind(make(), **options)
+
+
+def test_switches_that_are_accepted():
+    for kind in (pk.PathSGD, pk.PathAdam, pk.GatedPathSGD):
+        for options in ({"foreach": True}, {"foreach": False, "fused": True}, {"capturable": True}, {"fused": False}):
+            net = make()
+            train(net, kind(net, **options), range(1))
+
+
+def test_fused_without_a_kernel_is_refused(monkeypatch):
+    net = make()
+    optimizer = pk.PathSGD(net, fused=True)
+    backward(net)
+    monkeypatch.setenv("PATHRNN_BACKEND", "reference")
+    with pytest.raises(ValueError, match="fused is True, but the parameters are on cpu and no kernel of this backend"):
+        optimizer.step()
+    with pytest.raises(ValueError, match="fused is True, but net is a FeedForward"):
+        pk.PathSGD(pk.FeedForward(nn.Linear(2, 1), (2,)), fused=True)
+    with pytest.raises(ValueError, match="nesterov is True without momentum"):
+        pk.PathSGD(net, nesterov=True)
+
+
+def test_other_parameters_are_refused():
+    for kind in (pk.PathSGD, pk.PathAdam, pk.GatedPathSGD):
+        with pytest.raises(ValueError, match="an optimiser of their own"):
+            kind(make()).add_param_group({"params": [nn.Parameter(torch.ones(2))]})
+
+
+def test_replaced_parameters_are_noticed():
+    net = make()
+    optimizer = pk.PathSGD(net, lr=0.1)
+    train(net, optimizer, range(1))
+    held = net.rnn.weight_hh_l0
+    net.rnn.weight_hh_l0 = nn.Parameter(held.detach().clone())  # which no group holds
+    before = values(net)
+    train(net, optimizer, range(1, 2))
+    stay = {name for name, p in net.named_parameters() if torch.equal(p, before[name])}
+    assert stay == {"rnn.weight_hh_l0"}
+
+
+@pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16))
+def test_halves(dtype):
+    with pytest.raises(TypeError, match="use float32 parameters, under torch.autocast"):
+        pk.PathAdam(make(dtype=dtype))
+    net = make(dtype=F32).to(dtype)
+    twin = copy.deepcopy(net).float()
+    for n in (net, twin):
+        for i, p in enumerate(n.parameters()):
+            p.grad = torch.randn(p.shape, generator=torch.Generator().manual_seed(i)).to(dtype).to(p.dtype)
+        pk.PathSGD(n, lr=0.1, momentum=0.9, scale="path_norm", trust_radius=0.1, seq_len=SEQ_LEN).step()
+    for p, q in zip(net.parameters(), twin.parameters(), strict=True):
+        assert torch.equal(p, q.to(dtype))
+
+
+def test_the_counts_are_torchs():
+    net = make()
+    optimizer = pk.PathAdam(net)
+    train(net, optimizer, range(3))
+    steps = [state["step"] for state in optimizer.state.values()]
+    assert all(step.dtype == F32 and step.dim() == 0 and step == 3 for step in steps) and len(steps) == 6
+
+
+def test_the_weights_versions_count_steps():
+    net = make()
+    optimizer = pk.PathSGD(net)
+    versions = [p._version for p in net.parameters()]
+    train(net, optimizer, range(1))
+    assert all(p._version > old for p, old in zip(net.parameters(), versions, strict=True))
+    y = net.rnn.weight_hh_l0.square().sum()  # a weight changed in place after its use in a graph
+    optimizer.step()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.backward()
+
+
