@@ -11,6 +11,7 @@ import functools
 import importlib.util
 import math
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,6 +26,8 @@ from .measure import Row, Run
 F32 = torch.float32
 INPUTS, CLASSES = 2, 10  # of the networks whose κ is computed: the adding problem's inputs, ten digits
 RECURRENT = "rnn.weight_hh_l0"
+#: W_hh of 100 units in trained.pt: after 2,000 steps of `pathrnn train adding` and 250 of `pathrnn train smnist` (an epoch).
+TRAINED = ("trained adding", "trained digits")
 OURS = "pathrnn"
 #: Contenders that show what a part of ours costs, or that compute something else: no peers.
 CONTEXT = ("κ⁽¹⁾ alone", "ReLURNN and SGD", "torch.add of four numbers", baselines.FLASHRNN)
@@ -86,6 +89,9 @@ def _paper(quick: bool) -> Iterator[Spec]:
     for hidden, seq_len in ((100, 784), *between, (200, 20), *large):
         for kind in ("nn.RNN", "W_hh=I"):
             yield Spec("kappa1", hidden, seq_len, kind=kind)
+    for kind in TRAINED:
+        yield Spec("kappa1", 100, 784, kind=kind)
+    yield Spec("kappa1", 128, 300, kind="I+0.02N")
     for kind in ("Gaussian", "nn.RNN", "I+0.02N"):
         yield Spec("kappa2", 100, 784, kind=kind)
     for hidden, seq_len in ((200, 50),) if quick else ((200, 20), (200, 50), (512, 100)):
@@ -222,7 +228,8 @@ def check_rnn(found: Sequence[Tensor], weights: Sequence[Tensor], x: Tensor, cot
 def recurrent(hidden: int, kind: str) -> pk.PathNetwork:
     """A network with nn.RNN's W_hh, or Gaussian, of spectral radius of W̃ about 1, or the identity, or near it.
 
-    With nn.RNN's initialisation κ's chains come to rest after some 15 steps; with the identity they grow.
+    With nn.RNN's initialisation κ's chains come to rest after some 15 steps; with the identity they grow. Trained weights
+    do neither: all steps count.
     """
     net = pk.PathNetwork(pk.ReLURNN(INPUTS, hidden), nn.Linear(hidden, CLASSES))
     weight = dict(net.named_parameters())[RECURRENT]
@@ -233,6 +240,8 @@ def recurrent(hidden: int, kind: str) -> pk.PathNetwork:
             pk.init.identity_(net)
         elif kind == "I+0.02N":
             weight.copy_(torch.eye(hidden) + 0.02 * torch.randn(hidden, hidden))
+        elif kind in TRAINED:
+            weight.copy_(torch.load(Path(__file__).with_name("trained.pt"))[kind])
     return net
 
 

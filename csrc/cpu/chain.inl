@@ -377,6 +377,11 @@ class Increments {
   bool certified() const { return certified_; }
   int64_t step() const { return s_; }
   int64_t written() const { return drives_ ? s_ + 1 : 0; }
+  // The step from which on increments are too small to be seen, as far as the last ones tell.
+  int64_t rests_after() const {
+    const double left = high_ < 1 && sums_ ? std::log(0x1p-25 / share_) / std::log(high_) : 0x1p40;
+    return s_ + static_cast<int64_t>(std::max(left, 0.0));
+  }
 
   // Takes W̃ · now from `next`: the increment of the next step.
   void advance() {
@@ -465,6 +470,8 @@ class Increments {
     const double left = static_cast<double>(steps_ - s_), spread = high / low - 1;
     double error = left / 2 * spread;
     const double true_high = std::ldexp(high, static_cast<int>(w_exponent_));
+    high_ = true_high;
+    share_ = share;
     if (sums_ && true_high < 1) {
       // No more is to come than a geometric series.
       const double true_low = std::ldexp(low, static_cast<int>(w_exponent_));
@@ -498,7 +505,7 @@ class Increments {
   int64_t exponent_, sum_exponent_;
   bool drives_, sums_, failed_, certified_ = false;
   double spread_before_ = std::numeric_limits<double>::infinity();
-  double ratio_ = 1;
+  double ratio_ = 1, high_ = 1, share_ = 1;
   int64_t ratio_exponent_ = 0;
 };
 
@@ -517,21 +524,6 @@ void matrix_vector_wide(const Packed<T>& w, const double* a, double* out) {
       for (int64_t v = 0; v < vectors; ++v) store(out + p * w.panel + n + v * width, acc[v]);
     }
   }
-}
-
-// Whether the chain, whose steps up to `done` are written, has a closed form; then it is given it.
-template <typename T>
-bool closes(const Chain<T>& c, const Packed<T>& w, int64_t w_exponent, int64_t done, int64_t steps) {
-  if (c.fill || !c.from_nothing()) return false;
-  Buffer<double> memory(3 * c.out.row);
-  Increments<T> increments(c, steps, w_exponent, memory.data());
-  // The closed form starts from a row that is written.
-  while (increments.open() && increments.step() + 1 < done) {
-    matrix_vector_wide(w, increments.now, increments.next);
-    increments.advance();
-  }
-  if (increments.certified()) increments.close();
-  return increments.certified();
 }
 
 // W̃^kLeap by two squarings, in rows padded to ld; false if entries underflowed, which one step at a time would not lose.
@@ -611,31 +603,71 @@ void leap(const Chain<T>& c, const Packed<T>& w, int64_t w_exponent, const Buffe
   }
 }
 
-// All steps by one thread: W̃ is packed and small enough for its cache.
+// Steps [done, until) by one thread, W̃ being packed and small enough for its cache; true if the chain comes to rest.
 template <typename T>
-void chain(const Chain<T>& c, const Packed<T>& w, int64_t w_exponent, int64_t steps) {
-  // A chain that converges has come to rest by then, mostly; other ways must pay for themselves in the steps left.
-  constexpr int64_t kSettled = 64, kWorthClosing = 1, kWorthPowers = 3;
-  const T* before = c.start;
-  int64_t exponent = c.start_exponent;
-  for (int64_t s = 0, t = c.first; s < steps; ++s, t += c.stride) {
-    if (s == kSettled && steps - s >= kWorthClosing * w.depth && closes(c, w, w_exponent, s, steps)) return;
-    if (s == kSettled && c.drive.row == 0 && steps - s >= kWorthPowers * w.depth) {
-      Buffer<T> power;
-      int64_t power_exponent;
-      if (leap_matrix(w, w_exponent, power, power_exponent)) {
-        return leap(c, w, w_exponent, power, power_exponent, s, steps);
-      }
-    }
+bool walk(const Chain<T>& c, const Packed<T>& w, int64_t w_exponent, int64_t& done, int64_t until, int64_t steps) {
+  for (int64_t t = c.first + done * c.stride; done < until; ++done, t += c.stride) {
+    const T* before = done ? c.out[t - c.stride] : c.start;
+    const int64_t exponent = done ? c.out.exponent[t - c.stride] : c.start_exponent;
     T* out = c.out[t];
     matrix_vector(w, before, out);
     // The drive's rows run with the output's.
     finish_step(out, exponent + w_exponent, c.drive.data + t * c.drive.row,
                 c.drive.exponent[t * c.drive.exponent_step], c.out.row, c.out.exponent[t], c.out.largest[t]);
-    if (rests(c, s, out, before, c.out.exponent[t], exponent)) return settle(c, s, s, steps);
-    exponent = c.out.exponent[t];
-    before = out;
+    if (rests(c, done, out, before, c.out.exponent[t], exponent)) {
+      settle(c, done, done, steps);
+      return true;
+    }
   }
+  return false;
+}
+
+// The first steps, all of them if the chain comes to rest or has a closed form: then it returns 0. Otherwise, the steps
+// after which it may rest, as far as can be told, `done` of them being written.
+template <typename T>
+int64_t begin_chain(const Chain<T>& c, const Packed<T>& w, int64_t w_exponent, int64_t& done, int64_t steps) {
+  // A chain that converges fast has come to rest at the first of these, mostly, one that converges at all at the second.
+  constexpr int64_t kLooks[] = {24, 64};
+  // Other ways must pay for themselves in the steps that are left.
+  const bool closable = !c.fill && c.from_nothing() && steps - kLooks[0] >= w.depth;
+  Buffer<double> memory(closable ? 3 * c.out.row : 0);
+  std::optional<Increments<T>> increments;
+  if (closable) increments.emplace(c, steps, w_exponent, memory.data());
+  for (const int64_t look : kLooks) {
+    if (walk(c, w, w_exponent, done, std::min(look, steps), steps) || done == steps) return 0;
+    if (!closable) continue;
+    // The closed form starts from a row that is written.
+    while (increments->open() && increments->step() + 1 < done) {
+      matrix_vector_wide(w, increments->now, increments->next);
+      increments->advance();
+    }
+    if (increments->certified()) {
+      increments->close();
+      return 0;
+    }
+    if (!increments->open()) return std::min(increments->rests_after(), steps);
+  }
+  return steps;
+}
+
+// The rest of the steps.
+template <typename T>
+void end_chain(const Chain<T>& c, const Packed<T>& w, int64_t w_exponent, int64_t done, int64_t steps) {
+  constexpr int64_t kWorthPowers = 3;
+  if (done > kLeap && c.drive.row == 0 && steps - done >= kWorthPowers * w.depth) {
+    Buffer<T> power;
+    int64_t power_exponent;
+    if (leap_matrix(w, w_exponent, power, power_exponent)) {
+      return leap(c, w, w_exponent, power, power_exponent, done, steps);
+    }
+  }
+  walk(c, w, w_exponent, done, steps, steps);
+}
+
+template <typename T>
+void chain(const Chain<T>& c, const Packed<T>& w, int64_t w_exponent, int64_t steps) {
+  int64_t done = 0;
+  if (begin_chain(c, w, w_exponent, done, steps) > 0) end_chain(c, w, w_exponent, done, steps);
 }
 
 // One thread's copy of a chain's last two rows, for the plan below.

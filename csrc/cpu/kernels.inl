@@ -4,6 +4,7 @@
 static_assert(kTileRows / 2 <= kRowGroup, "a row group fills half a tile");
 #include "relu_rnn.inl"
 #include "chain.inl"
+#include "chain_blocks.inl"
 #include "kappa2.inl"
 #include "path_chain.inl"
 #include "path_chain_exact.inl"

@@ -205,6 +205,18 @@ void narrow(const Results& wide, Results& out) {
 // What the op returns in place of `lost`: which arithmetic the results are of.
 enum Arithmetic : int8_t { kOwn = 0, kDouble = 1, kExtended = 2 };
 
+// The narrowest arithmetic that a pass is tried in: PATHRNN_ARITHMETIC, the weights' dtype by default.
+Arithmetic first_arithmetic() {
+  static const Arithmetic first = [] {
+    const char* const given = std::getenv("PATHRNN_ARITHMETIC");
+    const std::string name = given ? given : "native";
+    TORCH_CHECK_VALUE(name == "native" || name == "float64" || name == "extended", "PATHRNN_ARITHMETIC is ", name,
+                      "; use native, float64 or extended");
+    return name == "native" ? kOwn : name == "float64" ? kDouble : kExtended;
+  }();
+  return first;
+}
+
 // In extended range: mantissas with an exponent each, in place of unit exponents.
 void extended(const Arguments& a, Results& out) {
   bool lost = false;
@@ -338,6 +350,7 @@ PathChainResult path_chain_op(
   TORCH_CHECK_VALUE(bad < 0, tensor_name(bad, chains, directions, !bias_ih.empty(), head_weight.has_value(),
                                          head_bias.has_value()),
                     " has a nan or infinite entry; κ and γ² need finite weights: restore them, or lower the step size");
+  lost = lost || first_arithmetic() > (is_double ? kDouble : kOwn);
   if (lost) {
     const Arguments wide = is_double ? arguments : arguments.wide();
     Results found(wide, at::kDouble);
@@ -345,7 +358,7 @@ PathChainResult path_chain_op(
       found.unit_exponents = results.unit_exponents;
     } else {
       arithmetic = kDouble;
-      lost = pass<double>(wide, found, bad);
+      lost = pass<double>(wide, found, bad) || first_arithmetic() == kExtended;
     }
     if (lost) {
       arithmetic = kExtended;

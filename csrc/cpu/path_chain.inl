@@ -181,6 +181,7 @@ class PathChainRun {
         d_other_exponent_.resize(T_);
       }
     }
+    summed_.assign(C_, 0);
     h_closed_.resize(C_);
     d_closed_.resize(C_);
     coefficients_.resize(4 * C_ * (T_ + 1));
@@ -291,6 +292,8 @@ class PathChainRun {
         for (int64_t i = 0; i < L_; ++i) forward(i, team);
         for (int64_t i = L_ - 1; backward_ && i >= 0; --i) backward(i, team);
       }
+    } else if (L_ == 1 && backward_ && !second_) {
+      for (int64_t c = 0; c < D_; ++c) only_layer(c, team);
     } else {
       // The network is linear, so that neither h nor δ waits for the other.
       if (team.rank == 0) {
@@ -666,6 +669,62 @@ class PathChainRun {
     if (team.rank == 0) d_constant_ = D_ == 1 && rest.last > rest.first ? T_ - rest.last : T_;
   }
 
+  // Both chains of one layer whose rows nobody else asks for: once it is seen that neither rest nor a closed form ends
+  // them, in blocks, if those take less time.
+  void only_layer(int64_t c, const Team& team) {
+    const bool first = team.rank == 0, last = team.rank == team.size - 1;
+    const Team alone{};
+    const Chain<T> h = h_chain(c), d = d_chain(c);
+    const Packed<T> w_h{packed_h_.data(), H_, H_, kVectorRow * Simd<T>::width}, w_d{packed_d_.data(), H_, H_, w_h.panel};
+    const Weights<T>& w = hh_[c];
+    int64_t done_h = 0, done_d = 0;
+    if (first) {
+      set_start(c, alone);
+      pack(w_h, w.data, 1, H_, alone, square<true>(w, 0));
+      rests_[0] = begin_chain(h, w_h, w.exponent, done_h, T_);
+    }
+    if (last) {
+      pack(w_d, w.data, H_, 1, alone, square<false>(w, 0));
+      rests_[1] = begin_chain(d, w_d, w.exponent, done_d, T_);
+    }
+    team.wait();
+    bool stepped = true;
+    if (const int64_t log2 = block_log2(rests_[0], rests_[1], team.size)) {
+      const bool lost = FlushDenormals::lost();
+      if (first) blocks_.emplace(T_, H_, log2, team.size);
+      team.wait();
+      stepped = !blocks_->run(h, d, w_h, w_d, w.exponent, net_.last_only, net_.kappa_hh[c],
+                              net_.exponents + c * (net_.bias_ih.empty() ? 2 : 3) + 1,
+                              {h_sum(c), d_sum(c), &h_sum_exponent_[c], &d_sum_exponent_[c]}, team);
+      FlushDenormals::forget();
+      if (stepped && lost) mark_lost();
+    }
+    if (first) summed_[c] = !stepped;
+    if (stepped && first && rests_[0] > 0) end_chain(h, w_h, w.exponent, done_h, T_);
+    if (stepped && last && rests_[1] > 0) end_chain(d, w_d, w.exponent, done_d, T_);
+    lost_[team.rank] |= FlushDenormals::lost();
+    FlushDenormals::forget();
+    team.wait();
+  }
+
+  // The best number of steps in a block, its logarithm; 0 if chains that may rest after those steps do as well without.
+  int64_t block_log2(int64_t h_rests, int64_t d_rests, int threads) const {
+    // Barriers and the steps already done, and what the model leaves out.
+    constexpr double kOverhead = 5e5, kWorth = 0.75;
+    const double H = static_cast<double>(H_);
+    const double steps = static_cast<double>(threads > 1 ? std::max(h_rests, d_rests) : h_rests + d_rests);
+    double least = kWorth * H * H * (ChainBlocks<T>::kVector * steps + static_cast<double>(T_) / threads) - kOverhead;
+    int64_t best = 0;
+    for (int64_t q = 1; q < 12 && (T_ >> q) >= 4; ++q) {
+      const double cost = ChainBlocks<T>::cost(T_, H_, q, threads);
+      if (cost < least) {
+        least = cost;
+        best = q;
+      }
+    }
+    return best;
+  }
+
   template <bool Forward>
   void run_chain(const Chain<T>& c, const Weights<T>& w, Buffer<T>& packed, const Team& team) {
     if (shared_) return run_shared<Forward, !Forward>(c, c, w, team);
@@ -750,12 +809,14 @@ class PathChainRun {
     const bool wanted = !net_.kappa_hh.empty();
     if (team.rank == team.size - 1) {
       for (int64_t e = 0; e < D_; ++e) {
+        if (summed_[e]) continue;
         const Rows<T> rows = h_after_first(C_ - D_ + e);
         lost_[team.rank] |= !sum_rows(rows, net_.last_only ? T_ - 1 : 0, T_, H_, h_sum(e), h_sum_exponent_[e]);
       }
     }
     for (int64_t c = 0; wanted && c < C_; ++c) {
-      if (team.rank == c % team.size) lost_[team.rank] |= !sum_rows(d(c), 0, T_, H_, d_sum(c), d_sum_exponent_[c]);
+      if (team.rank != c % team.size || summed_[c]) continue;
+      lost_[team.rank] |= !sum_rows(d(c), 0, T_, H_, d_sum(c), d_sum_exponent_[c]);
     }
     team.wait();
     if (team.rank == 0) *net_.log_path_norm = log_path_norm();
@@ -771,7 +832,7 @@ class PathChainRun {
         *exponent = first_kappa(d_sum(c), d_sum_exponent_[c], net_.kappa_ih[c]);
       }
       ++exponent;
-      outer(d(c), h(c), net_.kappa_hh[c], H_, kZeroExponent, *exponent, team);
+      if (!summed_[c]) outer(d(c), h(c), net_.kappa_hh[c], H_, kZeroExponent, *exponent, team);
       if (second_) second_term(c, exponent, team);
       ++exponent;
       if (!net_.kappa_bias.empty()) {
@@ -973,6 +1034,9 @@ class PathChainRun {
   std::vector<T> drive_sums_;
   Workspace<T> memory_;
   std::optional<Kappa2Run<T>> second_;
+  std::optional<ChainBlocks<T>> blocks_;
+  std::vector<char> summed_;     // per chain: whether κ and the sums are there already
+  std::array<int64_t, 2> rests_;  // of h and δ, as begin_chain tells
   T *h_ = nullptr, *d_ = nullptr, *h_drive_ = nullptr, *d_drive_ = nullptr, *left_ = nullptr,
     *right_ = nullptr;
   T *h_other_ = nullptr, *d_other_ = nullptr;  // T rows from the other direction

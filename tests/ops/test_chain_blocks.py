@@ -1,0 +1,81 @@
+"""κ⁽¹⁾ of one layer whose chains neither rest nor close: blocks of time (csrc/cpu/chain_blocks.inl)."""
+
+import pytest
+import tolerances
+import torch
+from torch import nn
+
+import pathrnn_kernels as pk
+from pathrnn_kernels import reference
+
+pytestmark = pytest.mark.usefixtures("poisoned")
+
+HIDDEN = 33
+
+
+def near_identity(hidden_size):
+    return torch.eye(hidden_size) + 0.05 * torch.randn(hidden_size, hidden_size)
+
+
+def halves(hidden_size):
+    """Two blocks that grow differently, one of them with units that lead nowhere."""
+    weight = torch.eye(hidden_size) * 0.99
+    weight[: hidden_size // 2, : hidden_size // 2] = near_identity(hidden_size // 2) * 0.98
+    return weight
+
+
+def cycle(hidden_size):
+    return torch.eye(hidden_size).roll(1, 0) * torch.linspace(0.8, 1.2, hidden_size)
+
+
+def network(weight, dtype, outputs="all", h0="zeros", bidirectional=False):
+    torch.manual_seed(1)
+    net = pk.PathNetwork(
+        pk.ReLURNN(2, HIDDEN, bidirectional=bidirectional), nn.Linear((1 + bidirectional) * HIDDEN, 3), outputs=outputs, h0=h0
+    )
+    with torch.no_grad():
+        for name, p in net.named_parameters():
+            if "weight_hh" in name:
+                p.copy_(weight(HIDDEN))
+    return net.to(dtype)
+
+
+def check(net, seq_len, dtype):
+    weights = {name: p.detach().double() for name, p in net.named_parameters()}
+    expected = reference.kappa1(weights, seq_len, net.outputs, net.h0)
+    gamma2 = reference.path_norm(weights, seq_len, net.outputs, net.h0)
+    found = pk.kappa(net, seq_len)
+    rtol = tolerances.path(dtype, seq_len, HIDDEN)
+    assert found.arithmetic == str(dtype).removeprefix("torch.")
+    assert abs(found.log_path_norm - gamma2.log().item()) <= rtol
+    for name, kappa in expected.items():
+        torch.testing.assert_close(found.relative(name).expand_as(kappa), gamma2 / kappa, rtol=2 * rtol, atol=0, msg=name)
+
+
+@pytest.mark.parametrize("threads", (1, 2))
+@pytest.mark.parametrize("weight", (near_identity, halves, cycle))
+@pytest.mark.parametrize("outputs, h0", (("all", "zeros"), ("last", "zeros"), ("all", "ones"), ("last", "ones")))
+@pytest.mark.parametrize("seq_len", (1200, 1207))
+def test_blocks_are_the_steps(seq_len, outputs, h0, weight, threads):
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        for dtype in (torch.float32, torch.float64):
+            check(network(weight, dtype, outputs, h0), seq_len, dtype)
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("outputs", ("all", "last"))
+def test_both_directions(outputs):
+    check(network(near_identity, torch.float32, outputs, bidirectional=True), 1200, torch.float32)
+
+
+def test_powers_that_underflow_are_not_used():
+    """W̃² has entries of 2^-200, where a step loses nothing: h and δ are positive everywhere."""
+
+    def weight(hidden_size):
+        scale = torch.linspace(0.99, 1.01, hidden_size)
+        return torch.diag(scale) + torch.diag(torch.full((hidden_size - 1,), 2.0**-50), 1)
+
+    check(network(weight, torch.float32), 1200, torch.float32)
