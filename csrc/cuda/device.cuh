@@ -215,14 +215,6 @@ __device__ T power_of_two(int e) {
 #endif
 }
 
-// The least of all numbers above zero.
-template <typename T>
-__device__ T least_subnormal() {
-  T x = power_of_two<T>(Format<T>::min_exponent);
-  for (int digit = 1; digit < Format<T>::digits; ++digit) x *= T(0.5);
-  return x;
-}
-
 // x · 2^e, 0 where that is too small; in two steps, so that every result that is normal is exact.
 template <typename T>
 __device__ T scaled(T x, int64_t e) {

@@ -77,14 +77,19 @@ __global__ void __launch_bounds__(kSumThreads) sum_rows(RowSums<T> first, RowSum
       total += a.exponents != nullptr ? scaled(x, a.exponents[t] - top) : x;
     }
   }
-  // A lane's part of the sum that is not zero and yet nothing: all of it underflowed.
-  partial[threadIdx.x] = some && total == T(0) ? least_subnormal<T>() : total;
+  // A part that is not zero and yet nothing, as all of it underflowed, is handed on as -0.
+  partial[threadIdx.x] = some && total == T(0) ? -T(0) : total;
   __syncthreads();
   if (warp == 0 && column < a.width) {
-    total = partial[lane];
-    for (int other = 1; other < kSumThreads / kWarp; ++other) total += partial[other * kWarp + lane];
+    some = false;
+    total = 0;
+    for (int other = 0; other < kSumThreads / kWarp; ++other) {
+      const T part = partial[other * kWarp + lane];
+      some |= part != T(0) || signbit(part);
+      total += part;
+    }
     const T sum = scaled(total, up);
-    if (total > T(0) && (total < faint<T>() || sum < power_of_two<T>(Format<T>::min_exponent))) *lost = true;
+    if (some && (total < faint<T>() || sum < power_of_two<T>(Format<T>::min_exponent))) *lost = true;
     a.sum[column] = sum;
   }
 }
