@@ -575,9 +575,8 @@ def _layout(endings: tuple[str, ...], bias: bool, head: bool, head_bias: bool, e
             count += 1
     ordered = list(places)
     ends = ("head.weight", "head.bias", "embedding.weight")
-    return _Layout(
-        names, places, 4 if bias else 2, tuple(ordered.index(name) if name in places else None for name in ends)
-    )
+    weight, own_bias, table = (ordered.index(name) if name in places else None for name in ends)
+    return _Layout(names, places, 4 if bias else 2, (weight, own_bias, table))
 
 
 @functools.cache
@@ -614,8 +613,12 @@ def _launch(
 def _pass(
     net: PathNetwork, parameters: dict[str, Tensor], layout: _Layout, seq_len: int, **options: Any
 ) -> ops.PathChain:
+    weight_ih, weight_hh, bias_ih, bias_hh = ([parameters[name] for name in names] for names in layout.kinds)
     return ops.path_chain(
-        *([parameters[name] for name in names] for names in layout.kinds),
+        weight_ih,
+        weight_hh,
+        bias_ih,
+        bias_hh,
         parameters.get("head.weight"),
         parameters.get("head.bias"),
         parameters.get("embedding.weight"),
@@ -634,8 +637,11 @@ def _narrowed(chain: ops.PathChain, like: Tensor) -> ops.PathChain:
         mantissa, exponent = torch.frexp(factor)
         kappa.append(mantissa.to(like.dtype))
         entries.append(exponent.long() + entry if entry.numel() else exponent.long())
-    moved = ops.PathChain(kappa, chain.exponents, chain.unit_exponents, entries, *chain[4:])
-    return ops.PathChain(*([t.to(like.device) for t in x] if isinstance(x, list) else x.to(like.device) for x in moved))
+
+    def move(x: Any) -> Any:
+        return [t.to(like.device) for t in x] if isinstance(x, list) else x.to(like.device)
+
+    return ops.PathChain(*map(move, chain._replace(kappa=kappa, entry_exponents=entries)))
 
 
 def _scaled(chain: ops.PathChain, layout: _Layout, directions: int) -> dict[str, Scaled]:

@@ -110,9 +110,7 @@ def test_the_base_gets_the_quotient_of_float32_rounded_once(options, backend, dt
         base = torch.optim.SGD(module.parameters(), lr=1e-3)
         optimizer = pk.PathOptimizer(base, module, seq_len=SEQ_LEN, **options)
         parameters = list(module.parameters())
-        base.register_step_pre_hook(
-            lambda *_, parameters=parameters: seen.append([p.grad for p in parameters])
-        )
+        base.register_step_pre_hook(lambda *_, parameters=parameters: seen.append([p.grad for p in parameters]))
         optimizer.step()
     for found, expected in zip(*seen, strict=True):
         assert found.dtype == dtype and torch.equal(found, expected.to(dtype))

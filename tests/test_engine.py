@@ -175,7 +175,14 @@ class Calls(TorchDispatchMode):
 
 
 #: What reads a tensor on the host.
-READS = ("aten::_local_scalar_dense", "aten::item", "aten::is_nonzero", "aten::_to_copy", "aten::equal", "aten::nonzero")
+READS = (
+    "aten::_local_scalar_dense",
+    "aten::item",
+    "aten::is_nonzero",
+    "aten::_to_copy",
+    "aten::equal",
+    "aten::nonzero",
+)
 
 
 @kinds
@@ -613,5 +620,3 @@ def test_the_weights_versions_count_steps():
     optimizer.step()
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         y.backward()
-
-

@@ -19,12 +19,10 @@ ENVIRONMENT = "PATHRNN_BACKEND"
 #: Set by tests that have loaded an emulation of CUDA (tests/emulation), which then serves κ of CPU tensors.
 emulated = False
 
-# os.environ.get, which converts a name that is absent and raises on the way, takes a microsecond; where the mapping behind
-# it is open, as CPython's is, it can be asked.
-try:
-    _variables, _name = os.environ._data, os.environ.encodekey(ENVIRONMENT)  # type: ignore[attr-defined]
-except AttributeError:
-    _variables, _name = None, None
+# os.environ.get, which converts a name that is absent and raises on the way, takes a microsecond; where the mapping
+# behind it is open, as CPython's is, it can be asked.
+_variables: Any = getattr(os.environ, "_data", None)
+_name: Any = os.environ.encodekey(ENVIRONMENT) if hasattr(os.environ, "encodekey") else None
 
 
 def environment() -> str:

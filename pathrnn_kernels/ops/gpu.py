@@ -139,9 +139,9 @@ def path_chain(
             kernels, weight_ih, weight_hh, bias_ih, bias_hh, *heads, seq_len, last_only, ones_h0, directions
         )
         found = _Pass(kernels, plan, net, state).run(kappa1, second_factor, rtol, first_lags, workspace_bytes)
-    factors, exponents, *rest = found
+    factors, exponents, log_path_norm, lags, bounds, arithmetic = found
     none = [unit_exponents.new_empty(0) for _ in factors]
-    return factors, exponents, unit_exponents, none, *rest
+    return factors, exponents, unit_exponents, none, log_path_norm, lags, bounds, arithmetic
 
 
 class State(NamedTuple):
@@ -288,16 +288,17 @@ def _own_precision() -> str:
     torch gives away only what holds in the end, so each general setting, CUDA's and everything's, is turned for a look.
     """
     matmul = torch.backends.cuda.matmul
-    for general in (torch.backends, torch.backends.cudnn):
+    modules: tuple[Any, ...] = (torch.backends, torch.backends.cudnn)  # torch leaves fp32_precision untyped
+    for general in modules:
         if general.fp32_precision != "tf32":
             continue
         general.fp32_precision = "ieee"
         follows = matmul.fp32_precision == "ieee"
-        of_cuda_follows = torch.backends.cudnn.fp32_precision == "ieee"
+        of_cuda_follows = modules[1].fp32_precision == "ieee"
         general.fp32_precision = "tf32"
         if follows:
             return "none"
-        if of_cuda_follows and general is torch.backends:
+        if of_cuda_follows and general is modules[0]:
             break  # the setting of CUDA has no value of its own, so the products have one
     return "tf32"
 
