@@ -26,7 +26,7 @@ from .measure import Row, Run
 F32 = torch.float32
 INPUTS, CLASSES = 2, 10  # of the networks whose κ is computed: the adding problem's inputs, ten digits
 RECURRENT = "rnn.weight_hh_l0"
-#: W_hh of 100 units in trained.pt: after 2,000 steps of `pathrnn train adding` and 250 of `pathrnn train smnist` (an epoch).
+#: W_hh of 100 units in trained.pt: after 2,000 steps of `pathrnn train adding` and 250 of smnist (an epoch).
 TRAINED = ("trained adding", "trained digits")
 OURS = "pathrnn"
 #: Contenders that show what a part of ours costs, or that compute something else: no peers.
@@ -34,7 +34,7 @@ CONTEXT = ("κ⁽¹⁾ alone", "ReLURNN and SGD", "torch.add of four numbers", b
 PARTS = ("kappa1", "kappa2", "path_norm", "forward", "backward", "update", "step", "memory", "random")
 
 
-#: Steps that are one call, each with the arguments of a step that hardly moves the weights: every turn does the same work.
+#: One call each, with the arguments of a step that hardly moves the weights: every turn does the same work.
 OPTIMIZERS: dict[str, Callable[[pk.PathNetwork, int], torch.optim.Optimizer]] = {
     "PathSGD": lambda net, seq_len: pk.PathSGD(net, 1e-12, scale="path_norm", trust_radius=0.1, seq_len=seq_len),
     "PathAdam": lambda net, seq_len: pk.PathAdam(net, 1e-12, bias_lr=1e-12, seq_len=seq_len),
@@ -228,7 +228,7 @@ def check_rnn(found: Sequence[Tensor], weights: Sequence[Tensor], x: Tensor, cot
 def recurrent(hidden: int, kind: str) -> pk.PathNetwork:
     """A network with nn.RNN's W_hh, or Gaussian, of spectral radius of W̃ about 1, or the identity, or near it.
 
-    With nn.RNN's initialisation κ's chains come to rest after some 15 steps; with the identity they grow. Trained weights
+    With nn.RNN's initialisation κ's chains come to rest after 15 steps; with the identity they grow. Trained weights
     do neither: all steps count.
     """
     net = pk.PathNetwork(pk.ReLURNN(INPUTS, hidden), nn.Linear(hidden, CLASSES))

@@ -370,8 +370,9 @@ class Engine(Optimizer):
         name = names[(status - LOST) // 4]
         if status % 4 == UNREACHED % 4:
             raise ValueError(
-                f"κ of {name} is 0, but its gradient is not: T is not that of the gradient; give the optimiser seq_len=, "
-                'the steps of whole sequences; where states are passed on without their graph, PathNetwork(…, h0="ones") '
+                f"κ of {name} is 0, but its gradient is not: T is not that of the gradient; give the optimiser "
+                "seq_len=, the steps of whole sequences; where states are passed on without their graph, "
+                'PathNetwork(…, h0="ones") '
                 "has κ > 0"
             )
         remedy = "a small eps, such as 1e-6" if self.scale == "path_norm" else "scale='path_norm'"
@@ -409,8 +410,8 @@ class Engine(Optimizer):
         for key, value in self._settings().items():
             if path.get(key) != value:
                 raise ValueError(
-                    f"state_dict was saved with {key}={path.get(key)!r}, but this {kind} has {key}={value!r}: build both "
-                    "alike"
+                    f"state_dict was saved with {key}={path.get(key)!r}, but this {kind} has {key}={value!r}: build "
+                    "both alike"
                 )
         steps, constant, lags = path.get("steps", 0), path.get("log_constant"), path.get("lags", {})
         if type(steps) is not int or steps < 0:

@@ -119,8 +119,8 @@ class Kappa:
 
     @property
     def scaled(self) -> dict[str, Scaled]:
-        """Parameter name → κ, broadcastable to the parameter, its mantissas of the parameter's dtype; float32 for bfloat16
-        and float16. This alone holds every entry, whatever its size.
+        """Parameter name → κ, broadcastable to the parameter, its mantissas of the parameter's dtype; float32 for
+        bfloat16 and float16. This alone holds every entry, whatever its size.
         """
         if not isinstance(self._scaled, dict):
             self._scaled = self._scaled()

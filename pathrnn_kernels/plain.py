@@ -1,8 +1,8 @@
 """The steps of PathSGD, PathAdam and GatedPathSGD in plain torch: any device and backend, weights of any shape.
 
 In float64 and in coordinates of a network whose units are rescaled by powers of two (``Scaled``): what
-csrc/cpu/path_step does entry by entry, in the same order. Nothing is read by the host; a step that must not be taken has
-a status other than 0, and a commit that does nothing.
+csrc/cpu/path_step does entry by entry, in the same order. Nothing is read by the host; a step that must not be taken
+has a status other than 0, and a commit that does nothing.
 """
 
 from __future__ import annotations

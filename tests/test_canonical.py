@@ -107,7 +107,7 @@ def with_dead_units(net):
                     getattr(net.rnn, f"bias_ih_{ending}")[unit] = getattr(net.rnn, f"bias_hh_{ending}")[unit] = 0
             hh[:, 2] = hh[2] = 0
         above = [getattr(net.rnn, f"weight_ih_{ending}") for ending in net.endings[net.num_directions :]]
-        for weight in above + [net.head.weight]:
+        for weight in [*above, net.head.weight]:
             weight[:, 1 :: net.hidden_size] = weight[:, 2 :: net.hidden_size] = 0
     return net
 

@@ -271,7 +271,7 @@ def test_maximize_climbs(kind, fused):
         for group in optimizer.param_groups:
             if "weight_decay" in group:
                 group["weight_decay"] = 0.0
-        train(net, optimizer, range(1) if kind != "gated" else range(1))
+        train(net, optimizer, range(1))
     for (name, p), q in zip(down.named_parameters(), up.parameters(), strict=True):
         torch.testing.assert_close(p - before[name], before[name] - q, rtol=1e-9, atol=1e-12)
 

@@ -208,8 +208,8 @@ def test_path_sgd(case, dtype, scale, options):
             commit(status == 0)
         state.append((first, constant))
     assert any((p != q).any() for p, q in zip(case.weights, before, strict=True))
-    # Of q, of the momentum and of the sum; the radius' share has those of a sum in float64, and the constant those of its
-    # logarithm, which is as large as that of κ.
+    # Of q, of the momentum and of the sum; the radius' share has those of a sum in float64, and the constant those of
+    # its logarithm, which is as large as that of κ.
     count = 8 + (2 * case.size * math.log(2) if scale == "first_step" and dtype == F64 else 0)
     assert_steps_alike(case, twin, before, count)
     for m, n in zip(state[0][0], state[1][0], strict=True):
