@@ -24,9 +24,10 @@ class PathChain(NamedTuple):
     """What one pass over the squared network gives.
 
     It runs in canonical coordinates, in which unit j of a chain is rescaled by 2^(-d_j/2), d its unit exponents. The
-    true κ of entry (r, c) of tensor i is ``kappa[i][r, c] · 2^(exponents[i] + R[r] + C[c] + entry_exponents[i][r, c])``:
-    R is ``-unit_exponents`` of the tensor's own chain for weight_ih, weight_hh and biases, C is ``unit_exponents`` of the
-    chains that it reads, side by side, for weight_hh, weight_ih above the first layer and the head's weight.
+    true κ of entry (r, c) of tensor i is
+    ``kappa[i][r, c] · 2^(exponents[i] + R[r] + C[c] + entry_exponents[i][r, c])``: R is ``-unit_exponents`` of the
+    tensor's own chain for weight_ih, weight_hh and biases, C is ``unit_exponents`` of the chains that it reads, side by
+    side, for weight_hh, weight_ih above the first layer and the head's weight.
     """
 
     #: Per chain (one a layer, or two of a bidirectional network, forward first) weight_ih, weight_hh and, with biases,
