@@ -18,7 +18,7 @@ using std::optional;
 constexpr double kInfinity = std::numeric_limits<double>::infinity();
 
 // Entries whose sums are one number, whatever the number of threads; and those that a thread takes at least.
-constexpr int64_t kTileEntries = 4096, kShareEntries = 1 << 14;
+constexpr int64_t kTileEntries = 4096, kShareEntries = 1 << 13;
 
 // What a step returns when it has changed nothing; optim's sentences say what to do. Those of one weight add 4 times its
 // place in `weights`.
@@ -296,7 +296,11 @@ class Step {
   template <typename F>
   static void over(const std::vector<Tile>& tiles, const F& f) {
     const int64_t count = static_cast<int64_t>(tiles.size());
-    at::parallel_for(0, count, kShareEntries / kTileEntries, [&](int64_t first, int64_t last) {
+    int64_t entries = 0;
+    for (const Tile& tile : tiles) entries += tile.last - tile.first;
+    // Small weights are tiles, too, and no reason to wake a thread.
+    const int64_t grain = entries < 2 * kShareEntries ? count : kShareEntries / kTileEntries;
+    at::parallel_for(0, count, grain, [&](int64_t first, int64_t last) {
       for (int64_t t = first; t < last; ++t) f(t, tiles[t]);
     });
   }
