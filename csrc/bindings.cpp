@@ -5,12 +5,14 @@
 
 #include <map>
 #include <string>
+#include <utility>
 
 #include "cpu/isa.h"
 
 #ifdef PATHRNN_WITH_CUDA
 namespace pathrnn {
 std::string cuda_build();  // cuda/build.cu
+std::pair<int, std::string> cuda_code(int device);
 }
 #endif
 
@@ -37,6 +39,23 @@ TORCH_LIBRARY(pathrnn, m) {
       tags);
   m.def("shorten_(Tensor(a!)[] parameters, Tensor[] before, Tensor[] kappas, float[] log_scales) -> ()", tags);
   m.def("norm_gradients(Tensor[] weights, Tensor[] kappas, float[] log_scales, Tensor grad) -> Tensor[]", tags);
+
+  // A step of an optimiser, from κ (path_chain's result) to the weights, and the same with the pass for κ before it:
+  // path_step.cpp, ops/step.py.
+  m.def(
+      "path_update_(Tensor(a!)[] weights, Tensor?[] gradients, Tensor(b!)[] first, Tensor(c!)[] second, "
+      "Tensor(d!)[] counts, Tensor(e!)? constant, Tensor[] rates, float[] numbers, str rule, int chains, "
+      "bool bidirectional, bool bias, bool head, bool head_bias, bool embedding, int scale, float eps, float radius, "
+      "Tensor? grad_scale, Tensor? found_inf, Tensor[] kappas, Tensor exponents, Tensor unit_exponents, "
+      "Tensor[] entry_exponents, Tensor log_path_norm) -> int",
+      tags);
+  m.def(
+      "path_step_(Tensor(a!)[] weights, Tensor?[] gradients, Tensor(b!)[] first, Tensor(c!)[] second, "
+      "Tensor(d!)[] counts, Tensor(e!)? constant, Tensor[] rates, float[] numbers, str rule, int chains, "
+      "bool bidirectional, bool bias, bool head, bool head_bias, bool embedding, int scale, float eps, float radius, "
+      "Tensor? grad_scale, Tensor? found_inf, int seq_len, bool last_only, bool ones_h0, float second_factor, "
+      "float rtol, int workspace_bytes, Tensor(f!)? lags) -> int",
+      tags);
 
   // The steps of path_chain on a GPU (ops/gpu.py); tests/gpu_model.py says in plain torch what each computes. `largest`
   // of a weight is its largest magnitude; rows with their int64 exponents stand for rows[t] · 2^exponents[t]; `lost` is
@@ -96,4 +115,8 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
         };
       },
       "The versions and options that this extension was built with, and the instruction set that it uses.");
+#ifdef PATHRNN_WITH_CUDA
+  m.def("cuda_code", &pathrnn::cuda_code,
+        "The architecture, as 90 for compute_90, of the code that a device would run; 0 and the reason if there is none.");
+#endif
 }

@@ -106,6 +106,53 @@ struct PathUpdate {
   double half, factor;  // norm_gradient: out = (in half) (kappa half) factor, 0 where in is 0, however large kappa
 };
 
+// One weight of a step and its κ, as [rows, columns]: entry (r, c) has, in the coordinates of a network whose units are
+// rescaled by powers of two (Theorem 1),
+//   weight · 2^e,  gradient · 2^-e  and  κ = kappa[r * row_stride + c * column_stride] · 2^(exponent + entry exponent)
+// with e = row[r] + column[c]. There nothing leaves the range of T, and a step is bit for bit the same however the
+// network had been rescaled by powers of two.
+template <typename T>
+struct StepWeight {
+  int64_t size, columns;
+  const T* kappa;
+  int64_t row_stride, column_stride;
+  int64_t exponent;
+  const int64_t* entry_exponents;  // strides as kappa, or null: zeros
+  const int64_t *row, *column;     // or null: zeros
+  // 2^row, 2^-row, 2^column, 2^-column where every product of two of them is a normal number, or `tables` is false.
+  bool tables;
+  const T *row_up, *row_down, *column_up, *column_down;
+  int64_t most_down;  // the largest -e
+  const T* gradient;
+  T* weight;
+  T* first;   // SGD: momentum, in the weight's own coordinates, or null. Otherwise average of the gradient
+  T* second;  // and of its square, in path coordinates, which no rescaling changes
+};
+
+// Path-SGD: q = before · g / (κ + damping γ²) · after, eq. (8); the step is Δ = -rate (q + decay w), momentum included.
+struct SgdRule {
+  double before, after;         // before < 0 climbs
+  double kappa_scale, damping;  // κ's and γ²'s share of the divisor
+  double rate, momentum, decay;
+  bool nesterov;
+  double limit;   // a larger |q| in the weight's own coordinates is lost
+  double factor;  // of the step: below 1 where the trust radius shortens it
+};
+
+// Steps in path coordinates p sqrt(κ)/γ, of the gradient g/sqrt(κ) · before · after, whose norm over all weights is 1:
+// Δ = -rate · sign(m) min(|m| / (sqrt(correction · v) + eps), 1)^power / sqrt(kappa).
+struct CoordinateRule {
+  double before, after;
+  double beta1, beta2, correction, eps, power;
+  double rate;
+};
+
+// Of the entries that one call saw.
+struct StepSums {
+  double square;             // SGD: Σ kappa Δ²; otherwise Σ g²/kappa; both in those coordinates, exponents left out
+  bool lost, paths, pulled;  // a finite gradient's quotient is lost; some κ > 0; some gradient ≠ 0
+};
+
 // Rows of the batch that a thread of relu_rnn takes at least; at least half a register tile of every instruction set.
 constexpr int64_t kRowGroup = 3;
 

@@ -6,7 +6,9 @@ from .feedforward import FeedForward, kappa_of_module
 from .gated import GatedPathSGD
 from .kappa import Kappa, kappa, log_path_norm, path_norm
 from .network import PathNetwork
-from .optim import PathOptimizer, PathSGD
+from .optim import PathOptimizer
+from .path_adam import PathAdam
+from .path_sgd import PathSGD
 from .rnn import ReLURNN
 
 __version__ = "0.1.0"
@@ -15,6 +17,7 @@ __all__ = [
     "FeedForward",
     "GatedPathSGD",
     "Kappa",
+    "PathAdam",
     "PathNetwork",
     "PathOptimizer",
     "PathSGD",

@@ -41,6 +41,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         command = vars(given).pop("command")
         if command == "bench":
             return _bench(parser, bench, given)
+        if command == "check":
+            return _check(parser, given.seconds)
         return _info() if command == "info" else _train(parser, vars(given))
     except KeyboardInterrupt:
         print("\npathrnn: interrupted", file=sys.stderr)
@@ -58,8 +60,10 @@ class _Parser(argparse.ArgumentParser):
 def _parser(bench: Any = None) -> _Parser:
     parser = _Parser(prog="pathrnn", description="Train ReLU RNNs by path-normalised optimisation.")
     parser.add_argument("--version", action="version", version=f"pathrnn-kernels {__version__}")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="{train,bench,info}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="{train,bench,check,info}")
     commands.add_parser("info", help="versions, build, CPU features, backends and why each is or is not available")
+    checking = commands.add_parser("check", help="every backend, plan and dtype of this machine against the oracle")
+    checking.add_argument("--seconds", type=float, default=25.0, help="after which no row is begun (%(default)g)")
     timing = commands.add_parser("bench", help="time every kernel against its alternatives (in the source tree)")
     if bench is not None:
         bench.add_arguments(timing)
@@ -279,6 +283,17 @@ def _info() -> int:
     return _OK
 
 
+def _check(parser: _Parser, seconds: float) -> int:
+    """``pathrnn info`` and the table of ``check``: all that a bug report needs."""
+    if not seconds > 0:
+        parser.error(f"--seconds is {seconds}; it must be above 0")
+    from .check import check
+
+    _info()
+    print("\nagainst the oracle in float64:")
+    return _OK if check(seconds) else _FAILED
+
+
 def _build() -> Iterator[tuple[str, str]]:
     problem = backend.extension_problem()
     if problem is not None:
@@ -287,7 +302,7 @@ def _build() -> Iterator[tuple[str, str]]:
     from . import _C  # type: ignore[attr-defined]
 
     for name, value in _C.build_info().items():
-        yield f"build: {name}", value
+        yield f"build: {name}", f"{value}: {backend.why_without_cuda()}" if value == "not built" else value
 
 
 def _cpu_features() -> str:

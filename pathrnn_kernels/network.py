@@ -138,8 +138,10 @@ class PathNetwork(nn.Module):
 
     @property
     def last_seq_len(self) -> int | None:
-        """T of the RNN's last forward pass; None before the first."""
-        return getattr(self.rnn, "last_seq_len", None)
+        """T of the RNN's gradients, which the optimisers take; before the first, of its last forward pass; or None."""
+        if not isinstance(self.rnn, ReLURNN):
+            return None
+        return self.rnn.steps.longest or self.rnn.last_seq_len
 
     def forward(self, x: Tensor) -> Tensor:
         """Outputs of the network.

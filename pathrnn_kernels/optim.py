@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import inspect
 import math
 import numbers
 import os
@@ -12,15 +11,16 @@ from collections.abc import Callable, Sequence
 from typing import Any, Literal, TypeAlias
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim import Optimizer
 
+from .bases import Step, Together, check_base
 from .feedforward import FeedForward
-from .kappa import Kappa, kappa_later, precision
+from .kappa import Kappa, kappa, precision
 from .network import PathNetwork
 from .ops import update as cpu_update
 from .ops.backend import ENVIRONMENT, extension_problem
-from .overlap import Cuda, Overlap, around_forward
+from .rnn import ReLURNN
 
 #: What torch._foreach_* take and return.
 _Tensors: TypeAlias = tuple[Tensor, ...] | list[Tensor]
@@ -35,9 +35,15 @@ _EXPONENTS = {torch.float32: (400.0, 60.0), torch.float64: (3000.0, 600.0)}
 class PathOptimizer(Optimizer):
     """Feeds a base optimiser with path-normalised gradients: g/κ (eq. (8)) in place of g.
 
-    ``param_groups``, ``state`` and ``defaults`` are the base optimiser's own, so that learning-rate schedulers,
-    ``GradScaler`` and ``add_param_group`` work as ever. Parameters outside the network go through untouched, as do
-    those without a gradient. During the base's step, and only then, ``p.grad`` holds the preconditioned gradient.
+    ``param_groups``, ``state``, ``defaults``, ``train()`` and ``eval()`` are the base optimiser's own, so that
+    learning-rate schedulers, ``GradScaler`` and ``add_param_group`` work as ever. Parameters outside the network go
+    through untouched, as do those without a gradient. During the base's step and its own hooks, and only then,
+    ``p.grad`` holds the preconditioned gradient; torch's global hooks run once a step, around all of it.
+
+    T is that of the gradients: of the forward passes that they came from, the longest since the last step or
+    ``zero_grad()``, where calls of the RNN that pass the state on with its graph are one. Evaluations do not count, nor
+    does what no gradient reached. In code compiled by torch.compile and in torch.func's transforms, which have no place
+    for the hook that finds it, T is that of the RNN's last call with gradients enabled.
 
     One step commutes with every node-wise rescaling of the network (Theorem 2) for a base that is linear in gradients
     and weights: SGD with or without momentum, Nesterov's included (a rescaling between two steps would have to rescale
@@ -49,13 +55,13 @@ class PathOptimizer(Optimizer):
     gradient is rounded to their dtype, as is the shortened step; a step below the dtype's spacing is lost there as with
     any optimiser. Autocast with float32 parameters has no such limit.
 
-    On a GPU, from the second step on, κ is launched on a side stream when the RNN's forward pass in training mode
-    ends, and the step takes it if weights, T and options are still the same. A weight that is changed in between
-    through its ``.data``, in place, is not noticed.
+    With ``trust_radius`` the base steps from copies of the weights, and each weight is written once, when the step is
+    short enough: nobody sees a longer one.
 
     Args:
         base: an optimiser of ``torch.optim`` that takes one gradient a step and holds every trainable parameter of
-            the network, and any others. Step it through this object only.
+            the network, and any others; or several that hold them together, say Muon for matrices and AdamW for the
+            rest. Step it through this object only. With ``trust_radius`` it must not keep weights of its own.
         net: the network; a module without recurrence as ``FeedForward(module, input_shape)``.
         second_term: whether κ includes κ⁽²⁾ (Lemma 1).
         scale: ``"none"``, g/κ, eq. (8) as it stands; ``"path_norm"``, γ² g/κ, dimensionless, for κ and γ² of any size
@@ -66,7 +72,7 @@ class PathOptimizer(Optimizer):
         eps: adds eps γ² to κ. With 0, entries of κ = 0 (on no path) get a zero step.
         trust_radius: shortens the network's step Δp to sqrt(Σ κ Δp²) = trust_radius · γ where it is longer.
         update_every: steps between two computations of κ, which is cached, in state dicts too.
-        seq_len: T; by default the length of the last forward pass before the step.
+        seq_len: T; by default that of the gradients.
         rtol: relative truncation error allowed in κ⁽¹⁾ + κ⁽²⁾, as for :func:`kappa`.
 
     Raises:
@@ -77,12 +83,12 @@ class PathOptimizer(Optimizer):
         >>> adam = torch.optim.Adam(net.parameters(), lr=1e-3)
         >>> optimizer = pk.PathOptimizer(adam, net, scale="path_norm", trust_radius=0.003)
         >>> net(torch.rand(50, 16, 2)).square().mean().backward()
-        >>> optimizer.step()  # κ for T = 50, the length of the last forward pass
+        >>> optimizer.step()  # κ for T = 50, the steps that the gradient came through
     """
 
     def __init__(
         self,
-        base: Optimizer,
+        base: Optimizer | Sequence[Optimizer],
         net: PathNetwork | FeedForward,
         second_term: bool = False,
         scale: Literal["none", "path_norm", "first_step"] = "none",
@@ -92,8 +98,7 @@ class PathOptimizer(Optimizer):
         seq_len: int | None = None,
         rtol: float = 1e-3,
     ) -> None:
-        _check_base(base)
-        _check_net(net)
+        check_net(net)
         if not isinstance(second_term, bool):
             raise TypeError(f"second_term is {second_term!r}; it must be True or False")
         if scale not in SCALES:
@@ -113,6 +118,14 @@ class PathOptimizer(Optimizer):
                         "it out"
                     )
 
+        bases = list(base) if isinstance(base, Sequence) else [base]
+        for one in bases:
+            if isinstance(one, PathOptimizer):
+                raise ValueError(
+                    "base is a PathOptimizer itself: gradients would be divided by κ twice; give it a plain one"
+                )
+            check_base(one, trust_radius is not None)
+        base = bases[0] if len(bases) == 1 else Together(bases)
         self.base = base
         self.net: Any = net  # a PathNetwork wherever steps are spoken of
         self.second_term = second_term
@@ -123,18 +136,20 @@ class PathOptimizer(Optimizer):
         self.seq_len = seq_len
         self.rtol = rtol
         self._parameters = list(net.named_parameters())
-        held = {id(p) for group in base.param_groups for p in group["params"]}
+        held = [id(p) for group in base.param_groups for p in group["params"]]
         missing = [name for name, p in self._parameters if p.requires_grad and id(p) not in held]
         if missing:
             raise ValueError(
-                f"base does not hold {', '.join(missing)}: give it every trainable parameter of the network, or freeze "
-                "those (requires_grad_(False))"
+                f"base does not hold {', '.join(missing)}: give it every trainable parameter of the network, or give "
+                "several bases that hold them together, or freeze those (requires_grad_(False))"
             )
+        twice = [name for name, p in self._parameters if held.count(id(p)) > 1]
+        if twice:
+            raise ValueError(f"{', '.join(twice)} would be stepped by two bases: give each parameter to one")
         self._steps = 0
         self._log_constant: float | None = None  # of scale="first_step"
         self._metric: _Metric | None = None
         self._lags: dict[str, int] = {}  # of the last κ
-        self._overlap: Overlap[Kappa] | None = None  # once a step has found the network on a GPU
         # In place of Optimizer.__init__, which would make groups and state of its own: its hooks and its patch of step.
         self.__setstate__({})
         for kind in ("state_dict_pre", "state_dict_post", "load_state_dict_pre", "load_state_dict_post"):
@@ -144,24 +159,40 @@ class PathOptimizer(Optimizer):
     def param_groups(self) -> list[dict[str, Any]]:  # type: ignore[override]
         return self.base.param_groups
 
+    @param_groups.setter
+    def param_groups(self, groups: list[dict[str, Any]]) -> None:
+        self.base.param_groups = groups
+
     @property
     def state(self) -> Any:  # type: ignore[override]
         return self.base.state
 
+    @state.setter
+    def state(self, state: Any) -> None:
+        self.base.state = state
+
     @property
     def defaults(self) -> dict[str, Any]:  # type: ignore[override]
         return self.base.defaults
+
+    def __getattr__(self, name: str) -> Any:
+        # Where the base has them, and else not: callers ask by hasattr.
+        if name in ("train", "eval") and "base" in self.__dict__:
+            bases = self.base.bases if isinstance(self.base, Together) else [self.base]
+            if switches := [getattr(base, name) for base in bases if hasattr(base, name)]:
+                return lambda: [switch() for switch in switches]
+        raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         self.base.add_param_group(param_group)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         self.base.zero_grad(set_to_none)
+        gradients_used(self.net)
 
     def __getstate__(self) -> dict[str, Any]:
         # Without hooks and the step that a scheduler wraps, which torch's optimisers do not pickle either.
-        state = {k: v for k, v in self.__dict__.items() if k != "step" and not isinstance(v, OrderedDict)}
-        return {**state, "_overlap": None}
+        return {k: v for k, v in self.__dict__.items() if k != "step" and not isinstance(v, OrderedDict)}
 
     # torch.compile would take the numbers on the host, which change from step to step, for constants.
     @torch._disable_dynamo  # type: ignore[attr-defined]
@@ -170,11 +201,11 @@ class PathOptimizer(Optimizer):
         """One step; returns the closure's loss, None without a closure, which is called once, gradients enabled.
 
         Raises:
-            ValueError: no sequence length is known, a gradient is sparse, or γ² is 0 where scale or radius needs it.
+            ValueError: no sequence length is known, a gradient is sparse, γ² is 0 where scale or radius needs it, or κ
+                of a recurrent matrix is 0 for T = 1 and its gradient is not.
             FloatingPointError: a preconditioned gradient overflows though the gradient does not.
             In every case parameters, gradients and state are untouched.
         """
-        self._start_overlap()
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -185,95 +216,87 @@ class PathOptimizer(Optimizer):
             self._base_step(held, [])
             return loss
 
-        names, parameters, gradients = zip(*moving, strict=True)
+        names, _, gradients = zip(*moving, strict=True)
         for name, gradient in zip(names, gradients, strict=True):
             if gradient.layout != torch.strided:
                 raise ValueError(f"the gradient of {name} is sparse; use nn.Embedding(…, sparse=False)")
-        metric, lags = self._metric, self._lags
+        metric, lags = self._cached(), self._lags
         if metric is None:
             k, lags = self._kappa()
-            metric = _Metric(k, self.eps)
-            if metric.log_norm == -math.inf and (self.scale == "path_norm" or self.trust_radius is not None):
-                raise ValueError(
+            metric = None if k is None else _Metric(k, self.eps)
+            needs_norm = self.scale == "path_norm" or self.trust_radius is not None
+            if metric is not None and metric.log_norm == -math.inf and needs_norm:
+                _check_zero(
+                    gradients,
                     "the path norm of the network is 0 (a layer or head of zeros?), so that scale='path_norm' and "
-                    "trust_radius would forbid every step: initialise it, or use scale='none' without a radius"
+                    "trust_radius would forbid every step: initialise it, or use scale='none' without a radius",
                 )
+                metric = None
+        if metric is None:  # all gradients are 0, and whatever they were divided by would leave them so
+            self._base_step(held, gradients)
+            return loss
         wide = _wide(gradients)
         constant = self._log_constant
         if self.scale == "first_step" and constant is None:
             constant = metric.first_constant(names, wide)
         log_scale = {"none": 0.0, "path_norm": metric.log_norm, "first_step": constant or 0.0}[self.scale]
         preconditioned = self._precondition(metric, names, wide, log_scale, gradients[0].dtype)
-        before = [p.clone() for p in parameters] if self.trust_radius is not None else []
-
-        self._base_step(held, preconditioned)
-        if self.trust_radius is not None:
-            self._shorten(metric, names, parameters, before)
+        self._base_step(held, preconditioned, None if self.trust_radius is None else metric)
         self._steps += 1
         self._log_constant, self._lags = constant, lags
         self._metric = metric if self._steps % self.update_every else None  # else its memory is of no use
         return loss
 
-    def _base_step(self, held: Sequence[tuple[str, Tensor, Tensor]], preconditioned: _Tensors) -> None:
-        new = iter(preconditioned)
+    def _base_step(
+        self, held: Sequence[tuple[str, Tensor, Tensor]], gradients: _Tensors, metric: _Metric | None = None
+    ) -> None:
+        """The base's step with these gradients of the trainable parameters among ``held``, shortened by a metric."""
+        new = iter(gradients)
         for _, p, _ in held:
             # torch's optimisers move a frozen parameter that still has a gradient.
             p.grad = next(new) if p.requires_grad else None
+        step = Step(self.base)
         try:
-            self.base.step()
+            if metric is None:
+                step.run()
+            else:
+                moving = [(name, p) for name, p, _ in held if p.requires_grad]
+                parameters, before = [p for _, p in moving], [p.data for _, p in moving]
+                after = [p.clone() for p in before]
+                try:
+                    for p, copied in zip(parameters, after, strict=True):
+                        p.data = copied
+                    step.run()
+                finally:
+                    for p, own in zip(parameters, before, strict=True):
+                        p.data = own
+                torch._foreach_copy_(parameters, self._shortened(metric, [name for name, _ in moving], after, before))
+            step.finish()
         finally:
             for _, p, gradient in held:
                 p.grad = gradient
 
-    def _kappa(self) -> tuple[Kappa, dict[str, int]]:
+    def _cached(self) -> _Metric | None:
+        """The κ of a former step, in the dtype and on the device that the network has now."""
+        metric = self._metric
+        if metric is not None:
+            gradients_used(self.net)
+            p, factor = self._parameters[0][1], next(iter(metric.factors.values()))
+            if (factor.dtype, factor.device) != (precision(p.dtype), p.device):
+                metric = self._metric = _Metric.from_state(metric.state(), dict(self._parameters), self.eps)
+        return metric
+
+    def _kappa(self) -> tuple[Kappa | None, dict[str, int]]:
         if isinstance(self.net, FeedForward):
             return self.net.kappa(), {}
         seq_len = sequence_length(self.net, self.seq_len)
-        k = self._overlapped(seq_len) or self._kappa_later(seq_len)()
+        if seq_len is None:
+            return None, {}
+        # What κ tries first: one lag less than it needed before, so that the number can shrink again.
+        first = {name: max(count - 1, 0) for name, count in self._lags.items()} if self.second_term else None
+        k = kappa(self.net, seq_len, self.second_term, rtol=self.rtol, lags=first)
         # Where all lags were summed there is nothing to start from.
         return k, {name: count for name, count in k.lags.items() if count < seq_len - 1}
-
-    def _kappa_later(self, seq_len: int) -> Callable[[], Kappa]:
-        return kappa_later(self.net, seq_len, self.second_term, rtol=self.rtol, lags=self._first_lags())
-
-    def _first_lags(self) -> dict[str, int] | None:
-        """What κ tries first: one lag less than it needed before, so that the number can shrink again."""
-        return {name: max(count - 1, 0) for name, count in self._lags.items()} if self.second_term else None
-
-    def _start_overlap(self) -> None:
-        """On a GPU, to which the network may be moved late: κ beside the minibatch's backward pass from now on."""
-        if isinstance(self.net, FeedForward):
-            return
-        device = self._parameters[0][1].device
-        if self._overlap is None and (cuda := _streams(device)) is not None:
-            self._overlap = Overlap(device, cuda)
-            around_forward(self.net.rnn, self._ready, self._launch)
-
-    def _ready(self, rnn: nn.Module) -> None:
-        if self._overlap is not None and self._metric is None and rnn is self.net.rnn:
-            self._overlap.weights_are_ready(self.net.weights().values())
-
-    def _launch(self, rnn: nn.Module) -> None:
-        """After a forward pass: κ, where a backward pass and a step that needs it will follow."""
-        seq_len = self.seq_len or self.net.last_seq_len
-        # Replicas of the module share its hooks.
-        due = self._metric is None and rnn.training and torch.is_grad_enabled() and rnn is self.net.rnn
-        if self._overlap is None or seq_len is None or not due:
-            return
-        try:
-            with torch.no_grad():
-                weights = self.net.weights().values()
-                self._overlap.launch(self._settings(seq_len), weights, lambda: self._kappa_later(seq_len))
-        except Exception:
-            self._overlap.drop()  # step() computes it again, and raises where that is expected
-
-    def _overlapped(self, seq_len: int) -> Kappa | None:
-        if self._overlap is None:
-            return None
-        return self._overlap.take(self._settings(seq_len), self.net.weights().values(), Kappa.tensors)
-
-    def _settings(self, seq_len: int) -> tuple[Any, ...]:
-        return seq_len, self.second_term, self.rtol, self._first_lags(), self.net.outputs, self.net.h0
 
     def _precondition(
         self, metric: _Metric, names: Sequence[str], gradients: _Tensors, log_scale: float, dtype: torch.dtype
@@ -305,26 +328,26 @@ class PathOptimizer(Optimizer):
                 )
         return result
 
-    def _shorten(self, metric: _Metric, names: Sequence[str], parameters: _Tensors, before: _Tensors) -> None:
+    def _shortened(self, metric: _Metric, names: Sequence[str], after: _Tensors, before: _Tensors) -> _Tensors:
+        """The weights after a step that is no longer than the radius; ``after`` may be written to."""
         log_radius = math.log(self.trust_radius)  # type: ignore[arg-type]
-        after, before = _wide(parameters), _wide(before)
+        after, before = _wide(after), _wide(before)
         if (fused := _fused(after)) is not None:
             log_scales = [metric.log_scales[name] - metric.log_norm - 2 * log_radius for name in names]
             fused.shorten_(after, before, [metric.factors[name] for name in names], log_scales)
-        else:
-            deltas = torch._foreach_sub(after, before)
-            # nan, from a gradient that is not finite, compares false: torch's own optimisers let it through too.
-            log_ratio = metric.log_length(names, deltas) - log_radius
-            if log_ratio > 0:
-                torch._foreach_mul_(deltas, math.exp(-log_ratio))
-                torch._foreach_copy_(after, torch._foreach_add(before, deltas))
-        if after is not parameters:
-            torch._foreach_copy_(parameters, after)
+            return after
+        deltas = torch._foreach_sub(after, before)
+        # nan, from a gradient that is not finite, compares false: torch's own optimisers let it through too.
+        log_ratio = metric.log_length(names, deltas) - log_radius
+        if not log_ratio > 0:
+            return after
+        torch._foreach_mul_(deltas, math.exp(-log_ratio))
+        return torch._foreach_add(before, deltas)
 
     def state_dict(self) -> dict[str, Any]:
         """The base's state dict with an entry ``"path"``: tensors and plain Python values only."""
         path = {
-            "base": type(self.base).__name__,
+            "base": self._base_name(),
             "shapes": self._shapes(),
             "scale": self.scale,
             "second_term": self.second_term,
@@ -341,11 +364,22 @@ class PathOptimizer(Optimizer):
         Raises:
             ValueError: the state dict is not of a like optimiser of a like network; nothing has changed then.
         """
-        path = state_dict.get("path") if isinstance(state_dict, dict) else None
+        if not isinstance(state_dict, dict):
+            raise ValueError(f"state_dict is a {type(state_dict).__name__}; it must be what state_dict() returned")
+        if "path" not in state_dict:
+            # The base's alone, to which torch.distributed.checkpoint cuts a state dict down.
+            if self.scale == "first_step":
+                raise ValueError(
+                    "state_dict has no entry 'path', and with it no constant of scale='first_step': save state_dict() "
+                    "whole, or use scale='path_norm'"
+                )
+            self._load(state_dict)
+            return
+        path = state_dict["path"]
         if not isinstance(path, dict):
-            raise ValueError("state_dict has no entry 'path': it is not one that a PathOptimizer saved")
+            raise ValueError("state_dict has an entry 'path' that no PathOptimizer saved: it is damaged")
         expected = {
-            "base": type(self.base).__name__,
+            "base": self._base_name(),
             "scale": self.scale,
             "second_term": self.second_term,
             "shapes": self._shapes(),
@@ -369,54 +403,67 @@ class PathOptimizer(Optimizer):
         metric = None
         if path.get("kappa") is not None:
             metric = _Metric.from_state(path["kappa"], dict(self._parameters), self.eps)
-        _check_groups(state_dict)
-        self.base.load_state_dict({key: value for key, value in state_dict.items() if key != "path"})
+        self._load(state_dict)
         self._steps, self._log_constant, self._metric, self._lags = steps, constant, metric, dict(lags)
-        if self._overlap is not None:
-            self._overlap.drop()
+
+    def _load(self, state_dict: dict[str, Any]) -> None:
+        """The base's part; all else as if training began here."""
+        groups, state = state_dict.get("param_groups"), state_dict.get("state")
+        if not isinstance(groups, list) or not isinstance(state, dict):
+            raise ValueError("state_dict lacks the base optimiser's 'state' and 'param_groups': it is damaged")
+        sizes = [len(group["params"]) for group in self.param_groups]
+        if [len(group.get("params", ())) if isinstance(group, dict) else -1 for group in groups] != sizes:
+            raise ValueError(f"state_dict has param_groups that do not hold {sizes} parameters: it is damaged")
+        self.base.load_state_dict({key: value for key, value in state_dict.items() if key != "path"})
+        self._steps, self._log_constant, self._metric, self._lags = 0, None, None, {}
+
+    def _base_name(self) -> str:
+        bases = self.base.bases if isinstance(self.base, Together) else [self.base]
+        return " + ".join(type(base).__name__ for base in bases)
 
     def _shapes(self) -> list[list[list[int]]]:
         return [[list(p.shape) for p in group["params"]] for group in self.param_groups]
 
 
-class PathSGD(PathOptimizer):
-    """Path-SGD (eq. (8)) on a network alone: ``PathOptimizer(torch.optim.SGD(net.parameters(), …), net, …)``.
+def sequence_length(net: PathNetwork, seq_len: int | None) -> int | None:
+    """T for a step: the optimiser's own, or that of the gradients, which are taken for used from now on.
 
-    Args:
-        net: as for :class:`PathOptimizer`.
-        lr, momentum, weight_decay: as for ``torch.optim.SGD``.
-        **keywords: as for :class:`PathOptimizer`.
+    None where no T is known but every gradient is 0: it stays so, whatever T is.
 
-    Example:
-        >>> net = pk.PathNetwork(pk.ReLURNN(2, 100), torch.nn.Linear(100, 1), outputs="last")
-        >>> optimizer = pk.PathSGD(net, lr=1.0, scale="path_norm", trust_radius=0.003)
-        >>> net(torch.rand(50, 16, 2)).square().mean().backward()
-        >>> optimizer.step()
+    Raises:
+        ValueError: no T is known; or κ of a recurrent matrix is 0, since T = 1, and its gradient is not.
     """
-
-    def __init__(
-        self,
-        net: PathNetwork | FeedForward,
-        lr: float = 1e-2,
-        momentum: float = 0.0,
-        weight_decay: float = 0.0,
-        **keywords: Any,
-    ) -> None:
-        _check_net(net)
-        base = torch.optim.SGD(net.parameters(), lr=lr, momentum=momentum, weight_decay=weight_decay)
-        super().__init__(base, net, **keywords)
-
-
-def sequence_length(net: PathNetwork, seq_len: int | None) -> int:
-    """An optimiser's own T, or that of the network's last forward pass."""
     if seq_len is not None:
         return seq_len
-    if net.last_seq_len is None:
-        raise ValueError(
+    found = net.last_seq_len
+    if found is None:
+        _check_zero(
+            [p.grad for p in net.parameters() if p.grad is not None],
             "seq_len is None and the network's RNN has recorded no forward pass (torch.nn.RNN records none): "
-            "run one before the step, or give the optimiser its seq_len"
+            "run one before the step, or give the optimiser its seq_len",
         )
-    return net.last_seq_len
+    elif found == 1 and net.h0 == "zeros":
+        weights = net.weights()
+        for name in (f"rnn.weight_hh_{ending}" for ending in net.endings):
+            _check_zero(
+                [g for g in (weights[name].grad,) if g is not None],
+                f"κ of {name} is 0, for T is 1, but its gradient is not: give the optimiser seq_len=, the steps of "
+                'whole sequences; where states are passed on without their graph, PathNetwork(…, h0="ones") has κ > 0',
+            )
+    gradients_used(net)
+    return found
+
+
+def gradients_used(net: PathNetwork | FeedForward) -> None:
+    """T of the gradients that the network gets next has nothing to do with those that it has now."""
+    if isinstance(net, PathNetwork) and isinstance(net.rnn, ReLURNN):
+        net.rnn.steps.begin_anew()
+
+
+def _check_zero(gradients: Sequence[Tensor], error: str) -> None:
+    """A ValueError unless they are; a device is waited for."""
+    if any(gradient.any() for gradient in gradients):
+        raise ValueError(error)
 
 
 def _wide(tensors: _Tensors) -> _Tensors:
@@ -428,10 +475,6 @@ def _wide(tensors: _Tensors) -> _Tensors:
 def _overflowed(gradients: _Tensors, results: _Tensors) -> list[bool]:
     lost = [(raw.isfinite() & ~new.isfinite()).any() for raw, new in zip(gradients, results, strict=True)]
     return torch.stack(lost).tolist()
-
-
-def _streams(device: torch.device) -> type[Cuda] | None:
-    return Cuda if device.type == "cuda" else None
 
 
 def _fused(tensors: _Tensors) -> Any:
@@ -560,7 +603,7 @@ def _log_length(tensors: _Tensors, log_scales: list[float]) -> float:
     return (largest + math.log(sum(math.exp(value - largest) for value in logs))) / 2 if logs else -math.inf
 
 
-def _check_net(net: Any) -> None:
+def check_net(net: Any) -> None:
     if isinstance(net, PathNetwork):
         net.check_parameters()
     elif not isinstance(net, FeedForward):
@@ -568,29 +611,6 @@ def _check_net(net: Any) -> None:
             f"net is a {type(net).__name__}; it must be a PathNetwork, as PathNetwork(rnn, head=…), or a FeedForward, "
             "as FeedForward(module, input_shape)"
         )
-
-
-def _check_base(base: Any) -> None:
-    if not isinstance(base, Optimizer):
-        raise TypeError(f"base is a {type(base).__name__}; it must be a torch.optim.Optimizer, such as torch.optim.SGD")
-    if isinstance(base, PathOptimizer):
-        raise ValueError("base is a PathOptimizer itself: gradients would be divided by κ twice; give it a plain one")
-    closure = inspect.signature(type(base).step).parameters.get("closure")
-    if closure is not None and closure.default is inspect.Parameter.empty:
-        raise ValueError(
-            f"base is {type(base).__name__}, which calls its closure several times a step; κ divides one gradient a "
-            "step: use SGD, Adam, AdamW, RMSprop or another that needs no closure"
-        )
-
-
-def _check_groups(state_dict: dict[str, Any]) -> None:
-    """What the base's load_state_dict would trip over half-way."""
-    groups, state = state_dict.get("param_groups"), state_dict.get("state")
-    if not isinstance(groups, list) or not isinstance(state, dict):
-        raise ValueError("state_dict lacks the base optimiser's 'state' and 'param_groups': it is damaged")
-    sizes = [len(shapes) for shapes in state_dict["path"]["shapes"]]
-    if [len(group.get("params", ())) if isinstance(group, dict) else -1 for group in groups] != sizes:
-        raise ValueError(f"state_dict has param_groups that do not hold {sizes} parameters: it is damaged")
 
 
 def check_number(name: str, value: Any, zero: bool) -> None:

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from .kappa import ldexp
 from .network import PathNetwork
 
 
@@ -123,16 +124,28 @@ def _rescaled(net: PathNetwork, alphas: list[Tensor]) -> dict[str, Tensor]:
     new = {}
     for c, (ending, alpha) in enumerate(zip(net.endings, alphas, strict=True)):
         ih, hh = f"rnn.weight_ih_{ending}", f"rnn.weight_hh_{ending}"
-        new[ih] = parameters[ih] * alpha[:, None]
-        if below := _below(net, c):
-            new[ih] = new[ih] / torch.cat([alphas[b] for b in below])
-        new[hh] = parameters[hh] * (alpha[:, None] / alpha)
+        below = _below(net, c)
+        new[ih] = _scaled(parameters[ih], alpha[:, None], torch.cat([alphas[b] for b in below]) if below else None)
+        new[hh] = _scaled(parameters[hh], alpha[:, None], alpha)
         for bias in (f"rnn.bias_ih_{ending}", f"rnn.bias_hh_{ending}"):
             if bias in parameters:
-                new[bias] = parameters[bias] * alpha
+                new[bias] = _scaled(parameters[bias], alpha, None)
     if net.head is not None:
-        new["head.weight"] = parameters["head.weight"] / torch.cat(alphas[-net.num_directions :])
+        new["head.weight"] = _scaled(parameters["head.weight"], None, torch.cat(alphas[-net.num_directions :]))
     return new
+
+
+def _scaled(p: Tensor, times: Tensor | None, over: Tensor | None) -> Tensor:
+    """p · times / over: mantissas and exponents apart, so that nothing between p and the result leaves the range."""
+    mantissa, exponent = torch.frexp(p.double())
+    exponent = exponent.long()
+    if times is not None:
+        factor, shift = torch.frexp(times.double())
+        mantissa, exponent = mantissa * factor, exponent + shift
+    if over is not None:
+        divisor, shift = torch.frexp(over.double())
+        mantissa, exponent = mantissa / divisor, exponent - shift
+    return ldexp(mantissa, exponent).to(p.dtype)
 
 
 def _below(net: PathNetwork, place: int) -> list[int]:

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
 from . import ops
-from .ops.backend import constant_when_traced
+from .ops.backend import constant_when_traced, transformed
+from .steps import Steps
 
 _Weights = tuple[Tensor, Tensor, Tensor | None, Tensor | None]
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -22,16 +23,17 @@ _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 _MOST = {"input_size": 2**31 - 1, "hidden_size": 2**31 - 1, "num_layers": 10_000}
 
 
-class ReLURNN(nn.Module):
+class ReLURNN(nn.RNNBase):
     """Multi-layer Elman RNN with ReLU (Table 1): h^i_t = [W_ih h^{i-1}_t + b_ih + W_hh h^i_{t-1} + b_hh]_+.
 
     Arguments, parameter names, shapes, initialisation and state dicts are those of
-    ``torch.nn.RNN(nonlinearity="relu")``; ``from_torch`` and ``to_torch`` convert.
+    ``torch.nn.RNN(nonlinearity="relu")``; ``from_torch`` and ``to_torch`` convert (ONNX: export ``rnn.to_torch()``).
 
     Args:
         input_size: features of x.
         hidden_size: units of every layer, H; of every direction.
         num_layers: stacked layers.
+        nonlinearity: ``"relu"``, which may stand fourth, as in nn.RNN, or be left out.
         bias: whether the layers have ``bias_ih`` and ``bias_hh``.
         batch_first: x and y are ``[B, T, ·]`` instead of ``[T, B, ·]``; h_0 and h_n are not affected.
         dropout: probability of dropout on the output of every layer but the last, in training.
@@ -61,16 +63,20 @@ class ReLURNN(nn.Module):
         (True, False)
     """
 
-    nonlinearity = "relu"
-    input_size: int
-    hidden_size: int
-    num_layers: int
-    bias: bool
-    batch_first: bool
-    dropout: float
-    bidirectional: bool
+    mode, nonlinearity, proj_size = "RNN_RELU", "relu", 0
     weight_hh_l0: nn.Parameter
+    steps: Steps
 
+    # An RNNBase for isinstance alone: what that does beyond nn.Module serves its list of weights for cuDNN.
+    __setattr__ = nn.Module.__setattr__  # type: ignore[assignment]
+    __setstate__ = nn.Module.__setstate__
+    _apply = nn.Module._apply
+    _replicate_for_data_parallel = nn.Module._replicate_for_data_parallel
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__
+
+    @overload
     def __init__(
         self,
         input_size: int,
@@ -82,8 +88,46 @@ class ReLURNN(nn.Module):
         bidirectional: bool = False,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
+        *,
+        nonlinearity: str = "relu",
+    ) -> None: ...
+
+    @overload
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        num_layers: int,
+        nonlinearity: str,
+        bias: bool = True,
+        batch_first: bool = False,
+        dropout: float = 0.0,
+        bidirectional: bool = False,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None: ...
+
+    def __init__(self, *arguments: Any, **keywords: Any) -> None:
+        if len(arguments) > 3 and isinstance(arguments[3], str):
+            arguments, keywords["nonlinearity"] = (*arguments[:3], *arguments[4:]), arguments[3]
+        self._init(*arguments, **keywords)
+
+    def _init(
+        self,
+        input_size: int,
+        hidden_size: int,
+        num_layers: int = 1,
+        bias: bool = True,
+        batch_first: bool = False,
+        dropout: float = 0.0,
+        bidirectional: bool = False,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        nonlinearity: str = "relu",
     ) -> None:
-        super().__init__()
+        nn.Module.__init__(self)
+        if nonlinearity != "relu":
+            raise ValueError(f'nonlinearity is {nonlinearity!r}; it can only be "relu", for others use torch.nn.RNN')
         for name, size in (("input_size", input_size), ("hidden_size", hidden_size), ("num_layers", num_layers)):
             if isinstance(size, bool) or not isinstance(size, numbers.Integral):
                 raise TypeError(f"{name} is {size!r}; it must be a positive integer")
@@ -108,8 +152,10 @@ class ReLURNN(nn.Module):
         self.batch_first = batch_first
         self.dropout = float(dropout)
         self.bidirectional = bidirectional
-        #: T of the last forward pass, which PathOptimizer takes for κ when it is given no seq_len.
+        #: T of the last forward pass, whoever made it.
         self.last_seq_len: int | None = None
+        #: T of the gradients, which the optimisers take for κ when they are given no seq_len.
+        self.steps = Steps()
         for i in range(self.num_layers):
             below = self.input_size if i == 0 else self.hidden_size * len(self._directions)
             shapes: dict[str, tuple[int, ...]] = {"weight_ih": (self.hidden_size, below)}
@@ -136,8 +182,20 @@ class ReLURNN(nn.Module):
     @overload
     def forward(self, x: PackedSequence, h_0: Tensor | None = None) -> tuple[PackedSequence, Tensor]: ...
 
+    @overload
+    def forward(self, *, input: Tensor, hx: Tensor | None = None) -> tuple[Tensor, Tensor]: ...
+
+    @overload
+    def forward(self, x: Tensor, *, hx: Tensor | None = None) -> tuple[Tensor, Tensor]: ...
+
     def forward(
-        self, x: Tensor | PackedSequence, h_0: Tensor | None = None, lengths: Tensor | Sequence[int] | None = None
+        self,
+        x: Tensor | PackedSequence | None = None,
+        h_0: Tensor | None = None,
+        lengths: Tensor | Sequence[int] | None = None,
+        *,
+        input: Tensor | PackedSequence | None = None,
+        hx: Tensor | None = None,
     ) -> tuple[Tensor | PackedSequence, Tensor]:
         """Run the RNN. L is ``num_layers``, twice that with ``bidirectional``.
 
@@ -149,6 +207,7 @@ class ReLURNN(nn.Module):
             lengths: the steps of every sequence of a padded x, integers ``[B]`` in 1 … T in any order and on any device
                 (on a GPU they are waited for); T of each by default. Padding is never read, and finished sequences cost
                 nothing.
+            input, hx: nn.RNN's names of x and h_0.
 
         Returns:
             y: the top layer's h_1 … h_T, in x's layout with ``hidden_size`` features, ``2 hidden_size`` with
@@ -156,38 +215,53 @@ class ReLURNN(nn.Module):
             h_n: in h_0's layout, the state of every layer at each sequence's own end; of the other direction, which
                 begins with h_0 at that end, at the start.
 
-        The gradient of x is exactly zero in the padding. ``last_seq_len`` becomes T, the longest of a PackedSequence.
+        The gradient of x is exactly zero in the padding. ``last_seq_len`` becomes T, or the longest of the lengths; in
+        compiled code T alone.
 
         Raises:
             TypeError, ValueError: naming the argument, its value and the remedy.
         """
+        if (x is not None and input is not None) or (h_0 is not None and hx is not None):
+            raise TypeError("x and input, or h_0 and hx, are given: they are two names of one argument, use one")
+        x, h_0 = input if x is None else x, hx if h_0 is None else h_0
         weight = self.weight_hh_l0
         autocast = _autocast_dtype(weight)
         self._check(x, h_0, lengths, autocast)
         if isinstance(x, PackedSequence):
             data, batch_sizes, order, position = x
             h_0 = h_0 if h_0 is None or order is None else h_0.index_select(1, order)
-            packed_lengths = (batch_sizes[:, None] > torch.arange(int(batch_sizes[0]))).sum(0)
-            y, h_n = self._run(data, h_0, packed_lengths, weight.dtype, autocast)
-            self.last_seq_len = len(batch_sizes)
+            sequences = torch.arange(int(batch_sizes[0]), device=batch_sizes.device)
+            packed_lengths = (batch_sizes[:, None] > sequences).sum(0)
+            y, h_n = self._run(data, len(batch_sizes), h_0, packed_lengths, weight.dtype, autocast)
             h_n = h_n if position is None else h_n.index_select(1, position)
             return PackedSequence(y, batch_sizes, order, position), h_n
 
+        assert isinstance(x, Tensor)
         if x.dim() == 2:
-            y, h_n = self._run(x.unsqueeze(1), None if h_0 is None else h_0.unsqueeze(1), None, weight.dtype, autocast)
-            self.last_seq_len = x.shape[0]
+            state = None if h_0 is None else h_0.unsqueeze(1)
+            y, h_n = self._run(x.unsqueeze(1), x.shape[0], state, None, weight.dtype, autocast)
             return y.squeeze(1), h_n.squeeze(1)
         steps_first = x.transpose(0, 1) if self.batch_first else x
-        # On the CPU once, not in every layer and direction: that is where they are read.
-        lengths = None if lengths is None else torch.as_tensor(lengths).cpu()
-        y, h_n = self._run(steps_first, h_0, lengths, weight.dtype, autocast)
-        self.last_seq_len = steps_first.shape[0]
+        seq_len = steps_first.shape[0]
+        if lengths is not None:
+            # On the CPU once, not in every layer and direction: that is where they are read.
+            lengths = lengths.cpu() if isinstance(lengths, Tensor) else torch.tensor(lengths, device="cpu")
+            if not torch.compiler.is_compiling() and lengths.numel() > 0 and not lengths.is_meta:
+                seq_len = min(seq_len, max(1, int(lengths.max())))
+        y, h_n = self._run(steps_first, seq_len, h_0, lengths, weight.dtype, autocast)
         return (y.transpose(0, 1) if self.batch_first else y), h_n
 
     def _run(
-        self, x: Tensor, h_0: Tensor | None, lengths: Tensor | None, own: torch.dtype, autocast: torch.dtype | None
+        self,
+        x: Tensor,
+        seq_len: int,
+        h_0: Tensor | None,
+        lengths: Tensor | None,
+        own: torch.dtype,
+        autocast: torch.dtype | None,
     ) -> tuple[Tensor, Tensor]:
-        """y and h_n of x ``[T, B, I]``, or of packed rows ``[N, I]`` with their lengths."""
+        """y and h_n of x ``[T, B, I]``, or of packed rows ``[N, I]`` with their lengths, of ``seq_len`` at most."""
+        given, lowest = h_0, None
         dtype = ops.working_dtype(x.device, autocast or own)
         y, h_0 = _to(x, dtype), _to(h_0, dtype)
         finals: list[Tensor] = []
@@ -206,9 +280,33 @@ class ReLURNN(nn.Module):
                     output, h_n = ops.relu_rnn(y, state, *weights, lengths=lengths, reverse=direction == "_reverse")
                     outputs.append(output)
                     finals.append(h_n)
+                if lowest is None and (i + 1 == self.num_layers or outputs[0].requires_grad):
+                    lowest = [*outputs, *finals[-len(outputs) :]]  # every gradient passes through these
                 y = outputs[0] if len(outputs) == 1 else torch.cat(outputs, -1)
+        assert lowest is not None
+        self._count(seq_len, given, lowest)
         h_n = finals[0].unsqueeze(0) if len(finals) == 1 else torch.stack(finals)
         return _to(y, autocast or own), _to(h_n, autocast or own)
+
+    def _count(self, seq_len: int, h_0: Tensor | None, outputs: list[Tensor]) -> None:
+        """Have the steps of a forward pass that has gone well counted once a gradient reaches its outputs."""
+        self.last_seq_len = seq_len
+        if not torch.is_grad_enabled() or torch.compiler.is_exporting():
+            return
+        if torch.compiler.is_compiling() or transformed():  # no hooks there
+            goes_on = h_0 is not None and h_0.requires_grad and not h_0.is_leaf
+            self.steps.traced = seq_len + (self.steps.traced or 0 if goes_on else 0)
+        else:
+            self.steps.watch(outputs, seq_len, h_0, self._parameters)
+
+    @property
+    def all_weights(self) -> list[list[nn.Parameter]]:  # type: ignore[override]
+        """The parameters, a list for every direction of every layer, as nn.RNN gives them."""
+        layers = [self._layer(i, direction) for i in range(self.num_layers) for direction in self._directions]
+        return [[p for p in layer if p is not None] for layer in layers]  # type: ignore[misc]
+
+    def flatten_parameters(self) -> None:
+        """Does nothing, for there is no flat copy of the weights; code written for nn.RNN calls it."""
 
     @property
     def _directions(self) -> tuple[str, ...]:
@@ -236,9 +334,8 @@ class ReLURNN(nn.Module):
             raise ValueError(f"x has shape {list(x.shape)}; it must be {allowed}")
         if x.shape[-1] != self.input_size:
             raise ValueError(f"x has {x.shape[-1]} features (shape {list(x.shape)}), but input_size={self.input_size}")
-        for size in x.shape[:-1]:
-            if size == 0:
-                raise ValueError(f"x has shape {list(x.shape)}; T and B must be at least 1 ({layout})")
+        if x.shape[1 if self.batch_first and x.dim() == 3 else 0] == 0:
+            raise ValueError(f"x has shape {list(x.shape)}; T must be at least 1 ({layout})")
         if x.dim() == 3:
             batch = x.shape[0 if self.batch_first else 1]
         if lengths is not None:
@@ -312,7 +409,7 @@ def _check_lengths(lengths: Any, x: Tensor, batch: int | None) -> None:
     if not isinstance(lengths, Tensor):
         if not isinstance(lengths, Sequence) or not all(isinstance(n, numbers.Integral) for n in lengths):
             raise TypeError(f"lengths is {lengths!r}; it must be a tensor or a sequence of integers")
-        lengths = torch.tensor(lengths)
+        lengths = torch.tensor(lengths, device="cpu")
     if lengths.is_floating_point() or lengths.is_complex() or lengths.dtype == torch.bool:
         raise TypeError(f"lengths has dtype {lengths.dtype}; it must be of integers")
     if list(lengths.shape) != [batch]:

@@ -140,13 +140,16 @@ def _operand(value: Any, beside: Squared) -> Squared:
     """Numbers and plain tensors are constants of the network, which are squared like weights."""
     if isinstance(value, Squared):
         return value
-    tensor = torch.as_tensor(value)
+    if isinstance(value, Tensor):
+        tensor = value
+    else:  # as float64: torch would round a Python number to its default dtype
+        tensor = torch.tensor(value, dtype=None if isinstance(value, complex) else torch.float64, device="cpu")
     if tensor.requires_grad:
         raise _Refused("it takes a weight that is not an attribute of its module")
     if tensor.is_complex():
         raise _Refused("it has a complex constant")
-    tensor = tensor.to(beside.value.device, torch.float64)
-    return Squared(tensor.square(), 0, Kind.EDGE, set(), beside.run)
+    weight, exponent = settled(tensor.to(beside.value.device, torch.float64).abs(), 0, WEIGHT_RANGE)
+    return Squared(weight.square(), 2 * exponent, Kind.EDGE, set(), beside.run)
 
 
 def _operands(*values: Any) -> list[Squared]:
@@ -366,12 +369,11 @@ def _max_pool(
 def _adaptive_pool(dims: int, largest: bool, func: Any, input: Squared, output_size: Any, **_: Any) -> Squared:
     average: Any = (F.adaptive_avg_pool1d, F.adaptive_avg_pool2d, F.adaptive_avg_pool3d)[dims - 1]
     mean = average(input.value, output_size)
-    count = torch.ones((), dtype=torch.float64)
+    count = torch.ones((), dtype=torch.float64, device=mean.device)
     for size, out in zip(input.value.shape[-dims:], mean.shape[-dims:], strict=True):
         # Window i is from floor(i size / out) to ceil((i + 1) size / out).
         lengths = [-(-(i + 1) * size // out) - i * size // out for i in range(out)]
-        count = count.unsqueeze(-1) * torch.tensor(lengths, dtype=torch.float64)
-    count = count.to(mean.device)
+        count = count.unsqueeze(-1) * torch.tensor(lengths, dtype=torch.float64, device=mean.device)
     return _node(mean * count if largest else mean / count, input.exponent, input)
 
 

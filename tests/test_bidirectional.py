@@ -297,7 +297,7 @@ def test_rescaling_leaves_the_function_and_the_norm(case, data):
     alphas = data.draw(rescalings(net))
     weight = net.rnn.weight_hh_l0_reverse.detach().clone()
     node_rescale_(net, alphas)
-    assert torch.equal(net.rnn.weight_hh_l0_reverse, weight * (alphas[1][:, None] / alphas[1]))
+    assert torch.equal(net.rnn.weight_hh_l0_reverse, weight * alphas[1][:, None] / alphas[1])
     torch.testing.assert_close(net(x), y, rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(pk.log_path_norm(net, seq_len).detach(), norm, rtol=1e-12, atol=1e-12)
 

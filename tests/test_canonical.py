@@ -92,3 +92,42 @@ def test_kappa_follows(options, dtype, threads):
     for seq_len, second, rtol in ((1, False, 0), (9, True, 0), (150, False, 0), (150, True, 1e-4)):
         before, after = (pk.kappa(n, seq_len, second, rtol=rtol) for n in (net, other))
         check_follows(before, after, moved)
+
+
+def with_dead_units(net):
+    """Most weights 0; unit 0 without any drive of its own, unit 1 read by others alone, unit 2 on no path at all."""
+    with torch.no_grad():
+        for p in net.parameters():
+            p.mul_(torch.rand_like(p) < 0.5)
+        for ending in net.endings:
+            ih, hh = (getattr(net.rnn, f"weight_{kind}_{ending}") for kind in ("ih", "hh"))
+            for unit in (0, 2):
+                ih[unit] = 0
+                if net.rnn.bias:
+                    getattr(net.rnn, f"bias_ih_{ending}")[unit] = getattr(net.rnn, f"bias_hh_{ending}")[unit] = 0
+            hh[:, 2] = hh[2] = 0
+        above = [getattr(net.rnn, f"weight_ih_{ending}") for ending in net.endings[net.num_directions :]]
+        for weight in above + [net.head.weight]:
+            weight[:, 1 :: net.hidden_size] = weight[:, 2 :: net.hidden_size] = 0
+    return net
+
+
+@pytest.mark.parametrize("dtype", (F32, F64), ids=("float32", "float64"))
+@pytest.mark.parametrize("num_layers, bidirectional, bias", ((1, False, True), (2, False, False), (2, True, True)))
+def test_kappa_of_dead_units_follows(num_layers, bidirectional, bias, dtype, threads):
+    for seed, outputs in itertools.product(range(6), ("all", "last")):
+        net = with_dead_units(make(num_layers, bidirectional, dtype, outputs, bias=bias, seed=seed))
+        other, moved = rescaled(net, FARTHEST[dtype], seed)
+        for seq_len, second, rtol in ((2, True, 0), (40, True, 0), (120, True, 1e-4)):
+            check_follows(*(pk.kappa(n, seq_len, second, rtol=rtol) for n in (net, other)), moved)
+
+
+@pytest.mark.parametrize("dtype", (F32, F64), ids=("float32", "float64"))
+@pytest.mark.parametrize("hidden, seq_len, second", ((520, 8, True), (1030, 12, False)))
+def test_kappa_of_large_networks_follows(hidden, seq_len, second, dtype, threads):
+    """Sizes at which threads read W themselves: with factors where these are mild, else a copy."""
+    net = make(1, False, dtype, hidden=hidden)
+    before = pk.kappa(net, seq_len, second)
+    for farthest in (3, FARTHEST[dtype]):
+        other, moved = rescaled(net, farthest)
+        check_follows(before, pk.kappa(other, seq_len, second), moved)

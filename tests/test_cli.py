@@ -71,7 +71,7 @@ def test_version(capsys):
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
-        ([], "required: {train,bench,info}"),
+        ([], "required: {train,bench,check,info}"),
         (["fit"], "invalid choice: 'fit'"),
         (["train"], "required: {adding,smnist,charlm,wordlm}"),
         (["train", "adding", "--lr", "fast"], "argument --lr: invalid float value: 'fast'"),

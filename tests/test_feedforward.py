@@ -738,3 +738,19 @@ def test_a_bare_module_is_refused():
 def test_feed_forward_refuses_at_once():
     with pytest.raises(ValueError, match=r"1 \(Sigmoid\)"):
         pk.FeedForward(nn.Sequential(nn.Linear(3, 2), nn.Sigmoid()), (3,))
+
+
+@pytest.mark.parametrize("constant", (0.1, 1e-50, 1e40, 1e-200, 1e200))
+def test_constants_are_float64(constant):
+    class Times(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear = nn.Linear(2, 2, dtype=torch.float64)
+
+        def forward(self, x):
+            return self.linear(x) * constant
+
+    kappa = pk.kappa_of_module(Times(), (2,))
+    mantissa, exponent = kappa.scaled["linear.bias"].parts()
+    found = mantissa.log() + exponent.double() * math.log(2)
+    torch.testing.assert_close(found, torch.full_like(found, 2 * math.log(constant)), rtol=1e-14, atol=0)

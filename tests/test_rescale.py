@@ -214,3 +214,17 @@ def test_networks_that_are_not_finite_are_not_balanced():
     net.head.weight.data[0, 0] = math.nan
     with pytest.raises(ValueError, match=r"head.weight has nan or infinite entries"):
         balance_(net)
+
+
+def test_no_product_leaves_the_range_on_the_way():
+    net = pk.PathNetwork(pk.ReLURNN(1, 1, 2, bias=False), nn.Linear(1, 1))
+    with torch.no_grad():
+        net.rnn.weight_ih_l1.fill_(1e-30)
+    alpha = torch.tensor([1e-15])
+    node_rescale_(net, [alpha, alpha])
+    assert net.rnn.weight_ih_l1.item() == pytest.approx(1e-30, rel=1e-6)
+    net = pk.PathNetwork(pk.ReLURNN(1, 2, bias=False), nn.Linear(2, 1))
+    with torch.no_grad():
+        net.rnn.weight_hh_l0.copy_(torch.tensor([[1.0, 1e-20], [1e20, 1.0]]))
+    node_rescale_(net, [torch.tensor([1e20, 1e-20])])
+    torch.testing.assert_close(net.rnn.weight_hh_l0, torch.tensor([[1.0, 1e20], [1e-20, 1.0]]), rtol=1e-6, atol=0)

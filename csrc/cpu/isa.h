@@ -66,6 +66,13 @@ struct Kernels {
   bool (*precondition)(const PathUpdate<T>&, int64_t first, int64_t last);
   double (*step_length)(const PathUpdate<T>&, int64_t first, int64_t last);
   void (*norm_gradient)(const PathUpdate<T>&, int64_t first, int64_t last);
+  // Of entries [first, last); arithmetic in [0] the weights' dtype, [1] float64.
+  StepSums (*sgd_measure[2])(const StepWeight<T>&, const SgdRule&, int64_t first, int64_t last);
+  void (*sgd_apply[2])(const StepWeight<T>&, const SgdRule&, int64_t first, int64_t last);
+  StepSums (*coordinate_measure[2])(const StepWeight<T>&, int64_t first, int64_t last);
+  void (*coordinate_apply[2])(const StepWeight<T>&, const CoordinateRule&, int64_t first, int64_t last);
+  double (*path_mass)(const StepWeight<T>&, int64_t first, int64_t last);
+  void (*raw_and_divided)(const StepWeight<T>&, const SgdRule&, int64_t first, int64_t last, double* raw, double* divided);
 };
 
 struct Isa {

@@ -30,6 +30,9 @@ inline Vec<double> load_lanes(const double* p, int64_t n) { return (Vec<double>)
 inline void store_lanes(float* p, const Vec<float>& v, int64_t n) { _mm256_maskstore_ps(p, lanes(float(), n), (__m256)v); }
 inline void store_lanes(double* p, const Vec<double>& v, int64_t n) { _mm256_maskstore_pd(p, lanes(double(), n), (__m256d)v); }
 
+inline Vec<float> square_root(const Vec<float>& v) { return (Vec<float>)_mm256_sqrt_ps((__m256)v); }
+inline Vec<double> square_root(const Vec<double>& v) { return (Vec<double>)_mm256_sqrt_pd((__m256d)v); }
+
 #include "kernels.inl"
 }  // namespace
 }  // namespace pathrnn

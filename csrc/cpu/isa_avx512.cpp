@@ -32,6 +32,9 @@ inline void store_lanes(double* p, const Vec<double>& v, int64_t n) {
   _mm512_mask_storeu_pd(p, static_cast<__mmask8>((1u << n) - 1), (__m512d)v);
 }
 
+inline Vec<float> square_root(const Vec<float>& v) { return (Vec<float>)_mm512_maskz_sqrt_ps(0xffff, (__m512)v); }
+inline Vec<double> square_root(const Vec<double>& v) { return (Vec<double>)_mm512_maskz_sqrt_pd(0xff, (__m512d)v); }
+
 #include "kernels.inl"
 }  // namespace
 }  // namespace pathrnn

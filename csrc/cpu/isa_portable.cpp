@@ -23,6 +23,12 @@ inline void store_lanes(T* p, const Vec<T>& v, int64_t n) {
   for (int64_t i = 0; i < n; ++i) p[i] = v[i];
 }
 
+template <typename V>
+inline V square_root(V v) {
+  for (size_t i = 0; i < sizeof(V) / sizeof(v[0]); ++i) v[i] = std::sqrt(v[i]);
+  return v;
+}
+
 #include "kernels.inl"
 }  // namespace
 

@@ -1026,29 +1026,34 @@ class Kappa2Run {
               int64_t ratio_exponent, Filtered& e, T* width) const {
     const Closed<T> closed = in.closed();
     const int64_t n = static_cast<int64_t>(e.exponent.size());
-    std::vector<T> x(own), least(own, T(0)), most(own, T(0));
+    Buffer<T> x(e.row, T(0)), least(e.row, T(0)), most(e.row, T(0));
     std::fill(width, width + own, T(0));
     int64_t before = kZeroExponent;
     bool dropped = false;
     FlushDenormals::forget();
+    // In explicit vectors: what a compiler makes of a loop with a condition may raise flags for lanes that do not count.
+    constexpr int64_t lanes = Simd<T>::width;
+    const Vec<T> one = Vec<T>{} + T(1), infinity = Vec<T>{} + std::numeric_limits<T>::infinity();
     for (int64_t i = 0, t = first; i < n; ++i, t += step) {
       const int64_t given = own_part(in, closed, t, j0, own, x.data()), top = std::max(before, given);
       bool left = false;
       const T a = beside(before, top, left), b = beside(given, top, left);
       if (left) dropped = dropped || !covers(a > T(0) ? least.data() : x.data(), a > T(0) ? x.data() : most.data(), own);
       T* const out = e.data + t * e.row;
-      for (int64_t j = 0; j < own; ++j) {
-        least[j] = low[j0 + j] * (a * least[j] + b * x[j]);
-        most[j] = high[j0 + j] * (a * most[j] + b * x[j]);
-        out[j] = (least[j] + most[j]) / 2;
-        const T half = most[j] > T(0) ? (most[j] - least[j]) / (most[j] + least[j]) : T(0);
-        if (!(half <= width[j])) width[j] = half == half ? half : std::numeric_limits<T>::infinity();
+      for (int64_t j = 0; j < own; j += lanes) {
+        const Vec<T> given_j = b * load(x.data() + j);
+        const Vec<T> l = load(low + j0 + j, own - j) * (a * load(least.data() + j) + given_j);
+        const Vec<T> m = load(high + j0 + j, own - j) * (a * load(most.data() + j) + given_j);
+        store(least.data() + j, l);
+        store(most.data() + j, m);
+        store(out + j, (l + m) * T(0.5));
+        const Vec<T> half = (m - l) / (m > T(0) ? m + l : one), w = load(width + j, own - j);
+        store(width + j, half <= w ? w : half == half ? half : infinity, own - j);
       }
-      std::fill(out + own, out + e.row, T(0));
       const auto [s1, s2] = e.centre(t, top + ratio_exponent);
-      for (int64_t j = 0; j < own; ++j) {
-        least[j] = least[j] * s1 * s2;
-        most[j] = most[j] * s1 * s2;
+      for (int64_t j = 0; j < own; j += lanes) {
+        store(least.data() + j, load(least.data() + j) * s1 * s2);
+        store(most.data() + j, load(most.data() + j) * s1 * s2);
       }
       before = e.exponent[t];
     }

@@ -3,6 +3,7 @@
 
 #include "../check.h"
 #include "isa.h"
+#include "path_chain.h"
 
 namespace pathrnn {
 namespace {
@@ -220,7 +221,9 @@ void extended(const Arguments& a, Results& out) {
   }
 }
 
-std::tuple<std::vector<Tensor>, Tensor, Tensor, std::vector<Tensor>, Tensor, Tensor, Tensor, Tensor> run(
+}  // namespace
+
+PathChainResult path_chain_op(
     at::TensorList weight_ih, at::TensorList weight_hh, at::TensorList bias_ih, at::TensorList bias_hh,
     const optional<Tensor>& head_weight, const optional<Tensor>& head_bias, const optional<Tensor>& embedding,
     int64_t seq_len, bool last_only, bool ones_h0, bool kappa1, double second_factor, double rtol,
@@ -337,14 +340,13 @@ std::tuple<std::vector<Tensor>, Tensor, Tensor, std::vector<Tensor>, Tensor, Ten
     if (is_double) narrow<double>(found, results);
     else narrow<float>(found, results);
   }
-  const Tensor which = at::full({}, static_cast<int64_t>(arithmetic), like.options().dtype(at::kChar));
+  const Tensor which = at::empty({}, like.options().dtype(at::kChar));
+  *which.mutable_data_ptr<int8_t>() = arithmetic;
   return {results.kappa, results.exponents, results.unit_exponents, results.entry_exponents, results.log_path_norm,
           results.lags, results.bounds, which};
 }
 
-}  // namespace
-
-TORCH_LIBRARY_IMPL(pathrnn, CPU, m) { m.impl("path_chain", &run); }
+TORCH_LIBRARY_IMPL(pathrnn, CPU, m) { m.impl("path_chain", &path_chain_op); }
 // A constant: its gradient is none, and a fallthrough costs nothing.
 TORCH_LIBRARY_IMPL(pathrnn, Autograd, m) { m.impl("path_chain", torch::CppFunction::makeFallthrough()); }
 

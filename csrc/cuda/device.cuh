@@ -130,13 +130,15 @@ __device__ T* on_rank(T* p, unsigned rank) {
 #if __CUDA_ARCH__ >= 900
   return cooperative_groups::this_cluster().map_shared_rank(p, rank);
 #else
-  return p;  // never launched as a cluster here
+  __trap();  // PTX of an older architecture, compiled for this one: there are no clusters in it
 #endif
 }
 
 __device__ inline void cluster_sync() {
 #if __CUDA_ARCH__ >= 900
   cooperative_groups::this_cluster().sync();
+#else
+  __trap();
 #endif
 }
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Callable
 from typing import Any, TypeVar
@@ -18,7 +19,7 @@ ENVIRONMENT = "PATHRNN_BACKEND"
 #: Set by tests that have loaded an emulation of CUDA (tests/emulation), which then serves κ of CPU tensors.
 emulated = False
 
-_REBUILD = "rebuild it: pip install --no-build-isolation --force-reinstall --no-deps pathrnn-kernels"
+_REBUILD = "rebuild it, in the source tree: pip install --no-build-isolation --force-reinstall --no-deps ."
 
 
 def _load() -> str | None:
@@ -59,6 +60,33 @@ def operator(name: str) -> Callable[..., Any]:
     return unavailable
 
 
+def why_without_cuda() -> str:
+    """Why the extension has no CUDA kernels, as setup.py recorded it."""
+    from .. import _built_with
+
+    return getattr(_built_with, "WITHOUT_CUDA", None) or "setup.py left no reason"
+
+
+def cuda_code(device: torch.device) -> tuple[int, str]:
+    """The architecture of the CUDA code that a GPU would run, 90 for compute_90; 0 and the reason if there is none.
+
+    PTX of an older architecture, which the driver compiles when it is first run, lacks what newer ones have.
+    """
+    return _cuda_code(torch.cuda.current_device() if device.index is None else device.index)
+
+
+@functools.cache
+def _cuda_code(index: int) -> tuple[int, str]:
+    if _problem is not None:
+        return 0, _problem
+    from .. import _C  # type: ignore[attr-defined]
+
+    if not hasattr(_C, "cuda_code"):
+        return 0, f"the extension was built without CUDA kernels ({why_without_cuda()})"
+    code: tuple[int, str] = _C.cuda_code(index)
+    return code
+
+
 def transformed() -> bool:
     """Whether a transform of torch.func, or forward-mode differentiation, is under way: no kernel serves those."""
     return torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0
@@ -88,7 +116,16 @@ def _refusal_of_cuda(device: torch.device, op: str) -> str | None:
         return "this torch is built for AMD GPUs; it serves NVIDIA's"
     kernel = "chains" if op == "path_chain" else op
     if not torch._C._dispatch_has_kernel_for_dispatch_key(f"pathrnn::{kernel}", "CUDA"):
-        return f"the extension was built without CUDA kernels: with nvcc at hand and CUDA_HOME set, {_REBUILD}"
+        return f"the extension was built without CUDA kernels ({why_without_cuda()}); mend that and {_REBUILD}"
+    if op == "relu_rnn":
+        return None  # it is cuDNN
+    code, error = cuda_code(device)
+    if code == 0:
+        capability = ".".join(map(str, torch.cuda.get_device_capability(device)))
+        return (
+            f"the extension has no code for {torch.cuda.get_device_name(device)} ({error}): for compute capability "
+            f"{capability}, with TORCH_CUDA_ARCH_LIST={capability} in the environment, {_REBUILD}"
+        )
     return None
 
 

@@ -197,7 +197,7 @@ class _Pass:
         ]
         log_norm = norms[0] if self.directions == 1 else torch.logaddexp(*norms)
 
-        lags, bounds = torch.zeros(self.count, dtype=torch.int64), torch.zeros(self.count, dtype=torch.float64)
+        lags, bounds = (torch.zeros(self.count, dtype=t, device="cpu") for t in (torch.int64, torch.float64))
         factors: list[Rows] = []
         sums_of_d: list[Rows] = []
         for c in range(self.count if kappa1 else 0):

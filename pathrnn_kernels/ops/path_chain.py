@@ -55,7 +55,9 @@ class PathChain(NamedTuple):
             found = float(self.log_path_norm), int(self.arithmetic)
             return lambda: found
         packed = torch.stack([self.log_path_norm, self.arithmetic.double()])
-        host = torch.empty(packed.shape, dtype=torch.float64, pin_memory=True).copy_(packed, non_blocking=True)
+        host = torch.empty(packed.shape, dtype=torch.float64, device="cpu", pin_memory=True).copy_(
+            packed, non_blocking=True
+        )
         done = torch.cuda.Event()
         done.record(torch.cuda.current_stream(packed.device))
 

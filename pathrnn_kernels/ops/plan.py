@@ -8,6 +8,8 @@ from dataclasses import dataclass
 
 import torch
 
+from .backend import cuda_code
+
 #: In the order in which ``explain`` lists them.
 PLANS = {
     "block": "one thread block a chain, W̃ on chip",
@@ -25,6 +27,7 @@ class Device:
     multiprocessors: int = 132
     shared_bytes: int = 227 << 10  # that one block may take
     clusters: bool = True
+    code: int = 90  # the architecture that the CUDA kernels it runs were compiled for, 90 for compute_90
     cache_bytes: int = 50 << 20
 
 
@@ -53,6 +56,7 @@ _MEMORY_RATE = 2.5e6  # the same from device memory
 _STEP = {"block": 0.2, "cluster": 1.0, "grid": 2.5}  # microseconds of barrier and reduction a step
 _LAUNCH = 5.0  # microseconds of a kernel, or a product, of its own
 _FLOPS = {4: 40e6, 8: 40e6}  # a microsecond, in products of float32 without TF32, and of float64
+_CLUSTER_CODE = 90
 _CLUSTER_SIZES = (2, 4, 8)  # portable; 16 would need a kernel attribute of its own
 #: Largest hidden size that one Triton program holds in registers, by bytes a number.
 TRITON_RESIDENT = {4: 128, 8: 64}
@@ -68,6 +72,7 @@ def describe(device: torch.device) -> Device:
         found.multi_processor_count,
         getattr(found, "shared_memory_per_block_optin", found.shared_memory_per_block),
         nvidia and found.major >= 9,
+        cuda_code(device)[0] if nvidia else 0,
         found.L2_cache_size,
     )
 
@@ -99,6 +104,11 @@ def plans(backend: str, device: Device, hidden: int, seq_len: int, itemsize: int
         sizes = [n for n in _CLUSTER_SIZES if math.ceil(hidden / n) * hidden * itemsize <= room]
         if not device.clusters:
             result["cluster"] = "the device has no thread-block clusters (compute capability 9.0 on)"
+        elif device.code < _CLUSTER_CODE:
+            result["cluster"] = (
+                f"the extension's code for this device is compute_{device.code}'s, without thread-block clusters: "
+                "rebuild it with TORCH_CUDA_ARCH_LIST=9.0, or the device's own, in the environment"
+            )
         elif not sizes:
             result["cluster"] = (
                 f"W̃ takes {matrix} bytes of shared memory; eight blocks have room for {max(8 * room, 0)}"

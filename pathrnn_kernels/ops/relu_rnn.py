@@ -11,6 +11,7 @@ import os
 import torch
 from torch import Tensor
 
+from . import flops
 from .backend import (
     BACKENDS,
     ENVIRONMENT,
@@ -66,6 +67,10 @@ def relu_rnn(
         TypeError, ValueError: naming the argument, its value and the remedy.
     """
     hidden_size = weight_hh.shape[0] if weight_hh.dim() else 0
+    if x.dim() == 3 and x.shape[1] == 0:  # no rows for a kernel, but gradients of zero for every weight
+        drive = torch.nn.functional.linear(x, weight_ih, bias_ih)
+        y = torch.relu(drive + torch.nn.functional.linear(drive if h_0 is None else h_0, weight_hh, bias_hh))
+        return y, y[0 if reverse else -1]
     serving = _serving(x.device, x.dtype, hidden_size, backend, lengths is not None)
     if serving in ("cpu", "cuda"):
         return _op(x, h_0, weight_ih, weight_hh, bias_ih, bias_hh, lengths, reverse)
@@ -112,6 +117,8 @@ def _refusal_of_cudnn(device: torch.device, dtype: torch.dtype) -> str | None:
 def _serving(
     device: torch.device, dtype: torch.dtype, hidden_size: int, backend: str, has_lengths: bool = False
 ) -> str:
+    if torch._C._len_torch_dispatch_stack() > 0:
+        flops.be_counted()
     if backend == "auto":
         backend = os.environ.get(ENVIRONMENT, "auto")
     if transformed() and backend != "reference":

@@ -59,11 +59,11 @@ class Adding:
         if self.train is None:
             return self._draw(batch_size, generator)
         x, target = self.train
-        chosen = torch.randint(len(target), (batch_size,), generator=generator)
+        chosen = torch.randint(len(target), (batch_size,), generator=generator, device="cpu")
         return x[:, chosen], target[chosen]
 
     def _draw(self, batch_size: int, generator: Generator) -> tuple[Tensor, Tensor]:
-        numbers = torch.rand(self.seq_len, batch_size, generator=generator)
+        numbers = torch.rand(self.seq_len, batch_size, generator=generator, device="cpu")
         marked = self._positions(batch_size, generator)
         markers = torch.zeros_like(numbers).scatter_(0, marked, 1.0)
         return torch.stack((numbers, markers), dim=2), numbers.gather(0, marked).sum(0)
@@ -72,11 +72,11 @@ class Adding:
         """Two different steps for every sequence, ``[2, B]``."""
         if self.markers == "halves":
             half = self.seq_len // 2
-            first = torch.randint(half, (batch_size,), generator=generator)
-            second = torch.randint(half, self.seq_len, (batch_size,), generator=generator)
+            first = torch.randint(half, (batch_size,), generator=generator, device="cpu")
+            second = torch.randint(half, self.seq_len, (batch_size,), generator=generator, device="cpu")
         else:
-            first = torch.randint(self.seq_len, (batch_size,), generator=generator)
-            step = torch.randint(1, self.seq_len, (batch_size,), generator=generator)
+            first = torch.randint(self.seq_len, (batch_size,), generator=generator, device="cpu")
+            step = torch.randint(1, self.seq_len, (batch_size,), generator=generator, device="cpu")
             second = (first + step) % self.seq_len
         return torch.stack((first, second))
 

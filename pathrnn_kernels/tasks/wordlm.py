@@ -77,5 +77,8 @@ def _words(parts: Text) -> Corpus:
     numbers = {word: number for number, word in enumerate(symbols)}
     return Corpus(
         symbols,
-        **{name: torch.tensor([numbers.get(word, 0) for word in words]).int() for name, words in lists.items()},
+        **{
+            name: torch.tensor([numbers.get(word, 0) for word in words], device="cpu").int()
+            for name, words in lists.items()
+        },
     )

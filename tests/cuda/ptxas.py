@@ -5,9 +5,12 @@
 Needs a CUDA build of torch and its toolkit, no GPU.
 """
 
+import itertools
+import os
 import re
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from torch.utils import cpp_extension
@@ -41,15 +44,33 @@ def measure(source: Path, architecture: str) -> list[dict[str, str | int]]:
     return rows
 
 
+def traps(architecture: int) -> bool:
+    """Whether code of an architecture that runs chains in clusters would stop rather than go on without barriers."""
+    nvcc = Path(str(cpp_extension.CUDA_HOME)) / "bin" / "nvcc"
+    includes = [f"-I{path}" for path in cpp_extension.include_paths("cuda")]
+    command = [nvcc, "-ptx", "-o", "-", "-std=c++20", "--expt-relaxed-constexpr", f"-arch=compute_{architecture}"]
+    ptx = subprocess.check_output([*command, *includes, str(CUDA / "path_chain.cu")], text=True)
+    # Of every kernel its name and body; the plan is the second argument of run_chains' template.
+    kernels = re.findall(r"\.entry (\w*run_chains\w*)\((.*?)\n}", ptx, re.DOTALL)
+    clusters = [body for name, body in kernels if "ChainPlanE1" in name]
+    if not clusters:
+        sys.exit("no kernel runs chains in clusters; this check is out of date")
+    return all(re.search(r"\btrap;", body) for body in clusters)
+
+
 def main(architectures: list[str]) -> int:
     spills = False
     print(f"{'kernel':64} {'sm':>4} {'registers':>9} {'stack':>6} {'spilled':>8}")
-    for source in sorted(CUDA.glob("*.cu")):
-        for architecture in architectures:
-            for row in measure(source, architecture):
+    jobs = list(itertools.product(sorted(CUDA.glob("*.cu")), architectures))
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        for (_, architecture), found in zip(jobs, pool.map(lambda job: measure(*job), jobs), strict=True):
+            for row in found:
                 spilled = int(row["stores"]) + int(row["loads"])
                 spills = spills or spilled > 0
                 print(f"{row['name']:64} {architecture:>4} {row['registers']:>9} {row['stack']:>6} {spilled:>8}")
+    if not traps(80) or traps(90):
+        print("clusters: compute_80's code must trap, compute_90's must not")
+        return 1
     return int(spills)
 
 

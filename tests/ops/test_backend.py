@@ -138,3 +138,67 @@ def test_denormals_are_as_they_were():
     pk.kappa(net, 10, second_term=True)
     pk.ReLURNN(3, 200)(torch.ones(9, 20, 3))[0].sum().backward()
     assert ((tiny * 0.5) > 0).all()
+
+
+# ---- GPUs that CUDA code does not fit, as the driver would tell of them ----------------------------------------------
+
+GPU = torch.device("cuda", 0)
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    """A GPU for which the extension has code of an architecture; returns how to set it."""
+    monkeypatch.setattr(torch._C, "_dispatch_has_kernel_for_dispatch_key", lambda *_: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda *_: "NVIDIA T4")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (7, 5))
+
+    def runs(code, error=""):
+        monkeypatch.setattr(backend, "_cuda_code", lambda index: (code, error))
+
+    return runs
+
+
+def test_without_code_for_the_gpu_auto_takes_triton(gpu, monkeypatch):
+    from pathrnn_kernels.ops import triton
+
+    monkeypatch.setattr(triton, "problem", lambda: None)
+    gpu(80)
+    assert backend.choose(GPU, torch.float32) == "cuda"
+    gpu(0, "no kernel image is available for execution on the device")
+    assert backend.choose(GPU, torch.float32) == "triton"
+    reason = backend.refusals(GPU, torch.float32)["cuda"]
+    assert reason.startswith("the extension has no code for NVIDIA T4 (no kernel image is available")
+    assert "TORCH_CUDA_ARCH_LIST=7.5" in reason and reason.endswith("--no-deps .")
+    with pytest.raises(ValueError, match="does not serve this call: the extension has no code for NVIDIA T4"):
+        backend.choose(GPU, torch.float32, "cuda")
+    assert backend.choose(GPU, torch.float32, "cuda", op="relu_rnn") == "cuda"  # which is cuDNN
+
+
+def test_an_extension_without_cuda_says_why_it_is(monkeypatch):
+    monkeypatch.setattr(backend, "why_without_cuda", lambda: "no nvcc was found")
+    monkeypatch.setattr(torch._C, "_dispatch_has_kernel_for_dispatch_key", lambda *_: False)
+    reason = backend.refusals(GPU, torch.float32)["cuda"]
+    assert reason.startswith(
+        "the extension was built without CUDA kernels (no nvcc was found); mend that and rebuild it"
+    )
+
+
+def test_the_code_of_a_device_is_asked_of_the_driver(monkeypatch):
+    from pathrnn_kernels import _C
+
+    monkeypatch.setattr(_C, "cuda_code", lambda index: (80 + index, ""), raising=False)
+    backend._cuda_code.cache_clear()
+    try:
+        assert backend.cuda_code(torch.device("cuda", 1)) == (81, "")
+        monkeypatch.setattr(torch.cuda, "current_device", lambda: 2)
+        assert backend.cuda_code(torch.device("cuda")) == (82, "")
+        monkeypatch.delattr(_C, "cuda_code")
+        monkeypatch.setattr(backend, "why_without_cuda", lambda: "no nvcc was found")
+        assert backend.cuda_code(torch.device("cuda", 3)) == (
+            0,
+            "the extension was built without CUDA kernels (no nvcc was found)",
+        )
+        monkeypatch.setattr(backend, "_problem", "it is not built")
+        assert backend.cuda_code(torch.device("cuda", 4)) == (0, "it is not built")
+    finally:
+        backend._cuda_code.cache_clear()

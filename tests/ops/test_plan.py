@@ -1,4 +1,7 @@
+import types
+
 import pytest
+import torch
 
 from pathrnn_kernels.ops import plan
 from pathrnn_kernels.ops.plan import Device, Plan, choose, plans
@@ -56,3 +59,31 @@ def test_unknown_plans_are_refused(text):
 def test_a_plan_that_does_not_serve_says_why_and_what_would():
     with pytest.raises(ValueError, match=r"plan 'block' does not serve .* bytes of shared memory.*grid: would serve"):
         choose("cuda", H100, 1000, 50, 4, "block")
+
+
+def test_clusters_need_code_that_has_them():
+    """PTX of compute_80, compiled by the driver for a newer GPU, has no cluster's barriers."""
+    old = Device(code=80)
+    for hidden in (100, 300):
+        assert "compute_80's, without thread-block clusters" in plans("cuda", old, hidden, 50, 4)["cluster"]
+        assert isinstance(plans("cuda", H100, hidden, 50, 4)["cluster"], Plan)
+        assert choose("cuda", old, hidden, 50, 4).name != "cluster"
+        for asked in ("cluster", "cluster:2"):
+            with pytest.raises(
+                ValueError, match="plan 'cluster' does not serve .*compute_80.*TORCH_CUDA_ARCH_LIST=9.0"
+            ):
+                choose("cuda", old, hidden, 50, 4, asked)
+
+
+@pytest.mark.parametrize("code", (75, 90))
+def test_a_device_is_described_with_the_code_that_it_runs(monkeypatch, code):
+    found = types.SimpleNamespace(
+        multi_processor_count=8,
+        shared_memory_per_block=1 << 15,
+        shared_memory_per_block_optin=1 << 17,
+        major=9,
+        L2_cache_size=1 << 20,
+    )
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: found)
+    monkeypatch.setattr(plan, "cuda_code", lambda device: (code, ""))
+    assert plan.describe(torch.device("cuda", 0)) == Device(8, 1 << 17, True, code, 1 << 20)

@@ -259,7 +259,7 @@ def _table(
     first: Sequence[Tensor], second: Sequence[Tensor], kappas: Sequence[Tensor], scales: Sequence[float]
 ) -> tuple[Tensor, int, dict[str, Any]]:
     """The table on the device, how many programs its tensors take, and the kernels' compile-time options."""
-    bits = torch.tensor(scales, dtype=torch.float64).view(torch.int64).tolist()
+    bits = torch.tensor(scales, dtype=torch.float64, device="cpu").view(torch.int64).tolist()
     rows: list[list[int]] = []
     programs = 0
     for one, two, kappa, scale in zip(first, second, kappas, bits, strict=True):
@@ -270,7 +270,7 @@ def _table(
         rows.append([programs, one.numel(), columns, *strides, scale, *addresses])
         programs += triton.cdiv(one.numel(), _BLOCK.value)
     device = first[0].device
-    table = torch.tensor(rows, pin_memory=device.type != "cpu").to(device, non_blocking=True)
+    table = torch.tensor(rows, device="cpu", pin_memory=device.type != "cpu").to(device, non_blocking=True)
     options = {
         "DTYPE": _DTYPES[first[0].dtype],
         "ALIGNED": all(address % 16 == 0 for row in rows for address in row[_KAPPA.value :]),

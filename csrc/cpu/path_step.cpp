@@ -1,0 +1,635 @@
+// path_update_ and path_step_: a step of Path-SGD, or of Adam in path coordinates, from κ to the weights, and from
+// nothing. Entry by entry: path_step.inl.
+#include <torch/library.h>
+
+#include <cmath>
+
+#include "../check.h"
+#include "isa.h"
+#include "path_chain.h"
+
+namespace pathrnn {
+namespace {
+
+using at::Tensor;
+using at::TensorList;
+using std::optional;
+
+constexpr double kInfinity = std::numeric_limits<double>::infinity();
+
+// Entries whose sums are one number, whatever the number of threads; and those that a thread takes at least.
+constexpr int64_t kTileEntries = 4096, kShareEntries = 1 << 14;
+
+// What a step returns when it has changed nothing; optim's sentences say what to do. Those of one weight add 4 times its
+// place in `weights`.
+enum Status : int64_t { kDone = 0, kNoPath = 1, kNoConstant = 2, kUnbounded = 3, kLost = 4, kUnreached = 5 };
+
+// 2^exponent, the exponent brought into double's range.
+double power(int64_t exponent) {
+  return std::ldexp(1.0, static_cast<int>(std::clamp<int64_t>(exponent, -1020, 1020)));
+}
+
+// mantissa · 2^exponent.
+struct Number {
+  double mantissa = 0;
+  int64_t exponent = 0;
+
+  static Number exp(double logarithm) {
+    if (logarithm == -kInfinity) return {};
+    const double exponent = std::floor(logarithm / M_LN2);
+    return {std::exp(logarithm - exponent * M_LN2), static_cast<int64_t>(exponent)};
+  }
+  double log() const { return std::log(mantissa) + static_cast<double>(exponent) * M_LN2; }
+  Number root() const {
+    const int64_t half = (exponent - (exponent & 1)) / 2;
+    return {std::sqrt(exponent & 1 ? 2 * mantissa : mantissa), half};
+  }
+  Number operator*(const Number& o) const { return {mantissa * o.mantissa, exponent + o.exponent}; }
+  Number operator/(const Number& o) const { return {mantissa / o.mantissa, exponent - o.exponent}; }
+  // In two factors, so that what is multiplied with one after the other may be out of range in between.
+  void split(double& before, double& after) const {
+    before = power(exponent / 2);
+    after = mantissa * power(exponent - exponent / 2);
+  }
+  double value() const { return mantissa * power(exponent / 2) * power(exponent - exponent / 2); }
+};
+
+// Σ of numbers that are not negative.
+Number sum(const std::vector<Number>& numbers) {
+  int64_t most = kZeroExponent;
+  for (const Number& n : numbers) {
+    if (n.mantissa != 0) most = std::max(most, n.exponent + (std::isfinite(n.mantissa) ? std::ilogb(n.mantissa) : 0));
+  }
+  Number result{0, most};
+  for (const Number& n : numbers) {
+    if (n.mantissa != 0) result.mantissa += n.mantissa * power(n.exponent - most);
+  }
+  return result;
+}
+
+struct Chains {
+  int64_t count;
+  bool bidirectional, bias, head, head_bias, embedding;
+
+  int64_t directions() const { return bidirectional ? 2 : 1; }
+  int64_t per_chain() const { return bias ? 4 : 2; }
+  int64_t weights() const { return per_chain() * count + head + head_bias + embedding; }
+  int64_t kappas() const { return (bias ? 3 : 2) * count + head + head_bias + embedding; }
+  int64_t place(int64_t weight) const {  // of its κ
+    const int64_t chain = weight / per_chain();
+    if (chain >= count) return weight - per_chain() * count + (bias ? 3 : 2) * count;
+    return (bias ? 3 : 2) * chain + std::min<int64_t>(weight % per_chain(), 2);
+  }
+  bool recurrent(int64_t weight) const { return weight < per_chain() * count && weight % per_chain() == 1; }
+  int64_t head_bias_at() const { return head_bias ? per_chain() * count + head : -1; }
+};
+
+struct Kappa {
+  TensorList factors;
+  Tensor exponents, unit_exponents;
+  TensorList entry_exponents;
+  double log_path_norm;
+};
+
+// What one optimiser is given, apart from κ. The lists of those that move are as long as there are gradients.
+struct Arguments {
+  TensorList weights;
+  std::vector<optional<Tensor>> gradients;
+  TensorList first, second, counts;
+  optional<Tensor> constant;
+  TensorList rates;
+  at::ArrayRef<double> numbers;
+  c10::string_view rule;
+  Chains chains;
+  int64_t scale;
+  double eps, radius;
+  optional<Tensor> grad_scale, found_inf;
+};
+
+double scalar(const Tensor& t) {
+  return t.scalar_type() == at::kDouble ? *t.const_data_ptr<double>() : static_cast<double>(*t.const_data_ptr<float>());
+}
+
+void check_scalar(const Tensor& t, const char* name) {
+  check_floating(t, name);
+  TORCH_CHECK_VALUE(t.numel() == 1, name, " has shape ", t.sizes(), "; it must have one entry");
+}
+
+constexpr int64_t kSgdNumbers = 5, kCoordinateNumbers = 8;
+
+template <typename T>
+class Step {
+ public:
+  Step(const Arguments& a, const Kappa& kappa) : a_(a), kappa_(kappa), chains_(a.chains) {
+    tables();
+    for (size_t i = 0; i < a.weights.size(); ++i) {
+      if (!a.gradients[i]) continue;
+      moving_.push_back(static_cast<int64_t>(i));
+    }
+    numbers_per_weight_ = a.rule == "sgd" ? kSgdNumbers : kCoordinateNumbers;
+    const int64_t count = static_cast<int64_t>(moving_.size());
+    TORCH_CHECK_VALUE(static_cast<int64_t>(a.numbers.size()) == numbers_per_weight_ ||
+                          static_cast<int64_t>(a.numbers.size()) == count * numbers_per_weight_,
+                      "there are ", a.numbers.size(), " numbers for ", count, " gradients; give ", numbers_per_weight_,
+                      " once, or for each");
+    TORCH_CHECK_VALUE(a.rates.size() <= 1 || static_cast<int64_t>(a.rates.size()) == count, "there are ",
+                      a.rates.size(), " rates for ", count, " gradients; give none, one, or one for each");
+    for (const Tensor& rate : a.rates) check_scalar(rate, "rates");
+    for (const TensorList state : {a.first, a.second, a.counts}) {
+      TORCH_CHECK_VALUE(state.empty() || static_cast<int64_t>(state.size()) == count, "there are ", state.size(),
+                        " tensors of state for ", count, " gradients; give none, or one for each");
+    }
+    for (int64_t s = 0; s < count; ++s) add(s);
+  }
+
+  int64_t run() {
+    // Contiguous copies, where there are any, are written back when nothing can fail any more.
+    const int64_t status = a_.rule == "sgd" ? sgd() : coordinates();
+    if (status != kDone) return status;
+    for (auto& [own, copy] : copies_) own.copy_(copy);
+    for (const int64_t i : moving_) a_.weights[i].unsafeGetTensorImpl()->bump_version();
+    for (const TensorList state : {a_.first, a_.second, a_.counts}) {
+      for (const Tensor& t : state) t.unsafeGetTensorImpl()->bump_version();
+    }
+    if (a_.constant) a_.constant->unsafeGetTensorImpl()->bump_version();
+    return kDone;
+  }
+
+ private:
+  void tables() {
+    const int64_t n = kappa_.unit_exponents.numel();
+    const int64_t* const d = kappa_.unit_exponents.const_data_ptr<int64_t>();
+    up_.resize(n);
+    down_.resize(n);
+    int64_t least = 0, most = 0;
+    for (int64_t j = 0; j < n; ++j) {
+      up_[j] = d[j] / 2;  // even
+      down_[j] = -up_[j];
+      least = std::min(least, up_[j]);
+      most = std::max(most, up_[j]);
+    }
+    const int64_t limit = sizeof(T) == 4 ? 62 : 500;
+    tables_ = least >= -limit && most <= limit;
+    spread_ = std::max(most, -least);
+    if (!tables_) return;
+    power_up_.resize(n);
+    power_down_.resize(n);
+    for (int64_t j = 0; j < n; ++j) {
+      power_up_[j] = static_cast<T>(power(up_[j]));
+      power_down_[j] = static_cast<T>(power(down_[j]));
+    }
+  }
+
+  Tensor contiguous(const Tensor& t, bool written) {
+    if (t.is_contiguous()) return t;
+    Tensor copy = t.contiguous();
+    if (written) copies_.emplace_back(t, copy);
+    kept_.push_back(copy);
+    return copy;
+  }
+
+  StepWeight<T> view(int64_t i, bool written) {
+    const Tensor& own = a_.weights[i];
+    const int64_t place = chains_.place(i), H = kappa_.unit_exponents.size(1);
+    const Tensor& factor = kappa_.factors[place];
+    StepWeight<T> w{};
+    w.size = own.numel();
+    const bool vector = own.dim() == 1 || own.size(1) == 1;
+    w.columns = std::max<int64_t>(1, vector ? w.size : own.size(1));
+    const Tensor kappa = factor.contiguous().expand_as(own);
+    kept_.push_back(kappa);
+    w.kappa = kappa.const_data_ptr<T>();
+    w.row_stride = vector ? w.columns : kappa.stride(0);
+    w.column_stride = vector ? kappa.stride(0) : kappa.stride(1);
+    w.exponent = kappa_.exponents.const_data_ptr<int64_t>()[place];
+    const Tensor& entries = kappa_.entry_exponents[place];
+    if (entries.numel() > 0) w.entry_exponents = entries.const_data_ptr<int64_t>();
+    // Row exponents -d of the weight's own chain, column exponents +d of those that it reads.
+    const int64_t chain = i / chains_.per_chain(), kind = i % chains_.per_chain(), D = chains_.directions();
+    const bool of_chain = chain < chains_.count;
+    int64_t rows = -1, columns = -1;  // offsets in the units
+    bool negative = false;
+    if (of_chain && kind == 0) {
+      rows = chain * H;
+      if (chain >= D) columns = (chain - chain % D - D) * H;
+    } else if (of_chain && kind == 1) {
+      rows = columns = chain * H;
+    } else if (of_chain) {
+      columns = chain * H;
+      negative = true;
+    } else if (chains_.head && i == chains_.per_chain() * chains_.count) {
+      columns = (chains_.count - D) * H;
+    }
+    if (vector && own.dim() == 2 && columns < 0 && rows >= 0) {  // one column, laid along a row
+      std::swap(rows, columns);
+      negative = true;
+    } else if (vector && own.dim() == 2 && columns >= 0) {  // H = 1: both stand for one unit
+      w.columns = 1;
+      w.row_stride = kappa.stride(0);
+      w.column_stride = 0;
+    }
+    if (rows >= 0) {
+      w.row = down_.data() + rows;
+      w.row_up = power_down_.data() + rows;
+      w.row_down = power_up_.data() + rows;
+    }
+    if (columns >= 0) {
+      w.column = (negative ? down_ : up_).data() + columns;
+      w.column_up = (negative ? power_down_ : power_up_).data() + columns;
+      w.column_down = (negative ? power_up_ : power_down_).data() + columns;
+    }
+    w.tables = tables_;
+    w.most_down = 2 * spread_;
+    const Tensor weight = contiguous(own, written);
+    w.weight = const_cast<T*>(weight.const_data_ptr<T>());
+    return w;
+  }
+
+  void add(int64_t s) {
+    const int64_t i = moving_[s];
+    const Tensor &own = a_.weights[i], &gradient = *a_.gradients[i];
+    StepWeight<T> w = view(i, true);
+    check_shape(gradient, "gradients", own.sizes());
+    check_like(gradient, "gradients", own, "weights");
+    const Tensor dense = contiguous(gradient, false);
+    w.gradient = dense.const_data_ptr<T>();
+    const auto state = [&](TensorList list, const char* name) -> T* {
+      if (list.empty() || list[s].numel() == 0) return nullptr;  // none of this weight's
+      check_shape(list[s], name, own.sizes());
+      check_like(list[s], name, own, "weights");
+      const Tensor dense_state = contiguous(list[s], true);
+      return dense_state.mutable_data_ptr<T>();
+    };
+    w.first = state(a_.first, "first");
+    w.second = state(a_.second, "second");
+    views_.push_back(w);
+    wide_ |= w.entry_exponents != nullptr;
+  }
+
+  // Numbers of the s-th weight that moves.
+  const double* numbers(int64_t s) const {
+    const bool one = static_cast<int64_t>(a_.numbers.size()) == numbers_per_weight_;
+    return a_.numbers.data() + (one ? 0 : s * numbers_per_weight_);
+  }
+  double rate(int64_t s) const {
+    if (a_.rates.empty()) return numbers(s)[0];
+    return scalar(a_.rates[a_.rates.size() == 1 ? 0 : s]);
+  }
+
+  struct Tile {
+    int64_t weight, first, last;  // of views_
+  };
+  std::vector<Tile> tiles(int64_t without = -1) const {
+    std::vector<Tile> result;
+    for (size_t v = 0; v < views_.size(); ++v) {
+      for (int64_t i = 0; static_cast<int64_t>(v) != without && i < views_[v].size; i += kTileEntries) {
+        result.push_back({static_cast<int64_t>(v), i, std::min(views_[v].size, i + kTileEntries)});
+      }
+    }
+    return result;
+  }
+  template <typename F>
+  static void over(const std::vector<Tile>& tiles, const F& f) {
+    const int64_t count = static_cast<int64_t>(tiles.size());
+    at::parallel_for(0, count, kShareEntries / kTileEntries, [&](int64_t first, int64_t last) {
+      for (int64_t t = first; t < last; ++t) f(t, tiles[t]);
+    });
+  }
+  // Of every view, those of its tiles put together.
+  std::vector<StepSums> gather(const std::vector<Tile>& tiles, const std::vector<StepSums>& parts) const {
+    std::vector<StepSums> result(views_.size());
+    for (size_t t = 0; t < tiles.size(); ++t) {
+      StepSums& sums = result[tiles[t].weight];
+      sums.square += parts[t].square;
+      sums.lost |= parts[t].lost;
+      sums.paths |= parts[t].paths;
+      sums.pulled |= parts[t].pulled;
+    }
+    return result;
+  }
+  // Whether any gradient is not 0.
+  bool pulled() const {
+    for (const StepWeight<T>& w : views_) {
+      for (int64_t i = 0; i < w.size; ++i) {
+        if (w.gradient[i] != T(0)) return true;
+      }
+    }
+    return false;
+  }
+  int64_t refused(const std::vector<StepSums>& sums) const {
+    for (size_t v = 0; v < views_.size(); ++v) {
+      if (chains_.recurrent(moving_[v]) && sums[v].pulled && !sums[v].paths) return kUnreached + 4 * moving_[v];
+    }
+    for (size_t v = 0; v < views_.size(); ++v) {
+      if (sums[v].lost) return kLost + 4 * moving_[v];
+    }
+    return kDone;
+  }
+
+  int64_t sgd() {
+    const Number norm = Number::exp(kappa_.log_path_norm);
+    const bool no_path = norm.mantissa == 0;
+    if (no_path && (a_.scale == 1 || a_.radius > 0) && pulled()) return kNoPath;
+    if (!std::isfinite(norm.mantissa)) return kUnbounded;
+    wide_ |= a_.eps > 0;
+    const double unscaled = a_.grad_scale ? 1 / scalar(*a_.grad_scale) : 1;
+    std::vector<SgdRule> rules(views_.size());
+    std::vector<int64_t> exponents(views_.size());  // of the divisors
+    const auto set = [&](const Number& scale) {
+      for (size_t v = 0; v < views_.size(); ++v) {
+        const double* const n = numbers(v);
+        SgdRule& rule = rules[v];
+        Number divisor{1, views_[v].exponent};
+        rule = SgdRule{};
+        rule.kappa_scale = 1;
+        if (a_.eps > 0 && norm.mantissa > 0) {
+          const Number share = norm * Number{a_.eps, 0};
+          divisor.exponent = std::max(divisor.exponent, share.exponent);
+          rule.kappa_scale = power(views_[v].exponent - divisor.exponent);
+          rule.damping = share.mantissa * power(share.exponent - divisor.exponent);
+        }
+        exponents[v] = divisor.exponent;
+        (scale / divisor).split(rule.before, rule.after);
+        rule.before *= unscaled * (n[4] != 0 ? -1 : 1);
+        rule.rate = rate(v);
+        rule.momentum = n[1];
+        rule.decay = n[2];
+        rule.nesterov = n[3] != 0;
+        rule.limit = limit_;
+        rule.factor = 1;
+      }
+    };
+    Number scale{1, 0};
+    double constant = std::numeric_limits<double>::quiet_NaN();
+    if (a_.scale == 1 && !no_path) scale = norm;
+    if (a_.scale == 2) {
+      constant = scalar(*a_.constant);
+      if (std::isnan(constant)) {
+        set(scale);
+        constant = first_constant(rules, exponents);
+        if (std::isnan(constant)) return kNoConstant;
+      }
+      if (std::isfinite(constant)) scale = Number::exp(constant);
+    }
+    set(scale);
+    const std::vector<Tile> all = tiles();
+    std::vector<StepSums> parts(all.size());
+    const auto& kernel = kernels<T>();
+    over(all, [&](int64_t t, const Tile& tile) {
+      parts[t] = kernel.sgd_measure[wide_](views_[tile.weight], rules[tile.weight], tile.first, tile.last);
+    });
+    const std::vector<StepSums> sums = gather(all, parts);
+    if (const int64_t status = refused(sums); status != kDone) return status;
+    if (a_.radius > 0 && !no_path) {
+      std::vector<Number> squares;
+      for (size_t v = 0; v < views_.size(); ++v) squares.push_back({sums[v].square, views_[v].exponent});
+      const double length = (sum(squares) / norm).root().value();
+      // nan, from a gradient that is not finite, compares false: torch's own optimisers let it through too.
+      if (length > a_.radius && std::isfinite(length)) {
+        for (SgdRule& rule : rules) rule.factor = a_.radius / length;
+      }
+    }
+    over(all, [&](int64_t, const Tile& tile) {
+      kernel.sgd_apply[wide_](views_[tile.weight], rules[tile.weight], tile.first, tile.last);
+    });
+    if (a_.scale == 2 && std::isfinite(constant)) *a_.constant->mutable_data_ptr<double>() = constant;
+    return kDone;
+  }
+
+  // log(‖g‖ / ‖g/κ‖); infinity where either is 0, for then no step is taken that could fix it; nan where it is none.
+  double first_constant(const std::vector<SgdRule>& rules, const std::vector<int64_t>& exponents) {
+    std::vector<Number> raw, divided;
+    for (size_t v = 0; v < views_.size(); ++v) {
+      SgdRule rule = rules[v];
+      rule.before = rule.after = 1;
+      double r = 0, d = 0;
+      kernels<T>().raw_and_divided(views_[v], rule, 0, views_[v].size, &r, &d);
+      raw.push_back({r, 0});
+      divided.push_back({d, -2 * exponents[v]});
+    }
+    const Number r = sum(raw), d = sum(divided);
+    if (r.mantissa == 0 || d.mantissa == 0) return kInfinity;
+    if (!std::isfinite(r.mantissa) || !std::isfinite(d.mantissa)) return std::numeric_limits<double>::quiet_NaN();
+    return (r.log() - d.log()) / 2;
+  }
+
+  int64_t coordinates() {
+    const int64_t bias_at = chains_.head_bias_at();
+    int64_t bias = -1;  // of views_
+    for (size_t v = 0; v < views_.size(); ++v) {
+      if (moving_[v] == bias_at) bias = static_cast<int64_t>(v);
+    }
+    Number norm = Number::exp(kappa_.log_path_norm);
+    if (bias_at >= 0) {  // γ² of the paths through the RNN: all that end with a weight of the head
+      const StepWeight<T> head = view(bias_at - 1, false);
+      norm = {kernels<T>().path_mass(head, 0, head.size), head.exponent};
+    }
+    if (norm.mantissa == 0) return pulled() ? kNoPath : kDone;
+    if (!std::isfinite(norm.mantissa)) return kUnbounded;
+    const double unscaled = a_.grad_scale ? 1 / scalar(*a_.grad_scale) : 1;
+    const std::vector<Tile> all = tiles(bias);
+    std::vector<StepSums> parts(all.size());
+    const auto& kernel = kernels<T>();
+    over(all, [&](int64_t t, const Tile& tile) {
+      parts[t] = kernel.coordinate_measure[wide_](views_[tile.weight], tile.first, tile.last);
+    });
+    const std::vector<StepSums> sums = gather(all, parts);
+    if (const int64_t status = refused(sums); status != kDone) return status;
+
+    int64_t hold = 0;
+    for (size_t v = 0; v < views_.size(); ++v) {
+      if (static_cast<int64_t>(v) != bias) hold = static_cast<int64_t>(numbers(v)[5]);
+    }
+    if (bias >= 0) {
+      move_bias(bias, unscaled);
+      if (count(bias) <= hold) return kDone;
+    }
+    std::vector<Number> squares;
+    for (size_t v = 0; v < views_.size(); ++v) {
+      if (static_cast<int64_t>(v) != bias) squares.push_back({sums[v].square, -views_[v].exponent});
+    }
+    const Number length = sum(squares).root();
+    if (!(length.mantissa > 0) || !std::isfinite(length.mantissa)) return kDone;
+    std::vector<CoordinateRule> rules(views_.size());
+    for (size_t v = 0; v < views_.size(); ++v) {
+      if (static_cast<int64_t>(v) == bias) continue;
+      const double* const n = numbers(v);
+      CoordinateRule& rule = rules[v];
+      const double steps = ++count(v);
+      const Number root = Number{1, -views_[v].exponent}.root();  // of κ's scale: 1/sqrt(κ) = root / sqrt(kappa)
+      (root / length).split(rule.before, rule.after);
+      if (n[7] != 0) rule.before = -rule.before;
+      rule.beta1 = n[1];
+      rule.beta2 = n[2];
+      rule.correction = 1 / (1 - std::pow(n[2], steps));
+      rule.power = n[3];
+      rule.eps = n[4];
+      const double share = std::min(1.0, steps / std::max(n[6], 1.0));
+      rule.rate = (norm.root() * root).value() * rate(v) * share / std::sqrt(static_cast<double>(views_[v].size));
+    }
+    over(all, [&](int64_t, const Tile& tile) {
+      kernel.coordinate_apply[wide_](views_[tile.weight], rules[tile.weight], tile.first, tile.last);
+    });
+    return kDone;
+  }
+
+  float& count(int64_t v) { return *a_.counts[v].mutable_data_ptr<float>(); }
+
+  // The output's bias by eq. (8) as it stands, no entry of g/κ counting for more than 1.
+  void move_bias(int64_t v, double unscaled) {
+    const StepWeight<T>& w = views_[v];
+    const double kappa = Number{static_cast<double>(*w.kappa), w.exponent}.value(), step = rate(v);
+    std::vector<double> quotient(w.size);
+    bool finite = true;
+    for (int64_t i = 0; i < w.size; ++i) {
+      quotient[i] = static_cast<double>(w.gradient[i]) * unscaled / kappa;
+      finite &= std::isfinite(quotient[i]);
+    }
+    const double sign = numbers(v)[7] != 0 ? -1 : 1;
+    for (int64_t i = 0; finite && i < w.size; ++i) {
+      const double bounded = sign * std::clamp(quotient[i], -1.0, 1.0);
+      w.weight[i] = static_cast<T>(static_cast<double>(w.weight[i]) - step * bounded);
+    }
+    ++count(v);
+  }
+
+ public:
+  double limit_ = static_cast<double>(std::numeric_limits<T>::max());
+
+ private:
+  const Arguments& a_;
+  const Kappa& kappa_;
+  Chains chains_;
+  std::vector<int64_t> moving_, up_, down_;
+  std::vector<T> power_up_, power_down_;
+  bool tables_ = true, wide_ = false;
+  int64_t spread_ = 0;
+  std::vector<StepWeight<T>> views_;
+  std::vector<Tensor> kept_;
+  std::vector<std::pair<Tensor, Tensor>> copies_;
+  int64_t numbers_per_weight_ = 0;
+};
+
+// GradScaler's word that a gradient is not finite.
+bool skipped(const Arguments& a) {
+  if (!a.found_inf) return false;
+  check_scalar(*a.found_inf, "found_inf");
+  return scalar(*a.found_inf) != 0;
+}
+
+int64_t step(Arguments a, const Kappa& kappa) {
+  const at::NoGradGuard no_grad;
+  TORCH_CHECK_VALUE(a.rule == "sgd" || a.rule == "coordinates", "rule is ", a.rule, "; use sgd or coordinates");
+  TORCH_CHECK_VALUE(static_cast<int64_t>(a.weights.size()) == a.chains.weights() &&
+                        a.gradients.size() == a.weights.size(),
+                    "there are ", a.weights.size(), " weights and ", a.gradients.size(), " gradients; these chains have ",
+                    a.chains.weights());
+  TORCH_CHECK_VALUE(static_cast<int64_t>(kappa.factors.size()) == a.chains.kappas() &&
+                        kappa.entry_exponents.size() == kappa.factors.size() &&
+                        kappa.exponents.numel() == a.chains.kappas(),
+                    "there are ", kappa.factors.size(), " tensors of κ; these chains have ", a.chains.kappas());
+  TORCH_CHECK_VALUE(kappa.unit_exponents.dim() == 2 && kappa.unit_exponents.size(0) == a.chains.count &&
+                        kappa.unit_exponents.is_contiguous(),
+                    "unit_exponents has shape ", kappa.unit_exponents.sizes(), "; it must be [chains, H]");
+  if (a.grad_scale) check_scalar(*a.grad_scale, "grad_scale");
+  if (skipped(a)) return kDone;
+  const at::ScalarType dtype = a.weights[0].scalar_type();
+  if (!at::isReducedFloatingType(dtype)) {
+    int64_t status = kDone;
+    AT_DISPATCH_FLOATING_TYPES(dtype, "path_update_", [&] { status = Step<scalar_t>(a, kappa).run(); });
+    return status;
+  }
+  // Halves: the step is taken in float32 and rounded once.
+  std::vector<Tensor> weights, first;
+  for (const Tensor& t : a.weights) weights.push_back(t.to(at::kFloat));
+  for (const Tensor& t : a.first) first.push_back(t.to(at::kFloat));
+  Arguments wide = a;
+  for (optional<Tensor>& g : wide.gradients) {
+    if (g) g = g->to(at::kFloat);
+  }
+  wide.weights = weights;
+  wide.first = first;
+  Step<float> run(wide, kappa);
+  run.limit_ = dtype == at::kHalf ? 65504.0 : 0x1.fep127;
+  const int64_t status = run.run();
+  if (status != kDone) return status;
+  for (size_t i = 0; i < weights.size(); ++i) {
+    if (wide.gradients[i]) a.weights[i].copy_(weights[i]);
+  }
+  for (size_t s = 0; s < first.size(); ++s) a.first[s].copy_(first[s]);
+  return kDone;
+}
+
+std::vector<optional<Tensor>> list(const c10::List<optional<Tensor>>& given) { return {given.begin(), given.end()}; }
+
+int64_t path_update(TensorList weights, const c10::List<optional<Tensor>>& gradients, TensorList first,
+                    TensorList second, TensorList counts, const optional<Tensor>& constant, TensorList rates,
+                    at::ArrayRef<double> numbers, c10::string_view rule, int64_t chains, bool bidirectional, bool bias,
+                    bool head, bool head_bias, bool embedding, int64_t scale, double eps, double radius,
+                    const optional<Tensor>& grad_scale, const optional<Tensor>& found_inf, TensorList kappas,
+                    const Tensor& exponents, const Tensor& unit_exponents, TensorList entry_exponents,
+                    const Tensor& log_path_norm) {
+  Arguments a{weights, list(gradients), first, second, counts, constant, rates, numbers, rule,
+              {chains, bidirectional, bias, head, head_bias, embedding}, scale, eps, radius, grad_scale, found_inf};
+  check_scalar(log_path_norm, "log_path_norm");
+  return step(std::move(a), {kappas, exponents, unit_exponents, entry_exponents, scalar(log_path_norm)});
+}
+
+int64_t path_step(TensorList weights, const c10::List<optional<Tensor>>& gradients, TensorList first, TensorList second,
+                  TensorList counts, const optional<Tensor>& constant, TensorList rates, at::ArrayRef<double> numbers,
+                  c10::string_view rule, int64_t chains, bool bidirectional, bool bias, bool head, bool head_bias,
+                  bool embedding, int64_t scale, double eps, double radius, const optional<Tensor>& grad_scale,
+                  const optional<Tensor>& found_inf, int64_t seq_len, bool last_only, bool ones_h0,
+                  double second_factor, double rtol, int64_t workspace_bytes, const optional<Tensor>& lags) {
+  const at::NoGradGuard no_grad;
+  Arguments a{weights, list(gradients), first, second, counts, constant, rates, numbers, rule,
+              {chains, bidirectional, bias, head, head_bias, embedding}, scale, eps, radius, grad_scale, found_inf};
+  TORCH_CHECK_VALUE(static_cast<int64_t>(weights.size()) == a.chains.weights(), "there are ", weights.size(),
+                    " weights; these chains have ", a.chains.weights());
+  if (skipped(a)) return kDone;
+  // By kind, as path_chain takes them.
+  std::vector<Tensor> kinds[4];
+  optional<Tensor> rest[3];
+  const int64_t per_chain = a.chains.per_chain();
+  const auto wide = [](const Tensor& t) { return at::isReducedFloatingType(t.scalar_type()) ? t.to(at::kFloat) : t; };
+  int64_t next = 0;
+  for (int64_t c = 0; c < chains; ++c) {
+    for (int64_t k = 0; k < per_chain; ++k) kinds[k].push_back(wide(weights[next++]));
+  }
+  if (head) rest[0] = wide(weights[next++]);
+  if (head_bias) rest[1] = wide(weights[next++]);
+  if (embedding) rest[2] = wide(weights[next]);
+  std::vector<int64_t> first_lags;
+  if (lags) {
+    TORCH_CHECK_VALUE(lags->scalar_type() == at::kLong && lags->numel() == chains && lags->is_contiguous(),
+                      "lags has shape ", lags->sizes(), "; it must be int64 [chains]");
+    const int64_t* const former = lags->const_data_ptr<int64_t>();
+    // One less than the last κ needed, so that the number can shrink again.
+    for (int64_t c = 0; c < chains; ++c) first_lags.push_back(std::max<int64_t>(former[c] - 1, 0));
+  }
+  const PathChainResult found =
+      path_chain_op(kinds[0], kinds[1], kinds[2], kinds[3], rest[0], rest[1], rest[2], seq_len, last_only, ones_h0,
+                    true, second_factor, rtol, first_lags, workspace_bytes, bidirectional);
+  const auto& [kappas, exponents, unit_exponents, entry_exponents, log_path_norm, counted, bounds, arithmetic] = found;
+  const int64_t status =
+      step(std::move(a), {kappas, exponents, unit_exponents, entry_exponents, scalar(log_path_norm)});
+  if (status == kDone && lags) {
+    const int64_t* const now = counted.const_data_ptr<int64_t>();
+    // Where all lags were summed there is nothing to start from.
+    for (int64_t c = 0; c < chains; ++c) lags->mutable_data_ptr<int64_t>()[c] = now[c] < seq_len - 1 ? now[c] : 0;
+  }
+  return status;
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(pathrnn, CPU, m) {
+  m.impl("path_update_", &path_update);
+  m.impl("path_step_", &path_step);
+}
+TORCH_LIBRARY_IMPL(pathrnn, Autograd, m) {
+  m.impl("path_update_", torch::CppFunction::makeFallthrough());
+  m.impl("path_step_", torch::CppFunction::makeFallthrough());
+}
+
+}  // namespace pathrnn

@@ -1,0 +1,506 @@
+"""What PathSGD, PathAdam and GatedPathSGD have in common: a step is one call, from κ to the weights."""
+
+from __future__ import annotations
+
+import math
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from typing import Any, ClassVar, NoReturn
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from . import plain
+from .feedforward import FeedForward
+from .kappa import KAPPA2_FACTOR, Scaled, kappa, precision
+from .network import PathNetwork
+from .ops.backend import choose, transformed
+from .ops.path_chain import _workspace_bytes as workspace_bytes
+from .ops.step import LOST, NO_CONSTANT, NO_PATH, UNBOUNDED, UNREACHED, path_step_, path_update_
+from .optim import check_count, check_net, check_number, gradients_used, sequence_length
+
+_PLAIN = frozenset((Tensor, nn.Parameter))
+_LN2 = math.log(2)
+
+#: Keywords that every optimiser of torch has, and what they do here.
+SWITCHES = """foreach, fused: as for ``torch.optim.SGD``: by default and with ``fused=True`` a step is one call of the
+            kernels where they serve (see ``explain``); ``fused=False`` takes it in plain torch, in float64.
+        capturable: whether a step may be recorded in a CUDA graph. What would be an error is then a step left out.
+        maximize: climb instead of descend.
+        differentiable: refused, as κ is a constant of the step."""
+
+
+class Engine(Optimizer):
+    """An optimiser of a network alone, whose step is one call."""
+
+    net: Any
+    #: Of ops/step.py.
+    rule: ClassVar[str]
+    #: Of a weight's state: tensors of its shape.
+    buffers: ClassVar[tuple[str, ...]]
+    #: GradScaler leaves the scale and the skipped steps to the kernels.
+    _step_supports_amp_scaling = True
+    #: Options of Path-SGD's quotient; the others have none of these.
+    scale = "none"
+    eps = 0.0
+    trust_radius: float | None = None
+    update_every = 1
+
+    def __init__(
+        self,
+        net: PathNetwork | FeedForward,
+        groups: list[dict[str, Any]],
+        defaults: dict[str, Any],
+        *,
+        second_term: bool,
+        seq_len: int | None,
+        rtol: float,
+        maximize: bool,
+        foreach: bool | None,
+        fused: bool | None,
+        capturable: bool,
+        differentiable: bool,
+    ) -> None:
+        if not isinstance(second_term, bool):
+            raise TypeError(f"second_term is {second_term!r}; it must be True or False")
+        check_number("rtol", rtol, zero=True)
+        if seq_len is not None:
+            check_count("seq_len", seq_len)
+        for name, value in (("maximize", maximize), ("capturable", capturable), ("differentiable", differentiable)):
+            if not isinstance(value, bool):
+                raise TypeError(f"{name} is {value!r}; it must be True or False")
+        for name, value in (("foreach", foreach), ("fused", fused)):
+            if value not in (None, True, False):
+                raise TypeError(f"{name} is {value!r}; it must be True, False or None")
+        if differentiable:
+            raise ValueError(
+                f"differentiable is True, but the step of {type(self).__name__} takes κ and its own coordinates for "
+                "constants, so that its derivative would be wrong: leave it False"
+            )
+        if foreach and fused:
+            raise ValueError("foreach and fused are both True; give one of them")
+        if fused and isinstance(net, FeedForward):
+            raise ValueError("fused is True, but net is a FeedForward, whose steps are taken in plain torch: leave it out")
+        self.net = net
+        self.second_term = second_term
+        self.seq_len = seq_len
+        self.rtol = rtol
+        self._kappa: tuple[dict[str, Scaled], Tensor] | None = None
+        self._steps = 0
+        #: Per chain, of the last κ: lags of κ⁽²⁾ that the next one tries first.
+        self._lags: Tensor | None = None
+        self._constant: Tensor | None = None  # log, of scale="first_step"; nan until a step has fixed it
+        switches = {"maximize": maximize, "foreach": foreach, "capturable": capturable, "differentiable": False}
+        super().__init__(groups, {**defaults, **switches, "fused": fused})
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        own = {id(p) for p in self.net.parameters()}
+        given = param_group["params"]
+        param_group = {**param_group, "params": [given] if isinstance(given, Tensor) else list(given)}
+        # torch's optimisers also take pairs of a name and a parameter.
+        if any(id(p[1] if isinstance(p, tuple) else p) not in own for p in param_group["params"]):
+            raise ValueError(
+                "these are not parameters of the network and have no κ: give them an optimiser of their own"
+            )
+        super().add_param_group(param_group)
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        super().zero_grad(set_to_none)
+        gradients_used(self.net)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Without hooks and the step that a scheduler wraps, which torch's optimisers do not pickle either.
+        return {k: v for k, v in self.__dict__.items() if k != "step" and not isinstance(v, OrderedDict)}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        for group in self.param_groups:
+            for name, value in self.defaults.items():
+                group.setdefault(name, value)  # of a state dict that lacks them
+            for p in group["params"]:
+                own = self.state.get(p, {})
+                if "step" in own and not isinstance(own["step"], Tensor):
+                    own["step"] = torch.tensor(float(own["step"]), device=p.device)
+
+    # torch.compile has nothing to gain from one call, and would trace all that decides on it.
+    @torch._disable_dynamo  # type: ignore[attr-defined]
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+        """One step; returns the closure's loss, None without a closure, which is called once, gradients enabled.
+
+        Raises:
+            ValueError: no sequence length is known, a gradient is sparse, γ² is 0 where the step needs it, or κ of a
+                recurrent matrix is 0 and its gradient is not.
+            FloatingPointError: a preconditioned gradient overflows though the gradient does not.
+            In every case parameters, gradients and state are untouched.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        self._step()
+        return loss
+
+    def _step(self) -> None:
+        names, weights = self._weights()
+        held = {id(p): group for group in self.param_groups for p in group["params"]}
+        gradients = [p.grad if p.requires_grad and id(p) in held else None for p in weights]
+        moving = [i for i, g in enumerate(gradients) if g is not None]
+        if not moving:
+            return
+        for i in moving:
+            if gradients[i].layout is not torch.strided:  # type: ignore[union-attr]
+                raise ValueError(f"the gradient of {names[i]} is sparse; use nn.Embedding(…, sparse=False)")
+        groups = [held[id(weights[i])] for i in moving]
+        states = [self._state(names[i], weights[i], group) for i, group in zip(moving, groups, strict=True)]
+        if self._kernels(weights, groups[0]):
+            status = self._call(weights, gradients, groups, states)
+        else:
+            status = self._in_plain_torch(names, weights, gradients, moving, groups, states)
+        if status:
+            self._refuse(status, names, weights[0].dtype)
+        for i, state in zip(moving, states, strict=True):
+            if state:
+                self.state[weights[i]] = state
+        self._steps += 1
+        if self._kappa is not None and self._steps % self.update_every == 0:
+            self._kappa = None
+
+    def _weights(self) -> tuple[Sequence[str], list[Tensor]]:
+        if isinstance(self.net, FeedForward):
+            found = dict(self.net.named_parameters())
+        else:
+            found = self.net.weights()
+        return list(found), list(found.values())
+
+    def _state(self, name: str, p: Tensor, group: dict[str, Any]) -> dict[str, Any]:
+        """Of one weight, created where it has none; it becomes the optimiser's once the step is taken."""
+        raise NotImplementedError
+
+    def _kernels(self, weights: Sequence[Tensor], group: dict[str, Any]) -> bool:
+        """Whether the kernels take the step."""
+        if group["fused"] is False or isinstance(self.net, FeedForward):
+            return False
+        if not _PLAIN.issuperset(map(type, weights)):
+            self.net.check_parameters()
+        served = choose(weights[0].device, precision(weights[0].dtype)) == "cpu"
+        if group["fused"] and not served:
+            raise ValueError(
+                f"fused is True, but the parameters are on {weights[0].device} and no kernel of this backend takes "
+                "steps: leave it out, for steps in plain torch"
+            )
+        return served and not transformed()
+
+    def _seq_len(self) -> int:
+        # Without any T all gradients are 0, and so are their quotients by any κ.
+        return sequence_length(self.net, self.seq_len) or 1
+
+    def _first_lags(self, like: Tensor) -> Tensor | None:
+        if not self.second_term:
+            return None
+        if self._lags is None:
+            self._lags = torch.zeros(len(self.net.endings), dtype=torch.int64, device=like.device)
+        self._lags = self._lags.to(like.device)
+        return self._lags
+
+    def _call(
+        self,
+        weights: list[Tensor],
+        gradients: list[Tensor | None],
+        groups: list[dict[str, Any]],
+        states: list[dict[str, Any]],
+    ) -> int:
+        net = self.net
+        rows = groups[:1] if all(group is groups[0] for group in groups) else groups
+        rates: list[Tensor] = []
+        if any(isinstance(group["lr"], Tensor) for group in rows):
+            rates = [_tensor(group["lr"], weights[0]) for group in rows]
+        numbers = [number for group in rows for number in self._numbers(group)]
+        first, second, counts = self._lists(states)
+        head = net.head
+        update = (
+            weights,
+            gradients,
+            first,
+            second,
+            counts,
+            self._constant_on(weights[0]),
+            rates,
+            numbers,
+            self.rule,
+            len(net.endings),
+            net.rnn.bidirectional,
+            net.rnn.bias,
+            head is not None,
+            head is not None and head.bias is not None,
+            net.embedding is not None,
+            SCALES[self.scale],
+            self.eps,
+            self.trust_radius or 0.0,
+            getattr(self, "grad_scale", None),
+            getattr(self, "found_inf", None),
+        )
+        if self.update_every > 1:
+            scaled, log_norm = self._cached(weights)
+            return path_update_(*update, *_raw(scaled, net), log_norm)
+        return path_step_(
+            *update,
+            self._seq_len(),
+            net.outputs == "last",
+            net.h0 == "ones",
+            KAPPA2_FACTOR["exact"] if self.second_term else 0.0,
+            min(self.rtol, 1.0),
+            workspace_bytes(),
+            self._first_lags(weights[0]),
+        )
+
+    def _in_plain_torch(
+        self,
+        names: Sequence[str],
+        weights: list[Tensor],
+        gradients: list[Tensor | None],
+        moving: list[int],
+        groups: list[dict[str, Any]],
+        states: list[dict[str, Any]],
+    ) -> int:
+        with torch.no_grad():
+            scaled, log_norm = self._cached(weights)
+            ends = getattr(self.net, "endings", ())
+            recurrent = {f"rnn.weight_hh_{ending}" for ending in ends}
+            entries = [
+                plain.Weight(
+                    i,
+                    names[i] in recurrent,
+                    weights[i],
+                    gradients[i],
+                    scaled[names[i]],
+                    self._numbers(group),
+                    group["lr"],
+                    *(state.get(key) for key in self.buffers),
+                    count=state.get("step"),
+                )
+                for i, group, state in zip(moving, groups, states, strict=True)
+            ]
+            scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
+            status, commit = self._decide(names, weights, scaled, log_norm, entries, 1.0 if scale is None else 1 / scale)
+            ok = status == 0
+            if found_inf is not None:
+                ok &= found_inf == 0
+            if not groups[0]["capturable"] and not (found_inf is not None and bool(found_inf)):
+                if code := int(status):
+                    return code
+            commit(ok)
+        return 0
+
+    def _cached(self, weights: Sequence[Tensor]) -> tuple[dict[str, Scaled], Tensor]:
+        """κ by name and log γ², of a former step or of now."""
+        if self._kappa is not None:
+            gradients_used(self.net)
+            dtype, device = precision(weights[0].dtype), weights[0].device
+            scaled, log_norm = self._kappa
+            first = next(iter(scaled.values())).mantissa
+            if (first.dtype, first.device) != (dtype, device):  # the network has been cast or moved since
+                self._kappa = scaled, log_norm = _moved(scaled, dtype, device), log_norm.to(device)
+            return scaled, log_norm
+        if isinstance(self.net, FeedForward):
+            k = self.net.kappa()
+        else:
+            seq_len = self._seq_len()
+            lags = self._first_lags(weights[0])
+            first = None if lags is None else dict(zip(self._recurrent(), lags.sub(1).clamp_(min=0).tolist(), strict=True))
+            k = kappa(self.net, seq_len, self.second_term, rtol=self.rtol, lags=first)
+            if lags is not None:
+                # Where all lags were summed there is nothing to start from.
+                found = k._lags[1]
+                lags.copy_(torch.where(found < seq_len - 1, found, 0))
+        self._kappa = k.scaled, k.log_path_norm
+        return self._kappa
+
+    def _recurrent(self) -> list[str]:
+        return [f"rnn.weight_hh_{ending}" for ending in self.net.endings]
+
+    def _constant_on(self, like: Tensor) -> Tensor | None:
+        if self.scale != "first_step":
+            return None
+        if self._constant is None or self._constant.device != like.device:
+            value = math.nan if self._constant is None else self._constant
+            self._constant = torch.as_tensor(value, dtype=torch.float64, device=like.device)
+        return self._constant
+
+    def _numbers(self, group: dict[str, Any]) -> tuple[float, ...]:
+        """The rule's, lr first; 0 for one that is a tensor."""
+        raise NotImplementedError
+
+    def _lists(self, states: list[dict[str, Any]]) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+        raise NotImplementedError
+
+    def _decide(
+        self,
+        names: Sequence[str],
+        weights: list[Tensor],
+        scaled: dict[str, Scaled],
+        log_norm: Tensor,
+        entries: list[plain.Weight],
+        unscaled: Tensor | float,
+    ) -> plain.Decided:
+        raise NotImplementedError
+
+    def _refuse(self, status: int, names: Sequence[str], dtype: torch.dtype) -> NoReturn:
+        if status == NO_PATH:
+            raise ValueError(f"the path norm of the network is 0 (a layer or head of zeros?), so that {self._without_paths}")
+        if status == NO_CONSTANT:
+            raise FloatingPointError(
+                "the gradient of the first step, from which scale='first_step' takes its constant, is not finite, or "
+                "overflows when divided by κ: lower the gradient, or use scale='path_norm'"
+            )
+        if status == UNBOUNDED:
+            raise FloatingPointError(
+                "γ² overflows in the reference backend, which is not protected: use backend 'cpu' (see explain)"
+            )
+        name = names[(status - LOST) // 4]
+        if status % 4 == UNREACHED % 4:
+            raise ValueError(
+                f"κ of {name} is 0, but its gradient is not: T is not that of the gradient; give the optimiser seq_len=, "
+                'the steps of whole sequences; where states are passed on without their graph, PathNetwork(…, h0="ones") '
+                "has κ > 0"
+            )
+        remedy = "a small eps, such as 1e-6" if self.scale == "path_norm" else "scale='path_norm'"
+        raise FloatingPointError(
+            f"the path-normalised gradient of {name} overflows {dtype} with scale={self.scale!r}: use {remedy}"
+        )
+
+    #: What follows from a path norm of 0.
+    _without_paths = "it has no path coordinates: initialise it"
+
+    # --- state dicts --------------------------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """torch's, with an entry ``"path"``: tensors and plain Python values only."""
+        lags = {} if self._lags is None else dict(zip(self._recurrent(), self._lags.tolist(), strict=True))
+        path: dict[str, Any] = {
+            **self._settings(),
+            "steps": self._steps,
+            "log_constant": None if self._constant is None or self._constant.isnan() else float(self._constant),
+            "lags": {name: count for name, count in lags.items() if count},
+            "kappa": None if self._kappa is None else _to_state(*self._kappa),
+        }
+        return {**super().state_dict(), "path": path}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Continue from what ``state_dict`` returned: bit for bit on parameters of the dtype that it was saved for.
+
+        Raises:
+            ValueError: the state dict is not of a like optimiser of a like network; nothing has changed then.
+        """
+        if not isinstance(state_dict, dict):
+            raise ValueError(f"state_dict is a {type(state_dict).__name__}; it must be what state_dict() returned")
+        kind = type(self).__name__
+        path = self._path_of(state_dict)
+        for key, value in self._settings().items():
+            if path.get(key) != value:
+                raise ValueError(
+                    f"state_dict was saved with {key}={path.get(key)!r}, but this {kind} has {key}={value!r}: build both "
+                    "alike"
+                )
+        steps, constant, lags = path.get("steps", 0), path.get("log_constant"), path.get("lags", {})
+        if type(steps) is not int or steps < 0:
+            raise ValueError(f"state_dict has steps={steps!r}; it must be a count")
+        if constant is not None and (type(constant) is not float or not math.isfinite(constant)):
+            raise ValueError(f"state_dict has log_constant={constant!r}; it must be None or a finite number")
+        names, weights = self._weights()
+        if not isinstance(lags, dict) or not all(
+            name in names and type(count) is int and count >= 0 for name, count in lags.items()
+        ):
+            raise ValueError(f"state_dict has lags={lags!r}; they must be counts by recurrent weight")
+        found = None if path.get("kappa") is None else _from_state(path["kappa"], dict(zip(names, weights, strict=True)))
+        groups, state = state_dict.get("param_groups"), state_dict.get("state")
+        if not isinstance(groups, list) or not isinstance(state, dict):
+            raise ValueError("state_dict lacks the optimiser's 'state' and 'param_groups': it is damaged")
+        sizes = [len(group["params"]) for group in self.param_groups]
+        if [len(group.get("params", ())) if isinstance(group, dict) else -1 for group in groups] != sizes:
+            raise ValueError(f"state_dict has param_groups that do not hold {sizes} parameters: it is damaged")
+        super().load_state_dict({key: value for key, value in state_dict.items() if key != "path"})
+        self._steps, self._kappa, self._lags, self._constant = steps, found, None, None
+        if lags:
+            counts = [lags.get(name, 0) for name in self._recurrent()]
+            self._lags = torch.tensor(counts, dtype=torch.int64, device=weights[0].device)
+        if constant is not None:
+            self._constant = torch.tensor(constant, dtype=torch.float64, device=weights[0].device)
+
+    def _path_of(self, state_dict: dict[str, Any]) -> dict[str, Any]:
+        """The entry "path"; what stands for it in a state dict without one."""
+        path = state_dict.get("path", self._settings())
+        if not isinstance(path, dict):
+            raise ValueError(f"state_dict has an entry 'path' that no {type(self).__name__} saved: it is damaged")
+        return path
+
+    def _settings(self) -> dict[str, Any]:
+        """What must be the same before and after."""
+        return {"second_term": self.second_term, "shapes": self._shapes()}
+
+    def _shapes(self) -> list[list[list[int]]]:
+        return [[list(p.shape) for p in group["params"]] for group in self.param_groups]
+
+
+#: As the op numbers them.
+SCALES = {"none": 0, "path_norm": 1, "first_step": 2}
+
+
+def _tensor(rate: float | Tensor, like: Tensor) -> Tensor:
+    return rate if isinstance(rate, Tensor) else torch.full((), rate, dtype=torch.float64, device=like.device)
+
+
+def _raw(scaled: dict[str, Scaled], net: PathNetwork) -> tuple[list[Tensor], Tensor, Tensor, list[Tensor]]:
+    """κ as the op path_chain gives it."""
+    each = [s for name, s in scaled.items() if ".bias_hh_" not in name]  # both biases have one
+    hidden = [scaled[f"rnn.weight_hh_{ending}"] for ending in net.endings]
+    size = len(hidden[0].mantissa)
+    none = torch.zeros(size, dtype=torch.int64, device=hidden[0].mantissa.device)
+    units = torch.stack([none if s.columns is None else s.columns for s in hidden])
+    nothing = none[:0]
+    return (
+        [s.mantissa for s in each],
+        torch.stack([s.exponent for s in each]),
+        units,
+        [nothing if s.entries is None else s.entries for s in each],
+    )
+
+
+def _moved(scaled: dict[str, Scaled], dtype: torch.dtype, device: torch.device) -> dict[str, Scaled]:
+    def move(s: Scaled) -> Scaled:
+        return Scaled(s.mantissa.to(device, dtype), *(None if part is None else part.to(device) for part in s[1:]))
+
+    return {name: move(s) for name, s in scaled.items()}
+
+
+def _to_state(scaled: dict[str, Scaled], log_norm: Tensor) -> dict[str, Any]:
+    entries = {name: s._asdict() for name, s in scaled.items()}
+    return {"entries": entries, "log_path_norm": log_norm}
+
+
+def _from_state(state: Any, parameters: dict[str, Tensor]) -> tuple[dict[str, Scaled], Tensor]:
+    """What ``_to_state`` gave; older state dicts have factors with the logarithm of one scale each."""
+    try:
+        if "factors" in state:
+            logs = state["log_scales"]
+            exponents = {name: torch.tensor(round(logs[name] / _LN2)) for name in state["factors"]}
+            fits = set(logs) == set(parameters)
+            scaled = {name: Scaled(factor, exponents[name]) for name, factor in state["factors"].items()}
+        else:
+            fits = True
+            scaled = {name: Scaled(**entry) for name, entry in state["entries"].items()}
+        log_norm = torch.as_tensor(state["log_path_norm"], dtype=torch.float64)
+        fits &= set(scaled) == set(parameters) and not bool(log_norm.isnan())
+        fits &= len({s.mantissa.dtype for s in scaled.values()}) == 1
+        for name, p in parameters.items():
+            s = scaled[name]
+            fits &= s.mantissa.dtype.is_floating_point and s.mantissa.expand_as(p).shape == p.shape
+            fits &= all(part is None or part.dtype == torch.int64 for part in s[1:]) and s.exponent.dim() == 0
+            fits &= s.entries is None or s.entries.shape == s.mantissa.shape
+            s.exponents().expand_as(p)
+    except (AttributeError, IndexError, KeyError, OverflowError, RuntimeError, TypeError, ValueError):
+        fits = False
+    if not fits:
+        raise ValueError("state_dict holds a cached κ that does not fit this network: it is damaged")
+    first = next(iter(parameters.values()))
+    return _moved(scaled, precision(first.dtype), first.device), log_norm.to(first.device)

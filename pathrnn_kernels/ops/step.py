@@ -1,0 +1,36 @@
+"""path_update_, path_step_: a step of Path-SGD, or of Adam in path coordinates. Contract: csrc/ops.h.
+
+``weights`` are all of a network in the order of ``PathNetwork.weights()``: of every chain weight_ih, weight_hh, bias_ih,
+bias_hh; then the head's weight and bias and the embedding. ``gradients`` has one for each, or None where it stays. The
+lists of state (``first``, ``second``, ``counts``), ``rates`` and ``numbers`` follow the gradients that are there; rates
+(of tensors) and numbers may be given once for all.
+
+``rule="sgd"`` has the numbers lr, momentum, weight_decay, nesterov, maximize; ``first`` are its momentum buffers.
+``rule="coordinates"`` has lr, β₁, β₂, power, eps, hold, warmup, maximize; ``first``, ``second``, ``counts`` are averages
+of the gradient and of its square, and steps.
+
+path_update_ is given κ, path_chain's result. path_step_ runs that pass itself; ``lags``, int64 [chains], are what a former
+step's κ⁽²⁾ needed, and become what this one did.
+
+Returns a status, 0 once the step is taken or left out; with any other, nothing has changed.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from .backend import check_devices, extension_problem, operator
+
+path_update_ = operator("path_update_")
+path_step_ = operator("path_step_")
+
+#: What a status means; those of one weight add 4 times its place in ``weights``.
+NO_PATH, NO_CONSTANT, UNBOUNDED, LOST, UNREACHED = 1, 2, 3, 4, 5
+
+if extension_problem() is None:
+
+    @torch.library.register_fake("pathrnn::path_update_")
+    @torch.library.register_fake("pathrnn::path_step_")
+    def _(weights, gradients, first, second, counts, constant, *rest):  # type: ignore[no-untyped-def]
+        check_devices(*weights, *gradients, *first, *second)
+        return 0

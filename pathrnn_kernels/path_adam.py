@@ -1,0 +1,178 @@
+"""Adam in path coordinates."""
+
+from __future__ import annotations
+
+import numbers
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import plain
+from .engine import SWITCHES, Engine
+from .kappa import Scaled
+from .network import PathNetwork
+from .optim import check_number
+
+_OUTPUT_BIAS = "head.bias"
+
+
+class InCoordinates(Engine):
+    """Steps in path coordinates p sqrt(κ)/γ, in which the averages of the gradient are kept; the output's bias apart."""
+
+    rule = "coordinates"
+    buffers = ("exp_avg", "exp_avg_sq")
+
+    def __init__(
+        self,
+        net: PathNetwork,
+        lr: float | Tensor,
+        betas: tuple[float, float],
+        bias_lr: float | Tensor,
+        defaults: dict[str, Any],
+        **keywords: Any,
+    ) -> None:
+        if not isinstance(net, PathNetwork):
+            raise TypeError(f"net is a {type(net).__name__}; it must be a PathNetwork, as PathNetwork(rnn, head=…)")
+        net.check_parameters()
+        for name, value in (("lr", lr), ("bias_lr", bias_lr)):
+            if not isinstance(value, Tensor):
+                check_number(name, value, zero=False)
+        if not isinstance(betas, tuple | list) or len(betas) != 2 or not all(map(_is_share, betas)):
+            raise ValueError(f"betas is {betas!r}; it must be two numbers, each at least 0 and below 1")
+        parameters = net.weights()
+        dtype = next(iter(parameters.values())).dtype
+        if dtype not in (torch.float32, torch.float64):
+            raise TypeError(f"the network is {dtype}; use float32 parameters, under torch.autocast for half precision")
+        inner = {"params": [p for name, p in parameters.items() if name != _OUTPUT_BIAS]}
+        groups: list[dict[str, Any]] = [inner]
+        if _OUTPUT_BIAS in parameters:
+            groups.append({"params": [parameters[_OUTPUT_BIAS]], "lr": bias_lr})
+        super().__init__(net, groups, {"lr": lr, "betas": tuple(betas), **defaults}, **keywords)
+
+    def _shape_of_step(self, group: dict[str, Any]) -> tuple[float, ...]:
+        """power, eps, hold and warmup."""
+        raise NotImplementedError
+
+    def _state(self, name: str, p: Tensor, group: dict[str, Any]) -> dict[str, Any]:
+        state: dict[str, Any] = self.state.get(p, {})
+        if not state:
+            state = {"step": torch.zeros((), dtype=torch.float32, device=p.device)}
+            if name != _OUTPUT_BIAS:
+                state |= {key: torch.zeros_like(p, memory_format=torch.preserve_format) for key in self.buffers}
+        return state
+
+    def _numbers(self, group: dict[str, Any]) -> tuple[float, ...]:
+        lr = group["lr"]
+        rate = 0.0 if isinstance(lr, Tensor) else lr
+        return (rate, *group["betas"], *self._shape_of_step(group), float(group["maximize"]))
+
+    def _lists(self, states: list[dict[str, Any]]) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+        first, second = ([state.get(key, _NONE) for state in states] for key in self.buffers)
+        return first, second, [state["step"] for state in states]
+
+    def _decide(
+        self,
+        names: Sequence[str],
+        weights: list[Tensor],
+        scaled: dict[str, Scaled],
+        log_norm: Tensor,
+        entries: list[plain.Weight],
+        unscaled: Tensor | float,
+    ) -> plain.Decided:
+        bias = next((entry for entry in entries if names[entry.place] == _OUTPUT_BIAS), None)
+        head = None
+        if _OUTPUT_BIAS in names:
+            i = names.index("head.weight")
+            head = plain.Weight(i, False, weights[i], weights[i], scaled[names[i]], (), 0.0)
+        return plain.coordinates([e for e in entries if e is not bias], head, bias, log_norm, unscaled)
+
+
+class PathAdam(InCoordinates):
+    __doc__ = f"""Adam in path coordinates p̃ = p sqrt(κ)/γ, where a rescaling of nodes (Theorem 1) changes nothing.
+
+    The gradient there is g̃ = γ g/sqrt(κ), and what Adam does with it entry by entry keeps the invariance of Path-SGD,
+    which Adam on g/κ loses::
+
+        m ← β₁ m + (1 - β₁) g̃/‖g̃‖        v ← β₂ v + (1 - β₂) (g̃/‖g̃‖)²
+        u = sign(m) min(|m| / (sqrt(v / (1 - β₂ᵗ)) + eps), 1)
+        Δp = -lr γ u / sqrt(n κ)
+
+    ‖g̃‖ is over all tensors, and n the number of entries of the tensor: no tensor's step is longer than lr γ in the path
+    metric. m has no bias correction: the first 1/(1 - β₁) steps grow to full length. γ² is that of the paths through
+    the RNN: paths of the output's bias alone (κ = 1 at one step) are left out. The output's bias follows eq. (8) as it
+    stands, Δb = -bias_lr · g/κ, no entry of g/κ counting for more than 1. A step whose gradient is 0 or not finite is
+    left out, and so are entries with κ = 0 (on no path).
+
+    :class:`GatedPathSGD` with ``power=1`` is this, and with a higher power trusts noisy gradients less.
+
+    Args:
+        net: the network, float32 or float64; every trainable parameter is held, its output's bias in a parameter
+            group of its own.
+        lr: longest step of a tensor in the path metric, over γ; may be a tensor.
+        betas: β₁ and β₂, of the averages of the gradient and of its square.
+        eps: added to the root of the second, which is at most 1.
+        bias_lr: learning rate of the output's bias.
+        second_term, seq_len, rtol: as for :class:`PathOptimizer`.
+        {SWITCHES}
+
+    Raises:
+        TypeError, ValueError: naming the argument, its value and the remedy.
+
+    Example:
+        >>> net = pk.PathNetwork(pk.ReLURNN(2, 100), torch.nn.Linear(100, 1), outputs="last")
+        >>> optimizer = pk.PathAdam(net, lr=0.1)
+        >>> net(torch.rand(50, 16, 2)).square().mean().backward()
+        >>> optimizer.step()
+    """
+
+    def __init__(
+        self,
+        net: PathNetwork,
+        lr: float | Tensor = 0.1,
+        betas: tuple[float, float] = (0.9, 0.99),
+        eps: float = 1e-8,
+        bias_lr: float | Tensor = 0.1,
+        second_term: bool = False,
+        seq_len: int | None = None,
+        rtol: float = 1e-3,
+        *,
+        maximize: bool = False,
+        foreach: bool | None = None,
+        fused: bool | None = None,
+        capturable: bool = False,
+        differentiable: bool = False,
+    ) -> None:
+        check_number("eps", eps, zero=True)
+        super().__init__(
+            net,
+            lr,
+            betas,
+            bias_lr,
+            {"eps": eps},
+            second_term=second_term,
+            seq_len=seq_len,
+            rtol=rtol,
+            maximize=maximize,
+            foreach=foreach,
+            fused=fused,
+            capturable=capturable,
+            differentiable=differentiable,
+        )
+
+    def _shape_of_step(self, group: dict[str, Any]) -> tuple[float, ...]:
+        return 1.0, group["eps"], 0, 0
+
+
+#: Stands for the averages of the output's bias, which has none.
+_NONE = torch.empty(0)
+
+
+def check_whole(name: str, count: Any) -> None:
+    if isinstance(count, bool) or not isinstance(count, numbers.Integral) or count < 0:
+        raise ValueError(f"{name} is {count!r}; it must be an integer, at least 0")
+
+
+def _is_share(value: Any) -> bool:
+    return isinstance(value, numbers.Real) and not isinstance(value, bool) and 0 <= float(value) < 1

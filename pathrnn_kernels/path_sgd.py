@@ -1,0 +1,150 @@
+"""Path-SGD (eq. (8))."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from . import plain
+from .engine import SCALES, SWITCHES, Engine
+from .feedforward import FeedForward
+from .kappa import Scaled
+from .network import PathNetwork
+from .optim import check_count, check_net, check_number
+
+
+class PathSGD(Engine):
+    __doc__ = f"""Path-SGD (eq. (8)) on a network alone: SGD on g/κ, one call a step.
+
+    The options of :class:`PathOptimizer` mean what they mean there, and momentum, Nesterov's and weight decay what they
+    mean in ``torch.optim.SGD``. A step commutes with every node-wise rescaling of the network (Theorem 2), bit for bit
+    where the factors are powers of two; a rescaling between two steps would have to rescale the momentum buffers too.
+
+    Args:
+        net: the network; a module without recurrence as ``FeedForward(module, input_shape)``.
+        lr, momentum, weight_decay, nesterov: as for ``torch.optim.SGD``; lr may be a tensor.
+        second_term, scale, eps, trust_radius, update_every, seq_len, rtol: as for :class:`PathOptimizer`.
+        {SWITCHES}
+
+    Raises:
+        TypeError, ValueError: naming the argument, its value and the remedy.
+
+    Example:
+        >>> net = pk.PathNetwork(pk.ReLURNN(2, 100), torch.nn.Linear(100, 1), outputs="last")
+        >>> optimizer = pk.PathSGD(net, lr=1.0, scale="path_norm", trust_radius=0.003)
+        >>> net(torch.rand(50, 16, 2)).square().mean().backward()
+        >>> optimizer.step()
+    """
+
+    rule = "sgd"
+    buffers = ("momentum_buffer",)
+    _without_paths = (
+        "scale='path_norm' and trust_radius would forbid every step: initialise it, or use scale='none' without a radius"
+    )
+
+    def __init__(
+        self,
+        net: PathNetwork | FeedForward,
+        lr: float | Tensor = 1e-2,
+        momentum: float = 0.0,
+        weight_decay: float = 0.0,
+        nesterov: bool = False,
+        *,
+        maximize: bool = False,
+        second_term: bool = False,
+        scale: Literal["none", "path_norm", "first_step"] = "none",
+        eps: float = 0.0,
+        trust_radius: float | None = None,
+        update_every: int = 1,
+        seq_len: int | None = None,
+        rtol: float = 1e-3,
+        foreach: bool | None = None,
+        fused: bool | None = None,
+        capturable: bool = False,
+        differentiable: bool = False,
+    ) -> None:
+        check_net(net)
+        for name, value in (("lr", lr), ("momentum", momentum), ("weight_decay", weight_decay)):
+            if not isinstance(value, Tensor):
+                check_number(name, value, zero=True)
+        if scale not in SCALES:
+            raise ValueError(f"scale is {scale!r}; use one of {', '.join(map(repr, SCALES))}")
+        check_number("eps", eps, zero=True)
+        if trust_radius is not None:
+            check_number("trust_radius", trust_radius, zero=False)
+        check_count("update_every", update_every)
+        if nesterov and momentum == 0:
+            raise ValueError("nesterov is True without momentum: give momentum, such as 0.9")
+        if isinstance(net, FeedForward):
+            for name, given, absent in (("second_term", second_term, False), ("seq_len", seq_len, None)):
+                if given != absent:
+                    raise ValueError(
+                        f"{name} is {given!r}, but net is a FeedForward, which has no steps and whose κ⁽²⁾ is 0: leave "
+                        "it out"
+                    )
+        self.scale = scale
+        self.eps = eps
+        self.trust_radius = trust_radius
+        self.update_every = update_every
+        super().__init__(
+            net,
+            [{"params": list(net.parameters())}],
+            {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "nesterov": nesterov},
+            second_term=second_term,
+            seq_len=seq_len,
+            rtol=rtol,
+            maximize=maximize,
+            foreach=foreach,
+            fused=fused,
+            capturable=capturable,
+            differentiable=differentiable,
+        )
+
+    def _state(self, name: str, p: Tensor, group: dict[str, Any]) -> dict[str, Any]:
+        if group["momentum"] == 0:
+            return {}
+        state = self.state.get(p, {})
+        if state.get("momentum_buffer") is None:
+            return {**state, "momentum_buffer": torch.zeros_like(p, memory_format=torch.preserve_format)}
+        return state
+
+    def _numbers(self, group: dict[str, Any]) -> tuple[float, ...]:
+        lr = group["lr"]
+        rate = 0.0 if isinstance(lr, Tensor) else lr
+        return rate, group["momentum"], group["weight_decay"], float(group["nesterov"]), float(group["maximize"])
+
+    def _lists(self, states: list[dict[str, Any]]) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+        first = [state.get("momentum_buffer") for state in states]
+        if all(buffer is None for buffer in first):
+            return [], [], []
+        return [_NONE if buffer is None else buffer for buffer in first], [], []
+
+    def _decide(
+        self,
+        names: Sequence[str],
+        weights: list[Tensor],
+        scaled: dict[str, Scaled],
+        log_norm: Tensor,
+        entries: list[plain.Weight],
+        unscaled: Tensor | float,
+    ) -> plain.Decided:
+        constant = self._constant_on(weights[0])
+        return plain.sgd(entries, log_norm, self.scale, self.eps, self.trust_radius, constant, unscaled)
+
+    def _settings(self) -> dict[str, Any]:
+        return {"base": "SGD", "scale": self.scale, **super()._settings()}
+
+    def _path_of(self, state_dict: dict[str, Any]) -> dict[str, Any]:
+        if "path" not in state_dict and self.scale == "first_step":
+            raise ValueError(
+                "state_dict has no entry 'path', and with it no constant of scale='first_step': save state_dict() "
+                "whole, or use scale='path_norm'"
+            )
+        return super()._path_of(state_dict)
+
+
+#: Stands for the momentum of a weight that has none.
+_NONE = torch.empty(0)

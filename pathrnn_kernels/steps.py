@@ -1,0 +1,83 @@
+"""T of the gradients that wait for a step, found as they flow through a ReLURNN."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor
+
+_Weights: TypeAlias = Mapping[str, Tensor | None]
+
+#: Nodes of a graph that are looked at for the call that an initial state came from. Between the two calls of a loop lie
+#: a handful; a state from elsewhere, an encoder say, should not cost a walk through all of that.
+_NEAR = 256
+
+
+class Steps:
+    """T of the gradients of one module, which its replicas share.
+
+    A call counts when a gradient flows back into it, so that T is that of the graphs whose gradients wait: not of an
+    evaluation, nor of a forward pass that was thrown away. Calls that pass the state on with its graph are one
+    sequence, as long as all together; of several sequences the longest counts. A new count begins with the first
+    gradient after a step, or after the gradients were set to None.
+
+    Nothing is read from a device: T is a shape, and a hook of an autograd node tells that a gradient flows.
+    """
+
+    def __init__(self) -> None:
+        self._found: int | None = None
+        self._used = False
+        self._backward: int | None = None  # the backward pass that _found was last changed in
+        #: T of the last sequence that passed through compiled code, where no hook can be: it is taken at once.
+        self.traced: int | None = None
+
+    @property
+    def longest(self) -> int | None:
+        """T; None if no gradient has been seen."""
+        if self.traced is not None:
+            self._add(self.traced, {})
+            self.traced = None
+        return self._found
+
+    def begin_anew(self) -> None:
+        """With the next gradient, for those up to now have been used or set to 0."""
+        self._used, self._backward = True, None
+
+    def watch(self, outputs: Iterable[Tensor], seq_len: int, h_0: Tensor | None, weights: _Weights) -> None:
+        """Count ``seq_len`` steps, and those that h_0 came from, once a gradient reaches one of the outputs.
+
+        ``weights`` are the module's parameters; a replica has none of its own.
+        """
+        if h_0 is not None and h_0.grad_fn is not None:
+            seq_len += self._before(h_0.grad_fn)
+        node: Any
+        for node in {output.grad_fn for output in outputs}:
+            if node is None:
+                self._add(seq_len, {})  # nothing here learns, but what stands behind it may
+            else:
+                node.metadata[self] = seq_len
+                node.register_prehook(lambda _: self._add(seq_len, weights))
+
+    def _add(self, seq_len: int, weights: _Weights) -> None:
+        backward = torch._C._current_graph_task_id()
+        if backward == -1 or backward != self._backward:
+            leaves = [p for p in weights.values() if p is not None and p.is_leaf]
+            if self._used or (leaves and all(p.grad is None for p in leaves)):
+                self._found = None
+        self._found = max(self._found or 0, seq_len)
+        self._used, self._backward = False, backward
+
+    def _before(self, node: Any) -> int:
+        """The steps of the call of this module that is nearest above the node."""
+        nodes, seen = [node], {node}
+        for node in nodes:
+            if self in node.metadata:
+                return node.metadata[self]
+            if len(nodes) > _NEAR:
+                break
+            above = [n for n, _ in node.next_functions if n is not None and n not in seen]
+            nodes += above
+            seen.update(above)
+        return 0

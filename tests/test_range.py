@@ -1,0 +1,215 @@
+"""Networks whose numbers lie too far apart for one scale: units that grow beside others, die, or are rescaled."""
+
+import math
+
+import pytest
+import torch
+from oracles import check_logarithms
+from torch import nn
+
+import pathrnn_kernels as pk
+from pathrnn_kernels import PathNetwork, ReLURNN
+from pathrnn_kernels.rescale import node_rescale_
+
+pytestmark = pytest.mark.usefixtures("poisoned")
+
+F32, F64 = torch.float32, torch.float64
+DTYPES = pytest.mark.parametrize("dtype", (F32, F64), ids=("float32", "float64"))
+W_HH = "rnn.weight_hh_l0"
+
+
+def make(hidden, dtype=F64, outputs="last", bias=True, head_bias=True, input_size=1, **weights):
+    """A network of one layer with the weights that are given."""
+    net = PathNetwork(
+        ReLURNN(input_size, hidden, bias=bias, dtype=dtype), nn.Linear(hidden, 1, bias=head_bias, dtype=dtype),
+        outputs=outputs,
+    )  # fmt: skip
+    places = {"ih": net.rnn.weight_ih_l0, "hh": net.rnn.weight_hh_l0, "head": net.head.weight, "out": net.head.bias}
+    with torch.no_grad():
+        for name, value in weights.items():
+            places[name].copy_(torch.as_tensor(value, dtype=dtype).expand_as(places[name]))
+    return net
+
+
+# Closed forms.
+
+
+@pytest.mark.parametrize("init", ("default", "normal"))
+@DTYPES
+def test_a_closed_form_starts_from_a_row_that_is_written(dtype, init, threads):
+    """Many chains of small networks have one from step 64 on; rows of another network lie in the workspace."""
+    for hidden, seed in [(h, s) for h in (2, 3, 4, 6) for s in range(12)] + [(4, 44), (4, 281), (4, 7)]:
+        torch.manual_seed(seed)
+        net = PathNetwork(ReLURNN(2, hidden, dtype=dtype), nn.Linear(hidden, 1, dtype=dtype), outputs="last")
+        if init == "normal":
+            nn.init.normal_(net.rnn.weight_hh_l0, std=hidden**-0.5)
+        pk.kappa(PathNetwork(ReLURNN(2, hidden, dtype=dtype)), 70)
+        check_logarithms(net, 100)
+
+
+@DTYPES
+def test_increments_that_die(dtype):
+    """Unit 0 has no recurrent input: its increment is 0 after one step, while unit 1's goes on."""
+    net = make(2, dtype, bias=False, ih=[[1e-4], [1.0]], hh=[[0.0, 0.0], [2.5, 0.0]], head=1.0, out=0.1)
+    for seq_len in (64, 100):
+        found, _ = check_logarithms(net, seq_len)
+        assert found.log_path_norm.exp().item() == pytest.approx(1.0100000725, rel=1e-6 if dtype == F32 else 1e-12)
+    families = {
+        "strictly lower triangular": lambda: torch.randn(5, 5).tril(-1),
+        "one unit without recurrent input": lambda: torch.cat([torch.zeros(1, 5), 0.5 * torch.randn(4, 5)]),
+        "sparse": lambda: torch.randn(5, 5) * (torch.rand(5, 5) < 0.2),
+    }
+    for family in families.values():
+        for seed in range(20):
+            torch.manual_seed(seed)
+            check_logarithms(make(5, dtype, hh=family(), input_size=2), 100)
+
+
+@pytest.mark.parametrize("hidden, second", ((1024, False), (512, True)))
+def test_a_zero_row_of_a_large_matrix(hidden, second):
+    for std in (3e-4, 3e-5):
+        net = make(hidden, F32, hh=torch.randn(hidden, hidden) * std * (torch.arange(hidden) > 0)[:, None])
+        found, wide = pk.kappa(net, 20, second), pk.kappa(net.double(), 20, backend="reference")
+        assert all(factor.isfinite().all() for factor in found.factors.values())
+        assert found.log_path_norm.item() == pytest.approx(wide.log_path_norm.item(), abs=1e-5)
+
+
+@DTYPES
+@pytest.mark.parametrize("outputs", ("all", "last"))
+def test_a_settled_unit_beside_a_growing_one(outputs, dtype):
+    """h has a closed form whose increments outgrow, 2^600 and more, the row that they are added to."""
+    weight = torch.zeros(3, 3, dtype=dtype)
+    weight[1, 1], weight[2, 0] = 3.0, 0.5
+    check_logarithms(make(3, dtype, outputs, hh=weight), 400)
+
+
+# Blocks.
+
+BLOCK = 6
+
+
+def blocks(a, b, upper=None, lower=None):
+    weight = torch.block_diag(a, b)
+    if upper is not None:
+        weight[:BLOCK, BLOCK:] = upper
+    if lower is not None:
+        weight[BLOCK:, :BLOCK] = lower
+    return weight
+
+
+def gaussian():
+    return torch.randn(BLOCK, BLOCK)
+
+
+BLOCKS = {
+    "block diagonal": lambda: blocks(gaussian(), 0.1 * gaussian()),
+    "block diagonal, slow first": lambda: blocks(0.1 * gaussian(), gaussian()),
+    "lower": lambda: blocks(gaussian(), 0.1 * gaussian(), lower=gaussian()),
+    "upper": lambda: blocks(gaussian(), 0.1 * gaussian(), upper=gaussian()),
+    "lower, slow first": lambda: blocks(0.1 * gaussian(), gaussian(), lower=gaussian()),
+    "upper, slow first": lambda: blocks(0.1 * gaussian(), gaussian(), upper=gaussian()),
+    "units without recurrent input": lambda: blocks(gaussian(), 0 * gaussian(), upper=gaussian()),
+    "diagonal": lambda: torch.diag(torch.logspace(0, -3, 2 * BLOCK)),
+    "diagonal and gaussian": lambda: blocks(gaussian(), torch.eye(BLOCK)),
+    "weakly coupled": lambda: blocks(gaussian(), 0.1 * gaussian(), 1e-8 * gaussian(), 1e-8 * gaussian()),
+    "diagonal, close": lambda: torch.diag(torch.linspace(1, 0.5, 2 * BLOCK)),
+}
+
+
+@pytest.mark.parametrize("h0", ("zeros", "ones"))
+@pytest.mark.parametrize("outputs", ("all", "last"))
+@pytest.mark.parametrize("kind", BLOCKS)
+@DTYPES
+def test_blocks_of_different_growth(dtype, kind, outputs, h0, threads):
+    """All rows of S of one thread may lie far below those of another."""
+    for seed in range(2):
+        torch.manual_seed(seed)
+        net = make(2 * BLOCK, dtype, outputs, hh=BLOCKS[kind](), input_size=2)
+        net.h0 = h0
+        check_logarithms(net, 200, second_term=True)
+
+
+@pytest.mark.parametrize("outputs", ("all", "last"))
+def test_blocks_for_a_team(outputs, threads):
+    """So large that two threads share them."""
+    weight = torch.block_diag(torch.randn(40, 40), 0.1 * torch.randn(40, 40)) / 40**0.5
+    found, _ = check_logarithms(make(80, F32, outputs, hh=weight, input_size=2), 150, second_term=True)
+    assert found.bound <= 1e-5
+
+
+# Units beside the paths.
+
+
+@DTYPES
+@pytest.mark.parametrize("gain, outputs", ((1.5, "last"), (1.5, "all"), (4.0, "last"), (4.0, "all")))
+def test_what_grows_without_being_read(gain, outputs, dtype):
+    net = make(2, dtype, outputs, False, False, ih=1.0, hh=[[gain, 0.0], [0.0, 1.0]], head=[[0.0, 1.0]])
+    found, _ = check_logarithms(net, 1000, second_term=False)
+    steps = 1000 if outputs == "last" else 500500
+    assert found.log_path_norm.exp().item() == pytest.approx(steps, rel=1e-5 if dtype == F32 else 1e-12)
+    assert found.relative("head.weight")[0, 1].item() == pytest.approx(1, rel=1e-5)
+    pk.log_path_norm(net, 1000).backward()
+    right = 999 if outputs == "last" else 2 * sum(t * (t - 1) / 2 for t in range(1, 1001)) / 500500
+    assert net.rnn.weight_hh_l0.grad[1, 1].item() == pytest.approx(right, rel=1e-5)
+    assert net.head.weight.grad.tolist() == [[0.0, pytest.approx(2, rel=1e-5)]]
+
+
+def test_what_grows_ahead_of_a_thin_path():
+    """The only path leads by a square of 1e-400 from a unit that grows by 100 a step; unit 2 is on none."""
+    weights = {"ih": [[1.0], [0.0], [1.0]], "hh": [[10.0, 0, 0], [1e-200, 0.5, 0], [0, 0, 1]], "head": [[0.0, 1.0, 0]]}
+    check_logarithms(make(3, bias=False, head_bias=False, **weights), 300)
+    weights["ih"][2], weights["hh"][2][1], weights["head"][0][2] = [0.0], 1.0, 1e-300
+    check_logarithms(make(3, bias=False, head_bias=False, **weights), 300)
+
+
+def test_no_path_has_no_gradient_however_large_the_weight():
+    net = make(2, bias=False, head_bias=False, hh=[[1e5, 0.0], [0.0, 1e5]], head=[[1.0, 0.0]])
+    pk.path_norm(net, 200).backward()
+    assert net.rnn.weight_hh_l0.grad.tolist() == [[math.inf, 0.0], [0.0, 0.0]]
+    net.zero_grad()
+    pk.log_path_norm(net, 200).backward()
+    assert net.rnn.weight_hh_l0.grad[0, 0].item() == pytest.approx(2 * 199 / 1e5, rel=1e-9)
+
+
+# Scales of weights.
+
+
+@pytest.mark.parametrize("dtype, ratios", ((F32, (1e3, 1e5, 1e8)), (F64, (1e30, 1e57, 1e70))), ids=("float32", "float64"))
+def test_the_second_term_of_rescaled_units(dtype, ratios, threads):
+    net = make(2, dtype, hh=[[0.7, 0.5], [0.6, 0.4]], input_size=2)
+    before = pk.kappa(net, 25, second_term=True, rtol=0).relative(W_HH)
+    weight = net.rnn.weight_hh_l0.detach().double().clone()
+    for ratio in ratios:
+        node_rescale_(net, [torch.tensor([ratio**0.5, ratio**-0.5], dtype=dtype)])
+        found, _ = check_logarithms(net, 25, second_term=True, truncation=0)
+        # γ²/κ goes as the weight's square.
+        quotient = found.relative(W_HH) / before * (weight / net.rnn.weight_hh_l0.detach().double()).square()
+        torch.testing.assert_close(quotient, torch.ones_like(quotient), rtol=1e-5 if dtype == F32 else 1e-12, atol=0)
+        node_rescale_(net, [torch.tensor([ratio**-0.5, ratio**0.5], dtype=dtype)])
+
+
+@pytest.mark.parametrize("second", (False, True))
+@pytest.mark.parametrize("name", (W_HH, "rnn.weight_ih_l0", "head.weight"))
+@pytest.mark.parametrize("dtype, value", ((F32, 1e-44), (F64, 1e-310)), ids=("float32", "float64"))
+def test_a_tensor_of_subnormal_numbers(dtype, value, name, second):
+    net = make(2, dtype)
+    with torch.no_grad():
+        net.get_parameter(name).fill_(value)
+    check_logarithms(net, 10, second)
+
+
+def test_inputs_of_zeros_without_biases():
+    for seed in range(20):
+        torch.manual_seed(seed)
+        net = PathNetwork(ReLURNN(1, 4, bias=False), nn.Linear(4, 2, bias=False), nn.Embedding(3, 1))
+        with torch.no_grad():
+            net.embedding.weight.zero_()
+        check_logarithms(net, 3)
+
+
+def test_arithmetic_is_told():
+    net = make(2, F32, hh=[[0.5, 0.1], [0.2, 0.4]])
+    assert pk.kappa(net, 50).arithmetic == "float32"
+    net = make(2, F32, bias=False, ih=1.0, hh=[[4.0, 0.0], [0.0, 1.0]])
+    assert pk.kappa(net, 60).arithmetic == "float64"
+    assert pk.kappa(net, 1000).arithmetic == "extended"
