@@ -2,8 +2,8 @@
 
 ``weights`` are all of a network in the order of ``PathNetwork.weights()``: of every chain weight_ih, weight_hh,
 bias_ih, bias_hh; then the head's weight and bias and the embedding. ``gradients`` has one for each, or None where it
-stays. The lists of state (``first``, ``second``, ``counts``), ``rates`` and ``numbers`` follow the gradients that are there;
-rates (of tensors) and numbers may be given once for all.
+stays. The lists of state (``first``, ``second``, ``counts``), ``rates`` and ``numbers`` follow the gradients that are
+there; rates (of tensors) and numbers may be given once for all.
 
 ``rule="sgd"`` has the numbers lr, momentum, weight_decay, nesterov, maximize; ``first`` are its momentum buffers.
 ``rule="coordinates"`` has lr, β₁, β₂, power, eps, hold, warmup, maximize; ``first``, ``second``, ``counts`` are
