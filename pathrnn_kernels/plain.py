@@ -119,7 +119,7 @@ def sgd(
         divided, divided_exponent = _sum(
             [(ldexp(q, -w.shift).square().sum(), 2 * e) for w, (q, e) in zip(weights, quotients, strict=True)]
         )
-        found = (total.log() + (exponent - divided_exponent) * math.log(2) - divided.log()) / 2
+        found = (total.log() + (exponent - divided_exponent).double() * math.log(2) - divided.log()) / 2
         bad = ~(total.isfinite() & divided.isfinite())
         statuses.append(torch.where(constant.isnan() & bad, NO_CONSTANT, 0))
         none = (total == 0) | (divided == 0) | bad
