@@ -138,7 +138,7 @@ def path_chain(
         net, unit_exponents, state = canonical(
             kernels, weight_ih, weight_hh, bias_ih, bias_hh, *heads, seq_len, last_only, ones_h0, directions
         )
-        found = _Pass(kernels, plan, net, state).run(kappa1, second_factor, rtol, first_lags, workspace_bytes)
+        found = _Pass(kernels, plan, net, unit_exponents, state).run(kappa1, second_factor, rtol, first_lags, workspace_bytes)
     factors, exponents, log_path_norm, lags, bounds, arithmetic = found
     none = [unit_exponents.new_empty(0) for _ in factors]
     return factors, exponents, unit_exponents, none, log_path_norm, lags, bounds, arithmetic
@@ -306,8 +306,9 @@ def _own_precision() -> str:
 class _Pass:
     """One pass over the squared network."""
 
-    def __init__(self, kernels: Kernels, plan: Plan, net: Network, state: State) -> None:
+    def __init__(self, kernels: Kernels, plan: Plan, net: Network, unit_exponents: Tensor, state: State) -> None:
         self.kernels, self.plan, self.net, self.state = kernels, plan, net, state
+        self.unit_exponents = unit_exponents
         self.directions, self.count = net.directions, len(net.weight_hh)
         like = net.weight_hh[0]
         self.dtype, self.device, self.hidden = like.dtype, like.device, len(like)
@@ -323,7 +324,7 @@ class _Pass:
         inputs = None
         if net.embedding_weight is not None:
             inputs = Rows(*kernels.column_sums(net.embedding_weight, net.largest[-1:], self.lost))
-        ends = [self.ends(net.one_direction(e), inputs) for e in range(self.directions)]
+        ends = [self.ends(e, inputs) for e in range(self.directions)]
         h, d = self.chains(kappa1, [head for _, head, _ in ends], [drive for drive, _, _ in ends])
 
         steps = 1 if net.last_only else net.seq_len
@@ -385,8 +386,9 @@ class _Pass:
 
     # ---- the chains --------------------------------------------------------------------------------------------------
 
-    def ends(self, net: Network, inputs: Rows | None) -> tuple[Rows, Rows, list[Tensor]]:
+    def ends(self, direction: int, inputs: Rows | None) -> tuple[Rows, Rows, list[Tensor]]:
         """Of one direction: the first drive and the biases by layers, the head's sums, and the rest for ``finish``."""
+        net = self.net.one_direction(direction)
         ends = self.kernels.ends(
             net.weight_ih[0],
             net.bias_ih,
@@ -398,6 +400,13 @@ class _Pass:
             net.largest,
             self.lost,
         )
+        if net.head_weight is None:
+            # The units themselves are read, and each is rescaled.
+            units = self.unit_exponents[self.count - self.directions + direction]
+            most = units.amax(0, keepdim=True)
+            ones = power_of_two(units - most + CENTRE[self.dtype], self.dtype)
+            self.losses.append((ones == 0).any().reshape(1))
+            ends = [*ends[:2], ones, most - CENTRE[self.dtype], *ends[4:]]
         return Rows(*ends[:2]), Rows(*ends[2:4]), ends[2:]
 
     def chains(self, kappa1: bool, heads: list[Rows], drives: list[Rows]) -> tuple[list[Rows], list[Rows]]:
