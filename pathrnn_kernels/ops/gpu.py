@@ -138,7 +138,9 @@ def path_chain(
         net, unit_exponents, state = canonical(
             kernels, weight_ih, weight_hh, bias_ih, bias_hh, *heads, seq_len, last_only, ones_h0, directions
         )
-        found = _Pass(kernels, plan, net, unit_exponents, state).run(kappa1, second_factor, rtol, first_lags, workspace_bytes)
+        found = _Pass(kernels, plan, net, unit_exponents, state).run(
+            kappa1, second_factor, rtol, first_lags, workspace_bytes
+        )
     factors, exponents, log_path_norm, lags, bounds, arithmetic = found
     none = [unit_exponents.new_empty(0) for _ in factors]
     return factors, exponents, unit_exponents, none, log_path_norm, lags, bounds, arithmetic
