@@ -40,6 +40,7 @@ _POINTERS = {
     torch.float64: "*fp64",
     torch.int64: "*i64",
     torch.int32: "*i32",
+    torch.int8: "*i8",
     torch.bool: "*i1",
 }
 

@@ -84,8 +84,8 @@ TORCH_LIBRARY(pathrnn, m) {
       "str plan, int blocks, Tensor(a!) lost) -> (Tensor h, Tensor h_exponents, Tensor d, Tensor d_exponents)",
       tags);
   m.def(
-      "row_sums(Tensor rows, Tensor exponents, Tensor? more_rows, Tensor? more_exponents, "
-      "Tensor(a!) lost) -> Tensor[]",
+      "row_sums(Tensor rows, Tensor exponents, Tensor? more_rows, Tensor? more_exponents, Tensor(a!) lost) -> "
+      "(Tensor sum, Tensor exponent, Tensor more_sum, Tensor more_exponent)",
       tags);
   m.def(
       "pair_sums(Tensor d, Tensor d_exponents, Tensor h, Tensor h_exponents, int offset, Tensor? weights=None, "

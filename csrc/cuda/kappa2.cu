@@ -5,6 +5,7 @@
 #include <ATen/Dispatch.h>
 
 #include <algorithm>
+#include <array>
 #include <optional>
 #include <tuple>
 #include <vector>
@@ -35,8 +36,9 @@ RowSums<T> sums_of(const Tensor& rows, const Tensor& exponents, const Tensor& su
           sum.mutable_data_ptr<T>(), exponent.mutable_data_ptr<int64_t>()};
 }
 
-std::vector<Tensor> row_sums(const Tensor& rows_any, const Tensor& exponents_any, const optional<Tensor>& more_any,
-                             const optional<Tensor>& more_exponents_any, const Tensor& lost) {
+std::tuple<Tensor, Tensor, Tensor, Tensor> row_sums(const Tensor& rows_any, const Tensor& exponents_any,
+                                                    const optional<Tensor>& more_any,
+                                                    const optional<Tensor>& more_exponents_any, const Tensor& lost) {
   const Tensor rows = checked_first(rows_any, "rows", 2, "[n, H]");
   const Tensor exponents = checked_exponents(exponents_any, "exponents", rows.size(0), rows, "rows");
   check_together(more_any.has_value(), more_exponents_any.has_value(), "more_rows and more_exponents");
@@ -47,10 +49,11 @@ std::vector<Tensor> row_sums(const Tensor& rows_any, const Tensor& exponents_any
   const Tensor more_exponents = checked_exponents(more_exponents_any, "more_exponents", count, rows, "rows");
   bool* const flag = checked_lost(lost, rows, "rows");
   const OnDevice device(rows);
-  std::vector<Tensor> found;
-  for (int i = 0; i < (more.defined() ? 2 : 1); ++i) {
-    found.push_back(at::empty({rows.size(1)}, rows.options()));
-    found.push_back(at::empty({1}, exponents.options()));
+  std::array<Tensor, 4> found;  // the last two are empty where there is no more
+  for (int i = 0; i < 2; ++i) {
+    const bool wanted = i == 0 || more.defined();
+    found[2 * i] = at::empty({wanted ? rows.size(1) : 0}, rows.options());
+    found[2 * i + 1] = at::empty({wanted ? 1 : 0}, exponents.options());
   }
   AT_DISPATCH_FLOATING_TYPES(rows.scalar_type(), "row_sums", [&] {
     const auto first = sums_of<scalar_t>(rows, exponents, found[0], found[1]);
@@ -58,7 +61,7 @@ std::vector<Tensor> row_sums(const Tensor& rows_any, const Tensor& exponents_any
     launch("row_sums", sum_rows<scalar_t>, dim3(blocks_for(first.width, kWarp), more.defined() ? 2 : 1), kSumThreads,
            sum_rows_shared(sizeof(scalar_t)), {}, first, second, flag);
   });
-  return found;
+  return {found[0], found[1], found[2], found[3]};
 }
 
 template <typename T, int kMicro>

@@ -16,10 +16,18 @@ canonical_ = operator("canonical_")
 column_sums = operator("column_sums")
 ends = operator("ends")
 chains = operator("chains")
-row_sums = operator("row_sums")
+_row_sums = operator("row_sums")
 pair_sums = operator("pair_sums")
 filtered = operator("filtered")
 finish = operator("finish")
+
+
+def row_sums(
+    rows: Tensor, exponents: Tensor, more_rows: Tensor | None, more_exponents: Tensor | None, lost: Tensor
+) -> tuple[Tensor, ...]:
+    """Of one or two sequences: two tensors each."""
+    found = _row_sums(rows, exponents, more_rows, more_exponents, lost)
+    return found[:2] if more_rows is None else found
 
 
 def _exponents(like: Tensor, count: int) -> Tensor:
@@ -94,8 +102,13 @@ if extension_problem() is None:
     @torch.library.register_fake("pathrnn::row_sums")
     def _(rows, exponents, more_rows, more_exponents, lost):  # type: ignore[no-untyped-def]
         check_devices(rows, exponents, more_rows, more_exponents, lost)
-        count = 1 if more_rows is None else 2
-        return [x for _ in range(count) for x in (rows.new_empty(rows.shape[1]), exponents.new_empty(1))]
+        hidden, more = rows.shape[1], more_rows is not None
+        return (
+            rows.new_empty(hidden),
+            exponents.new_empty(1),
+            rows.new_empty(hidden if more else 0),
+            exponents.new_empty(1 if more else 0),
+        )
 
     @torch.library.register_fake("pathrnn::pair_sums")
     def _(  # type: ignore[no-untyped-def]

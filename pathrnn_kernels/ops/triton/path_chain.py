@@ -46,10 +46,10 @@ _APART = tl.constexpr(32)
 
 
 @triton.jit
-def _weights(weight, out, into, hidden, out_stride, into_stride):
+def _weights(weight, out, into, hidden):
     """Those from units ``into`` to units ``out``, ``[out, into]``. Offsets fit 32 bits: HIDDEN_LIMIT² does."""
     mask = (out < hidden)[:, None] & (into < hidden)[None, :]
-    return tl.load(weight + into[None, :] * into_stride + out[:, None] * out_stride, mask, other=0)
+    return tl.load(weight + into[None, :] * hidden + out[:, None], mask, other=0)
 
 
 @triton.jit
@@ -62,7 +62,7 @@ def _streamed(
     for start in tl.range(0, width, TILE, num_stages=_STAGES):
         into = start + tl.arange(0, TILE)
         x = times_power(tl.load(source + into, into < width, other=0), shift, DOUBLE)
-        total += square(_weights(weight, out, into, hidden, 1, hidden), scale) * x[None, :]
+        total += square(_weights(weight, out, into, hidden), scale) * x[None, :]
     return tl.sum(total, 1)
 
 
@@ -117,15 +117,14 @@ def _chains(
     live = unit < hidden
     out = block * ROWS + tl.arange(0, ROWS)
     if TILE == 0:
-        # Read once, so in the order in which it lies.
-        w = _weights(weight, out, unit, hidden, tl.where(forward, hidden, 1), tl.where(forward, 1, hidden))
+        w = _weights(weight, out, unit, hidden)
         matrix = square(w, scale)
         least = _least(w, scale)
     else:
         least = tl.full([], float("inf"), dtype)
         for first in range(block * ROWS, hidden, blocks * ROWS):
             for start in range(0, hidden, TILE):
-                w = _weights(weight, first + tl.arange(0, ROWS), start + tl.arange(0, TILE), hidden, 1, hidden)
+                w = _weights(weight, first + tl.arange(0, ROWS), start + tl.arange(0, TILE), hidden)
                 least = tl.minimum(least, _least(w, scale))
     # An entry below this may underflow when it is multiplied.
     threshold = power_of_two(least_exponent(DOUBLE) - log2_floor(least, DOUBLE), DOUBLE)
@@ -274,8 +273,7 @@ def chains(
     try:
         with on_device(h):
             _chains[(programs, 2 if both else 1)](
-                weight_h.t().contiguous() if layout.TILE else weight_h, largest_h, drive_h, drive_h_exponents, h,
-                h_exponents,
+                weight_h.t().contiguous(), largest_h, drive_h, drive_h_exponents, h, h_exponents,
                 either(weight_d, weight_h), either(largest_d, largest_h), either(drive_d, drive_h),
                 either(drive_d_exponents, drive_h_exponents), d, d_exponents,
                 lost, arrivals, hidden, seq_len, len(drive_h), 1 if drive_d is None else len(drive_d),

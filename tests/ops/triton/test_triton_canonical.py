@@ -2,6 +2,7 @@
 
 import canonical_cases as cases
 import pytest
+from torch.utils._python_dispatch import _disable_current_modes
 from triton_cases import MARKS
 
 pytestmark = MARKS
@@ -37,7 +38,7 @@ def test_powers_of_two_are_followed(kernels, options):
     cases.check_follows(kernels, options)
 
 
-def test_kappa1_of_one_layer_takes_twelve_launches(kernels, monkeypatch):
+def test_kappa1_of_one_layer_takes_fourteen_launches(kernels, monkeypatch):
     from triton.runtime import interpreter
 
     launched = []
@@ -45,7 +46,8 @@ def test_kappa1_of_one_layer_takes_twelve_launches(kernels, monkeypatch):
 
     def counted(self, *arguments, **options):
         launched.append(self)
-        return run(self, *arguments, **options)
+        with _disable_current_modes():  # what interprets a kernel is no launch
+            return run(self, *arguments, **options)
 
     monkeypatch.setattr(interpreter.InterpretedFunction, "run", counted)
-    assert cases.launches_of_kappa1(kernels, lambda: len(launched)) <= 12
+    assert cases.launches_of_kappa1(kernels, lambda: len(launched)) <= 14  # W̃ᵀ is made by two of them
