@@ -69,7 +69,7 @@ def test_a_bad_part_costs_no_other(tmp_path):
 def test_what_no_time_is_left_for_is_said(tmp_path):
     script = tmp_path / "gate.py"
     script.write_text(PARTS)
-    command = [sys.executable, str(script), "figures", "--cpu", "--out", str(tmp_path), "--minutes", "0.15"]
+    command = [sys.executable, str(script), "figures", "--cpu", "--out", str(tmp_path), "--minutes", "0.05"]
     subprocess.run([*command, "--parts", "hangs", "last"], capture_output=True, text=True)
     (file,) = tmp_path.glob("gpu-gate-cpu-figures-*.json")
-    assert "the limit of 0.15 minutes was reached" in json.loads(file.read_text())["skipped"]["last"]
+    assert "the limit of 0.05 minutes was reached" in json.loads(file.read_text())["skipped"]["last"]

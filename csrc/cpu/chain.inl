@@ -360,7 +360,7 @@ void settle(const Chain<T>& c, int64_t rest, int64_t done, int64_t steps) {
 
 // The relative error that a closed form may have: that of one rounding, and in double more than the noise of its ratios.
 template <typename T>
-constexpr double kClosedError = std::is_same<T, float>::value ? 0x1p-24 : 0x1p-40;
+constexpr double kClosedError = std::is_same<T, float>::value ? 0x1p-24 : 0x1p-44;
 
 // A chain that starts from nothing is a sum of increments, x_{s+1} = d_0 + … + d_s with d_{s+1} = W̃ d_s, or the last of
 // them where only its first step is driven. If lo d_s ≤ d_{s+1} ≤ hi d_s, entry by entry, multiplying by W̃ ≥ 0 shows
