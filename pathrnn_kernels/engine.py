@@ -175,9 +175,11 @@ class Engine(Optimizer):
         for i, state in zip(moving, states, strict=True):
             if state:
                 self.state[weights[i]] = state
-        self._steps += 1
-        if self._steps % self.update_every == 0:
-            self._kappa = None  # its memory is of no use
+        if self.update_every > 1:
+            self._steps += 1
+            self._kappa = self._kappa if self._steps % self.update_every else None  # else its memory is of no use
+        else:
+            self._kappa = None
 
     def _weights(self) -> tuple[list[str], list[Tensor]]:
         found = dict(self.net.named_parameters()) if isinstance(self.net, FeedForward) else self.net.weights()

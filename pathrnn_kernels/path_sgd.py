@@ -71,7 +71,7 @@ class PathSGD(Engine):
         for name, value in (("lr", lr), ("momentum", momentum), ("weight_decay", weight_decay)):
             if not isinstance(value, Tensor):
                 check_number(name, value, zero=True)
-        if scale not in SCALES:
+        if not isinstance(scale, str) or scale not in SCALES:
             raise ValueError(f"scale is {scale!r}; use one of {', '.join(map(repr, SCALES))}")
         check_number("eps", eps, zero=True)
         if trust_radius is not None:

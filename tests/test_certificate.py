@@ -185,6 +185,7 @@ def check_reference(net, seq_len, rtol, convention="exact"):
     return lags, bound
 
 
+@pytest.mark.slow
 @settings(max_examples=400)
 @given(cases(), st.sampled_from(sorted(reference.KAPPA2_FACTOR)))
 def test_reference_is_within_its_bound(case, convention):
@@ -278,6 +279,7 @@ def test_kernels_are_within_their_bound(case, dtype):
     check_kernel(everything, net, seq_len, 0)
 
 
+@pytest.mark.slow
 @DTYPES
 @settings(max_examples=200)
 @given(case=cases(), exponent=st.floats(0, 2))
@@ -329,6 +331,7 @@ def logarithms(log_kappa, seq_len):
     return 2 * tolerances.unit_roundoff(F64) * (seq_len + 3) * max(1.0, log_kappa.abs().max().item())
 
 
+@pytest.mark.slow
 @DTYPES
 @pytest.mark.parametrize("family", ("gaussian", "uniform", "orthogonal"))
 def test_lags_of_the_kernels_do_not_grow_with_length(family, dtype):

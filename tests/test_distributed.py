@@ -104,7 +104,7 @@ def test_the_example_for_torchrun(tmp_path):
     done = subprocess.run(module + command[1:], cwd=tmp_path, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     weights, state = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
-    assert state["path"]["steps"] == 10
+    assert set(state) == {"state", "param_groups", "path"}
     assert all(p.isfinite().all() for p in weights.values())
 
 

@@ -93,6 +93,7 @@ def test_reference_serves_relu_rnn_with_gradients():
             torch.testing.assert_close(found, expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("isa", ("portable", "avx2", "avx512"))
 def test_every_instruction_set(isa):
     """The tests marked every_isa again, with memory that C++ allocates filled with large numbers."""
