@@ -1,4 +1,4 @@
-"""κ and log γ² in exact arithmetic: weights are binary fractions, and so is everything that sums and products make of them."""
+"""κ and γ² in exact arithmetic: weights are binary fractions, and so is what sums and products make of them."""
 
 from __future__ import annotations
 

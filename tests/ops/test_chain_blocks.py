@@ -31,7 +31,10 @@ def cycle(hidden_size):
 def network(weight, dtype, outputs="all", h0="zeros", bidirectional=False):
     torch.manual_seed(1)
     net = pk.PathNetwork(
-        pk.ReLURNN(2, HIDDEN, bidirectional=bidirectional), nn.Linear((1 + bidirectional) * HIDDEN, 3), outputs=outputs, h0=h0
+        pk.ReLURNN(2, HIDDEN, bidirectional=bidirectional),
+        nn.Linear((1 + bidirectional) * HIDDEN, 3),
+        outputs=outputs,
+        h0=h0,
     )
     with torch.no_grad():
         for name, p in net.named_parameters():
@@ -49,7 +52,9 @@ def check(net, seq_len, dtype):
     assert found.arithmetic == str(dtype).removeprefix("torch.")
     assert abs(found.log_path_norm - gamma2.log().item()) <= rtol
     for name, kappa in expected.items():
-        torch.testing.assert_close(found.relative(name).expand_as(kappa), gamma2 / kappa, rtol=2 * rtol, atol=0, msg=name)
+        torch.testing.assert_close(
+            found.relative(name).expand_as(kappa), gamma2 / kappa, rtol=2 * rtol, atol=0, msg=name
+        )
 
 
 @pytest.mark.parametrize("threads", (1, 2))

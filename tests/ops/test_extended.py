@@ -71,7 +71,9 @@ def check(weights, seq_len, directions, last_only, ones_h0, factor):
         exponents = chain.exponents[i] + rows + columns
         if chain.entry_exponents[i].numel():
             exponents = exponents + chain.entry_exponents[i]
-        exponents = exponents.expand(kappa.shape) if exponents.dim() <= kappa.dim() else exponents[0].expand(kappa.shape)
+        exponents = (
+            exponents.expand(kappa.shape) if exponents.dim() <= kappa.dim() else exponents[0].expand(kappa.shape)
+        )
         for index in range(kappa.numel()):
             at = divmod(index, kappa.shape[1]) if kappa.dim() == 2 else (index,)
             error = truth[at].error(kappa[at].item(), int(exponents[at]))
@@ -94,7 +96,11 @@ def cases():
 @pytest.mark.every_isa
 @pytest.mark.parametrize("threads", (1, 2))
 def test_extended_range_is_exact(threads):
-    variables = {"PATHRNN_ARITHMETIC": "extended", "OMP_NUM_THREADS": str(threads), "PYTHONPATH": str(Path(__file__).parents[1])}
+    variables = {
+        "PATHRNN_ARITHMETIC": "extended",
+        "OMP_NUM_THREADS": str(threads),
+        "PYTHONPATH": str(Path(__file__).parents[1]),
+    }
     run = subprocess.run([sys.executable, __file__], env=os.environ | variables, capture_output=True, text=True)
     assert run.returncode == 0, run.stdout + run.stderr
     assert run.stdout.split() == ["200", "cases"]
@@ -102,7 +108,9 @@ def test_extended_range_is_exact(threads):
 
 def test_an_unknown_arithmetic_is_refused():
     code = "import torch, pathrnn_kernels as pk; pk.kappa(pk.PathNetwork(pk.ReLURNN(1, 2)), 3)"
-    run = subprocess.run([sys.executable, "-c", code], env=os.environ | {"PATHRNN_ARITHMETIC": "half"}, capture_output=True, text=True)
+    run = subprocess.run(
+        [sys.executable, "-c", code], env=os.environ | {"PATHRNN_ARITHMETIC": "half"}, capture_output=True, text=True
+    )
     assert "PATHRNN_ARITHMETIC is half; use native, float64 or extended" in run.stderr.splitlines()[-1]
 
 
