@@ -26,7 +26,7 @@ from .measure import Row, Run
 F32 = torch.float32
 INPUTS, CLASSES = 2, 10  # of the networks whose κ is computed: the adding problem's inputs, ten digits
 RECURRENT = "rnn.weight_hh_l0"
-#: W_hh of 100 units in trained.pt: after 2,000 steps of `pathrnn train adding`, 250 of `pathrnn train smnist` (an epoch).
+#: W_hh of 100 units in trained.pt: after 2,000 steps of `pathrnn train adding`, an epoch (250) of `train smnist`.
 TRAINED = ("trained adding", "trained digits")
 OURS = "pathrnn"
 #: Contenders that show what a part of ours costs, or that compute something else: no peers.
@@ -214,8 +214,8 @@ def check_rnn(found: Sequence[Tensor], weights: Sequence[Tensor], x: Tensor, cot
 def recurrent(hidden: int, kind: str) -> pk.PathNetwork:
     """A network with nn.RNN's W_hh, or Gaussian, of spectral radius of W̃ about 1, or the identity, or near it.
 
-    With nn.RNN's initialisation κ's chains come to rest after some 15 steps; with the identity they grow, in closed form.
-    With trained weights all steps count.
+    With nn.RNN's initialisation κ's chains come to rest after some 15 steps; with the identity they grow. With trained
+    weights all steps count.
     """
     net = pk.PathNetwork(pk.ReLURNN(INPUTS, hidden), nn.Linear(hidden, CLASSES))
     weight = dict(net.named_parameters())[RECURRENT]
