@@ -20,7 +20,13 @@ from . import measure, report, rows
 from .rows import OURS, PARTS, Spec
 
 #: What a row runs beside its own kernel: if one of them is wrong, its figure would be of something wrong.
-USES = {"kappa2": ("kappa1",), "path_norm": ("kappa1",), "backward": ("forward",), "step": ("kappa1", "backward")}
+USES = {
+    "kappa2": ("kappa1",),
+    "path_norm": ("kappa1",),
+    "backward": ("forward",),
+    "update": ("kappa1",),
+    "step": ("kappa1", "backward", "update"),
+}
 
 DESCRIPTION = """\
 Time every kernel against what you would otherwise run, in one process.

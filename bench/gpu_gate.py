@@ -1,10 +1,14 @@
-"""Proves and times everything on the GPU at hand: `python bench/gpu_gate.py`, under eight minutes on an H100.
+"""Proves and times everything on the GPU at hand: `python bench/gpu_gate.py proof`, then `… figures`.
 
-In this order: what machine this is; the tests marked gpu; compute-sanitizer on small sizes; the card's ceilings; every
-kernel, then κ, ReLURNN and whole training steps against what a user would otherwise run, and the goals beside what was
-measured. No figure is given for code that disagrees with its oracle. What is missing, and what no time was left for, is
-skipped with a reason. One JSON and one Markdown file, named by device and date, are written anew after every part, so
-that a run that is cut off leaves what it found. No setting of the card is changed.
+`proof`, eight minutes at most: what machine this is; the tests marked gpu, four minutes; compute-sanitizer on small
+sizes, as long as is left. `figures`, six minutes at most: the card's ceilings; κ, ReLURNN and whole training steps
+against what a user would otherwise run; every kernel; the goals beside what was measured. No figure is given for code
+that disagrees with its oracle. What is missing, and what no time was left for, is skipped with a reason. One JSON and
+one Markdown file a run, named by device, half and date, are written anew after every part, so that a run that is cut
+off leaves what it found. No setting of the card is changed.
+
+The GPU is touched by children alone. One does part after part of the figures and writes down each; after a part that
+spoils the device for the process (an illegal address), takes too long or kills it, another goes on with the next.
 
 Times are medians of turns with CUDA events around them, the contenders of a row taking turns: bench/measure.py.
 """
@@ -14,7 +18,6 @@ from __future__ import annotations
 import argparse
 import copy
 import datetime
-import faulthandler
 import functools
 import json
 import math
@@ -54,19 +57,24 @@ from pathrnn_kernels.ops.plan import Plan, choose, describe, plans  # noqa: E402
 F32, F64 = torch.float32, torch.float64
 
 
+#: Seconds for one part of the figures, compilation included.
+PART_LIMIT = 90.0
+#: Exit status of a child whose device is no use any more.
+SPOILED = 87
+
+
 class Gate:
     """The results so far, the time that is left, and the files that both end up in."""
 
     def __init__(self, options: argparse.Namespace) -> None:
-        self.device = torch.device("cpu" if options.cpu else "cuda")
+        self.options = options
         self.cpu: bool = options.cpu
-        self.seconds: float = options.seconds
         self.started = time.monotonic()
         self.limit = 60.0 * options.minutes
-        name = "cpu" if self.cpu else torch.cuda.get_device_name()
+        name = "cpu" if self.cpu else output_of("nvidia-smi", "--query-gpu=name", "--format=csv,noheader", "--id=0")
         stamp = datetime.datetime.now().strftime("%Y-%m-%d-%H%M")
         slug = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
-        self.path = Path(options.out) / f"gpu-gate-{slug}-{stamp}"
+        self.path = Path(options.out) / f"gpu-gate-{slug}-{options.half}-{stamp}"
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self.result: dict[str, Any] = {"device": name, "date": stamp, "complete": False, "skipped": {}, "rows": []}
 
@@ -74,22 +82,65 @@ class Gate:
         return self.limit - (time.monotonic() - self.started)
 
     def part(self, name: str, run: Callable[[], Any]) -> None:
-        """One part: its result under its name, or the reason why there is none."""
-        start = time.monotonic()
-        try:
-            if self.left() <= 0:
-                raise Skip(f"the limit of {self.limit / 60:g} minutes was reached")
-            found = run()
-            if found is not None:
-                self.result[name] = found
-        except Skip as reason:
-            self.result["skipped"][name] = str(reason)
-        except Exception as error:
-            self.result["skipped"][name] = f"{type(error).__name__}: {error}"
-            self.result.setdefault("errors", {})[name] = traceback.format_exc()
-        verdict = self.result["skipped"].get(name, "done")
-        print(f"{name:<56} {time.monotonic() - start:6.1f} s  {str(verdict).splitlines()[0][:160]}", flush=True)
+        """One part that this process does: its result under its name, or the reason why there is none."""
+        self.note(attempt(name, run if self.left() > 0 else self.too_late))
+
+    def too_late(self) -> None:
+        raise Skip(f"the limit of {self.limit / 60:g} minutes was reached")
+
+    def note(self, entry: dict[str, Any]) -> None:
+        name, found = entry["name"], entry.get("found")
+        if "row" in entry:
+            self.result["rows"].append(with_rates(entry["row"], self.result.get("ceilings", {})))
+        elif found is not None:
+            self.result[name] = found
+        if "failed" in entry:
+            self.result.setdefault("failed", {}).update(entry["failed"])
+        for kind, key in (("skipped", "skipped"), ("errors", "traceback")):
+            if key in entry:
+                self.result.setdefault(kind, {})[name] = entry[key]
+        verdict = str(entry.get("skipped", "done")).splitlines()[0]
+        print(f"{name:<56} {entry['seconds']:6.1f} s  {verdict[:160]}", flush=True)
         self.write()
+
+    def children(self, names: Sequence[str]) -> None:
+        """Parts by children, one after the other as long as each lives."""
+        left = list(names)
+        while left:
+            if self.left() <= 0:
+                for name in left:
+                    self.part(name, self.too_late)
+                return
+            with tempfile.TemporaryDirectory() as folder:
+                notes, log = Path(folder) / "notes", Path(folder) / "log"
+                notes.touch()
+                command = [sys.executable, str(Path(__file__).resolve()), self.options.half, "--notes", str(notes)]
+                command += ["--seconds", str(self.options.seconds), *(["--cpu"] if self.cpu else []), "--parts", *left]
+                with log.open("w") as out:
+                    child = subprocess.Popen(command, env=child_environment(), stdout=out, stderr=out, text=True)
+                since, read, late = time.monotonic(), 0, False
+                while True:
+                    ended = child.poll() is not None
+                    lines = notes.read_text(encoding="utf-8").splitlines(keepends=True)
+                    for line in lines[read:]:
+                        if not line.endswith("\n"):
+                            break
+                        self.note(json.loads(line))
+                        left.remove(json.loads(line)["name"])
+                        since, read = time.monotonic(), read + 1
+                    if ended:
+                        break
+                    if time.monotonic() - since > PART_LIMIT or self.left() <= 0:
+                        late = True
+                        child.kill()
+                        child.wait()
+                    time.sleep(0.05)
+                if left and child.returncode != SPOILED:
+                    why = f"took longer than {PART_LIMIT:g} s" if late else f"the process ended with {child.returncode}"
+                    if self.left() > 0 or not late:
+                        text = log.read_text(errors="replace")[-2000:]
+                        entry = {"name": left.pop(0), "seconds": time.monotonic() - since, "skipped": why}
+                        self.note(entry | ({} if late else {"traceback": text}))
 
     def write(self) -> None:
         self.result["minutes"] = round((time.monotonic() - self.started) / 60, 2)
@@ -97,6 +148,57 @@ class Gate:
             scratch = self.path.with_name(self.path.name + suffix + ".part")
             scratch.write_text(text, encoding="utf-8")
             scratch.replace(self.path.with_name(self.path.name + suffix))
+
+
+def attempt(name: str, run: Callable[[], Any]) -> dict[str, Any]:
+    """What a part found, or why it did not, as one entry of the notes."""
+    start, entry = time.monotonic(), {"name": name}
+    try:
+        found = run()
+        entry |= found if isinstance(found, dict) and ("row" in found or "failed" in found) else {"found": found}
+    except Skip as reason:
+        entry["skipped"] = str(reason)
+    except Exception as error:
+        entry |= {"skipped": f"{type(error).__name__}: {error}", "traceback": traceback.format_exc()}
+    return entry | {"seconds": time.monotonic() - start}
+
+
+def with_rates(row: dict[str, Any], ceilings: dict[str, float]) -> dict[str, Any]:
+    for rate, ceiling, share in (("GB/s", "copy GB/s", "of copy"), ("GFLOP/s", "fp32 GFLOP/s", "of fp32")):
+        if rate in row and ceiling in ceilings:
+            row[share] = row[rate] / ceilings[ceiling]
+    return row
+
+
+class Child:
+    """One of the processes that do the figures."""
+
+    def __init__(self, options: argparse.Namespace) -> None:
+        self.device = torch.device("cpu" if options.cpu else "cuda")
+        self.cpu: bool = options.cpu
+        self.seconds: float = options.seconds
+
+    def run(self, names: Sequence[str], notes: Path) -> int:
+        parts = {"environment": lambda: environment(self), "ceilings": lambda: ceilings(self), **benchmarks(self)}
+        for name in names:
+            entry = attempt(name, parts[name])
+            spoiled = self.spoiled()
+            with notes.open("a", encoding="utf-8") as out:
+                out.write(json.dumps(entry) + "\n")
+            if spoiled:
+                return SPOILED
+        return 0
+
+    def spoiled(self) -> bool:
+        """Whether the device answers this process no more."""
+        if self.cpu:
+            return False
+        try:
+            torch.cuda.synchronize()
+            torch.cuda.empty_cache()
+            return int(torch.ones(2, device=self.device).sum()) != 2
+        except RuntimeError:
+            return True
 
 
 # ---- the machine -----------------------------------------------------------------------------------------------------
@@ -115,7 +217,7 @@ NVIDIA_SMI = (
 )
 
 
-def environment(gate: Gate) -> dict[str, str]:
+def environment(gate: Child) -> dict[str, str]:
     try:
         import triton
 
@@ -146,7 +248,7 @@ def environment(gate: Gate) -> dict[str, str]:
     return found
 
 
-def backends(gate: Gate) -> list[str]:
+def backends(gate: Child) -> list[str]:
     return [name for name in ("cuda", "triton") if refusals(gate.device, F32)[name] is None]
 
 
@@ -220,7 +322,7 @@ def workload(backend: str) -> None:
     """Every kernel of a backend once or twice on small sizes: what compute-sanitizer watches."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     os.environ["PATHRNN_BACKEND"] = backend
-    for hidden, dtype in ((5, F32), (40, F32), (67, F64)):
+    for hidden, dtype in ((5, F32), (67, F64)):
         net = small_network(device, hidden, dtype)
         for plan, found in plans(backend, describe(device), hidden, 4, dtype.itemsize).items():
             if isinstance(found, Plan):
@@ -255,12 +357,13 @@ def sanitize(gate: Gate, limit: float) -> dict[str, Any]:
     children = []
     with tempfile.TemporaryDirectory() as folder:
         for name, arguments in TOOLS.items():
-            for backend in backends(gate):
-                if name == "initcheck" and backend != "cuda":
+            for backend in ("cuda", "triton"):
+                # Triton compiles for long under a sanitizer; its kernels share no memory that racecheck would watch.
+                if name != "memcheck" and backend != "cuda":
                     continue
                 log = Path(folder) / f"{name}-{backend}.log"
                 command = [sanitizer, "--tool", name, "--error-exitcode", "86", "--print-limit", "5", *arguments]
-                command += [sys.executable, str(Path(__file__).resolve()), "--workload", backend]
+                command += [sys.executable, str(Path(__file__).resolve()), "proof", "--workload", backend]
                 with log.open("w") as out:
                     child = subprocess.Popen(
                         command,
@@ -286,49 +389,36 @@ def sanitize(gate: Gate, limit: float) -> dict[str, Any]:
 # ---- timing ----------------------------------------------------------------------------------------------------------
 
 
-def bench(gate: Gate, row: Callable[[], Row], name: str) -> None:
-    """Build, check, time and note a row; nothing of it may end the run."""
-
-    def run() -> None:
-        torch.manual_seed(0)
-        built = row()
-        failed: dict[str, str] = {}
-        ours, baselines = (working(runs, failed) for runs in (built.ours, built.baselines))
-        for name in list(ours):
-            try:
-                built.check(name)
-            except AssertionError as error:
-                failed[name] = f"DISAGREES with its oracle, so no figure: {str(error)[:300]}"
-                del ours[name]
+def bench(gate: Child, row: Callable[[], Row]) -> dict[str, Any]:
+    """Build, check and time a row."""
+    torch.manual_seed(0)
+    built = row()
+    failed: dict[str, str] = {}
+    ours, baselines = (working(runs, failed) for runs in (built.ours, built.baselines))
+    for name in list(ours):
+        try:
+            built.check(name)
+        except AssertionError as error:
+            failed[name] = f"DISAGREES with its oracle, so no figure: {str(error)[:300]}"
+            del ours[name]
+    failures = {"failed": {built.label: failed}} if failed else {}
+    if not ours:
         if failed:
-            gate.result.setdefault("failed", {})[built.label] = failed
-        if not ours:
-            raise Skip("; ".join(f"{key}: {why}" for key, why in failed.items()) or "no backend serves")
-        seconds = min(gate.seconds, max(0.0, gate.left()))
-        found_times = measure.measure({**ours, **baselines}, seconds, gate.device)
-        times = {name: quartiles(values) for name, values in found_times.items()}
-        ceilings = gate.result.get("ceilings", {})
-        best = min(ours, key=lambda n: times[n][0])
-        found: dict[str, Any] = {"label": built.label, "milliseconds": times, "ours": list(ours), "best": best}
-        found["ratios"] = {n: times[n][0] / times[best][0] for n in baselines}
-        if built.bytes:
-            rate = built.bytes / times[best][0] / 1e6
-            found["GB/s"] = rate
-            if "copy GB/s" in ceilings:
-                found["of copy"] = rate / ceilings["copy GB/s"]
-        if built.flops:
-            rate = built.flops / times[best][0] / 1e9
-            found["TFLOP/s"] = rate
-            if "fp32 GFLOP/s" in ceilings:
-                found["of fp32"] = 1e3 * rate / ceilings["fp32 GFLOP/s"]
-        gate.result["rows"].append(found)
-        if not gate.cpu:
-            torch.cuda.empty_cache()
-
-    gate.part(name, run)
+            return failures
+        raise Skip("no backend serves")
+    found_times = measure.measure({**ours, **baselines}, gate.seconds, gate.device)
+    times = {name: quartiles(values) for name, values in found_times.items()}
+    best = min(ours, key=lambda n: times[n][0])
+    found: dict[str, Any] = {"label": built.label, "milliseconds": times, "ours": list(ours), "best": best}
+    found["ratios"] = {n: times[n][0] / times[best][0] for n in baselines}
+    if built.bytes:
+        found["GB/s"] = built.bytes / times[best][0] / 1e6
+    if built.flops:
+        found["GFLOP/s"] = built.flops / times[best][0] / 1e6
+    return {"row": found, **failures}
 
 
-def ceilings(gate: Gate) -> dict[str, float]:
+def ceilings(gate: Child) -> dict[str, float]:
     """What the card gives: a product of float32 without TF32, its memory, and a launch."""
     small = torch.ones(4, device=gate.device)
     launch = measure.measure({"launch": lambda: small.add_(1)}, 0.5, gate.device)["launch"]
@@ -338,7 +428,7 @@ def ceilings(gate: Gate) -> dict[str, float]:
 # ---- rows ------------------------------------------------------------------------------------------------------------
 
 
-def contenders(gate: Gate, hidden: int, seq_len: int) -> list[tuple[str, str]]:
+def contenders(gate: Child, hidden: int, seq_len: int) -> list[tuple[str, str]]:
     """Every backend with every plan that serves. Interpreted, the programs of a grid cannot wait for each other."""
     return [
         (backend, "grid:1" if gate.cpu and plan == "grid" else plan)
@@ -362,7 +452,7 @@ def check_kappa(net: pk.PathNetwork, seq_len: int, runs: dict[str, Run], second_
     return check
 
 
-def row_kappa1(gate: Gate, hidden: int, seq_len: int, compiled: bool) -> Row:
+def row_kappa1(gate: Child, hidden: int, seq_len: int, compiled: bool) -> Row:
     net = recurrent(hidden, "Gaussian").to(gate.device)
     kinds = contenders(gate, hidden, seq_len)
     ours: dict[str, Run] = {
@@ -387,7 +477,7 @@ def row_kappa1(gate: Gate, hidden: int, seq_len: int, compiled: bool) -> Row:
     )
 
 
-def row_kappa2(gate: Gate, hidden: int, seq_len: int, kind: str) -> Row:
+def row_kappa2(gate: Child, hidden: int, seq_len: int, kind: str) -> Row:
     net = recurrent(hidden, kind).to(gate.device)
     ours: dict[str, Run] = {}
     baselines: dict[str, Run] = {}
@@ -400,7 +490,7 @@ def row_kappa2(gate: Gate, hidden: int, seq_len: int, kind: str) -> Row:
     return Row(f"κ⁽¹⁾+κ⁽²⁾ H={hidden} T={seq_len} {kind}", ours, baselines, check)
 
 
-def row_rnn(gate: Gate, batch: int, seq_len: int, hidden: int, input_size: int, compiled: bool = False) -> Row:
+def row_rnn(gate: Child, batch: int, seq_len: int, hidden: int, input_size: int, compiled: bool = False) -> Row:
     theirs = nn.RNN(input_size, hidden, nonlinearity="relu", device=gate.device)
     ours = pk.ReLURNN.from_torch(theirs)
     x = torch.randn(seq_len, batch, input_size, device=gate.device)
@@ -438,7 +528,7 @@ def row_rnn(gate: Gate, batch: int, seq_len: int, hidden: int, input_size: int, 
     return Row(label, runs, {"nn.RNN": lambda: forward_backward(theirs, x, weight)}, check, flops=flops)
 
 
-def row_step(gate: Gate, batch: int, seq_len: int, hidden: int, second_term: bool) -> Row:
+def row_step(gate: Child, batch: int, seq_len: int, hidden: int, second_term: bool) -> Row:
     """A training step whose κ is computed, against the same with κ from the cache: the difference is κ's share."""
 
     def stepper(make: Callable[[pk.PathNetwork], torch.optim.Optimizer]) -> Run:
@@ -470,7 +560,7 @@ def row_step(gate: Gate, batch: int, seq_len: int, hidden: int, second_term: boo
     return Row(f"step with {term} B={batch} T={seq_len} H={hidden}", {"PathSGD": stepper(path(1))}, baselines)
 
 
-def row_update(gate: Gate, hidden: int) -> Row:
+def row_update(gate: Child, hidden: int) -> Row:
     """g/κ of a network's weights; κ of a recurrent matrix is dense."""
     from pathrnn_kernels.ops.triton import update
 
@@ -495,7 +585,7 @@ def row_update(gate: Gate, hidden: int) -> Row:
     return Row(f"update H={hidden}, {moved / 3e6:.0f} MB of gradients", ours, {"torch._foreach": plain}, check, moved)
 
 
-def rows_of_kernels(gate: Gate, hidden: int, seq_len: int, count: int) -> dict[str, Callable[[], Row]]:
+def rows_of_kernels(gate: Child, hidden: int, seq_len: int, count: int) -> dict[str, Callable[[], Row]]:
     """The kernels of path_chain one by one, each against the plainest torch that does its work."""
     from pathrnn_kernels.ops import cuda, triton
 
@@ -539,9 +629,8 @@ def rows_of_kernels(gate: Gate, hidden: int, seq_len: int, count: int) -> dict[s
         return total
 
     def chains() -> Row:
-        kinds = [(b, p) for b, p in contenders(gate, hidden, seq_len) if p != "gemm"]
         runs: dict[str, Run] = {}
-        for backend, plan in kinds:
+        for backend, plan in contenders(gate, hidden, seq_len):
             chosen = choose(backend, describe(gate.device), hidden, seq_len, 4, plan)
             call = (w, top, *one, w, top, *one, seq_len, False, False, chosen.name, chosen.blocks, lost)
             runs[f"{backend} {plan}"] = functools.partial(modules[backend].chains, *call)
@@ -600,7 +689,14 @@ def rows_of_kernels(gate: Gate, hidden: int, seq_len: int, count: int) -> dict[s
         ),
         "chains": chains,
         "row_sums": kernel(
-            "row_sums", "", (rows, zeros), lambda: rows.sum(0), sequence, 0, lambda: rows.double().sum(0), seq_len
+            "row_sums",
+            "",
+            (rows, zeros, None, None, lost),
+            lambda: rows.sum(0),
+            sequence,
+            0,
+            lambda: rows.double().sum(0),
+            seq_len,
         ),
         "pair_sums, one lag": kernel(
             "pair_sums",
@@ -612,7 +708,7 @@ def rows_of_kernels(gate: Gate, hidden: int, seq_len: int, count: int) -> dict[s
             lambda: rows.double().T @ rows.double(),
             seq_len,
         ),
-        f"pair_sums, {count} lags": kernel(
+        "pair_sums, lags": kernel(
             "pair_sums",
             f", {count} lags",
             (rows, zeros, rows, zeros, 0, powers, zeros[:1].expand(count).contiguous(), None, None),
@@ -637,29 +733,35 @@ def rows_of_kernels(gate: Gate, hidden: int, seq_len: int, count: int) -> dict[s
     }
 
 
-def benchmarks(gate: Gate) -> None:
+def benchmarks(gate: Child) -> dict[str, Callable[[], dict[str, Any]]]:
     """The rows with a goal first."""
+    rows: dict[str, Callable[[], Row]] = {}
     steps = ((2, 4, 8),) if gate.cpu else ((16, 784, 100), (32, 20, 200), (100, 50, 2048))
-    kappas = ((8, 4),) if gate.cpu else ((100, 784), (200, 20), (2048, 50))
-    for hidden, seq_len in kappas:
-        name = f"κ⁽¹⁾ H={hidden} T={seq_len}"
-        bench(gate, functools.partial(row_kappa1, gate, hidden, seq_len, seq_len == 20), name)
+    for hidden, seq_len in ((8, 4),) if gate.cpu else ((100, 784), (200, 20), (2048, 50)):
+        rows[f"κ⁽¹⁾ H={hidden} T={seq_len}"] = functools.partial(row_kappa1, gate, hidden, seq_len, seq_len == 20)
     for batch, seq_len, hidden in steps:
-        for input_size in (1,) if hidden < 2000 else (50,):
-            compiled = hidden == 200 or gate.cpu
-            name = f"ReLURNN B={batch} T={seq_len} H={hidden}"
-            bench(gate, functools.partial(row_rnn, gate, batch, seq_len, hidden, input_size, compiled), name)
-    for batch, seq_len, hidden in steps:
+        size, compiled = f"B={batch} T={seq_len} H={hidden}", hidden == 200 or gate.cpu
+        input_size = 1 if hidden < 2000 else 50
+        rows[f"ReLURNN {size}"] = functools.partial(row_rnn, gate, batch, seq_len, hidden, input_size, compiled)
         for second_term in (False, True):
-            name = f"step {'κ⁽¹⁾+κ⁽²⁾' if second_term else 'κ⁽¹⁾'} B={batch} T={seq_len} H={hidden}"
-            bench(gate, functools.partial(row_step, gate, batch, seq_len, hidden, second_term), name)
-    bench(gate, functools.partial(row_update, gate, 16 if gate.cpu else 4096), "update")
+            name = f"step {'κ⁽¹⁾+κ⁽²⁾' if second_term else 'κ⁽¹⁾'} {size}"
+            rows[name] = functools.partial(row_step, gate, batch, seq_len, hidden, second_term)
+    rows["update"] = functools.partial(row_update, gate, 16 if gate.cpu else 4096)
     for hidden, seq_len in ((8, 4),) if gate.cpu else ((100, 784), (512, 100)):
         for kind in ("Gaussian", "nn.RNN", "I+0.02N"):
-            bench(gate, functools.partial(row_kappa2, gate, hidden, seq_len, kind), f"κ⁽²⁾ H={hidden} {kind}")
-    for size in ((8, 4, 2),) if gate.cpu else ((100, 784, 8), (2048, 50, 4)):
-        for name, row in rows_of_kernels(gate, *size).items():
-            bench(gate, row, f"{name} H={size[0]} T={size[1]}")
+            rows[f"κ⁽²⁾ H={hidden} {kind}"] = functools.partial(row_kappa2, gate, hidden, seq_len, kind)
+    for hidden, seq_len, count in ((8, 4, 2),) if gate.cpu else ((100, 784, 8), (2048, 50, 4)):
+        for name in KERNELS:
+            row = functools.partial(row_kernel, gate, name, hidden, seq_len, count)
+            rows[f"{name} H={hidden} T={seq_len}"] = row
+    return {name: functools.partial(bench, gate, row) for name, row in rows.items()}
+
+
+KERNELS = ("column_sums", "ends", "chains", "row_sums", "pair_sums, one lag", "pair_sums, lags", "filtered")
+
+
+def row_kernel(gate: Child, name: str, hidden: int, seq_len: int, count: int) -> Row:
+    return rows_of_kernels(gate, hidden, seq_len, count)[name]()
 
 
 # ---- goals and files -------------------------------------------------------------------------------------------------
@@ -736,7 +838,7 @@ def markdown(result: dict[str, Any]) -> str:
         lines += ["## Times", "", "Median [quartiles] in milliseconds; ratios are to the best of ours.", ""]
         lines += ["| row | contender | ms | ratio | rate of ours |", "|---|---|---|---|---|"]
         for row in result["rows"]:
-            rates = [f"{row[key]:.4g} {key}" for key in ("GB/s", "TFLOP/s") if key in row]
+            rates = [f"{row[key]:.4g} {key}" for key in ("GB/s", "GFLOP/s") if key in row]
             rates += [f"{100 * row[key]:.0f} % {key}" for key in ("of copy", "of fp32") if key in row]
             for name, (median, low, high) in row["milliseconds"].items():
                 ratio = f"{row['ratios'][name]:.2f}" if name in row["ratios"] else "ours"
@@ -754,42 +856,41 @@ def markdown(result: dict[str, Any]) -> str:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("half", choices=("proof", "figures"), help="what to do; each in a command of its own")
     parser.add_argument("--out", default=str(ROOT / "bench" / "results"), help="folder of the two files (%(default)s)")
-    parser.add_argument("--minutes", type=float, default=8.0, help="limit of the whole run (%(default)s)")
+    parser.add_argument("--minutes", type=float, help="limit of the whole run (8 for proof, 6 for figures)")
     parser.add_argument("--seconds", type=float, default=1.5, help="time for one row of figures (%(default)s)")
-    parser.add_argument(
-        "--skip", nargs="+", choices=("tests", "sanitizers", "benchmarks"), default=[], help="leave out"
-    )
+    parser.add_argument("--skip", nargs="+", choices=("tests", "sanitizers"), default=[], help="leave out")
     parser.add_argument(
         "--cpu", action="store_true", help="try the gate itself without a GPU: Triton interpreted, tiny sizes"
     )
+    parser.add_argument("--parts", nargs="+", help="of the figures, these alone")
+    parser.add_argument("--notes", help=argparse.SUPPRESS)
     parser.add_argument("--workload", choices=("cuda", "triton"), help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.workload is not None:
         workload(options.workload)
         return 0
+    os.environ.pop("PATHRNN_BACKEND", None)
+    if options.notes is not None:
+        return Child(options).run(options.parts, Path(options.notes))
     if not options.cpu and not torch.cuda.is_available():
         print("no GPU: torch.cuda.is_available() is False here; --cpu tries the gate itself", file=sys.stderr)
         return 2
-    os.environ.pop("PATHRNN_BACKEND", None)
+    options.minutes = options.minutes or (8.0 if options.half == "proof" else 6.0)
     gate = Gate(options)
-    # A kernel that never ends would hold this process for ever: what was found until then is written.
-    faulthandler.dump_traceback_later(gate.limit + 60, exit=True)
-    parts: dict[str, Callable[[], Any]] = {
-        "environment": lambda: environment(gate),
-        "tests": lambda: run_tests(gate, 0.4 * gate.limit),
-        "sanitizers": lambda: sanitize(gate, 0.2 * gate.limit),
-        "ceilings": lambda: ceilings(gate),
-    }
-    for name, run in parts.items():
-        if name in options.skip:
-            gate.result["skipped"][name] = "as asked"
-        else:
-            gate.part(name, run)
-    if "benchmarks" in options.skip:
-        gate.result["skipped"]["benchmarks"] = "as asked"
+    if options.half == "proof":
+        gate.children(["environment"])
+        for name, run in {
+            "tests": lambda: run_tests(gate, 0.5 * gate.limit),
+            "sanitizers": lambda: sanitize(gate, gate.limit),
+        }.items():
+            if name in options.skip:
+                gate.result["skipped"][name] = "as asked"
+            else:
+                gate.part(name, run)
     else:
-        benchmarks(gate)
+        gate.children(options.parts or ["environment", "ceilings", *benchmarks(Child(options))])
         if not gate.cpu:
             gate.result["goals"] = goals(gate.result)
     gate.result["complete"] = True

@@ -21,7 +21,8 @@ TITLES = {
     "path_norm": "γ² and its gradient",
     "forward": "ReLURNN forward",
     "backward": "ReLURNN forward + backward",
-    "step": "training step, PathSGD on ReLURNN",
+    "update": "an optimiser's step on given gradients, and κ's call",
+    "step": "training step, PathSGD or GatedPathSGD on ReLURNN",
     "memory": "peak memory of a call",
     "random": "ReLURNN forward + backward, random sizes",
 }

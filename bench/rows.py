@@ -26,12 +26,21 @@ from .measure import Row, Run
 F32 = torch.float32
 INPUTS, CLASSES = 2, 10  # of the networks whose κ is computed: the adding problem's inputs, ten digits
 RECURRENT = "rnn.weight_hh_l0"
-#: W_hh of 100 units in trained.pt: after 2,000 steps of `pathrnn train adding`, an epoch (250) of `train smnist`.
+#: W_hh of 100 units in trained.pt: after 2,000 steps of `pathrnn train adding` and 250 of smnist (an epoch).
 TRAINED = ("trained adding", "trained digits")
 OURS = "pathrnn"
 #: Contenders that show what a part of ours costs, or that compute something else: no peers.
-CONTEXT = ("κ⁽¹⁾ alone", "ReLURNN and SGD", baselines.FLASHRNN)
-PARTS = ("kappa1", "kappa2", "path_norm", "forward", "backward", "step", "memory", "random")
+CONTEXT = ("κ⁽¹⁾ alone", "ReLURNN and SGD", "torch.add of four numbers", baselines.FLASHRNN)
+PARTS = ("kappa1", "kappa2", "path_norm", "forward", "backward", "update", "step", "memory", "random")
+
+
+#: One call each, with the arguments of a step that hardly moves the weights: every turn does the same work.
+OPTIMIZERS: dict[str, Callable[[pk.PathNetwork, int], torch.optim.Optimizer]] = {
+    "PathSGD": lambda net, seq_len: pk.PathSGD(net, 1e-12, scale="path_norm", trust_radius=0.1, seq_len=seq_len),
+    "PathAdam": lambda net, seq_len: pk.PathAdam(net, 1e-12, bias_lr=1e-12, seq_len=seq_len),
+    "GatedPathSGD": lambda net, seq_len: pk.GatedPathSGD(net, 1e-12, bias_lr=1e-12, hold=0, seq_len=seq_len),
+}
+GATED = "GatedPathSGD"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,10 +107,15 @@ def _paper(quick: bool) -> Iterator[Spec]:
     for batch, seq_len, hidden, inputs in batches:
         for group in ("forward", "backward"):
             yield Spec(group, hidden, seq_len, batch, inputs)
-    for kind in ("κ⁽¹⁾", "κ⁽¹⁾+κ⁽²⁾"):
+    for kind in ("κ", *OPTIMIZERS):
+        for hidden, seq_len in ((8, 1 if kind == "κ" else 3), (100, 784), (200, 20)):
+            yield Spec("update", hidden, seq_len, kind=kind)
+    for kind in ("κ⁽¹⁾", "κ⁽¹⁾+κ⁽²⁾", GATED):
         yield Spec("step", 100, 784, 16, 2, kind)
         if not quick:
             yield Spec("step", 200, 20, 32, 2, kind)
+            if kind != "κ⁽¹⁾+κ⁽²⁾":
+                yield Spec("step", 2048, 50, 100, 50, kind)
     yield Spec("kappa1", 100, 784, kind="Gaussian", memory=True)
     yield Spec("backward", 100, 784, 16, 1, memory=True)
     if not quick:
@@ -214,8 +228,8 @@ def check_rnn(found: Sequence[Tensor], weights: Sequence[Tensor], x: Tensor, cot
 def recurrent(hidden: int, kind: str) -> pk.PathNetwork:
     """A network with nn.RNN's W_hh, or Gaussian, of spectral radius of W̃ about 1, or the identity, or near it.
 
-    With nn.RNN's initialisation κ's chains come to rest after some 15 steps; with the identity they grow. With trained
-    weights all steps count.
+    With nn.RNN's initialisation κ's chains come to rest after 15 steps; with the identity they grow. Trained weights
+    do neither: all steps count.
     """
     net = pk.PathNetwork(pk.ReLURNN(INPUTS, hidden), nn.Linear(hidden, CLASSES))
     weight = dict(net.named_parameters())[RECURRENT]
@@ -245,6 +259,7 @@ def contenders(spec: Spec, device: torch.device, quick: bool = False) -> Row:
         "path_norm": _path_norm,
         "forward": functools.partial(_rnn, gradients=False),
         "backward": functools.partial(_rnn, gradients=True),
+        "update": _update,
         "step": _step,
     }
     return makers[spec.group](spec, device, quick)
@@ -435,15 +450,73 @@ def _rnn(spec: Spec, device: torch.device, quick: bool, gradients: bool) -> Row:
     return row
 
 
+def _update(spec: Spec, device: torch.device, quick: bool) -> Row:
+    """An optimiser's step alone, or κ's call, on given gradients: operations and bytes of κ⁽¹⁾ alone."""
+    net = pk.PathNetwork(pk.ReLURNN(INPUTS, spec.hidden), nn.Linear(spec.hidden, CLASSES)).to(device)
+    for p in net.parameters():
+        p.grad = torch.randn_like(p)
+    if spec.seq_len == 1:
+        dict(net.named_parameters())[RECURRENT].grad = None  # it is on no path
+    numbers, seq_len = torch.ones(4, device=device), spec.seq_len
+    sgd, adam = (kind(net.parameters(), lr=1e-12) for kind in (torch.optim.SGD, torch.optim.Adam))
+    ours = (lambda: pk.kappa(net, seq_len)) if spec.kind == "κ" else OPTIMIZERS[spec.kind](net, seq_len).step
+    row = Row(
+        spec.label,
+        {OURS: ours},
+        {"torch.add of four numbers": lambda: torch.add(numbers, numbers)},
+        bytes=_kappa_bytes(spec),
+        flops=_kappa_flops(spec),
+    )
+    if spec.kind != "κ":
+        row.baselines |= {
+            "torch.optim.SGD": sgd.step,
+            "torch.optim.Adam": adam.step,
+            "κ⁽¹⁾ alone": lambda: pk.kappa(net, seq_len),
+        }
+
+    def check(name: str) -> None:
+        if name != OURS:
+            return
+        if spec.kind == "κ":
+            assert_close_kappa(net, pk.kappa(net, seq_len), seq_len)
+            return
+        # A step that moves something, beside one in plain torch and float64 from the same numbers.
+        before = {key: p.detach().clone() for key, p in net.named_parameters()}
+        moved = []
+        for fused in (None, False):
+            optimizer = OPTIMIZERS[spec.kind](net, seq_len)
+            for group in optimizer.param_groups:
+                group["lr"], group["fused"] = 1e-3, fused
+            optimizer.step()
+            moved.append({key: p.detach() - before[key] for key, p in net.named_parameters()})
+            for key, p in net.named_parameters():
+                p.data.copy_(before[key])
+        for key, change in moved[0].items():
+            size = max(before[key].abs().max().item(), change.abs().max().item())
+            # The weights' own rounding, and a dozen of the step's.
+            atol = torch.finfo(F32).eps * (2 * size + 12 * change.abs().max().item())
+            torch.testing.assert_close(change, moved[1][key], rtol=0, atol=atol)
+
+    row.check = check
+    return row
+
+
+def assert_close_kappa(net: pk.PathNetwork, found: pk.Kappa, seq_len: int) -> None:
+    exact = exact_kappa(net, seq_len, second_term=False)
+    for key, value in zip(found.factors, tensors(found), strict=True):
+        assert_close(value.expand_as(exact[key]), exact[key], rounding(seq_len, net.hidden_size))
+
+
 def _step(spec: Spec, device: torch.device, quick: bool) -> Row:
     """A training step on the adding problem: operations and bytes of forward + backward and, without its lags, of κ."""
     theirs = nn.RNN(spec.inputs, spec.hidden, nonlinearity="relu", device=device)
     ours, head = pk.ReLURNN.from_torch(theirs), nn.Linear(spec.hidden, 1, device=device)
     net = pk.PathNetwork(ours, head, outputs="last")
-    second_term, seq_len = spec.kind != "κ⁽¹⁾", spec.seq_len
+    second_term, seq_len = spec.kind == "κ⁽¹⁾+κ⁽²⁾", spec.seq_len
     x, target = torch.rand(seq_len, spec.batch, spec.inputs, device=device), torch.rand(spec.batch, 1, device=device)
     # Weights that stay where they are: every turn does the same work.
     path = pk.PathSGD(net, lr=1e-12, scale="path_norm", second_term=second_term)
+    taken = OPTIMIZERS[GATED](net, seq_len) if spec.kind == GATED else path
     other_head = nn.Linear(spec.hidden, 1, device=device)
     sgd = torch.optim.SGD([*theirs.parameters(), *other_head.parameters()], lr=1e-12)
 
@@ -463,12 +536,12 @@ def _step(spec: Spec, device: torch.device, quick: bool) -> Row:
 
     row = Row(
         spec.label,
-        {OURS: lambda: step(ours, head, path)},
+        {OURS: lambda: step(ours, head, taken)},
         {"nn.RNN and SGD": lambda: step(theirs, other_head, sgd)},
         bytes=_rnn_bytes(spec, True) + _kappa_bytes(spec),
         flops=_rnn_flops(spec, True) + _kappa_flops(spec),
     )
-    if not second_term:
+    if spec.kind == "κ⁽¹⁾":
         row.baselines["nn.RNN and κ⁽¹⁾ by autograd"] = autograd
     plain = torch.optim.SGD(net.parameters(), lr=1e-12)
     row.baselines["ReLURNN and SGD"] = lambda: step(ours, head, plain)

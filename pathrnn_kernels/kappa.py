@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import math
 import numbers
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from . import ops
 from .network import PathNetwork
-from .ops.backend import choose, transformed
+from .ops.backend import choose, environment, extension_problem, transformed
 
 #: κ⁽²⁾ = factor · W̃ ⊙ S: the Hessian's factor, the paper's Lemma 1 over ordered pairs, its Theorem 3 as printed.
 KAPPA2_FACTOR = {"exact": 4.0, "lemma1": 2.0, "theorem3": 1.0}
@@ -24,6 +24,8 @@ _LN2 = math.log(2)
 _FAR = 1 << 60
 
 _PLAIN = frozenset((Tensor, nn.Parameter))
+_SERVED = frozenset((torch.float32, torch.float64))
+_CPU = frozenset(("auto", "cpu"))
 _HALVES = frozenset((torch.bfloat16, torch.float16))
 
 
@@ -83,15 +85,13 @@ class Kappa:
         torch.Size([3, 3])
     """
 
-    #: Parameter name → κ, broadcastable to the parameter, its mantissas of the parameter's dtype; float32 for bfloat16
-    #: and float16. This alone holds every entry, whatever its size.
-    scaled: dict[str, Scaled]
+    _scaled: dict[str, Scaled] | Callable[[], dict[str, Scaled]] = field(repr=False)
     #: log γ² of the same pass, float64, 0-dim.
     log_path_norm: Tensor
     _lags: tuple[tuple[str, ...], Tensor]
     _bounds: Tensor
     _arithmetic: Tensor
-    _shapes: dict[str, torch.Size] = field(repr=False)
+    _shapes: Mapping[str, torch.Size] | Iterable[torch.Size] = field(repr=False)
     _factors: dict[str, Tensor] = field(default_factory=dict, repr=False)
     _log_scales: dict[str, float] = field(default_factory=dict, repr=False)
 
@@ -116,6 +116,15 @@ class Kappa:
             torch.zeros((), dtype=torch.int8, device=device),
         )
         return cls(scaled, log_path_norm, (tuple(lags), counts), bounds, own, shapes)
+
+    @property
+    def scaled(self) -> dict[str, Scaled]:
+        """Parameter name → κ, broadcastable to the parameter, its mantissas of the parameter's dtype; float32 for
+        bfloat16 and float16. This alone holds every entry, whatever its size.
+        """
+        if not isinstance(self._scaled, dict):
+            self._scaled = self._scaled()
+        return self._scaled
 
     @property
     def factors(self) -> dict[str, Tensor]:
@@ -169,12 +178,17 @@ class Kappa:
     def dense(self, name: str) -> Tensor:
         """κ of one parameter in full shape; inf where its dtype cannot hold it."""
         mantissa, exponents = self._of(name).parts()
-        return ldexp(mantissa, exponents).to(self.scaled[name].mantissa.dtype).expand(self._shapes[name]).clone()
+        return ldexp(mantissa, exponents).to(self.scaled[name].mantissa.dtype).expand(self._shape(name)).clone()
 
     def tensors(self) -> list[Tensor]:
         """All that it holds."""
         every = [self.log_path_norm, self._lags[1], self._bounds, self._arithmetic]
         return every + [part for s in self.scaled.values() for part in s if part is not None]
+
+    def _shape(self, name: str) -> torch.Size:
+        if not isinstance(self._shapes, Mapping):
+            self._shapes = dict(zip(self.scaled, self._shapes, strict=True))
+        return self._shapes[name]
 
     def _of(self, name: str) -> Scaled:
         if name not in self.scaled:
@@ -232,10 +246,60 @@ def kappa(
         >>> k.bound <= 1e-5
         True
     """
-    found = kappa_later(
+    if lags is None and workspace_bytes is None and plan == "auto" and backend == "auto" and kappa2 == "exact":
+        found = _at_once(net, seq_len, second_term, rtol)
+        if found is not None:
+            return found
+    later = kappa_later(
         net, seq_len, second_term, kappa2, rtol, backend, lags=lags, workspace_bytes=workspace_bytes, plan=plan
     )
-    return found()
+    return later()
+
+
+def _at_once(net: PathNetwork, seq_len: int, second_term: bool, rtol: float) -> Kappa | None:
+    """κ where nothing is out of the ordinary and the CPU's kernel serves; else None. The same as by way of ``_launch``,
+    without what takes longer than the pass of a small network."""
+    if type(net) is not PathNetwork or type(seq_len) is not int or type(second_term) is not bool:
+        return None
+    parameters = net.weights()
+    weights = [*parameters.values()]
+    weight = weights[1]
+    if (
+        type(rtol) is not float
+        or not 0 <= rtol < math.inf
+        or not 1 <= seq_len < 2**31
+        or not weight.is_cpu
+        or weight.dtype not in _SERVED
+        or environment() not in _CPU
+        or extension_problem() is not None
+        or torch.is_autocast_enabled("cpu")
+        or transformed()
+        or not _PLAIN.issuperset(map(type, weights))
+    ):
+        return None
+    layout = _layout_by_names(net.endings, tuple(parameters))
+    per_chain, ends = layout.per_chain, layout.ends
+    n = per_chain * len(net.endings)
+    bidirectional = net._modules["rnn"].bidirectional  # type: ignore[union-attr]
+    chain = ops.path_chain_on_cpu(
+        weights[0:n:per_chain],
+        weights[1:n:per_chain],
+        weights[2:n:per_chain] if per_chain == 4 else [],
+        weights[3:n:per_chain] if per_chain == 4 else [],
+        *[None if i is None else weights[i] for i in ends],
+        seq_len,
+        net.outputs == "last",
+        net.h0 == "ones",
+        True,
+        KAPPA2_FACTOR["exact"] if second_term else 0.0,
+        min(rtol, 1.0),
+        (),
+        -1,
+        bidirectional,
+    )
+    scaled = functools.partial(_scaled, ops.PathChain._make(chain), layout, 2 if bidirectional else 1)
+    lags = layout.kinds[1], chain[5]
+    return Kappa(scaled, chain[4], lags, chain[6], chain[7], [p.shape for p in weights])
 
 
 def kappa_later(
@@ -479,9 +543,13 @@ class _Layout(NamedTuple):
     kinds: tuple[tuple[str, ...], ...]
     #: Parameter name, in the order of ``named_parameters`` → index in ``PathChain.kappa1``.
     places: dict[str, int]
+    #: Weights of a chain.
+    per_chain: int
+    #: Places of the head's weight and bias and of the embedding among the weights; None where there is none.
+    ends: tuple[int | None, int | None, int | None]
 
 
-def _options(parameters: dict[str, Tensor]) -> tuple[bool, bool, bool, bool]:
+def _options(parameters: Mapping[str, Any]) -> tuple[bool, bool, bool, bool]:
     names = ("rnn.bias_ih_l0", "head.weight", "head.bias", "embedding.weight")
     bias, head, head_bias, embedding = (name in parameters for name in names)
     return bias, head, head_bias, embedding
@@ -505,7 +573,15 @@ def _layout(endings: tuple[str, ...], bias: bool, head: bool, head_bias: bool, e
         if given:
             places[name] = count
             count += 1
-    return _Layout(names, places)
+    ordered = list(places)
+    ends = ("head.weight", "head.bias", "embedding.weight")
+    weight, own_bias, table = (ordered.index(name) if name in places else None for name in ends)
+    return _Layout(names, places, 4 if bias else 2, (weight, own_bias, table))
+
+
+@functools.cache
+def _layout_by_names(endings: tuple[str, ...], names: tuple[str, ...]) -> _Layout:
+    return _layout(endings, *_options(dict.fromkeys(names)))
 
 
 def _launch(
@@ -537,8 +613,12 @@ def _launch(
 def _pass(
     net: PathNetwork, parameters: dict[str, Tensor], layout: _Layout, seq_len: int, **options: Any
 ) -> ops.PathChain:
+    weight_ih, weight_hh, bias_ih, bias_hh = ([parameters[name] for name in names] for names in layout.kinds)
     return ops.path_chain(
-        *([parameters[name] for name in names] for names in layout.kinds),
+        weight_ih,
+        weight_hh,
+        bias_ih,
+        bias_hh,
         parameters.get("head.weight"),
         parameters.get("head.bias"),
         parameters.get("embedding.weight"),
@@ -557,8 +637,11 @@ def _narrowed(chain: ops.PathChain, like: Tensor) -> ops.PathChain:
         mantissa, exponent = torch.frexp(factor)
         kappa.append(mantissa.to(like.dtype))
         entries.append(exponent.long() + entry if entry.numel() else exponent.long())
-    moved = ops.PathChain(kappa, chain.exponents, chain.unit_exponents, entries, *chain[4:])
-    return ops.PathChain(*([t.to(like.device) for t in x] if isinstance(x, list) else x.to(like.device) for x in moved))
+
+    def move(x: Any) -> Any:
+        return [t.to(like.device) for t in x] if isinstance(x, list) else x.to(like.device)
+
+    return ops.PathChain(*map(move, chain._replace(kappa=kappa, entry_exponents=entries)))
 
 
 def _scaled(chain: ops.PathChain, layout: _Layout, directions: int) -> dict[str, Scaled]:

@@ -19,7 +19,7 @@ _OUTPUT_BIAS = "head.bias"
 
 
 class InCoordinates(Engine):
-    """Steps in path coordinates p sqrt(κ)/γ, in which the averages of the gradient are kept; the output's bias apart."""
+    """Steps in path coordinates p sqrt(κ)/γ, in which the gradient's averages are kept; the output's bias apart."""
 
     rule = "coordinates"
     buffers = ("exp_avg", "exp_avg_sq")

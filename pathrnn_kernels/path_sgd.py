@@ -42,7 +42,8 @@ class PathSGD(Engine):
     rule = "sgd"
     buffers = ("momentum_buffer",)
     _without_paths = (
-        "scale='path_norm' and trust_radius would forbid every step: initialise it, or use scale='none' without a radius"
+        "scale='path_norm' and trust_radius would forbid every step: initialise it, or use scale='none' without a "
+        "radius"
     )
 
     def __init__(

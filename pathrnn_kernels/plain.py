@@ -1,12 +1,13 @@
 """The steps of PathSGD, PathAdam and GatedPathSGD in plain torch: any device and backend, weights of any shape.
 
-In float64 and in coordinates of a network whose units are rescaled by powers of two (``Scaled``): what csrc/cpu/path_step
-does entry by entry, in the same order. Nothing is read by the host; a step that must not be taken has a status other than
-0, and a commit that does nothing.
+In float64 and in coordinates of a network whose units are rescaled by powers of two (``Scaled``): what
+csrc/cpu/path_step does entry by entry, in the same order. Nothing is read by the host; a step that must not be taken
+has a status other than 0, and a commit that does nothing.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -115,17 +116,19 @@ def sgd(
         raw = [(w.gradient.double() * unscaled).square().sum() for w in weights]
         zero = torch.zeros_like(norm_exponent)
         total, exponent = _sum([(r, zero) for r in raw])
-        divided, divided_exponent = _sum([(ldexp(q, -w.shift).square().sum(), 2 * e) for w, (q, e) in
-                                          zip(weights, quotients, strict=True)])
-        found = (total.log() + (exponent - divided_exponent) * torch.log(torch.full_like(total, 2.0))
-                 - divided.log()) / 2
+        divided, divided_exponent = _sum(
+            [(ldexp(q, -w.shift).square().sum(), 2 * e) for w, (q, e) in zip(weights, quotients, strict=True)]
+        )
+        found = (total.log() + (exponent - divided_exponent).double() * math.log(2) - divided.log()) / 2
         bad = ~(total.isfinite() & divided.isfinite())
         statuses.append(torch.where(constant.isnan() & bad, NO_CONSTANT, 0))
         none = (total == 0) | (divided == 0) | bad
         fixed = torch.where(constant.isnan() & ~none, found, constant)
         factor, factor_exponent = power_of_e(torch.where(fixed.isnan(), 0.0, fixed))
 
-    deltas, firsts, lost = [], [], []
+    deltas: list[Tensor] = []
+    firsts: list[Tensor | None] = []
+    lost: list[Tensor] = []
     for w in weights:
         _, momentum, decay, nesterov, maximize = w.numbers
         q, exponent = _quotient(w, unscaled, factor, factor_exponent, eps, norm, norm_exponent)
@@ -133,14 +136,13 @@ def sgd(
         lost.append((w.gradient.isfinite() & ~(w.down(d).abs() <= torch.finfo(w.weight.dtype).max)).any())
         d = (-d if maximize else d) + (decay * w.up(w.weight) if decay else 0)
         if w.first is not None:
-            firsts.append(momentum * w.up(w.first) + d)
-            d = d + momentum * firsts[-1] if nesterov else firsts[-1]
-        else:
-            firsts.append(None)
+            first = momentum * w.up(w.first) + d
+            d = d + momentum * first if nesterov else first
+        firsts.append(None if w.first is None else first)
         deltas.append(-w.rate * d)
     statuses.append(_status(weights, lost, LOST))
     share = torch.ones_like(norm)
-    if bounded:
+    if radius is not None:
         squares = [((w.divisor * delta * delta).sum(), w.exponent) for w, delta in zip(weights, deltas, strict=True)]
         total, exponent = _sum(squares)
         root, root_exponent = _root(total / norm, exponent - norm_exponent)
@@ -160,7 +162,13 @@ def sgd(
 
 
 def _quotient(
-    w: Weight, unscaled: Tensor | float, factor: Tensor, exponent: Tensor, eps: float, norm: Tensor, norm_exponent: Tensor
+    w: Weight,
+    unscaled: Tensor | float,
+    factor: Tensor,
+    exponent: Tensor,
+    eps: float,
+    norm: Tensor,
+    norm_exponent: Tensor,
 ) -> tuple[Tensor, Tensor]:
     """factor 2^exponent g/(κ + eps γ²) as numbers with a common exponent."""
     divisor, own = w.divisor, w.exponent
@@ -193,6 +201,7 @@ def coordinates(
         sign = -1.0 if bias.numbers[7] else 1.0
         moved = bias.weight.double() - bias.rate * sign * quotient.clamp(-1, 1)
         held = weights[0].numbers[5] if weights else 0
+        assert bias.count is not None
         going = bias.count + 1 > held
     if weights:
         gradients = [_path_gradient(w) for w in weights]

@@ -104,6 +104,13 @@ DEFAULTS: dict[str, dict[str, Any]] = {
 #: act together: a step of length r then multiplies the map over T steps by about exp(r sqrt(H T)).
 TRUST = 0.3
 
+#: H T up to which path-gated's rate was seen to train (H = 100, T = 1000). A step multiplies the map over T steps by up
+#: to exp(lr sqrt(2 H T) u), u the mean of the gated entries, all of one sign: beyond, the rate falls with sqrt(H T).
+STABLE = 100 * 1000
+
+#: Of a mean training loss, over the trivial one: outputs explode, and a loss that overflows ends the run.
+EXPLODED = 100.0
+
 #: Bounds of the uniform initial weights of language models: recurrent, others (sections 5.3 and 5.1).
 BOUNDS = {"charlm": (0.01, 0.2), "wordlm": (0.1, 0.1)}
 
@@ -190,10 +197,14 @@ class Config:
         unknown = sorted(given.keys() - {f.name for f in fields(cls)})
         if unknown:
             raise TypeError(f"{unknown[0]} is not an option of a run; use {', '.join(f.name for f in fields(cls))}")
+        if task == "charlm" and given.get("data") and "corpus" not in given:
+            given["corpus"] = "file"
         options = {**_defaults(task, optimizer), **given}
         config = cls(task, optimizer, **options)
+        seq_len = config.length or 28 * 28
+        if optimizer == "path-gated" and "lr" not in given:
+            config = replace(config, lr=config.lr * min(1.0, math.sqrt(STABLE / (config.hidden_size * seq_len))))
         if optimizer in _QUOTIENTS and "trust_radius" not in options:
-            seq_len = config.length or 28 * 28
             config = replace(config, trust_radius=TRUST / math.sqrt(config.hidden_size * seq_len))
         return config
 
@@ -410,6 +421,16 @@ class Run:
             record |= self.evaluate()
         self.history.append(record)
         return record
+
+    def warning(self, record: Record) -> str | None:
+        """What a record says of a run that is about to diverge, in a sentence."""
+        times = record["loss"] / self.task.trivial_loss
+        if not times > EXPLODED:
+            return None
+        return (
+            f"step {self.step:,}: outputs explode, the mean training loss is {times:,.0f} times the trivial one, and "
+            f"the run may end in an overflow; {_advice(self.config)}"
+        )
 
     def evaluate(self) -> Record:
         """The held-out error, as a record has it."""

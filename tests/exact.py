@@ -1,4 +1,4 @@
-"""κ and γ² in exact arithmetic: weights are binary fractions, and so is what sums and products make of them."""
+"""κ and log γ² in exact arithmetic: weights are binary fractions, and so are their sums and products."""
 
 from __future__ import annotations
 

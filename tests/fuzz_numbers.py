@@ -49,8 +49,6 @@ import pathrnn_kernels as pk
 DTYPES = {"float32": torch.float32, "float64": torch.float64}
 CLOSED = {"float32": 2.0**-24, "float64": 2.0**-40}
 FACTOR = {"exact": 4.0, "lemma1": 2.0, "theorem3": 1.0}
-#: Whether Kappa keeps an exponent for every unit: relative() is float64, and powers of two are absorbed bit for bit.
-CONTRACT = hasattr(pk.Kappa, "arithmetic")
 
 
 class Failure(Exception):
@@ -381,12 +379,15 @@ def make_dirty(case, other=False):
     pk.kappa(net, steps, second_term=case.second_term, rtol=1e-4)
 
 
-def same_bits(a, b):
-    return np.array_equal(a.view(np.int64), b.view(np.int64))
-
-
 def gather(places, tensors, dtype=torch.float64):
     return torch.cat([tensors(name).expand(size).reshape(-1).to(dtype) for name, (_, size) in places.items()]).numpy()
+
+
+def held(places, k):
+    """κ as Kappa holds it: Numbers, mantissas in [1, 2), nan or inf as they are."""
+    parts = {name: k.scaled[name].parts() for name in places}
+    mantissa = gather(places, lambda name: parts[name][0])
+    return exact_range.normal(mantissa, gather(places, lambda name: parts[name][1], torch.int64))
 
 
 def repeat(number, n):
@@ -523,7 +524,6 @@ def check(case, definitions=1.0, gradients=True, rescaled=True, repeated=True, t
     bound, tolerance = float(k.bound), rounding(case)
     if not 0 <= bound <= rtol:
         raise Failure("bound", f"bound is {bound}, rtol {rtol}")
-    worst = 0.0
 
     # log γ²
     log_norm, true_log = float(k.log_path_norm), float(exact_range.logarithm(truth.norm)[0])
@@ -536,59 +536,64 @@ def check(case, definitions=1.0, gradients=True, rescaled=True, repeated=True, t
 
     check_log("log γ²", log_norm, tolerance + of_logarithm)
 
-    # κ, where Kappa holds every entry. Truncation leaves it too small or too large by the bound.
-    everything = np.ones(len(case.weights), dtype=bool)
-    # What the factors' dtype cannot hold beside the largest of a tensor may be 0 there.
-    lost = np.zeros(len(everything), dtype=bool)
+    # κ, every entry of it. Truncation leaves it too small or too large by the bound.
+    mantissa, exponent = found = held(places, k)
+    error = compare_numbers("κ", mantissa, exponent, truth.kappa, truth.known, tolerance + bound, places)
+    worst = 0.0 if bound else error  # how tight a certificate is says nothing of the rounding
+    for name, count in k.lags.items():
+        if not 0 <= count < s.steps:
+            raise Failure("lags", f"{name} has {count} lags of {s.steps} steps")
+    if thorough:
+        check_reading(case, k, truth, places, tolerance, bound, of_logarithm)
+    if repeated:
+        make_dirty(case, other=True)
+        check_same("a repeat differs", k, pk.kappa(net, s.steps, **options), found, found, places)
+    if rescaled and case.rescaling is not None:
+        check_rescaled(case, places, net, flat, k, found, options)
+        flat.copy_(torch.from_numpy(case.weights))
+    if gradients:
+        worst = max(worst, check_gradients(case, truth, net, places, tolerance, of_logarithm, check_log))
+    return worst
+
+
+def check_reading(case, k, truth, places, tolerance, bound, of_logarithm):
+    """What Kappa forms on demand: the factors, γ²/κ."""
+    factors = gather(places, lambda name: k.factors[name])
+    scales = [np.full(math.prod(size), round(k.log_scales[n] / math.log(2))) for n, (_, size) in places.items()]
+    # What their dtype cannot hold beside the largest of a tensor may be 0 there.
+    lost = np.zeros(len(factors), dtype=bool)
     for at, size in places.values():
         own = slice(at, at + math.prod(size))
         here = truth.kappa.exponent[own][truth.kappa.mantissa[own] > 0]
         if here.size:
             lost[own] = truth.kappa.exponent[own] <= here.max() + np.finfo(case.dtype).minexp + 3
-    inexact = bound > 0  # how tight a certificate is says nothing of the rounding
-    if CONTRACT:
-        parts = {name: k.scaled[name].parts() for name in places}
-        mantissa = gather(places, lambda name: parts[name][0])
-        exponent = gather(places, lambda name: parts[name][1], torch.int64)
-        found = compare_numbers("κ", mantissa, exponent, truth.kappa, truth.known, tolerance + bound, places)
-        worst = max(worst, 0 if inexact else found)
-    if thorough or not CONTRACT:
-        factors = gather(places, lambda name: k.factors[name])
-        scales = [np.full(math.prod(size), round(k.log_scales[n] / math.log(2))) for n, (_, size) in places.items()]
-        where = truth.known & ~lost
-        compare_numbers("factor", factors, np.concatenate(scales), truth.kappa, where, tolerance + bound, places)
+    where = truth.known & ~lost
+    compare_numbers("factor", factors, np.concatenate(scales), truth.kappa, where, tolerance + bound, places)
 
-    # γ²/κ, from the logarithm of γ².
     relative = gather(places, k.relative)
-    if CONTRACT and any(k.relative(name).dtype != torch.float64 for name in places):
+    if any(k.relative(name).dtype != torch.float64 for name in places):
         raise Failure("γ²/κ dtype", "relative() is not float64")
-    info = np.finfo(np.float64 if CONTRACT else case.dtype)
+    info = np.finfo(np.float64)
     quotient = exact_range.quotient(repeat(truth.norm, len(relative)), truth.kappa)
     allowed = (2 * tolerance + bound) / (1 - min(bound, 0.5)) + of_logarithm + info.eps
-    where = truth.known if CONTRACT else truth.known & ~lost
-    found = compare("γ²/κ", relative, quotient, where, allowed, places, info.minexp, info.maxexp - 1)
-    worst = max(worst, 0 if inexact else found)
-    for name, count in k.lags.items():
-        if not 0 <= count < s.steps:
-            raise Failure("lags", f"{name} has {count} lags of {s.steps} steps")
+    compare("γ²/κ", relative, quotient, truth.known, allowed, places, info.minexp, info.maxexp - 1)
 
-    if repeated:
-        make_dirty(case, other=True)
-        second = pk.kappa(net, s.steps, **options)
-        pairs = [("log γ²", log_norm, float(second.log_path_norm)), ("lags", k.lags, second.lags)]
-        pairs += [("arithmetic", k.arithmetic, second.arithmetic)] if CONTRACT else []
-        if not same_bits(gather(places, second.relative), relative):
-            pairs.append(("γ²/κ", "these bits", "others"))
-        for what, before, after in pairs:
-            if before != after:
-                raise Failure("a repeat differs", f"the same call after another one: {what} {after}, before {before}")
 
-    if rescaled and CONTRACT and case.rescaling is not None:
-        check_rescaled(case, places, net, flat, k, relative, options)
-        flat.copy_(torch.from_numpy(case.weights))
-    if gradients:
-        worst = max(worst, check_gradients(case, truth, net, places, tolerance, of_logarithm, check_log))
-    return worst
+def check_same(what, k, other, expected, found, places):
+    """Two results of which one is known by the other, bit for bit."""
+    for field_ in ("arithmetic", "lags", "bound"):
+        if getattr(k, field_) != getattr(other, field_):
+            raise Failure(what, f"{field_} is {getattr(other, field_)}, before {getattr(k, field_)}")
+    if float(k.log_path_norm) != float(other.log_path_norm):
+        raise Failure(what, f"log γ² is {float(other.log_path_norm)!r}, before {float(k.log_path_norm)!r}")
+    if expected is found:
+        found = held(places, other)
+    bad = (expected.mantissa != found.mantissa) | (expected.exponent != found.exponent)
+    if bad.any():
+        i, name = _worst(bad, bad, places)
+        raise Failure(
+            what, f"{name} is {text_of(found, i)}, not {text_of(expected, i)}; {int(bad.sum())} of {len(bad)}"
+        )
 
 
 def check_gradients(case, truth, net, places, tolerance, of_logarithm, check_log):
@@ -634,41 +639,26 @@ def check_gradients(case, truth, net, places, tolerance, of_logarithm, check_log
     return worst
 
 
-def check_rescaled(case, places, net, flat, k, relative, options):
+def check_rescaled(case, places, net, flat, k, found, options):
     """κ of the network rescaled by powers of two: the same bits."""
-    s = case.shape
-    with np.errstate(all="ignore"):
-        arrays = {n: case.weights[at : at + math.prod(z)].reshape(z).copy() for n, (at, z) in places.items()}
-        exponents = {n: np.ones(z) for n, (_, z) in places.items()}
-        alphas = np.exp2(np.array(case.rescaling, dtype=np.float64)).reshape(-1, s.hidden)
-        rescale(s, arrays, alphas)
-        rescale(s, exponents, alphas)
-        weights = np.concatenate([w.ravel() for w in arrays.values()])
-        alpha = np.concatenate([w.ravel() for w in exponents.values()])
-        info = np.finfo(case.dtype)
-        size = np.abs(weights)
-        if not ((weights == 0) == (case.weights == 0)).all() or (size > info.max).any():
-            return
-        if (size[size > 0] < info.tiny).any() or (np.abs(case.weights)[case.weights != 0] < info.tiny).any():
+    s, info = case.shape, np.finfo(case.dtype)
+    arrays = {n: case.weights[at : at + math.prod(z)].reshape(z).copy() for n, (at, z) in places.items()}
+    factors = {n: np.ones(z) for n, (_, z) in places.items()}
+    alphas = np.exp2(np.array(case.rescaling, dtype=np.float64)).reshape(-1, s.hidden)
+    rescale(s, arrays, alphas)
+    rescale(s, factors, alphas)
+    weights, factor = (np.concatenate([w.ravel() for w in tensors.values()]) for tensors in (arrays, factors))
+    for size in (np.abs(weights), np.abs(case.weights)):
+        if ((size != 0) & (size < info.tiny)).any() or (size > info.max).any():
             return  # denormal entries lose bits
-        flat.copy_(torch.from_numpy(weights))
-        other = pk.kappa(net, s.steps, **options)
-        expected = relative * alpha * alpha
-        found = gather(places, other.relative)
-        inside = np.isfinite(expected) & (expected > finfo_tiny) & (relative > finfo_tiny) & np.isfinite(relative)
-    if float(other.log_path_norm) != float(k.log_path_norm):
-        raise Failure("rescaled log γ²", f"{float(other.log_path_norm)!r}, before {float(k.log_path_norm)!r}")
-    bad = inside & (expected != found)
-    if bad.any():
-        i, name = _worst(bad, bad, places)
-        raise Failure(
-            "rescaled γ²/κ", f"{name} is {found[i]!r}, must be {expected[i]!r}; {int(bad.sum())} of {len(bad)}"
-        )
-    if other.lags != k.lags or other.bound != k.bound:
-        raise Failure("rescaled certificate", f"{other.lags} {other.bound}, before {k.lags} {k.bound}")
-
-
-finfo_tiny = float(np.finfo(np.float64).tiny)
+    if ((weights == 0) != (case.weights == 0)).any():
+        return
+    flat.copy_(torch.from_numpy(weights))
+    # w² κ stays: κ goes with the inverse square.
+    shift = 2 * (np.frexp(factor)[1].astype(np.int64) - 1)
+    expected = Numbers(found.mantissa, np.where(found.mantissa == 0, 0, found.exponent - shift))
+    other = pk.kappa(net, s.steps, **options)
+    check_same("rescaled", k, other, expected, held(places, other), places)
 
 
 # ---- failures made small --------------------------------------------------------------------------------------------

@@ -72,6 +72,106 @@ def _faded(w, largest):
     return ((w != 0) & (squares(w, largest) < torch.finfo(w.dtype).tiny)).any()
 
 
+#: The exponent of a unit that nothing reaches, int32.
+NONE = -(1 << 30)
+
+
+def square_exponents(w):
+    """Of every entry 2 ⌊log₂ |w|⌋, NONE for a zero."""
+    return torch.where(w == 0, NONE, 2 * (torch.frexp(w).exponent - 1))
+
+
+def _reached(exponents, source):
+    """The largest of exponents + source along the last dimension, of those that are there."""
+    there = (exponents != NONE) & (source != NONE)
+    return torch.where(there, exponents + source, NONE).amax(-1).int()
+
+
+def maxima(rows, row_source, columns, column_source):
+    """max_n 2 e(rows[r, n]) + row_source[n] and max_r 2 e(columns[r, n]) + column_source[r], int32; e = ⌊log₂ |·|⌋.
+
+    No source is zeros, no matrix gives no entries.
+    """
+    found = []
+    for w, source in ((rows, row_source), (None if columns is None else columns.T, column_source)):
+        if w is None:
+            found.append(torch.empty(0, dtype=torch.int32))
+        else:
+            found.append(_reached(square_exponents(w), torch.zeros(1, dtype=torch.int32) if source is None else source))
+    return tuple(found)
+
+
+def reach(weight_h, start_h, bias_ih, bias_hh, weight_d, start_d):
+    """Exponents of every unit's first h, by paths of the largest weights, and of its last δ; int32 [n, H] of n chains.
+
+    Where start and biases leave a unit at NONE, that of the first step of the chain that reaches it.
+    """
+    result = []
+    for weight, start, biases in ((weight_h, start_h, (bias_ih, bias_hh)), (weight_d.mT, start_d, ())):
+        found = start.clone()
+        for bias in biases:
+            if bias is not None:
+                found = torch.maximum(found, square_exponents(bias).int())
+        exponents = square_exponents(weight)
+        while True:
+            more = torch.where(found == NONE, _reached(exponents, found[:, None]), found)
+            if torch.equal(more, found):
+                break
+            found = more
+        result.append(found)
+    return tuple(result)
+
+
+def unit_exponents(f, g):
+    """d: half the difference of both, rounded down to an even number; of one that is missing, the other alone."""
+    both = (f.long() - g) // 4 * 2
+    return torch.where(g == NONE, torch.where(f == NONE, 0, f.long()), torch.where(f == NONE, -g.long(), both))
+
+
+def canonical_(flat, f, g, directions, inputs, bias, outputs, head_bias, vocabulary, balanced, largest, lost):
+    """All weights end to end, in place: w · 2^((d_source - d_target) / 2); their d, int64 [C, H].
+
+    In this order: weight_ih, weight_hh and with ``bias`` bias_ih, bias_hh of every chain; head weight
+    ``[outputs, D H]`` unless ``outputs`` is 0, head bias, embedding ``[vocabulary, I]``, of which the last two have no
+    units. What leads from a unit that nothing reaches to one that reaches nothing becomes 0: it adds nothing to either.
+    ``largest``, zeros at first, becomes the largest magnitude of each. Without ``balanced`` all d are 0.
+    """
+    chains, hidden = f.shape
+    d = unit_exponents(f, g) if balanced else torch.zeros_like(f, dtype=torch.int64)
+    at, which = 0, 0
+
+    def take(rows, columns, target, source):
+        nonlocal at, which
+        w = flat[at : at + rows * columns].view(rows, columns)
+        to = torch.zeros(rows, dtype=torch.int64) if target is None else d[target]
+        of = torch.zeros(columns, dtype=torch.int64) if source is None else d[source].reshape(-1)
+        if balanced and target is not None and source is not None:
+            w = torch.where((g[target] == NONE)[:, None] & (f[source].reshape(-1) == NONE), 0, w)
+        found = ldexp(w, (of - to[:, None]) // 2)
+        limits = torch.finfo(flat.dtype)
+        lost.logical_or_(((w != 0) & ((found.abs() < limits.tiny) | (found.isinf() & w.isfinite()))).any())
+        found = torch.where(w.isfinite(), found.clamp(-limits.max, limits.max), found)
+        flat[at : at + rows * columns] = found.reshape(-1)
+        largest[which] = found.abs().amax()
+        at, which = at + rows * columns, which + 1
+
+    for c in range(chains):
+        below = slice((c // directions - 1) * directions, c // directions * directions)
+        take(hidden, inputs if c < directions else directions * hidden, c, below if c >= directions else None)
+    for c in range(chains):
+        take(hidden, hidden, c, slice(c, c + 1))
+    for _ in range(2 if bias else 0):
+        for c in range(chains):
+            take(hidden, 1, c, None)
+    if outputs:
+        take(outputs, directions * hidden, None, slice(chains - directions, chains))
+    if head_bias:
+        take(head_bias, 1, None, None)
+    if vocabulary:
+        take(vocabulary, inputs, None, None)
+    return d
+
+
 def column_sums(w, largest, lost):
     lost |= _faded(w, largest)
     return squares(w, largest).sum(0), square_exponent(largest)
@@ -105,7 +205,10 @@ def ends(weight_ih, bias_ih, bias_hh, head_weight, head_bias, inputs, inputs_exp
         head = column_sums(head_weight, next(at), lost)
     if head_bias is not None:
         bias = column_sums(head_bias[:, None], next(at), lost)
-    return drive, exponents, *head, *bias
+    # Near the centre, as the chains keep what they make of them.
+    up = centre(dtype)
+    exponents = torch.where(exponents == ZERO, ZERO, exponents - up)
+    return drive * 2.0**up, exponents, head[0] * 2.0**up, head[1] - up, *bias
 
 
 def _chain(weight, largest, drive, drive_exponents, start, start_exponent, seq_len, once):
@@ -174,13 +277,34 @@ def natural(total, top, usual):
     return (total if top == ZERO else ldexp(total, top - exponent)), torch.tensor([exponent])
 
 
-def row_sums(rows, exponents):
+def row_sums(rows, exponents, more_rows, more_exponents, lost):
+    """Of one or two sequences."""
+    first = _row_sums(rows, exponents, lost)
+    return first if more_rows is None else (*first, *_row_sums(more_rows, more_exponents, lost))
+
+
+def _row_sums(rows, exponents, lost):
+    found = _row_sum(rows, exponents)
+    lost |= ((rows != 0).any(0) & (found[0] < torch.finfo(rows.dtype).tiny)).any()
+    return found
+
+
+def _row_sum(rows, exponents):
     total, top = join(list(zip(rows, exponents, strict=True)), rows.dtype)
     return natural(torch.zeros_like(rows[0]) if total is None else total, top, centre(rows.dtype))
 
 
 def pair_sums(
-    d, d_exponents, h, h_exponents, offset, weights=None, weight_exponents=None, previous=None, previous_exponent=None
+    d,
+    d_exponents,
+    h,
+    h_exponents,
+    offset,
+    weights=None,
+    weight_exponents=None,
+    previous=None,
+    previous_exponent=None,
+    lost=None,
 ):
     parts = [] if previous is None else [(previous, previous_exponent)]
     for i in range(1 if weights is None else len(weights)):
@@ -196,6 +320,10 @@ def pair_sums(
         parts.append((tile, top) if weights is None else (weights[i].T * tile, top + int(weight_exponents[i])))
     total, top = join(parts, d.dtype)
     total = torch.zeros(d.shape[1], d.shape[1], dtype=d.dtype) if total is None else total
+    if lost is not None:
+        n = max(0, min(len(d) - offset, len(h)))
+        some = (d[offset : offset + n] != 0).double().T @ (h[:n] != 0).double() > 0
+        lost |= (some & (total < torch.finfo(d.dtype).tiny)).any()
     # With weights it is a term of a longer sum, which wants the range that a natural scale would give away.
     return natural(total, top, 2 * centre(d.dtype)) if weights is None else (total, torch.tensor([top]))
 
@@ -217,17 +345,21 @@ def filtered(rows, exponents, ratio, ratio_exponent, reverse):
     return out, out_exponents
 
 
-def finish(outputs, outputs_exponent, head, head_exponent, head_bias, head_bias_exponent, steps, largest):
-    """log γ², float64, 0-dim: outputs · head + steps · head_bias; nan where an entry of ``largest`` is not finite."""
+def finish(outputs, outputs_exponent, head, head_exponent, head_bias, head_bias_exponent, steps, largest, lost):
+    """log γ², float64, 0-dim: outputs · head + steps · head_bias; nan where an entry of ``largest`` is not finite.
+
+    With it come ``steps`` itself, [1], and int8, 0-dim, -1 where something is lost.
+    """
+    state = torch.full_like(head_bias, steps), -lost[0].to(torch.int8)
     if not largest.isfinite().all():
-        return torch.tensor(math.nan, dtype=torch.float64)
+        return torch.tensor(math.nan, dtype=torch.float64), *state
     dot = (outputs.double() @ head.double(), int(outputs_exponent + head_exponent))
     bias = (head_bias[0].double() * steps, int(head_bias_exponent))
     logs = []
     for value, exponent in (dot, bias):
         mantissa, own = torch.frexp(value)
         logs.append(mantissa.log() + (own.long() + exponent).double() * math.log(2))
-    return torch.logaddexp(*logs)
+    return torch.logaddexp(*logs), *state
 
 
 def precondition(gradients, divisors, log_scales):

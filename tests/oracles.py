@@ -129,7 +129,7 @@ def check_logarithms(net, seq_len, second_term=False, rtol=tolerances.LOG_DOMAIN
 
 
 def parts(chain, directions=1, head=True):
-    """κ as an ``ops.PathChain`` holds it: float64 mantissas, 0 or in [1/2, 1), and int64 exponents, tensor by tensor."""
+    """κ as an ``ops.PathChain`` holds it: float64 mantissas, 0 or in [1/2, 1), and int64 exponents, by tensors."""
     units, per_chain = chain.unit_exponents, 3 if len(chain.kappa) > 2 and chain.kappa[2].dim() == 1 else 2
     layers = units.reshape(-1, directions * units.shape[1])
     result = []

@@ -31,6 +31,8 @@ TINY = (
     Spec("backward", 3, 4, 2, 2, axes="random"),
     Spec("step", 4, 5, 2, 2, "κ⁽¹⁾"),
     Spec("step", 4, 5, 2, 2, "κ⁽¹⁾+κ⁽²⁾"),
+    Spec("step", 4, 5, 2, 2, "GatedPathSGD"),
+    *(Spec("update", 4, 5, kind=kind) for kind in ("κ", "PathSGD", "PathAdam", "GatedPathSGD")),
 )
 
 
@@ -94,24 +96,25 @@ def test_a_broken_kernel_shows_no_figure_at_any_size_nor_where_it_is_used(capsys
     assert list(result["gate"]["disagree"]) == ["kappa1 T=9 H=4 Gaussian"]
     assert {row["part"] for row in result["rows"]} == {"forward", "backward", "random"}
     assert len(result["withheld"]) == len(TINY) - len(result["rows"])
-    lines = [line for line in out.splitlines() if line.startswith(("kappa1", "kappa2", "path_norm", "step"))]
-    assert len(lines) == 7 and all(line.endswith("no figure: kappa1 disagrees with the oracle") for line in lines)
+    lines = [line for line in out.splitlines() if line.startswith(("kappa1", "kappa2", "path_norm", "update", "step"))]
+    assert len(lines) == 12 and all(line.endswith("no figure: kappa1 disagrees with the oracle") for line in lines)
     table = next(tmp_path.glob("*.md")).read_text()
     assert "no figure for kappa1 T=9 H=4 Gaussian" in table and "| T=9 H=4 Gaussian" not in table
 
 
-@pytest.mark.parametrize("group", ["forward", "backward", "path_norm", "kappa2", "step"])
+@pytest.mark.parametrize("group", ["forward", "backward", "path_norm", "kappa2", "update", "step"])
 def test_the_gate_notices_a_wrong_entry_of_every_kernel(monkeypatch, group):
-    spec = next(spec for spec in TINY if spec.group == group and "κ⁽²⁾" not in spec.kind)
+    spec = next(spec for spec in TINY if spec.group == group and spec.kind not in ("κ⁽¹⁾+κ⁽²⁾", "κ"))
     row = rows.build(spec, measure.CPU, quick=True)
     row.check(OURS)
-    if group == "step":
+    if group in ("update", "step"):
         true = pk.PathSGD.step
 
         def step(self):
             true(self)
-            with torch.no_grad():
-                self.net.weights()[rows.RECURRENT][0, 1] *= 1.01
+            if self.param_groups[0]["fused"] is None:  # not the step that it is compared with
+                with torch.no_grad():
+                    self.net.weights()[rows.RECURRENT][0, 1] *= 1.01
 
         monkeypatch.setattr(pk.PathSGD, "step", step)
     else:

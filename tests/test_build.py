@@ -320,7 +320,7 @@ def test_the_build_says_that_it_leaves_cuda_out_and_what_it_compiles(build, monk
     command = build()
     command.run()
     extension = command.extensions[0]
-    assert sum(source.endswith(".cu") for source in extension.sources) == 3
+    assert sum(source.endswith(".cu") for source in extension.sources) == 4
     assert ("PATHRNN_WITH_CUDA", None) in extension.define_macros and "cudart" in extension.libraries
     assert "WITHOUT_CUDA = None" in (tmp_path / "lib" / "pathrnn_kernels" / "_built_with.py").read_text()
 

@@ -41,7 +41,9 @@ def rescaled(net, farthest, seed=1):
     if net.head is None:
         shifts[-width:] = [torch.zeros(hidden, dtype=torch.int64)] * width
     new = PathNetwork(
-        ReLURNN(net.rnn.input_size, hidden, net.num_layers, net.rnn.bias, bidirectional=width == 2, dtype=dtype_of(net)),
+        ReLURNN(
+            net.rnn.input_size, hidden, net.num_layers, net.rnn.bias, bidirectional=width == 2, dtype=dtype_of(net)
+        ),
         None if net.head is None else nn.Linear(width * hidden, len(net.head.weight), dtype=dtype_of(net)),
         None if net.embedding is None else nn.Embedding(*net.embedding.weight.shape, dtype=dtype_of(net)),
         net.outputs,
@@ -78,9 +80,7 @@ def check_follows(before, after, moved):
         assert torch.equal(torch.where(mantissa > 0, expected, 0), torch.where(mantissa > 0, found_exponent, 0)), name
 
 
-OPTIONS = list(
-    itertools.product((1, 2, 3), (False, True), (None, "head", "embedding"), (True, False), ("all", "last"))
-)
+OPTIONS = list(itertools.product((1, 2, 3), (False, True), (None, "head", "embedding"), (True, False), ("all", "last")))
 
 
 @pytest.mark.parametrize("dtype", (F32, F64), ids=("float32", "float64"))
@@ -107,7 +107,7 @@ def with_dead_units(net):
                     getattr(net.rnn, f"bias_ih_{ending}")[unit] = getattr(net.rnn, f"bias_hh_{ending}")[unit] = 0
             hh[:, 2] = hh[2] = 0
         above = [getattr(net.rnn, f"weight_ih_{ending}") for ending in net.endings[net.num_directions :]]
-        for weight in above + [net.head.weight]:
+        for weight in [*above, net.head.weight]:
             weight[:, 1 :: net.hidden_size] = weight[:, 2 :: net.hidden_size] = 0
     return net
 

@@ -136,10 +136,29 @@ def test_resume_refuses_other_options_other_tasks_and_nothing(capsys, tmp_path):
     assert steps(tmp_path) == [2, 4]
 
 
-def test_missing_data_is_one_sentence(capsys, tmp_path):
-    code, out, err = run(capsys, "train", "smnist", "--data", tmp_path, "--out", tmp_path / "run")
+@pytest.mark.parametrize("option", ["--data", "--mnist"])
+def test_missing_data_is_one_sentence(capsys, tmp_path, option):
+    code, out, err = run(capsys, "train", "smnist", option, tmp_path, "--out", tmp_path / "run")
     assert code == 1 and out == ""
     assert "train-images-idx3-ubyte" in message(err) and "https://" in err
+
+
+def test_a_text_needs_no_more_than_its_path(capsys, tmp_path):
+    (tmp_path / "input.txt").write_text("To be, or not to be.\n" * 20)
+    sizes = ("--hidden-size", 4, "--batch-size", 2, "--length", 3, "--steps", 2, "--out", tmp_path / "run")
+    assert run(capsys, "train", "charlm", "--data", tmp_path / "input.txt", *sizes)[0] == 0
+    log = (tmp_path / "run" / "log.jsonl").read_text().splitlines()
+    assert json.loads(log[0])["config"]["corpus"] == "file"
+
+
+def test_an_explosion_is_announced_before_it_overflows(capsys, tmp_path):
+    options = ("--optimizer", "sgd", "--clip", "none", "--log-every", 1)
+    code, _, err = run(capsys, "train", "adding", *TINY, *options, "--lr", "1e3", "--steps", 2, "--out", tmp_path / "1")
+    assert code == 0 and "warning: step 2: outputs explode" in err and "a smaller learning rate" in err
+    code, _, err = run(
+        capsys, "train", "adding", *TINY, *options, "--lr", "1e-3", "--steps", 2, "--out", tmp_path / "2"
+    )
+    assert code == 0 and "warning" not in err
 
 
 def test_divergence_is_one_sentence(capsys, tmp_path):

@@ -84,6 +84,6 @@ def test_a_gpu_backend_comes_with_its_plan(monkeypatch):
     rnn(torch.randn(7, 1, 2))
     found = pk.explain(pk.PathNetwork(rnn), backend="cuda")
     assert found.plans == plan.plans("cuda", plan.describe(torch.device("cpu")), 1000, 7, 4)
-    assert "bytes of shared memory" in found.plans["block"] and "block      no: W̃ takes" in str(found)
+    assert "bytes of shared memory" in found.plans["block"] and "block      no: a block would take" in str(found)
     with pytest.raises(ValueError, match="plan 'block' does not serve this call on backend 'cuda'"):
         pk.explain(rnn, backend="cuda", plan="block")

@@ -11,6 +11,7 @@ from exact_range import Numbers, Shape
 
 import pathrnn_kernels as pk
 from pathrnn_kernels import reference
+from pathrnn_kernels.kappa import Scaled
 
 
 def shapes(count, seed=0):
@@ -109,12 +110,15 @@ def test_a_wrong_kappa_is_found(monkeypatch):
 
     def wrong(self, name):
         found = true(self, name).clone()
-        found.view(-1)[-1] *= 1 + 8 * fuzz_numbers.rounding(case)
+        found.view(-1)[-1] *= 1 + 8 * fuzz_numbers.rounding(case) + 1e-9
         return found
 
     monkeypatch.setattr(pk.Kappa, "relative", wrong)
     assert fuzz_numbers.fails(case).args[0] == "γ²/κ wrong"
-    monkeypatch.setattr(pk.Kappa, "relative", lambda self, name: true(self, name) * math.nan)
-    assert fuzz_numbers.fails(case).args[0] == "γ²/κ nan"
     monkeypatch.setattr(pk.Kappa, "relative", lambda self, name: true(self, name) * 0)
     assert fuzz_numbers.fails(case).args[0] == "γ²/κ zero"
+    monkeypatch.setattr(pk.Kappa, "relative", true)
+    parts = Scaled.parts
+    for factor, kind in ((1 + 4 * fuzz_numbers.rounding(case), "κ wrong"), (math.nan, "κ nan"), (0, "κ zero")):
+        monkeypatch.setattr(Scaled, "parts", lambda self, factor=factor: (parts(self)[0] * factor, parts(self)[1]))
+        assert fuzz_numbers.fails(case).args[0] == kind

@@ -443,8 +443,8 @@ def test_a_network_without_paths_is_refused_where_it_would_never_move(options):
 
 def test_scales_and_divisors_may_leave_the_range_that_their_quotient_stays_in():
     p = torch.tensor([1e6])
-    for factor, log_scale, expected in ((1e-36, 82.0, 1e42 * math.exp(-82)), (1e30, -90.0, 1e-24 * math.exp(90))):
-        k = pk.Kappa({"p": torch.tensor([factor])}, {"p": log_scale}, torch.tensor(0.0), {}, 0.0, {"p": p.shape})
+    for factor, exponent, expected in ((1e-36, 118, 1e42 * 2.0**-118), (1e30, -130, 1e-24 * 2.0**130)):
+        k = pk.Kappa.of({"p": torch.tensor([factor])}, {"p": exponent}, torch.tensor(0.0), {}, {"p": p.shape})
         (result,) = pk.optim._Metric(k, 0.0).divide(["p"], [p], 0.0)
         assert result.item() == pytest.approx(expected, rel=1e-5)
 

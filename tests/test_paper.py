@@ -14,7 +14,7 @@ pytest.importorskip("tqdm")
 
 import pathrnn_kernels as pk
 from bench.paper import __main__ as command
-from bench.paper import ratios, report, running
+from bench.paper import coherent, ratios, report, running, tried
 from bench.paper.cells import NormStabilised, SmoothReLU, UnitaryRNN, mod_relu
 from bench.paper.rows import TABLES, cells
 from bench.paper.running import Job, execute, result_of
@@ -273,6 +273,77 @@ def test_the_command_runs_only_what_is_missing(finished, monkeypatch, capsys):
     monkeypatch.setattr(running, "ProcessPoolExecutor", lambda *ignored: pytest.fail("ran again"))
     assert command.main(arguments) == 0
     assert str(out / "table2.md") in capsys.readouterr().out
+
+
+def test_committed_results_are_gone_on_from_and_rows_of_other_commands_stay(tmp_path):
+    (cell,) = cells("table2", {"mnist": "/somewhere/digits"}, quick=True, only=["smnist/irnn"])
+    jobs = [Job(cell.experiment(seed), tmp_path / "first" / str(seed)) for seed in range(3)]
+    history = [{"step": 12, "loss": 1.0, "seconds": 5.0, "held_out": 40.0}]
+    made = {"outcome": "finished", "title": "t", "error_name": "e", "trivial_error": 90.0, "history": history}
+    for job in jobs[:2]:
+        job.folder.mkdir(parents=True)
+        result = {**made, "config": running.options(job.experiment), "seconds": 5.0, "versions": {}, "machine": "m"}
+        (job.folder / running.RESULT).write_text(json.dumps(result))
+    table = report.collect("table2", [cell], jobs, quick=False)
+    assert "somewhere" not in json.dumps(table) and table["rows"][0]["seeds"] == [0, 1]
+    path = tmp_path / "table2.json"
+    path.write_text(json.dumps(table))
+
+    # On another machine, where the digits lie elsewhere; the third seed has not run.
+    (cell,) = cells("table2", {"mnist": "/elsewhere/digits"}, quick=True, only=["smnist/irnn"])
+    again = [Job(cell.experiment(seed), tmp_path / "second" / str(seed)) for seed in range(3)]
+    report.restore(path, again)
+    assert [result_of(job) is not None for job in again] == [True, True, False]
+    assert report.collect("table2", [cell], again, quick=False)["rows"] == table["rows"]
+
+    fewer = report.collect("table2", [cell], again[:1], quick=False)
+    assert fewer["rows"][0]["seeds"] == [0] and report.merge(fewer, path)["rows"] == table["rows"]
+    other = {**table, "rows": [{**table["rows"][0], "column": "adding-100"}]}
+    assert [row["column"] for row in report.merge(other, path)["rows"]] == ["smnist", "adding-100"]
+    assert report.merge({**other, "quick": True}, path)["rows"] == other["rows"]
+
+
+@pytest.mark.parametrize("options", [[], ["prototype=SpectralGate", "options={'growth':0.05}"], ["prototype=PathMuon"]])
+def test_a_trial_has_the_settings_it_names_and_a_result_file(tmp_path, monkeypatch, capsys, options):
+    monkeypatch.setattr(tried, "RUNS", tmp_path / "runs")
+    monkeypatch.setattr(tried, "RESULTS", tmp_path / "results")
+    small = [f"{name}={value}" for name, value in {**TINY, **TASKS["adding"]}.items()]
+    gate = ["optimizer=path-gated", "warmup=2", "hold=1", "betas=(0.5,0.9)", "power=2.0", "average=0.5"]
+    assert tried.main(["one", "task=adding", *small, *gate, *options]) == 0
+    result = json.loads((tmp_path / "results" / "one.json").read_text())
+    assert result["outcome"] == "finished" and result["config"]["warmup"] == 2
+    assert result["history"][-1]["averaged"] != result["history"][-1]["held_out"]
+    state = torch.load(tmp_path / "runs" / "one" / training.CHECKPOINT, weights_only=True)
+    assert state["optimizer"]["param_groups"][0]["power"] == 2.0
+    assert len(state["mean"]) == len(state["network"])
+    capsys.readouterr()
+    assert tried.main([]) == 0 and "| one | 4 |" in capsys.readouterr().out
+
+
+def test_the_exact_distance_is_that_of_all_paths_and_the_balance_undoes_rescaling():
+    torch.manual_seed(0)
+    w = [torch.rand(3, 2, dtype=torch.float64), torch.rand(3, 3, dtype=torch.float64), torch.rand(1, 3).double()]
+    v = [torch.rand_like(p) for p in w]
+
+    # T = 2: input → hidden → output at the last step, and one step of the recurrence more.
+    one = torch.einsum("ji,oj->oji", w[0], w[2])
+    two = torch.einsum("ji,kj,ok->okji", *w)
+    one_v, two_v = torch.einsum("ji,oj->oji", v[0], v[2]), torch.einsum("ji,kj,ok->okji", *v)
+    expected = float((one * one_v).sum() + (two * two_v).sum())
+    assert coherent.inner(w, v, 2) == pytest.approx(expected, rel=1e-12)
+
+    net = coherent.network(4)
+    with torch.no_grad():
+        net.rnn.weight_hh_l0.add_(torch.rand(4, 4), alpha=0.1)
+    d = coherent.balance(pk.kappa(net, 3).dense("rnn.weight_hh_l0"))
+    rho = torch.tensor([8.0, 1.0, 0.25, 2.0], dtype=torch.float64)
+    with torch.no_grad():
+        net.rnn.weight_ih_l0.mul_(rho[:, None])
+        net.rnn.weight_hh_l0.mul_(rho[:, None]).div_(rho)
+        net.head.weight.div_(rho)
+    again = coherent.balance(pk.kappa(net, 3).dense("rnn.weight_hh_l0"))
+    ratio = again * rho / d
+    torch.testing.assert_close(ratio, ratio[:1].expand(4), rtol=1e-12, atol=0)
 
 
 def test_an_error_in_a_run_is_one_sentence(tmp_path, capsys):

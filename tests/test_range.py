@@ -174,7 +174,9 @@ def test_no_path_has_no_gradient_however_large_the_weight():
 # Scales of weights.
 
 
-@pytest.mark.parametrize("dtype, ratios", ((F32, (1e3, 1e5, 1e8)), (F64, (1e30, 1e57, 1e70))), ids=("float32", "float64"))
+@pytest.mark.parametrize(
+    "dtype, ratios", ((F32, (1e3, 1e5, 1e8)), (F64, (1e30, 1e57, 1e70))), ids=("float32", "float64")
+)
 def test_the_second_term_of_rescaled_units(dtype, ratios, threads):
     net = make(2, dtype, hh=[[0.7, 0.5], [0.6, 0.4]], input_size=2)
     before = pk.kappa(net, 25, second_term=True, rtol=0).relative(W_HH)

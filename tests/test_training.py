@@ -413,7 +413,7 @@ def test_a_wrong_option_is_refused_with_its_name_and_value(task, optimizer, give
         Config.of(task, optimizer, **given)
 
 
-def test_the_default_trust_radius_follows_the_size_of_the_network_and_the_length():
+def test_the_default_trust_radius_and_rate_follow_the_size_of_the_network_and_the_length():
     for given, expected in (
         ({}, 0.003),
         ({"length": 400}, 0.0015),
@@ -422,6 +422,9 @@ def test_the_default_trust_radius_follows_the_size_of_the_network_and_the_length
     ):
         assert Config.of("adding", "path-sgd", **given).trust_radius == pytest.approx(expected)
     assert Config.of("smnist", "path-adam").trust_radius == pytest.approx(0.3 / 280)
+    assert Config.of("adding", length=1000).lr == 10
+    assert Config.of("adding", length=5000).lr == pytest.approx(10 / math.sqrt(5))
+    assert Config.of("adding", length=5000, lr=10.0).lr == 10
     assert Config.of("adding", "adam").trust_radius == math.inf
 
 

@@ -33,7 +33,7 @@ def moved(x):
 
 def flags(name):
     """What a kernel wants beside the arguments that tests give: ``lost``, for those that may lose something."""
-    return [torch.zeros(1, dtype=torch.bool)] if name in ("column_sums", "ends", "chains") else []
+    return [torch.zeros(1, dtype=torch.bool)] if name in ("column_sums", "ends", "chains", "row_sums") else []
 
 
 def run(name, *arguments):

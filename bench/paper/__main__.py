@@ -84,6 +84,8 @@ def _table(given: argparse.Namespace, out: Path) -> int:
         for seed in range(seeds)
         for cell in chosen
     ]
+    committed = out / f"{given.what}.json"
+    report.restore(committed, jobs)
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     finished = run_all(jobs, given.processes)
     result = report.collect(given.what, chosen, jobs, given.quick)
@@ -91,7 +93,7 @@ def _table(given: argparse.Namespace, out: Path) -> int:
         lengths, sizes = (ratios.QUICK_LENGTHS, ratios.QUICK_SIZES) if given.quick else (ratios.LENGTHS, ratios.SIZES)
         folders = [job.folder for job in jobs if job.experiment.system == "rnn-path"]
         result["ratios"] = ratios.table(folders, lengths, sizes)
-    for path in report.write(result, out) if result["rows"] else []:
+    for path in report.write(report.merge(result, committed), out) if result["rows"] else []:
         print(path)
     if not finished:
         print("interrupted: the same command goes on", file=sys.stderr)

@@ -12,11 +12,11 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from pathrnn_kernels.training import atomic_write
+from pathrnn_kernels.training import CHECKPOINT, atomic_write
 
 from . import ratios
 from .rows import TABLES, Cell
-from .running import Job, result_of
+from .running import RESULT, Job, options, result_of
 
 FOLDER = Path(__file__).resolve().parent
 README = FOLDER / "README.md"
@@ -62,7 +62,7 @@ def collect(table: str, cells: Sequence[Cell], jobs: Sequence[Job], quick: bool)
                 **{name: _finite(value) for name, value in (("median", median), ("low", low), ("high", high))},
                 "diverged": sum(result["outcome"] == "diverged" for result in done),
                 "hours": sum(result["seconds"] for result in done) / 3600,
-                "settings": {name: value for name, value in done[0]["config"].items() if name != "seed"},
+                "settings": _settings(done[0]["config"]),
                 "curves": [result["history"] for result in done],
             }
         )
@@ -78,6 +78,63 @@ def collect(table: str, cells: Sequence[Cell], jobs: Sequence[Job], quick: bool)
     }
 
 
+def _settings(config: dict[str, Any]) -> dict[str, Any]:
+    """Those that the seeds of a cell share, without the folders of one machine."""
+    return {**{name: value for name, value in config.items() if name != "seed"}, "data": Path(config["data"]).name}
+
+
+def _stored(path: Path) -> dict[str, Any] | None:
+    found = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    return found if found.get("schema") == SCHEMA and not found["quick"] else None
+
+
+def restore(path: Path, jobs: Sequence[Job]) -> None:
+    """Give the jobs that have not begun the results that a table's file holds of them: runs are not committed."""
+    stored = _stored(path)
+    if stored is None:
+        return
+    for job in jobs:
+        if any((job.folder / name).exists() for name in (RESULT, CHECKPOINT)):
+            continue
+        config = options(job.experiment)
+        for row in stored["rows"]:
+            if row["settings"] != _settings(config) or config["seed"] not in row["seeds"]:
+                continue
+            index = row["seeds"].index(config["seed"])
+            result = {
+                "config": config,
+                "outcome": "finished" if row["scores"][index] is not None else "diverged",
+                "steps": int(row["curves"][index][-1]["step"]) if row["curves"][index] else 0,
+                "seconds": 3600 * row["hours"] / len(row["seeds"]),
+                "title": row["title"],
+                "error_name": row["error"],
+                "trivial_error": row["trivial"] / row["factor"],
+                **{name: stored[name] for name in ("versions", "machine")},
+                "history": row["curves"][index],
+            }
+            job.folder.mkdir(parents=True, exist_ok=True)
+            with atomic_write(job.folder / RESULT) as file:
+                file.write(json.dumps(result, ensure_ascii=False, allow_nan=False).encode() + b"\n")
+
+
+def merge(result: dict[str, Any], path: Path) -> dict[str, Any]:
+    """With the rows of a table's file that this command did not run, or ran with fewer seeds."""
+    stored = None if result["quick"] else _stored(path)
+    if stored is None:
+        return result
+
+    def cell(row: dict[str, Any]) -> tuple[Any, ...]:
+        return row["column"], row["system"], row["papers_data"]
+
+    rows = {cell(row): row for row in stored["rows"]}
+    for row in result["rows"]:
+        old = rows.get(cell(row))
+        if old is None or old["settings"] != row["settings"] or len(old["seeds"]) <= len(row["seeds"]):
+            rows[cell(row)] = row
+    columns = list(dict.fromkeys(row["column"] for row in rows.values()))
+    return {**stored, **result, "rows": sorted(rows.values(), key=lambda row: columns.index(row["column"]))}
+
+
 def _finite(value: float) -> float | None:
     return value if math.isfinite(value) else None
 
@@ -89,8 +146,8 @@ def markdown(result: dict[str, Any]) -> str:
         lines += ["**Made with `--quick`: this shows that the command works, not what the methods reach.**", ""]
     versions = ", ".join(f"{name} {version}" for name, version in (result["versions"] or {}).items())
     lines += [f"{result['date']}, {result['machine']}, {versions}; median [lowest, highest] over seeds.", ""]
-    for column in dict.fromkeys(row["column"] for row in result["rows"]):
-        rows = [row for row in result["rows"] if row["column"] == column]
+    for column, title in dict.fromkeys((row["column"], row["title"]) for row in result["rows"]):
+        rows = [row for row in result["rows"] if (row["column"], row["title"]) == (column, title)]
         rows.sort(key=lambda row: math.inf if row["median"] is None else row["median"])
         times = f" × {rows[0]['factor']:g}" if rows[0]["factor"] != 1 else ""
         lines += [
@@ -161,10 +218,13 @@ def write(result: dict[str, Any], out: Path) -> list[Path]:
     for path, content in zip(paths, contents, strict=True):
         with atomic_write(path) as file:
             file.write(content.encode())
-    for column in dict.fromkeys(row["column"] for row in result["rows"]):
-        paths.append(out / f"{result['table']}-{column}.png")
+    for column, papers in dict.fromkeys((row["column"], row["papers_data"]) for row in result["rows"]):
+        both = len({row["papers_data"] for row in result["rows"] if row["column"] == column}) == 2
+        stand_in = "-stand-in" if both and not papers else ""
+        paths.append(out / f"{result['table']}-{column}{stand_in}.png")
+        rows = [row for row in result["rows"] if (row["column"], row["papers_data"]) == (column, papers)]
         with atomic_write(paths[-1]) as file:
-            curves([row for row in result["rows"] if row["column"] == column]).savefig(file, format="png", dpi=110)
+            curves(rows).savefig(file, format="png", dpi=110)
     return paths
 
 

@@ -94,7 +94,17 @@ inline Ints<T> exponents_of(const Vec<T>& v) {
 }
 template <typename T>
 inline int64_t exponent_of(T v) {
+  Int<T> bits;
+  std::memcpy(&bits, &v, sizeof(v));
+  const Int<T> field = (bits >> (std::numeric_limits<T>::digits - 1)) & (2 * std::numeric_limits<T>::max_exponent - 1);
+  if (field != 0) return field - (std::numeric_limits<T>::max_exponent - 1);
   return v == T(0) ? kNone : std::ilogb(v);
+}
+// x · 2^n, x > 0, as std::ldexp, without a call where neither 2^n nor the result is subnormal.
+inline double times_power_of_two(double x, int64_t n) {
+  const int64_t m = exponent_of(x) + n;
+  if (n >= -1022 && n <= 1023 && m >= -1022 && m <= 1023) return x * power_of_two<double>(n);
+  return std::ldexp(x, static_cast<int>(std::clamp<int64_t>(n, -5000, 5000)));
 }
 // v · 2^n, in halves, as 2^n may be out of range where the product is not; 0 for a zero, whatever n.
 template <typename T>
@@ -350,7 +360,7 @@ void settle(const Chain<T>& c, int64_t rest, int64_t done, int64_t steps) {
 
 // The relative error that a closed form may have: that of one rounding, and in double more than the noise of its ratios.
 template <typename T>
-constexpr double kClosedError = std::is_same<T, float>::value ? 0x1p-24 : 0x1p-40;
+constexpr double kClosedError = std::is_same<T, float>::value ? 0x1p-24 : 0x1p-44;
 
 // A chain that starts from nothing is a sum of increments, x_{s+1} = d_0 + … + d_s with d_{s+1} = W̃ d_s, or the last of
 // them where only its first step is driven. If lo d_s ≤ d_{s+1} ≤ hi d_s, entry by entry, multiplying by W̃ ≥ 0 shows
@@ -911,13 +921,17 @@ constexpr int64_t kAbove = std::numeric_limits<T>::digits + 1;
 template <typename T>
 constexpr int64_t kHighest = kCentre<T> + kSlack + 5;
 
-// Whether any of n numbers is below `least`; `padded`: n is a whole number of vectors.
+// Whether any of n numbers is below `least`.
 template <typename T>
 bool any_below(const T* v, int64_t n, T least) {
   constexpr int64_t width = Simd<T>::width;
-  Ints<T> found{};
+  Ints<T> found{}, others{};
   int64_t k = 0;
-  for (; k + width <= n; k += width) found |= load(v + k) < least;
+  for (; k + 2 * width <= n; k += 2 * width) {
+    found |= load(v + k) < least;
+    others |= load(v + k + width) < least;
+  }
+  found |= others;
   for (int64_t i = 0; i < width; ++i) {
     if (found[i]) return true;
   }
@@ -978,6 +992,14 @@ int64_t copy_result(const T* vector, int64_t exponent, int64_t n, T* out, bool& 
   held = kept(vector, out, n);
   return result;
 }
+
+// As many ones as a vector has lanes.
+template <typename T>
+constexpr std::array<T, Simd<T>::width> kLanes = [] {
+  std::array<T, Simd<T>::width> ones{};
+  for (T& one : ones) one = 1;
+  return ones;
+}();
 
 // Σ_t d_t h_tᵀ, steps 0 … n-1, columns [j0, j1) of d, on the scale 2^exponent, as at most two products: one of the few
 // vectors that closed forms leave, one of the steps at which both chains move.
@@ -1061,8 +1083,9 @@ struct PairSum {
     if (depth > 0) products[count++] = {left, 1, own, right, ld, depth};
   }
 
-  // out = alpha · the sum, [j1 - j0, columns].
-  void multiply(T* out, int64_t row, int64_t rows, int64_t columns, T alpha) const {
+  // out = alpha · the sum, [j1 - j0, columns]. Returns whether an entry is below `least`, while it is in a cache.
+  bool multiply(T* out, int64_t row, int64_t rows, int64_t columns, T alpha, T least = 0) const {
+    Ints<T> below{};
     for (int64_t column = 0; column < columns; column += kPanel<T>) {
       Product<T> parts[2];
       for (int i = 0; i < count; ++i) {
@@ -1076,7 +1099,21 @@ struct PairSum {
       t.c_row = row;
       t.alpha = alpha;
       panel(t, parts, rows);
+      const int64_t whole = t.columns / Simd<T>::width * Simd<T>::width;
+      for (int64_t j = 0; least > T(0) && j < rows; ++j) {
+        const T* const c = t.c + j * row;
+        for (int64_t k = 0; k < whole; k += Simd<T>::width) below |= load(c + k) < least;
+        // Lanes beyond the end are zeros, which are no entries.
+        if (whole < t.columns) {
+          const Vec<T> v = load(c + whole, t.columns - whole), ends = load(kLanes<T>.data(), t.columns - whole);
+          below |= (v < least) & (ends > T(0));
+        }
+      }
     }
+    for (int64_t i = 0; i < Simd<T>::width; ++i) {
+      if (below[i]) return true;
+    }
+    return false;
   }
 
  private:
@@ -1144,16 +1181,13 @@ bool outer_sum(const Rows<T>& d, const Rows<T>& h, int64_t n, int64_t rows, int6
   // Beside something far larger in two steps: the scale may be out of range where the entries are not.
   const int64_t shift = sum.count == 0 ? 0 : sum.exponent - result;
   const int64_t at_once = std::max<int64_t>(shift, std::numeric_limits<T>::min_exponent);
-  sum.multiply(out + first * row, row, last - first, columns, power_of_two<T>(at_once));
-  if (shift != at_once) {
-    const T rest = power_of_two<T>(shift - at_once);
-    for (int64_t j = first; j < last; ++j) {
-      for (int64_t k = 0; k < columns; ++k) out[j * row + k] *= rest;
-    }
-  }
-  if (sum.count == 0) return true;
   const int64_t missing = std::max<int64_t>(sum.missing + kAbove<T> + shift, std::numeric_limits<T>::min_exponent);
-  const T least = power_of_two<T>(missing);
+  const T least = sum.count == 0 ? T(0) : power_of_two<T>(missing), rest = power_of_two<T>(shift - at_once);
+  const bool below = sum.multiply(out + first * row, row, last - first, columns, power_of_two<T>(at_once), least);
+  for (int64_t j = first; rest != T(1) && j < last; ++j) {
+    for (int64_t k = 0; k < columns; ++k) out[j * row + k] *= rest;
+  }
+  if (sum.count == 0 || (!below && rest == T(1))) return true;
   std::optional<Support<T>> of_h;
   for (int64_t j = first; j < last; ++j) {
     const T* const own = out + j * row;

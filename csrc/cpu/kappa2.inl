@@ -342,7 +342,8 @@ class Kappa2Run {
   void add_diagonal_tail(const SecondTerm<T>& p, State& s, const Team& team) {
     const int64_t n = T_ - 2, own = s.j1 - s.j0;
     Filtered e(own_memory(s, team), n, padded<T>(own));
-    lost_[team.rank] |= !filter(p.d.from(2), n - 1, -1, s.j0, own, ratio_low_, ratio_high_, exponents_[0], e, width_ + s.j0);
+    lost_[team.rank] |=
+        !filter(p.d.from(2), n - 1, -1, s.j0, own, ratio_low_, ratio_high_, exponents_[0], e, width_ + s.j0);
     // Rows of E are this thread's alone; so are the columns of h that meet them.
     const PairSum<T> sum(e.rows(), p.h, n, 0, own, p.left, p.right);
     add_diagonal(sum, s);
@@ -431,6 +432,18 @@ class Kappa2Run {
     }
   }
 
+  // The largest sum of a row of the stored W̃: what C times W̃ᵀ makes of an error, at most.
+  double largest_line() const {
+    std::vector<double> sums(H_, 0.0);
+    const Packed<T> w = first_factor();
+    for (int64_t panel = 0; panel < w.panels(); ++panel) {
+      for (int64_t k = 0; k < H_; ++k) {
+        for (int64_t n = 0; n < w.width(panel); ++n) sums[panel * w.panel + n] += w.begin(panel)[k * w.row(panel) + n];
+      }
+    }
+    return *std::max_element(sums.begin(), sums.end());
+  }
+
   // C of the lag from that of the next, and S += C ⊙ the n-th cached power.
   void descend(const SecondTerm<T>& p, int64_t lag, int64_t n, const T* rest, int64_t rest_exponent, State& s) {
     const Packed<T> w = first_factor();
@@ -456,7 +469,7 @@ class Kappa2Run {
     const int64_t from = exponents_[n] == kZeroExponent ? kZeroExponent : top + exponents_[n];
     const T scale = onto(from, s);
     const double sides = 2 * static_cast<double>(H_), most_before = most_of_sum() * sides;
-    double missing = power(old - top) * s.sum_missing * sides;
+    double missing = s.sum_missing > 0 ? power(old - top) * s.sum_missing * largest_line() : 0;
     if (a == T(0)) missing += power(old - top) * most_before;
     for (const int64_t left_out : {b == T(0) ? driven : kZeroExponent, c == T(0) ? started : kZeroExponent}) {
       if (left_out > kZeroExponent / 2) missing += power(2 * kHighest<T> + left_out - top);
@@ -483,9 +496,10 @@ class Kappa2Run {
     const int64_t m = magnitude(largest_lane<T>(most)), shift = kLargest - m;
     if (m == kZeroExponent || std::abs(shift) <= kSlack) return;
     const T centring = std::ldexp(T(1), static_cast<int>(shift));
+    FlushDenormals::forget();
     for (int64_t i = at; i < s.j1 * ld_; i += Simd<T>::width) store(s.sums + i, load(s.sums + i) * centring);
     s.sum_exponent -= shift;
-    s.sum_missing = s.sum_missing * power(shift) + (shift < 0 ? kTiny : 0);
+    s.sum_missing = s.sum_missing * power(shift) + (FlushDenormals::lost() ? kTiny : 0);
   }
 
   // ---- the Perron certificate ---------------------------------------------------------------------------------------
@@ -967,8 +981,10 @@ class Kappa2Run {
                        const Team& team) {
     const int64_t n = T_ - 2 - lag, own = s.j1 - s.j0;
     Filtered e(own_memory(s, team), n, padded<T>(own));
-    const bool right = filter(p.d.from(lag + 2), n - 1, -1, s.j0, own, ratio_low_, ratio_high_, ratio_exponent, e, width_ + s.j0);
-    const T widest = !right ? std::numeric_limits<T>::infinity() : own > 0 ? *std::max_element(width_ + s.j0, width_ + s.j1) : T(0);
+    const bool right = filter(p.d.from(lag + 2), n - 1, -1, s.j0, own, ratio_low_, ratio_high_, ratio_exponent, e,
+                              width_ + s.j0);
+    T widest = own > 0 ? *std::max_element(width_ + s.j0, width_ + s.j1) : T(0);
+    if (!right) widest = std::numeric_limits<T>::infinity();
     if (!promises(widest, right ? share : T(1), n, p.rtol, team)) return false;
     collect(p, e.rows(), p.h, n, 0, own, s);
     return accept(p, lag, s, widest, bound, team, [&](int64_t j, int64_t) { return Vec<T>{} + width_[j]; });
@@ -1091,7 +1107,8 @@ class Kappa2Run {
     // Every path that counts in κ⁽²⁾ counts in κ⁽¹⁾: where that is 0, so is all. Elsewhere κ must be far above what S
     // misses, and what underflows in the products with W̃ or, compared with errors, in the certificates.
     const T missing = second == kZeroExponent ? T(0) : static_cast<T>(s.missing * power(second - result + kAbove<T>));
-    const T least = std::max(std::numeric_limits<T>::min(), b * power_of_two<T>(std::numeric_limits<T>::min_exponent + kAbove<T> + 10));
+    const T compared = power_of_two<T>(std::numeric_limits<T>::min_exponent + kAbove<T> + 10);
+    const T least = std::max(std::numeric_limits<T>::min(), b * compared);
     Ints<T> wrong{};
     for (int64_t j = s.j0; j < s.j1; ++j) {
       for (int64_t k = 0; k < H_; k += width) {

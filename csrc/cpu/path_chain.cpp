@@ -101,7 +101,7 @@ struct Results {
     if (a.kappa1 && a.embedding.defined()) add({1, a.input});
     const int64_t count = static_cast<int64_t>(kappa.size());
     exponents = at::zeros({count}, options.dtype(at::kLong));
-    unit_exponents = at::zeros({a.chains, a.hidden}, options.dtype(at::kLong));
+    unit_exponents = at::empty({a.chains, a.hidden}, options.dtype(at::kLong));
     for (int64_t i = 0; i < count; ++i) entry_exponents.push_back(at::empty({0}, options.dtype(at::kLong)));
     log_path_norm = at::empty({}, options.dtype(at::kDouble));
     lags = at::zeros({a.chains}, options.dtype(at::kLong));

@@ -35,6 +35,14 @@ bool finite(const T* w, int64_t n) {
 // where only the largest counts. `add` is padded.
 template <typename T>
 void row_exponents(const Block<T>& w, const Int<T>* add, int64_t* out) {
+  if (w.columns < Simd<T>::width) {
+    for (int64_t j = w.first; j < w.last; ++j) {
+      for (int64_t k = 0; k < w.columns; ++k) {
+        out[j] = std::max<int64_t>(out[j], 2 * exponent_of(w.data[j * w.columns + k]) + add[k]);
+      }
+    }
+    return;
+  }
   for (int64_t j = w.first; j < w.last; ++j) {
     Ints<T> most = Ints<T>{} + Int<T>(2 * kNone);
     Block<T>{w.data, w.columns, j, j + 1}.each([&](int64_t, int64_t k, const Vec<T>& v) {
@@ -93,20 +101,19 @@ struct Scaled {
   int64_t exponent = kZeroExponent;
 
   explicit Scaled(int64_t n) : data(padded<T>(n)) {}
-  // Takes Σ_i values[i] 2^exponents[i] unit vectors, centred; returns whether the dtype holds all of them beside the largest.
+  // Takes values[i] · 2^exponents[i], centred; returns whether the dtype holds all of them beside the largest.
   bool set(const std::vector<double>& values, const std::vector<int64_t>& exponents) {
     std::fill(data.begin(), data.end(), T(0));
     exponent = kZeroExponent;
     int64_t top = kZeroExponent;
     for (size_t i = 0; i < values.size(); ++i) {
-      if (values[i] > 0) top = std::max(top, std::ilogb(values[i]) + exponents[i]);
+      if (values[i] > 0) top = std::max(top, exponent_of(values[i]) + exponents[i]);
     }
     if (top == kZeroExponent) return true;
     exponent = top - kCentre<T>;
     bool held = true;
     for (size_t i = 0; i < values.size(); ++i) {
-      const int64_t shift = std::max<int64_t>(exponents[i] - exponent, -4000);
-      data[i] = values[i] > 0 ? static_cast<T>(std::ldexp(values[i], static_cast<int>(shift))) : T(0);
+      data[i] = values[i] > 0 ? static_cast<T>(times_power_of_two(values[i], exponents[i] - exponent)) : T(0);
       held = held && !(values[i] > 0 && data[i] < std::numeric_limits<T>::min());
     }
     return held;
@@ -128,6 +135,7 @@ class PathChainRun {
         backward_(!net.kappa_hh.empty()),
         shared_(net.hidden >= kSharedHidden),
         closes_(net.hidden >= (net.second_factor > 0 ? kSharedHidden : kCloseHidden)),
+        extents_(threads),
         reach_(C_ * H_),
         read_(C_ * H_),
         drive_exponent_(D_ * H_, 2 * kNone),
@@ -152,7 +160,6 @@ class PathChainRun {
     collect();
     lost_.assign(threads, 0);
     bad_by_.assign(threads, 0);
-    extents_.resize(threads);
     partial_exponents_.resize(threads * padded<T>(std::max(D_ * H_, net.input)));
     factors_.reserve(4 * C_);
     copies_.reserve(2 * C_);
@@ -387,6 +394,7 @@ class PathChainRun {
   // Units that none of the exponents `of` is of take theirs from the first step that reaches them,
   // w[k * from + j * to] leading from unit k to unit j.
   void spread(const T* w, int64_t from, int64_t to, int64_t* of) {
+    if (std::none_of(of, of + H_, is_none)) return;
     std::vector<int64_t> reached, rest;
     for (int64_t j = 0; j < H_; ++j) (is_none(of[j]) ? rest : reached).push_back(j);
     while (!rest.empty() && !reached.empty()) {
@@ -416,26 +424,25 @@ class PathChainRun {
     }
     team.wait();
     const Block<T> block = w.block(team);
-    Ints<T> high = Ints<T>{} + Int<T>(2 * kNone), low = -high, any = high;
+    // A subnormal number counts as the smallest normal one: a scale need not be tight.
+    constexpr Int<T> mantissa = std::numeric_limits<T>::digits - 1;
+    const Ints<T> none = Ints<T>{} + Int<T>(2 * kNone);
+    Ints<T> high = none, largest{};
     for (int64_t j = block.first; j < block.last; ++j) {
-      const Ints<T> own = Ints<T>{} + static_cast<Int<T>>(row(j));
+      const Int<T> own = static_cast<Int<T>>(row(j) - most);
       Block<T>{w.data, w.columns, j, j + 1}.each([&](int64_t, int64_t k, const Vec<T>& v) {
-        const Ints<T> e = exponents_of<T>(v), n = e + load_ints<T>(halves_.data() + k) + own;
-        any = e > any ? e : any;
+        const Ints<T> bits = bits_of<T>(v) & std::numeric_limits<Int<T>>::max();
+        const Ints<T> n = bits > 0 ? (bits >> mantissa) + (load_ints<T>(halves_.data() + k) + own) : none;
         high = n > high ? n : high;
-        low = (n > Int<T>(kNone / 2)) & (n < low) ? n : low;
+        largest = bits > largest ? bits : largest;
       });
     }
-    extents_[team.rank] = {highest<T>(high), -highest<T>(-low)};
-    if (highest<T>(any) > most) bad_by_[team.rank] = 1;
+    extents_[team.rank] = highest<T>(high);
+    if (highest<T>(largest) >> mantissa > 2 * most) bad_by_[team.rank] = 1;
     team.wait();
     if (team.rank == 0) {
-      int64_t top = 2 * kNone, bottom = -top;
-      for (int64_t r = 0; r < team.size; ++r) {
-        top = std::max(top, extents_[r][0]);
-        bottom = std::min(bottom, extents_[r][1]);
-      }
-      if (is_none(top)) top = bottom = 0;
+      int64_t top = *std::max_element(extents_.begin(), extents_.begin() + team.size);
+      if (is_none(top)) top = 0;
       const auto middle = [](auto exponent, int64_t n, int64_t& spread) {
         int64_t high = 2 * kNone, low = -high;
         for (int64_t i = 0; i < n; ++i) {
@@ -463,19 +470,23 @@ class PathChainRun {
       out = {w.data, rows.data(), columns.data(), 2 * top};
       if (!fits) {
         out.data = copies_.emplace_back(w.size() + Simd<T>::width).data();
-        if (bottom - top < least) lost_[0] = 1;
       }
       top_ = top;
     }
     team.wait();
     if (out.data == w.data) return;
     T* const copy = const_cast<T*>(out.data);
+    Ints<T> low = -none;
     for (int64_t j = block.first; j < block.last; ++j) {
-      const Ints<T> own = Ints<T>{} + static_cast<Int<T>>(row(j) - top_);
+      const Int<T> own = static_cast<Int<T>>(row(j) - top_);
       Block<T>{w.data, w.columns, j, j + 1}.each([&](int64_t, int64_t k, const Vec<T>& v) {
-        store(copy + j * w.columns + k, times_power<T>(v, load_ints<T>(halves_.data() + k) + own), w.columns - k);
+        const Ints<T> shift = load_ints<T>(halves_.data() + k) + own, n = exponents_of<T>(v) + shift;
+        const Ints<T> counted = n > Int<T>(kNone / 2) ? n : -none;
+        low = counted < low ? counted : low;
+        store(copy + j * w.columns + k, times_power<T>(v, shift), w.columns - k);
       });
     }
+    if (-highest<T>(-low) < least) lost_[team.rank] = 1;
     team.wait();
   }
 
@@ -561,8 +572,10 @@ class PathChainRun {
       std::fill(exponents.begin(), exponents.end(), 0);
       for (int64_t b = 0; b < per_chain() - 2; ++b) {
         for (int64_t j = 0; j < H_; ++j) {
-          int e = 0;
-          const double v = std::frexp(static_cast<double>(bias(c, b).data[j]), &e);
+          const T w = bias(c, b).data[j];
+          if (w == T(0)) continue;
+          const int64_t e = exponent_of(w);
+          const double v = times_power_of_two(std::abs(static_cast<double>(w)), -e);
           add(values[j], exponents[j], v * v, 2 * e - d[j]);
         }
       }
@@ -583,13 +596,14 @@ class PathChainRun {
   // value · 2^exponent += v · 2^e.
   static void add(double& value, int64_t& exponent, double v, int64_t e) {
     if (!(v > 0)) return;
-    if (!(value > 0)) exponent = e;
+    if (!(value > 0)) {
+      value = v;
+      exponent = e;
+      return;
+    }
     const int64_t top = std::max(exponent, e);
-    value = scaled(value, exponent - top) + scaled(v, e - top);
+    value = times_power_of_two(value, exponent - top) + times_power_of_two(v, e - top);
     exponent = top;
-  }
-  static double scaled(double x, int64_t exponent) {
-    return exponent < -2000 ? 0.0 : std::ldexp(x, static_cast<int>(exponent));
   }
 
   void set_start(int64_t c, const Team& team) {
@@ -1017,8 +1031,7 @@ class PathChainRun {
   int64_t bad_ = -1;
   std::vector<Tensor> tensors_;
   std::vector<int> lost_, bad_by_;  // by thread
-  std::vector<std::array<int64_t, 2>> extents_;
-  std::vector<int64_t> reach_, read_, drive_exponent_;
+  std::vector<int64_t> extents_, reach_, read_, drive_exponent_;
   Buffer<Int<T>> input_exponent_, head_exponent_, side_, halves_, partial_exponents_;
   std::vector<Buffer<T>> factors_, copies_;
   std::vector<Weights<T>> hh_, ih_;  // by chains

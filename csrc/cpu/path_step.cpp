@@ -18,7 +18,7 @@ using std::optional;
 constexpr double kInfinity = std::numeric_limits<double>::infinity();
 
 // Entries whose sums are one number, whatever the number of threads; and those that a thread takes at least.
-constexpr int64_t kTileEntries = 4096, kShareEntries = 1 << 14;
+constexpr int64_t kTileEntries = 4096, kShareEntries = 1 << 13;
 
 // What a step returns when it has changed nothing; optim's sentences say what to do. Those of one weight add 4 times its
 // place in `weights`.
@@ -89,6 +89,7 @@ struct Kappa {
   Tensor exponents, unit_exponents;
   TensorList entry_exponents;
   double log_path_norm;
+  bool own;  // nobody else's: its memory may be written to
 };
 
 // What one optimiser is given, apart from κ. The lists of those that move are as long as there are gradients.
@@ -262,6 +263,10 @@ class Step {
     };
     w.first = state(a_.first, "first");
     w.second = state(a_.second, "second");
+    // Both biases have one κ.
+    const Tensor& factor = kappa_.factors[chains_.place(i)];
+    const bool matrix = own.dim() == 2 && factor.sizes() == own.sizes() && factor.is_contiguous();
+    if (kappa_.own && matrix) w.spare = factor.mutable_data_ptr<T>();
     views_.push_back(w);
     wide_ |= w.entry_exponents != nullptr;
   }
@@ -291,7 +296,11 @@ class Step {
   template <typename F>
   static void over(const std::vector<Tile>& tiles, const F& f) {
     const int64_t count = static_cast<int64_t>(tiles.size());
-    at::parallel_for(0, count, kShareEntries / kTileEntries, [&](int64_t first, int64_t last) {
+    int64_t entries = 0;
+    for (const Tile& tile : tiles) entries += tile.last - tile.first;
+    // Small weights are tiles, too, and no reason to wake a thread.
+    const int64_t grain = entries < 2 * kShareEntries ? count : kShareEntries / kTileEntries;
+    at::parallel_for(0, count, grain, [&](int64_t first, int64_t last) {
       for (int64_t t = first; t < last; ++t) f(t, tiles[t]);
     });
   }
@@ -355,6 +364,7 @@ class Step {
         rule.momentum = n[1];
         rule.decay = n[2];
         rule.nesterov = n[3] != 0;
+        rule.bounded = a_.radius > 0;
         rule.limit = limit_;
         rule.factor = 1;
       }
@@ -572,7 +582,7 @@ int64_t path_update(TensorList weights, const c10::List<optional<Tensor>>& gradi
   Arguments a{weights, list(gradients), first, second, counts, constant, rates, numbers, rule,
               {chains, bidirectional, bias, head, head_bias, embedding}, scale, eps, radius, grad_scale, found_inf};
   check_scalar(log_path_norm, "log_path_norm");
-  return step(std::move(a), {kappas, exponents, unit_exponents, entry_exponents, scalar(log_path_norm)});
+  return step(std::move(a), {kappas, exponents, unit_exponents, entry_exponents, scalar(log_path_norm), false});
 }
 
 int64_t path_step(TensorList weights, const c10::List<optional<Tensor>>& gradients, TensorList first, TensorList second,
@@ -612,7 +622,7 @@ int64_t path_step(TensorList weights, const c10::List<optional<Tensor>>& gradien
                     true, second_factor, rtol, first_lags, workspace_bytes, bidirectional);
   const auto& [kappas, exponents, unit_exponents, entry_exponents, log_path_norm, counted, bounds, arithmetic] = found;
   const int64_t status =
-      step(std::move(a), {kappas, exponents, unit_exponents, entry_exponents, scalar(log_path_norm)});
+      step(std::move(a), {kappas, exponents, unit_exponents, entry_exponents, scalar(log_path_norm), true});
   if (status == kDone && lags) {
     const int64_t* const now = counted.const_data_ptr<int64_t>();
     // Where all lags were summed there is nothing to start from.

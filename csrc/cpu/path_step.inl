@@ -5,7 +5,7 @@ constexpr int64_t kRun = 256;
 
 template <typename U>
 struct alignas(64) Run {
-  U gradient[kRun], weight[kRun], kappa[kRun], first[kRun], second[kRun], step[kRun];
+  U gradient[kRun], weight[kRun], kappa[kRun], first[kRun], second[kRun], step[kRun], delta[kRun];
 };
 
 template <typename U>
@@ -98,44 +98,52 @@ void gather_weight(const StepWeight<T>& w, int64_t i, int64_t n, Run<U>& run) {
   std::fill(run.weight + n, run.weight + padded<U>(n), U(0));
 }
 
-// Σ a b² in double, side by side, in a fixed order.
+// Σ a b² of a run, in U where that loses nothing of note, else in double.
 template <typename U>
-struct SquareSum {
-  Vec<double> sums[sizeof(double) / sizeof(U)] = {};
-
-  void add(const U* a, const U* b) {
-    constexpr int64_t width = Simd<double>::width;
-    typedef U Part __attribute__((vector_size(sizeof(U) * width)));
-    for (size_t s = 0; s < sizeof(double) / sizeof(U); ++s) {
-      Part x, y;
-      std::memcpy(&y, b + s * width, sizeof(y));
-      const Vec<double> wide = __builtin_convertvector(y, Vec<double>);
-      if (a) {
-        std::memcpy(&x, a + s * width, sizeof(x));
-        sums[s] += wide * wide * __builtin_convertvector(x, Vec<double>);
-      } else {
-        sums[s] += wide * wide;
+double square_sum(const U* a, const U* b, int64_t end) {
+  constexpr int64_t width = Simd<U>::width, part = Simd<double>::width;
+  Vec<U> sum{}, most{};
+  for (int64_t j = 0; j < end; j += width) {
+    const Vec<U> x = load(b + j);
+    const Vec<U> square = a ? load(a + j) * x * x : x * x;
+    sum += square;
+    most = square > most ? square : most;
+  }
+  if constexpr (sizeof(U) < sizeof(double)) {
+    // Terms below the range are then as nothing beside the largest, and none is above it.
+    const double largest = static_cast<double>(largest_lane<U>(most));
+    if (!(largest >= 0x1p-60 && largest <= 0x1p100)) {
+      Vec<double> wide{};
+      typedef U Part __attribute__((vector_size(sizeof(U) * part)));
+      for (int64_t j = 0; j < end; j += part) {
+        Part x, y;
+        std::memcpy(&x, b + j, sizeof(x));
+        const Vec<double> v = __builtin_convertvector(x, Vec<double>);
+        if (a) std::memcpy(&y, a + j, sizeof(y));
+        wide += a ? v * v * __builtin_convertvector(y, Vec<double>) : v * v;
       }
+      double total = 0;
+      for (int64_t l = 0; l < part; ++l) total += wide[l];
+      return total;
     }
   }
-  double total() const {
-    Vec<double> sum = sums[0];
-    if constexpr (sizeof(U) < sizeof(double)) sum += sums[1];
-    double result = 0;
-    for (int64_t l = 0; l < Simd<double>::width; ++l) result += sum[l];
-    return result;
-  }
-};
-
-// A vector's lanes are all ones where a comparison holds.
-template <typename M>
-bool any(const M& mask) {
-  bool result = false;
-  for (size_t l = 0; l < sizeof(M) / sizeof(mask[0]); ++l) result |= mask[l] != 0;
-  return result;
+  double total = 0;
+  for (int64_t l = 0; l < width; ++l) total += static_cast<double>(sum[l]);
+  return total;
 }
 
-// Whether a finite gradient's quotient, in run.step, is too large in the weight's own coordinates.
+// The largest |x|; a nan is none.
+template <typename U>
+struct Largest {
+  Vec<U> lanes{};
+  void add(const Vec<U>& x) {
+    const Vec<U> size = x < Vec<U>{} ? -x : x;
+    lanes = size > lanes ? size : lanes;
+  }
+  double value() const { return static_cast<double>(largest_lane<U>(lanes)); }
+};
+
+// Whether a finite gradient's step, in run.step, is too large in the weight's own coordinates.
 template <typename T, typename U>
 bool lost_entries(const StepWeight<T>& w, double limit, int64_t i, int64_t n, Run<U>& run) {
   double own[kRun];
@@ -145,16 +153,15 @@ bool lost_entries(const StepWeight<T>& w, double limit, int64_t i, int64_t n, Ru
   return lost;
 }
 
-// Leaves Δ in run.step, unshortened, and the new momentum in run.first.
+// The quotient with the decay, d, into run.step.
 template <typename T, typename U, bool measure>
-void sgd_run(const StepWeight<T>& w, const SgdRule& rule, int64_t i, int64_t n, Run<U>& run, SquareSum<U>& square,
+void descent(const StepWeight<T>& w, const SgdRule& rule, int64_t i, int64_t n, Run<U>& run, const U* kappa,
              StepSums& sums) {
-  constexpr int64_t width = Simd<U>::width;
   const int64_t end = padded<U>(n);
   gather_gradient(w, i, n, run);
-  const U* const kappa = gather_kappa(w, i, n, run.kappa);
-  if (!measure || rule.decay != 0) gather_weight(w, i, n, run);
+  if (rule.decay != 0) gather_weight(w, i, n, run);
   const U before = static_cast<U>(rule.before), after = static_cast<U>(rule.after);
+  const U decay = static_cast<U>(rule.decay);
   const U* divisor = kappa;
   if (rule.damping != 0) {
     // γ² is one number for all weights: its share is 2^-2e of it.
@@ -166,52 +173,46 @@ void sgd_run(const StepWeight<T>& w, const SgdRule& rule, int64_t i, int64_t n, 
     std::fill(run.second + n, run.second + end, U(1));
     divisor = run.second;
   }
-  Vec<U> most{};
+  Largest<U> steps, paths, pulls;
   const Vec<U> infinity = all<U>(std::numeric_limits<double>::infinity());
-  auto paths = most != most, pulled = paths;
-  for (int64_t j = 0; j < end; j += width) {
-    const Vec<U> g = load(run.gradient + j);
-    Vec<U> d = load(divisor + j);
-    d = d == Vec<U>{} ? infinity : d;  // on no path: no step
-    const Vec<U> q = g * before / d * after;
-    store(run.step + j, q);
+  for (int64_t j = 0; j < end; j += Simd<U>::width) {
+    const Vec<U> g = load(run.gradient + j), k = load(divisor + j);
+    // On no path there is no step.
+    Vec<U> d = g * before / (k == Vec<U>{} ? infinity : k) * after;
+    if (rule.decay != 0) d += decay * load(run.weight + j);
+    store(run.step + j, d);
     if (measure) {
-      const Vec<U> size = q < Vec<U>{} ? -q : q;
-      most = size > most ? size : most;
-      paths |= load(kappa + j) > Vec<U>{};
-      pulled |= g != Vec<U>{};
+      steps.add(d);
+      pulls.add(g);
+      if (n == end) paths.add(load(kappa + j));
     }
   }
-  if (measure) {
-    if (n == end) {
-      sums.paths |= any(paths);
-    } else {
-      for (int64_t j = 0; j < n; ++j) sums.paths |= kappa[j] > U(0);
-    }
-    sums.pulled |= any(pulled);
-    double largest = 0;
-    for (int64_t l = 0; l < width; ++l) largest = std::max(largest, static_cast<double>(most[l]));
-    if (!(largest * power_of_two(std::clamp<int64_t>(w.most_down, -1000, 1000)) <= rule.limit)) {
-      sums.lost |= lost_entries(w, rule.limit, i, n, run);
-    }
+  if (!measure) return;
+  sums.pulled |= pulls.value() > 0;
+  sums.paths |= paths.value() > 0;
+  for (int64_t j = 0; n != end && j < n; ++j) sums.paths |= kappa[j] > U(0);
+  if (!(steps.value() * power_of_two(std::clamp<int64_t>(w.most_down, -1000, 1000)) <= rule.limit)) {
+    sums.lost |= lost_entries(w, rule.limit, i, n, run);
   }
-  const U decay = static_cast<U>(rule.decay), momentum = static_cast<U>(rule.momentum);
-  const U rate = static_cast<U>(-rule.rate);
-  const bool has_momentum = w.first != nullptr;
-  if (has_momentum) {
+}
+
+// From d in run.step to Δ, unshortened, in run.delta, and the new momentum in run.first.
+template <typename T, typename U>
+void momentum_step(const StepWeight<T>& w, const SgdRule& rule, int64_t i, int64_t n, const U* d, Run<U>& run) {
+  const int64_t end = padded<U>(n);
+  const U momentum = static_cast<U>(rule.momentum), rate = static_cast<U>(-rule.rate);
+  if (w.first) {
     shift<false, U>(w, i, n, w.first + i, run.first);
     std::fill(run.first + n, run.first + end, U(0));
   }
-  for (int64_t j = 0; j < end; j += width) {
-    Vec<U> d = load(run.step + j);
-    if (rule.decay != 0) d += decay * load(run.weight + j);
-    if (has_momentum) {
-      const Vec<U> m = momentum * load(run.first + j) + d;
+  for (int64_t j = 0; j < end; j += Simd<U>::width) {
+    Vec<U> step = load(d + j);
+    if (w.first) {
+      const Vec<U> m = momentum * load(run.first + j) + step;
       store(run.first + j, m);
-      d = rule.nesterov ? d + momentum * m : m;
+      step = rule.nesterov ? step + momentum * m : m;
     }
-    store(run.step + j, rate * d);
-    if (measure) square.add(kappa + j, run.step + j);
+    store(run.delta + j, rate * step);
   }
 }
 
@@ -219,11 +220,18 @@ template <typename T, typename U>
 StepSums sgd_measure(const StepWeight<T>& w, const SgdRule& rule, int64_t first, int64_t last) {
   Run<U> run;
   StepSums sums{};
-  SquareSum<U> square;
   for (int64_t i = first; i < last; i += kRun) {
-    sgd_run<T, U, true>(w, rule, i, std::min(kRun, last - i), run, square, sums);
+    const int64_t n = std::min(kRun, last - i);
+    const U* const kappa = gather_kappa(w, i, n, run.kappa);
+    descent<T, U, true>(w, rule, i, n, run, kappa, sums);
+    if (rule.bounded) {
+      momentum_step(w, rule, i, n, run.step, run);
+      sums.square += square_sum(kappa, run.delta, padded<U>(n));
+    }
+    if constexpr (std::is_same_v<T, U>) {
+      if (w.spare) std::copy(run.step, run.step + n, w.spare + i);
+    }
   }
-  sums.square = square.total();
   return sums;
 }
 
@@ -231,41 +239,22 @@ template <typename T, typename U>
 void sgd_apply(const StepWeight<T>& w, const SgdRule& rule, int64_t first, int64_t last) {
   Run<U> run;
   StepSums sums{};
-  SquareSum<U> square;
   const U factor = static_cast<U>(rule.factor);
   for (int64_t i = first; i < last; i += kRun) {
     const int64_t n = std::min(kRun, last - i);
-    sgd_run<T, U, false>(w, rule, i, n, run, square, sums);
+    if (std::is_same_v<T, U> && w.spare) {
+      std::copy(w.spare + i, w.spare + i + n, run.step);
+      std::fill(run.step + n, run.step + padded<U>(n), U(0));
+    } else {
+      descent<T, U, false>(w, rule, i, n, run, gather_kappa(w, i, n, run.kappa), sums);
+    }
+    momentum_step(w, rule, i, n, run.step, run);
+    gather_weight(w, i, n, run);
     for (int64_t j = 0; j < padded<U>(n); j += Simd<U>::width) {
-      store(run.weight + j, load(run.weight + j) + factor * load(run.step + j));
+      store(run.weight + j, load(run.weight + j) + factor * load(run.delta + j));
     }
     shift<true, U>(w, i, n, run.weight, w.weight + i);
     if (w.first) shift<true, U>(w, i, n, run.first, w.first + i);
-  }
-}
-
-// g/sqrt(κ) in run.gradient and 1/sqrt(κ), 0 on no path, in run.kappa.
-template <typename T, typename U>
-void coordinate_run(const StepWeight<T>& w, int64_t i, int64_t n, Run<U>& run, StepSums* sums) {
-  gather_gradient(w, i, n, run);
-  const U* const kappa = gather_kappa(w, i, n, run.kappa);
-  const int64_t end = padded<U>(n);
-  Vec<U> zero{};
-  auto paths = zero != zero, pulled = paths;
-  for (int64_t j = 0; j < end; j += Simd<U>::width) {
-    const Vec<U> k = load(kappa + j), g = load(run.gradient + j);
-    const Vec<U> unit = k > zero ? all<U>(1) / square_root(k) : zero;
-    paths |= k > zero;
-    pulled |= g != zero;
-    store(run.kappa + j, unit);
-    store(run.gradient + j, g * unit);
-  }
-  if (!sums) return;
-  sums->pulled |= any(pulled);
-  if (n == end) {
-    sums->paths |= any(paths);
-  } else {
-    for (int64_t j = 0; j < n; ++j) sums->paths |= run.kappa[j] > U(0);
   }
 }
 
@@ -273,13 +262,28 @@ template <typename T, typename U>
 StepSums coordinate_measure(const StepWeight<T>& w, int64_t first, int64_t last) {
   Run<U> run;
   StepSums sums{};
-  SquareSum<U> square;
+  const Vec<U> zero{};
   for (int64_t i = first; i < last; i += kRun) {
-    const int64_t n = std::min(kRun, last - i);
-    coordinate_run(w, i, n, run, &sums);
-    for (int64_t j = 0; j < padded<U>(n); j += Simd<U>::width) square.add(nullptr, run.gradient + j);
+    const int64_t n = std::min(kRun, last - i), end = padded<U>(n);
+    gather_gradient(w, i, n, run);
+    const U* const kappa = gather_kappa(w, i, n, run.kappa);
+    Largest<U> paths, pulls;
+    for (int64_t j = 0; j < end; j += Simd<U>::width) {
+      const Vec<U> k = load(kappa + j), g = load(run.gradient + j);
+      const Vec<U> unit = k > zero ? all<U>(1) / square_root(k) : zero;
+      if (n == end) paths.add(k);
+      pulls.add(g);
+      store(run.kappa + j, unit);
+      store(run.gradient + j, g * unit);
+    }
+    sums.pulled |= pulls.value() > 0;
+    sums.paths |= paths.value() > 0;
+    for (int64_t j = 0; n != end && j < n; ++j) sums.paths |= run.kappa[j] > U(0);
+    sums.square += square_sum<U>(nullptr, run.gradient, end);
+    if constexpr (std::is_same_v<T, U>) {
+      if (w.spare) std::copy(run.kappa, run.kappa + n, w.spare + i);
+    }
   }
-  sums.square = square.total();
   return sums;
 }
 
@@ -302,16 +306,20 @@ void coordinate_apply(const StepWeight<T>& w, const CoordinateRule& rule, int64_
   const U take2 = static_cast<U>(1 - rule.beta2), correction = static_cast<U>(rule.correction);
   const U eps = static_cast<U>(rule.eps), rate = static_cast<U>(rule.rate);
   const Vec<U> zero{}, one = all<U>(1);
+  const bool spare = std::is_same_v<T, U> && w.spare;  // 1/sqrt(κ) stands in κ's place
   for (int64_t i = first; i < last; i += kRun) {
     const int64_t n = std::min(kRun, last - i), end = padded<U>(n);
-    coordinate_run<T, U>(w, i, n, run, nullptr);
+    gather_gradient(w, i, n, run);
     gather_weight(w, i, n, run);
+    const U* const kappa = gather_kappa(w, i, n, run.kappa);
     std::copy(w.first + i, w.first + i + n, run.first);
     std::copy(w.second + i, w.second + i + n, run.second);
     std::fill(run.first + n, run.first + end, U(0));
     std::fill(run.second + n, run.second + end, U(0));
     for (int64_t j = 0; j < end; j += width) {
-      const Vec<U> g = load(run.gradient + j) * before * after;
+      const Vec<U> k = load(kappa + j);
+      const Vec<U> unit = spare ? k : k > zero ? one / square_root(k) : zero;
+      const Vec<U> g = load(run.gradient + j) * unit * before * after;
       Vec<U> m = load(run.first + j), v = load(run.second + j);
       m += take1 * (g - m);
       v = keep * v + take2 * g * g;
@@ -321,7 +329,7 @@ void coordinate_apply(const StepWeight<T>& w, const CoordinateRule& rule, int64_
       // Squares below the dtype's range belong to entries that are as good as on no path.
       Vec<U> ratio = root > zero ? size / (root + eps) : zero;
       ratio = ratio > one ? one : ratio;
-      const Vec<U> step = raise<U>(ratio, rule.power) * rate * load(run.kappa + j);
+      const Vec<U> step = raise<U>(ratio, rule.power) * rate * unit;
       store(run.weight + j, load(run.weight + j) - (m < zero ? -step : step));
     }
     shift<true, U>(w, i, n, run.weight, w.weight + i);
@@ -334,14 +342,13 @@ void coordinate_apply(const StepWeight<T>& w, const CoordinateRule& rule, int64_
 template <typename T>
 double path_mass(const StepWeight<T>& w, int64_t first, int64_t last) {
   Run<double> run;
-  SquareSum<double> square;
+  double sum = 0;
   for (int64_t i = first; i < last; i += kRun) {
     const int64_t n = std::min(kRun, last - i);
     gather_weight(w, i, n, run);
-    const double* const kappa = gather_kappa(w, i, n, run.kappa);
-    for (int64_t j = 0; j < padded<double>(n); j += Simd<double>::width) square.add(kappa + j, run.weight + j);
+    sum += square_sum(gather_kappa(w, i, n, run.kappa), run.weight, padded<double>(n));
   }
-  return square.total();
+  return sum;
 }
 
 // Σ g² and Σ (g/κ)² in the weight's own coordinates; before · after of `rule` multiplies the quotient.
@@ -350,15 +357,11 @@ void raw_and_divided(const StepWeight<T>& w, const SgdRule& rule, int64_t first,
                      double* divided) {
   Run<double> run;
   SgdRule plain = rule;
-  plain.momentum = plain.decay = 0;
-  plain.rate = -1;
-  StepWeight<T> bare = w;
-  bare.first = nullptr;
+  plain.decay = 0;
   StepSums sums{};
-  SquareSum<double> ignored;
   for (int64_t i = first; i < last; i += kRun) {
     const int64_t n = std::min(kRun, last - i);
-    sgd_run<T, double, false>(bare, plain, i, n, run, ignored, sums);
+    descent<T, double, false>(w, plain, i, n, run, gather_kappa(w, i, n, run.kappa), sums);
     shift<true, double>(w, i, n, run.step, run.step);
     for (int64_t j = 0; j < n; ++j) {
       const double g = static_cast<double>(w.gradient[i + j]);

@@ -8,7 +8,8 @@
 //             __any_sync, __all_sync, __syncwarp; warp_max(int) of all 32 lanes
 //   cluster   on_rank(pointer, rank), cluster_sync(); rank and size are the kernel's own arithmetic on blockIdx
 //   grid      group_sync(counter, blocks, round): a barrier of some blocks of a cooperative launch; load_published
-//             reads what other blocks wrote before it; atomic_max on global memory
+//             reads what other blocks wrote before it; atomic_max on global memory, and atomic_max_bits, which takes
+//             magnitude_bits: as integers those are ordered as magnitudes are, nan above all
 //   shared    SharedMemory memory; Shared<T> a = memory.take<T>(n);  n entries, uninitialised, aligned to 16 bytes.
 //             shared_bytes<T>(n) is what it takes. Shared<T> is T* to CUDA: a[i], a + i, load, store, atomic_max; no
 //             references or plain pointers into it, and T(a[i]) where a type is deduced from it. T has a multiple of 4
@@ -83,6 +84,20 @@ void store(Shared<T> p, const Pack<T>& v) {
 }
 inline void atomic_max(Shared<int> p, int v) { p.atomic_max(v); }
 inline void atomic_max(int* p, int v) { *p = max(*p, v); }
+inline int64_t magnitude_bits(float x) {
+  int32_t bits;
+  memcpy(&bits, &x, sizeof bits);
+  return bits & INT32_MAX;
+}
+inline int64_t magnitude_bits(double x) {
+  int64_t bits;
+  memcpy(&bits, &x, sizeof bits);
+  return bits & INT64_MAX;
+}
+template <typename T>
+void atomic_max_bits(T* p, int64_t bits) {
+  if (magnitude_bits(*p) < bits) memcpy(p, &bits, sizeof *p);
+}
 
 using emulation::cluster_sync;
 using emulation::group_sync;
@@ -114,6 +129,14 @@ class SharedMemory {
 };
 
 __device__ inline void atomic_max(int* p, int v) { atomicMax(p, v); }
+__device__ inline int64_t magnitude_bits(float x) { return __float_as_int(x) & INT32_MAX; }
+__device__ inline int64_t magnitude_bits(double x) { return __double_as_longlong(x) & INT64_MAX; }
+__device__ inline void atomic_max_bits(float* p, int64_t bits) {
+  atomicMax(reinterpret_cast<int*>(p), static_cast<int>(bits));
+}
+__device__ inline void atomic_max_bits(double* p, int64_t bits) {
+  atomicMax(reinterpret_cast<long long*>(p), static_cast<long long>(bits));
+}
 
 __device__ inline int warp_max(int v) {
 #if __CUDA_ARCH__ >= 800

@@ -5,8 +5,10 @@
 #include <ATen/Dispatch.h>
 
 #include <algorithm>
+#include <array>
 #include <optional>
 #include <tuple>
+#include <vector>
 
 #include "arguments.h"
 #include "launch.h"
@@ -29,21 +31,37 @@ unsigned multiprocessors() {
 }
 
 template <typename T>
-void launch_sum_rows(const char* name, const Tensor& rows, const int64_t* exponents, Tensor& sum, int64_t* exponent) {
-  launch(name, &sum_rows<T>, blocks_for(sum.numel(), kWarp), kSumThreads, sum_rows_shared(sizeof(T)), {},
-         rows.const_data_ptr<T>(), exponents, rows.size(0), sum.numel(), sum.mutable_data_ptr<T>(), exponent);
+RowSums<T> sums_of(const Tensor& rows, const Tensor& exponents, const Tensor& sum, const Tensor& exponent) {
+  return {rows.const_data_ptr<T>(),  exponents.const_data_ptr<int64_t>(), rows.size(0), rows.size(1),
+          sum.mutable_data_ptr<T>(), exponent.mutable_data_ptr<int64_t>()};
 }
 
-std::tuple<Tensor, Tensor> row_sums(const Tensor& rows_any, const Tensor& exponents_any) {
+std::tuple<Tensor, Tensor, Tensor, Tensor> row_sums(const Tensor& rows_any, const Tensor& exponents_any,
+                                                    const optional<Tensor>& more_any,
+                                                    const optional<Tensor>& more_exponents_any, const Tensor& lost) {
   const Tensor rows = checked_first(rows_any, "rows", 2, "[n, H]");
   const Tensor exponents = checked_exponents(exponents_any, "exponents", rows.size(0), rows, "rows");
+  check_together(more_any.has_value(), more_exponents_any.has_value(), "more_rows and more_exponents");
+  TORCH_CHECK_VALUE(!more_any || more_any->dim() == 2, "more_rows has shape ", more_any->sizes(),
+                    "; it must be [n, H]");
+  const int64_t count = more_any ? more_any->size(0) : 0;
+  const Tensor more = checked(more_any, "more_rows", {count, rows.size(1)}, rows, "rows");
+  const Tensor more_exponents = checked_exponents(more_exponents_any, "more_exponents", count, rows, "rows");
+  bool* const flag = checked_lost(lost, rows, "rows");
   const OnDevice device(rows);
-  Tensor sum = at::empty({rows.size(1)}, rows.options()), exponent = at::empty({1}, exponents.options());
+  std::array<Tensor, 4> found;  // the last two are empty where there is no more
+  for (int i = 0; i < 2; ++i) {
+    const bool wanted = i == 0 || more.defined();
+    found[2 * i] = at::empty({wanted ? rows.size(1) : 0}, rows.options());
+    found[2 * i + 1] = at::empty({wanted ? 1 : 0}, exponents.options());
+  }
   AT_DISPATCH_FLOATING_TYPES(rows.scalar_type(), "row_sums", [&] {
-    launch_sum_rows<scalar_t>("row_sums", rows, exponents.const_data_ptr<int64_t>(), sum,
-                              exponent.mutable_data_ptr<int64_t>());
+    const auto first = sums_of<scalar_t>(rows, exponents, found[0], found[1]);
+    const auto second = more.defined() ? sums_of<scalar_t>(more, more_exponents, found[2], found[3]) : first;
+    launch("row_sums", sum_rows<scalar_t>, dim3(blocks_for(first.width, kWarp), more.defined() ? 2 : 1), kSumThreads,
+           sum_rows_shared(sizeof(scalar_t)), {}, first, second, flag);
   });
-  return {sum, exponent};
+  return {found[0], found[1], found[2], found[3]};
 }
 
 template <typename T, int kMicro>
@@ -60,7 +78,8 @@ Tensor launch_sum_pairs(PairSums<T> p, at::TensorOptions options) {
          kPairThreads, pair_tiles_shared(sizeof(T), kMicro), {}, p);
   if (slices == 1) return sums[0];
   Tensor sum = at::empty({p.hidden, p.hidden}, options);
-  launch_sum_rows<T>("pair_sums (slices)", sums, nullptr, sum, nullptr);
+  launch("pair_sums (slices)", &add_slices<T>, blocks_for(sum.numel(), kPairThreads), kPairThreads, 0, {}, p, slices,
+         sum.mutable_data_ptr<T>());
   return sum;
 }
 
@@ -69,7 +88,7 @@ std::tuple<Tensor, Tensor> pair_sums(const Tensor& d_any, const Tensor& d_expone
                                      const optional<Tensor>& weights_any,
                                      const optional<Tensor>& weight_exponents_any,
                                      const optional<Tensor>& previous_any,
-                                     const optional<Tensor>& previous_exponent_any) {
+                                     const optional<Tensor>& previous_exponent_any, const optional<Tensor>& lost) {
   const Tensor d = checked_first(d_any, "d", 2, "[n, H]");
   const int64_t hidden = d.size(1);
   TORCH_CHECK_VALUE(h_any.dim() == 2, "h has shape ", h_any.sizes(), "; it must be [n, H]");
@@ -86,6 +105,8 @@ std::tuple<Tensor, Tensor> pair_sums(const Tensor& d_any, const Tensor& d_expone
   const Tensor weight_exponents = checked_exponents(weight_exponents_any, "weight_exponents", lags, d, "d");
   const Tensor previous = checked(previous_any, "previous", {hidden, hidden}, d, "d");
   const Tensor previous_exponent = checked_exponents(previous_exponent_any, "previous_exponent", 1, d, "d");
+  TORCH_CHECK_VALUE(!lost || (!weights_any && !previous_any), "lost is for one lag without weights; leave it out");
+  bool* const flag = lost ? checked_lost(*lost, d, "d") : nullptr;
   const OnDevice device(d);
   Tensor sums, exponent = at::empty({1}, d_exponents.options());
   AT_DISPATCH_FLOATING_TYPES(d.scalar_type(), "pair_sums", [&] {
@@ -104,8 +125,9 @@ std::tuple<Tensor, Tensor> pair_sums(const Tensor& d_any, const Tensor& d_expone
     p.previous = data_or_null<scalar_t>(previous);
     p.previous_exponent = data_or_null<int64_t>(previous_exponent);
     p.exponent = exponent.mutable_data_ptr<int64_t>();
+    p.lost = flag;
     Tensor factors, tops;
-    if (p.lags > 0) {
+    if (p.lags > 0 && weights.defined()) {
       factors = at::empty({p.lags, std::min(p.d_rows - offset, p.h_rows)}, d.options());
       tops = at::empty({p.lags}, d_exponents.options());
       p.factors = factors.mutable_data_ptr<scalar_t>();

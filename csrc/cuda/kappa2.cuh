@@ -34,37 +34,63 @@ constexpr int64_t sum_rows_shared(int64_t size) {
   return shared_bytes<int64_t>(kSumThreads / kWarp) + kSumThreads * size;
 }
 
-// Σ_t rows[t] · 2^exponents[t] on a natural scale, or with null exponents Σ_t rows[t]. Block b: columns 32 b …, a lane
-// each; its warps share the rows.
+// From 2^(digits + 2) least normal numbers on, what underflowed in a sum is less than its rounding.
 template <typename T>
-__global__ void __launch_bounds__(kSumThreads)
-    sum_rows(const T* rows, const int64_t* exponents, int64_t count, int64_t width, T* sum, int64_t* exponent) {
+__device__ T faint() {
+  return power_of_two<T>(Format<T>::min_exponent + Format<T>::digits + 2);
+}
+
+template <typename T>
+struct RowSums {
+  const T* rows;  // [count, width]
+  const int64_t* exponents;  // [count] or null
+  int64_t count, width;
+  T* sum;
+  int64_t* exponent;
+};
+
+// Σ_t rows[t] · 2^exponents[t] on a natural scale, or with null exponents Σ_t rows[t]. Block (x, y): columns 32 x … of
+// sequence y, a lane each; its warps share the rows.
+template <typename T>
+__global__ void __launch_bounds__(kSumThreads) sum_rows(RowSums<T> first, RowSums<T> second, bool* lost) {
+  const RowSums<T>& a = blockIdx.y == 0 ? first : second;
   SharedMemory memory;
   const Shared<int64_t> scratch = memory.take<int64_t>(kSumThreads / kWarp);
   const Shared<T> partial = memory.take<T>(kSumThreads);
   int64_t top = kZero, up = 0;
-  if (exponents != nullptr) {
-    for (int64_t t = threadIdx.x; t < count; t += kSumThreads) top = max(top, exponents[t]);
+  if (a.exponents != nullptr) {
+    for (int64_t t = threadIdx.x; t < a.count; t += kSumThreads) top = max(top, a.exponents[t]);
     top = block_max(top, scratch);
     const int64_t result = natural(top, Format<T>::centre);
     up = top - result;
-    if (blockIdx.x == 0 && threadIdx.x == 0) *exponent = result;
+    if (blockIdx.x == 0 && threadIdx.x == 0) *a.exponent = result;
   }
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
   const int64_t column = int64_t{blockIdx.x} * kWarp + lane;
   T total = 0;
-  if (column < width) {
+  bool some = false;
+  if (column < a.width) {
 #pragma unroll 4
-    for (int64_t t = warp; t < count; t += kSumThreads / kWarp) {
-      const T x = rows[t * width + column];
-      total += exponents != nullptr ? scaled(x, exponents[t] - top) : x;
+    for (int64_t t = warp; t < a.count; t += kSumThreads / kWarp) {
+      const T x = a.rows[t * a.width + column];
+      some |= x != T(0);
+      total += a.exponents != nullptr ? scaled(x, a.exponents[t] - top) : x;
     }
   }
-  partial[threadIdx.x] = total;
+  // A part that is not zero and yet nothing, as all of it underflowed, is handed on as -0.
+  partial[threadIdx.x] = some && total == T(0) ? -T(0) : total;
   __syncthreads();
-  if (warp == 0 && column < width) {
-    for (int other = 1; other < kSumThreads / kWarp; ++other) total += partial[other * kWarp + lane];
-    sum[column] = scaled(total, up);
+  if (warp == 0 && column < a.width) {
+    some = false;
+    total = 0;
+    for (int other = 0; other < kSumThreads / kWarp; ++other) {
+      const T part = partial[other * kWarp + lane];
+      some |= part != T(0) || signbit(part);
+      total += part;
+    }
+    const T sum = scaled(total, up);
+    if (some && (total < faint<T>() || sum < power_of_two<T>(Format<T>::min_exponent))) *lost = true;
+    a.sum[column] = sum;
   }
 }
 
@@ -85,13 +111,26 @@ struct PairSums {
   const int64_t* weight_exponents;  // [c]
   const T* previous;                // [H, H] or null
   const int64_t* previous_exponent;
+  // With weights; without, one lag, whose exponents every block looks through for itself.
   T* factors;     // [lags, pairs(0)]: 2^ of each pair's exponent, seen from the largest of its lag
   int64_t* tops;  // [lags]: that largest one, the weight's included
   T* sums;        // [slices, H, H], to be added up
   int64_t* exponent;
+  bool* lost;  // of one lag: set where an entry has pairs and is yet too small; or null
 
   __device__ int64_t pairs(int64_t lag) const { return min(d_rows - offset - lag, h_rows); }
   __device__ int64_t step_of_d(int64_t t, int64_t lag) const { return t + offset + lag; }
+  // Whether entry (j, k) of a finished sum of one lag has lost what underflowed.
+  __device__ bool loses(T sum, int64_t j, int64_t k) const {
+    if (lost == nullptr || sum >= faint<T>()) return false;
+    for (int64_t t = 0; t < pairs(0); ++t) {
+      if (d[step_of_d(t, 0) * hidden + j] != T(0) && h[t * hidden + k] != T(0)) return true;
+    }
+    return false;
+  }
+  __device__ int64_t pair_exponent(int64_t t, int64_t lag) const {
+    return settled(d_exponents[step_of_d(t, lag)] + h_exponents[t]);
+  }
 };
 
 // Block i: the factors and the top of lag i.
@@ -100,14 +139,13 @@ __global__ void __launch_bounds__(kPairThreads) scale_pairs(PairSums<T> p) {
   SharedMemory memory;
   const Shared<int64_t> scratch = memory.take<int64_t>(kPairThreads / kWarp);
   const int64_t lag = blockIdx.x, pairs = p.pairs(lag);
-  const auto exponent = [&](int64_t t) { return settled(p.d_exponents[p.step_of_d(t, lag)] + p.h_exponents[t]); };
   int64_t top = kZero;
-  for (int64_t t = threadIdx.x; t < pairs; t += kPairThreads) top = max(top, exponent(t));
+  for (int64_t t = threadIdx.x; t < pairs; t += kPairThreads) top = max(top, p.pair_exponent(t, lag));
   top = block_max(top, scratch);
   for (int64_t t = threadIdx.x; t < pairs; t += kPairThreads) {
-    p.factors[lag * p.pairs(0) + t] = scaled(T(1), exponent(t) - top);
+    p.factors[lag * p.pairs(0) + t] = scaled(T(1), p.pair_exponent(t, lag) - top);
   }
-  if (threadIdx.x == 0) p.tops[lag] = settled(top + (p.weights != nullptr ? p.weight_exponents[lag] : 0));
+  if (threadIdx.x == 0) p.tops[lag] = settled(top + p.weight_exponents[lag]);
 }
 
 constexpr int64_t pair_tiles_shared(int64_t size, int micro) {
@@ -133,7 +171,11 @@ class PairTile {
     along_j_ = thread % 8 + thread / kWarp % 2 * 8;
     along_k_ = thread / 8 % 4 + thread / (2 * kWarp) * 4;
     int64_t top = p.previous != nullptr ? settled(*p.previous_exponent) : kZero;
-    for (int64_t lag = thread; lag < p.lags; lag += kPairThreads) top = max(top, p.tops[lag]);
+    if (p.factors != nullptr) {
+      for (int64_t lag = thread; lag < p.lags; lag += kPairThreads) top = max(top, p.tops[lag]);
+    } else if (p.lags > 0) {
+      for (int64_t t = thread; t < p.pairs(0); t += kPairThreads) top = max(top, p.pair_exponent(t, 0));
+    }
     top_ = block_max(top, scratch);
   }
 
@@ -202,7 +244,9 @@ class PairTile {
       const int64_t step = at.t + threadIdx.x / kTile + i * kRows, t = min(step, last);
       d_next_[i] = d[t * p_.hidden];
       h_next_[i] = h[t * p_.hidden];
-      factor_next_[i] = step == t ? factors[t] : T(0);
+      factor_next_[i] = step != t                ? T(0)
+                        : p_.factors != nullptr ? factors[t]
+                                                : scaled(T(1), p_.pair_exponent(t, 0) - top_);
     }
   }
 
@@ -242,7 +286,7 @@ class PairTile {
   __device__ void fold(int64_t lag) {
     const bool weighted = p_.weights != nullptr;
     const T* weight = p_.weights + lag * p_.hidden * p_.hidden;
-    const T scale = scaled(T(1), p_.tops[lag] - top_);
+    const T scale = weighted ? scaled(T(1), p_.tops[lag] - top_) : T(1);
 #pragma unroll
     for (int v = 0; v < kMicro; ++v) {
       const int64_t row = within(k(v)) * p_.hidden;
@@ -263,7 +307,10 @@ class PairTile {
     for (int u = 0; u < kMicro; ++u) {
 #pragma unroll
       for (int v = 0; v < kMicro; ++v) {
-        if (j(u) < hidden_ && k(v) < hidden_) sums[j(u) * p_.hidden + k(v)] = scaled(sums_[u][v], top_ - exponent);
+        if (j(u) >= hidden_ || k(v) >= hidden_) continue;
+        const T sum = scaled(sums_[u][v], top_ - exponent);
+        if (gridDim.y == 1 && p_.loses(min(sum, sums_[u][v]), j(u), k(v))) *p_.lost = true;
+        sums[j(u) * p_.hidden + k(v)] = sum;
       }
     }
     if (blockIdx.x == 0 && blockIdx.y == 0 && threadIdx.x == 0) *p_.exponent = exponent;
@@ -281,6 +328,18 @@ class PairTile {
 template <typename T, int kMicro>
 __global__ void __launch_bounds__(kPairThreads) sum_pairs(PairSums<T> p) {
   PairTile<T, kMicro>(p).run();
+}
+
+// The slices of every entry, one after the other.
+template <typename T>
+__global__ void __launch_bounds__(kPairThreads) add_slices(PairSums<T> p, int64_t slices, T* result) {
+  const int64_t count = p.hidden * p.hidden, n = int64_t{blockIdx.x} * kPairThreads + threadIdx.x;
+  if (n >= count) return;
+  T sum = 0;
+#pragma unroll 8
+  for (int64_t slice = 0; slice < slices; ++slice) sum += p.sums[slice * count + n];
+  result[n] = sum;
+  if (p.loses(sum, n / p.hidden, n % p.hidden)) *p.lost = true;
 }
 
 // ---- filtered -------------------------------------------------------------------------------------------------------

@@ -3,7 +3,10 @@
 
 #include <torch/library.h>
 
+#include <mutex>
+#include <set>
 #include <string>
+#include <utility>
 
 #include "device.cuh"
 
@@ -53,6 +56,26 @@ inline int64_t shared_bytes_limit() {
   return bytes;
 }
 
+// Lets a kernel take all shared memory that a block of the current device may have, and clusters of any size: once, for
+// good, so that two threads which launch it with different sizes do not take the permission from each other.
+inline cudaError_t allow(const void* kernel) {
+  static std::mutex mutex;
+  static std::set<std::pair<const void*, int>> allowed;
+  int device;
+  C10_CUDA_CHECK(cudaGetDevice(&device));
+  const std::lock_guard<std::mutex> lock(mutex);
+  if (allowed.count({kernel, device}) > 0) return cudaSuccess;
+  cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                           static_cast<int>(shared_bytes_limit()));
+  int major;
+  C10_CUDA_CHECK(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device));
+  if (error == cudaSuccess && major >= 9) {
+    error = cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
+  }
+  if (error == cudaSuccess) allowed.emplace(kernel, device);
+  return error;
+}
+
 // On the current stream of the current device. `name` is the op's and its plan's, for the message of an error.
 template <typename... P, typename... A>
 void launch(const std::string& name, void (*kernel)(P...), dim3 grid, dim3 block, int64_t shared, Launch options,
@@ -65,11 +88,8 @@ void launch(const std::string& name, void (*kernel)(P...), dim3 grid, dim3 block
                 options.cluster, options.cooperative ? ", cooperative)" : ")");
   };
   constexpr int64_t without_asking = 48 * 1024, portable_cluster = 8;
-  if (shared > without_asking) {
-    check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared)));
-  }
-  if (options.cluster > portable_cluster) {
-    check(cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1));
+  if (shared > without_asking || options.cluster > portable_cluster) {
+    check(allow(reinterpret_cast<const void*>(kernel)));
   }
   cudaLaunchAttribute attributes[2];
   cudaLaunchConfig_t config{};

@@ -226,7 +226,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> chains(
     const int64_t fit = (limit - chain_shared_bytes<T>(0, a.stride)) / (a.stride * static_cast<int64_t>(sizeof(T)));
     a.resident = static_cast<int>(std::clamp<int64_t>(fit, 0, a.slice));
     TORCH_CHECK(chain_shared_bytes<T>(a.resident, a.stride) <= limit, name, ": two rows of ", hidden,
-                " hidden units do not fit into the ", limit, " bytes of shared memory of a block; use plan gemm");
+                " hidden units do not fit into the ", limit, " bytes of shared memory of a block; use backend cpu");
     TORCH_CHECK(plan == ChainPlan::grid || a.resident == a.slice, name, ": ", a.slice, " rows of ", hidden,
                 " hidden units do not fit into the ", limit, " bytes of shared memory of a block, at most ",
                 std::max<int64_t>(fit, 0), " do; use more blocks, or plan grid");
@@ -273,9 +273,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> chains(
 
 // ---- finish ---------------------------------------------------------------------------------------------------------
 
-Tensor finish(const Tensor& outputs_any, const Tensor& outputs_exponent_any, const Tensor& head_any,
-              const Tensor& head_exponent_any, const Tensor& head_bias_any, const Tensor& head_bias_exponent_any,
-              int64_t steps, const Tensor& largest_any) {
+std::tuple<Tensor, Tensor, Tensor> finish(const Tensor& outputs_any, const Tensor& outputs_exponent_any,
+                                          const Tensor& head_any, const Tensor& head_exponent_any,
+                                          const Tensor& head_bias_any, const Tensor& head_bias_exponent_any,
+                                          int64_t steps, const Tensor& largest_any, const Tensor& lost) {
   const Tensor outputs = checked_first(outputs_any, "outputs", 1, "[H]");
   const auto like = [&](const Tensor& tensor, const char* name, int64_t count) {
     return checked(tensor, name, {count}, outputs, "outputs");
@@ -289,7 +290,9 @@ Tensor finish(const Tensor& outputs_any, const Tensor& outputs_exponent_any, con
   const Tensor head_exponent = exponent(head_exponent_any, "head_exponent");
   const Tensor head_bias_exponent = exponent(head_bias_exponent_any, "head_bias_exponent");
   const OnDevice on(outputs);
-  Tensor log_norm = at::empty({}, outputs.options().dtype(at::kDouble));
+  const bool* const flag = checked_lost(lost, outputs, "outputs");
+  Tensor log_norm = at::empty({}, outputs.options().dtype(at::kDouble)), bias = at::empty({1}, outputs.options());
+  Tensor arithmetic = at::empty({}, outputs.options().dtype(at::kChar));
   AT_DISPATCH_FLOATING_TYPES(outputs.scalar_type(), "finish", [&] {
     using T = scalar_t;
     const Finish<T> a{outputs.size(0),
@@ -302,10 +305,13 @@ Tensor finish(const Tensor& outputs_any, const Tensor& outputs_exponent_any, con
                       head_exponent.const_data_ptr<int64_t>(),
                       head_bias_exponent.const_data_ptr<int64_t>(),
                       largest.const_data_ptr<T>(),
-                      log_norm.mutable_data_ptr<double>()};
+                      flag,
+                      log_norm.mutable_data_ptr<double>(),
+                      bias.mutable_data_ptr<T>(),
+                      arithmetic.mutable_data_ptr<int8_t>()};
     launch("finish", finish_norm<T>, 1, kFinishThreads, shared_bytes<double>(kFinishThreads / kWarp), {}, a);
   });
-  return log_norm;
+  return {log_norm, bias, arithmetic};
 }
 
 }  // namespace

@@ -130,6 +130,8 @@ struct Ends {
   bool* lost;
 };
 
+// Drives and head come near 2^centre, as the chains keep what they make of them.
+
 // The n-th entry of the drives, by a warp; returns whether something was lost.
 template <typename T>
 __device__ bool drive_entry(const Ends<T>& a, int64_t n) {
@@ -164,26 +166,26 @@ __device__ bool drive_entry(const Ends<T>& a, int64_t n) {
   for (int i = 0; i < 3; ++i) lost |= fades(part[i] != T(0), scaled_part[i], sum);
   lost |= fades(faded, T(0), sum);
   if (lane == 0) {
-    a.drive[layer * a.hidden + j] = sum;
-    if (j == 0) a.drive_exponents[layer] = top > kZero / 2 ? top : kZero;
+    a.drive[layer * a.hidden + j] = sum * power_of_two<T>(Format<T>::centre);
+    if (j == 0) a.drive_exponents[layer] = top > kZero / 2 ? top - Format<T>::centre : kZero;
   }
   return lost;
 }
 
 template <typename T>
-__device__ bool sum_head(const HeadSums<T>& a, int64_t block) {
+__device__ bool sum_head(const HeadSums<T>& a, int64_t block, int up) {
   const int64_t column = block * kColumns + threadIdx.x % kColumns;
   const bool stores = threadIdx.x < kColumns && column < a.columns;
   bool lost = false;
   if (a.w == nullptr) {
-    if (stores) a.sums[column] = a.absent;
-    if (block == 0 && threadIdx.x == 0) *a.exponent = a.absent_exponent;
+    if (stores) a.sums[column] = a.absent * power_of_two<T>(up);
+    if (block == 0 && threadIdx.x == 0) *a.exponent = a.absent_exponent - up;
     return lost;
   }
   const Squares<T> square(a.largest);
   const T sum = sum_column(a.w, a.rows, a.columns, column, 0, 1, [&](T v) { return square(v, lost); });
-  if (stores) a.sums[column] = sum;
-  if (block == 0 && threadIdx.x == 0) *a.exponent = square.exponent();
+  if (stores) a.sums[column] = sum * power_of_two<T>(up);
+  if (block == 0 && threadIdx.x == 0) *a.exponent = square.exponent() - up;
   return lost;
 }
 
@@ -195,7 +197,7 @@ __global__ void __launch_bounds__(kColumnThreads, 1) sum_ends(Ends<T> a) {
     lost = drive_entry(a, int64_t{block} * (kColumnThreads / kWarp) + threadIdx.x / kWarp);
   } else {
     const bool of_weight = block < a.drive_blocks + a.head_blocks;
-    lost = of_weight ? sum_head(a.head, block - a.drive_blocks) : sum_head(a.head_bias, 0);
+    lost = of_weight ? sum_head(a.head, block - a.drive_blocks, Format<T>::centre) : sum_head(a.head_bias, 0, 0);
   }
   if (lost) *a.lost = true;
 }
@@ -210,7 +212,10 @@ struct Finish {
   const T *outputs, *head, *head_bias;  // [H], [H], [1]
   const int64_t *outputs_exponent, *head_exponent, *head_bias_exponent;
   const T* largest;  // [count]
+  const bool* lost;
   double* log_norm;
+  T* bias;               // [1]: steps
+  int8_t* arithmetic;    // -1 where something is lost
 };
 
 // log x · 2^exponent.
@@ -235,6 +240,8 @@ __global__ void __launch_bounds__(kFinishThreads) finish_norm(Finish<T> a) {
   if (threadIdx.x % kWarp == 0) partial[threadIdx.x / kWarp] = dot;
   finite = __syncthreads_and(finite);
   if (threadIdx.x > 0) return;
+  *a.bias = static_cast<T>(a.steps);
+  *a.arithmetic = *a.lost ? -1 : 0;
   for (int warp = 1; warp < kFinishThreads / kWarp; ++warp) dot += partial[warp];
   const double paths = log_scaled(dot, *a.outputs_exponent + *a.head_exponent);
   const double biases = static_cast<double>(*a.head_bias) * static_cast<double>(a.steps);

@@ -19,6 +19,19 @@ ENVIRONMENT = "PATHRNN_BACKEND"
 #: Set by tests that have loaded an emulation of CUDA (tests/emulation), which then serves κ of CPU tensors.
 emulated = False
 
+# os.environ.get, which converts a name that is absent and raises on the way, takes a microsecond; where the mapping
+# behind it is open, as CPython's is, it can be asked.
+_variables: Any = getattr(os.environ, "_data", None)
+_name: Any = os.environ.encodekey(ENVIRONMENT) if hasattr(os.environ, "encodekey") else None
+
+
+def environment() -> str:
+    """The backend that PATHRNN_BACKEND names, "auto" by default."""
+    if _variables is not None and _name not in _variables:
+        return "auto"
+    return os.environ.get(ENVIRONMENT, "auto")
+
+
 _REBUILD = "rebuild it, in the source tree: pip install --no-build-isolation --force-reinstall --no-deps ."
 
 
@@ -161,7 +174,7 @@ def choose(device: torch.device, dtype: torch.dtype, backend: str = "auto", op: 
         ValueError: an unknown backend, or one that does not serve the call, with every reason.
     """
     if backend == "auto":
-        backend = os.environ.get(ENVIRONMENT, "auto")
+        backend = environment()
     served = device.type == "cpu" and dtype in (torch.float32, torch.float64)
     if backend == "auto" and served and extension_problem() is None:
         return "cpu"  # the hot path: no table of reasons is built

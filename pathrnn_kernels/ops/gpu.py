@@ -11,10 +11,9 @@ derive the power of two that brings it to [1, 2).
 
 from __future__ import annotations
 
-import contextlib
 import math
+import threading
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -43,6 +42,9 @@ _LEAST_POWERS = 8
 class Kernels(Protocol):
     """The kernels of a backend; tests/gpu_model.py specifies them."""
 
+    maxima: Any
+    reach: Any
+    canonical_: Any
     column_sums: Any
     ends: Any
     chains: Any
@@ -130,79 +132,210 @@ def path_chain(
     bidirectional: bool = False,
 ) -> tuple[list[Tensor], Tensor, Tensor, list[Tensor], Tensor, Tensor, Tensor, Tensor]:
     """The results of ``ops.path_chain``, whose log γ² is nan where a weight is not finite; arguments are checked."""
-    ih, hh, b_ih, b_hh = (
-        [t.detach().contiguous() for t in tensors] for tensors in (weight_ih, weight_hh, bias_ih, bias_hh)
-    )
-    head, head_b, embedding = (
-        None if t is None else t.detach().contiguous() for t in (head_weight, head_bias, embedding_weight)
-    )
-    every = [*ih, *hh, *b_ih, *b_hh, *(t for t in (head, head_b, embedding) if t is not None)]
-    largest = torch.stack(torch._foreach_norm(every, math.inf))
     directions = 2 if bidirectional else 1
-    net = Network(ih, hh, b_ih, b_hh, head, head_b, embedding, seq_len, last_only, ones_h0, directions, largest)
-    with torch.no_grad(), _full_precision():
-        return _Pass(kernels, plan, net).run(kappa1, second_factor, rtol, first_lags, workspace_bytes)
+    heads = (head_weight, head_bias, embedding_weight)
+    with torch.no_grad(), _exact_products():
+        net, unit_exponents, state = canonical(
+            kernels, weight_ih, weight_hh, bias_ih, bias_hh, *heads, seq_len, last_only, ones_h0, directions
+        )
+        found = _Pass(kernels, plan, net, unit_exponents, state).run(
+            kappa1, second_factor, rtol, first_lags, workspace_bytes
+        )
+    factors, exponents, log_path_norm, lags, bounds, arithmetic = found
+    none = [unit_exponents.new_empty(0) for _ in factors]
+    return factors, exponents, unit_exponents, none, log_path_norm, lags, bounds, arithmetic
 
 
-@contextlib.contextmanager
-def _full_precision() -> Iterator[None]:
-    """Products of float32 in float32, whatever precision the user's own products have."""
+class State(NamedTuple):
+    """Of one zeroed piece of memory: what kernels set as they go."""
+
+    lost: Tensor  # bool [1]: whether something underflowed
+    lags: Tensor  # int64 [C]
+    bounds: Tensor  # float64 [C]
+    zero: Tensor  # int64 [1]
+    largest: Tensor  # of every weight
+
+
+def canonical(
+    kernels: Kernels,
+    weight_ih: Sequence[Tensor],
+    weight_hh: Sequence[Tensor],
+    bias_ih: Sequence[Tensor],
+    bias_hh: Sequence[Tensor],
+    head_weight: Tensor | None,
+    head_bias: Tensor | None,
+    embedding: Tensor | None,
+    seq_len: int,
+    last_only: bool,
+    ones_h0: bool,
+    directions: int,
+) -> tuple[Network, Tensor, State]:
+    """The network in canonical coordinates, in which no rescaling of units by powers of two is seen, and their d.
+
+    Unit j's incoming weights are divided by 2^(d_j/2) and its outgoing ones multiplied. d_j is half the difference
+    between the exponents of what reaches unit j and of what it reaches (``reach``), rounded down to an even number, so
+    that a rescaling by 2^a changes it by 2a. A start from h_0 = 1 is no node of its own: there all d are 0.
+    """
+    like, chains = weight_hh[0], len(weight_hh)
+    hidden, inputs, bias = len(like), weight_ih[0].shape[1], bool(bias_ih)
+    ends = [t for t in (head_weight, head_bias, embedding) if t is not None]
+    weights = [*weight_ih, *weight_hh, *bias_ih, *bias_hh, *ends]
+    flat = torch.cat([t.detach().reshape(-1) for t in weights])
+    parts = flat.split([t.numel() for t in weights])
+
+    zeros = torch.zeros(2 + 2 * chains + len(weights), dtype=torch.int64, device=like.device)
+    lost, lags, bounds, zero, tops = zeros.split([1, chains, chains, 1, len(weights)])
+    largest = tops.view(like.dtype)[: len(weights)]
+    state = State(lost.view(torch.bool)[:1], lags, bounds.view(torch.float64), zero, largest)
+
+    wide = directions * hidden
+    layers = chains // directions
+
+    def joint(first: int, rows: int, columns: int, layer: int) -> Tensor:
+        """Both directions' tensors of one kind and layer, which lie side by side, as one."""
+        at = parts[first + layer * directions]
+        return flat.as_strided((directions * rows, columns), (columns, 1), at.storage_offset())
+
+    def of_units(first: int, layer: int) -> Tensor | None:
+        return joint(first, 1, hidden, layer) if bias else None
+
+    def recurrent(layer: int) -> Tensor:
+        return joint(chains, hidden, hidden, layer).view(directions, hidden, hidden)
+
+    source = None
+    if embedding is not None:
+        source = kernels.maxima(None, None, parts[-1].view(embedding.shape), None)[1]
+    head = None if head_weight is None else parts[4 * chains if bias else 2 * chains].view(head_weight.shape)
+    f: list[Tensor] = []
+    g: list[Tensor] = []
+    for i in range(layers):
+        below = joint(0, hidden, inputs if i == 0 else wide, i)
+        above, target = (head, None) if i == 0 else (joint(0, hidden, wide, layers - i), g[-1].view(-1))
+        starts = kernels.maxima(below, source, above, target)
+        starts = [x.view(directions, hidden) if len(x) else x.new_zeros(directions, hidden) for x in starts]
+        found = kernels.reach(
+            recurrent(i),
+            starts[0],
+            of_units(2 * chains, i),
+            of_units(3 * chains, i),
+            recurrent(layers - 1 - i),
+            starts[1],
+        )
+        source = found[0].view(-1)
+        f.append(found[0])
+        g.append(found[1])
+    g.reverse()
+    both = (f[0], g[0]) if layers == 1 else (torch.cat(f), torch.cat(g))
+    unit_exponents = kernels.canonical_(
+        flat,
+        *both,
+        directions,
+        inputs,
+        bias,
+        0 if head_weight is None else len(head_weight),
+        0 if head_bias is None else len(head_bias),
+        0 if embedding is None else len(embedding),
+        not ones_h0,
+        largest,
+        state.lost,
+    )
+    shaped = iter([part.view(t.shape) for part, t in zip(parts, weights, strict=True)])
+    w_ih, w_hh, b_ih, b_hh = ([next(shaped) for _ in given] for given in (weight_ih, weight_hh, bias_ih, bias_hh))
+    w_out, b_out, table = (None if t is None else next(shaped) for t in (head_weight, head_bias, embedding))
+    net = Network(w_ih, w_hh, b_ih, b_hh, w_out, b_out, table, seq_len, last_only, ones_h0, directions, largest)
+    return net, unit_exponents, state
+
+
+class _exact_products:
+    """Within: products of float32 in float32, and under deterministic algorithms too; afterwards what the user chose.
+
+    The settings are the process's, so that threads count: the first one in changes them, the last one out restores.
+    torch gives cuBLAS a workspace a stream, with which it repeats itself, yet asks for CUBLAS_WORKSPACE_CONFIG too.
+    """
+
+    _lock, _inside = threading.Lock(), 0
+    _before: tuple[str | None, tuple[bool, bool] | None] = None, None
+
+    def __enter__(self) -> None:
+        matmul, own = torch.backends.cuda.matmul, type(self)
+        with own._lock:
+            own._inside += 1
+            if own._inside > 1:
+                return
+            strict = torch.are_deterministic_algorithms_enabled()
+            deterministic = (strict, torch.is_deterministic_algorithms_warn_only_enabled()) if strict else None
+            if strict:
+                torch._C._set_deterministic_algorithms(False)
+            precision = _own_precision() if matmul.fp32_precision == "tf32" else None
+            if precision is not None:
+                matmul.fp32_precision = "ieee"
+            own._before = precision, deterministic
+
+    def __exit__(self, *_: object) -> None:
+        own = type(self)
+        with own._lock:
+            own._inside -= 1
+            if own._inside > 0:
+                return
+            precision, deterministic = own._before
+            if precision is not None:
+                torch.backends.cuda.matmul.fp32_precision = precision
+            if deterministic is not None:
+                torch._C._set_deterministic_algorithms(deterministic[0], warn_only=deterministic[1])
+
+
+def _own_precision() -> str:
+    """Of products that take "tf32": that, where it is their own setting, or "none", where they follow a general one.
+
+    torch gives away only what holds in the end, so each general setting, CUDA's and everything's, is turned for a look.
+    """
     matmul = torch.backends.cuda.matmul
-    before = matmul.fp32_precision
-    if before != "tf32":
-        yield
-        return
-    matmul.fp32_precision = "ieee"
-    try:
-        yield
-    finally:
-        matmul.fp32_precision = before
-
-
-@dataclass
-class _Doubling:
-    """A sequence under way from one row to T."""
-
-    rows: Rows
-    sums: bool  # of a constant drive; else the drive acts at the first step alone
-    transposed: bool
+    modules: tuple[Any, ...] = (torch.backends, torch.backends.cudnn)  # torch leaves fp32_precision untyped
+    for general in modules:
+        if general.fp32_precision != "tf32":
+            continue
+        general.fp32_precision = "ieee"
+        follows = matmul.fp32_precision == "ieee"
+        of_cuda_follows = modules[1].fp32_precision == "ieee"
+        general.fp32_precision = "tf32"
+        if follows:
+            return "none"
+        if of_cuda_follows and general is modules[0]:
+            break  # the setting of CUDA has no value of its own, so the products have one
+    return "tf32"
 
 
 class _Pass:
     """One pass over the squared network."""
 
-    def __init__(self, kernels: Kernels, plan: Plan, net: Network) -> None:
-        self.kernels, self.plan, self.net = kernels, plan, net
+    def __init__(self, kernels: Kernels, plan: Plan, net: Network, unit_exponents: Tensor, state: State) -> None:
+        self.kernels, self.plan, self.net, self.state = kernels, plan, net, state
+        self.unit_exponents = unit_exponents
         self.directions, self.count = net.directions, len(net.weight_hh)
         like = net.weight_hh[0]
         self.dtype, self.device, self.hidden = like.dtype, like.device, len(like)
-        # Whether something underflowed: a flag that kernels set, and those of the products outside kernels.
-        self.lost = torch.zeros(1, dtype=torch.bool, device=self.device)
+        self.lost = state.lost
+        # Whether products outside kernels lost something.
         self.losses: list[Tensor] = []
 
     def run(
         self, kappa1: bool, second_factor: float, rtol: float, first_lags: Sequence[int], workspace_bytes: int
-    ) -> tuple[list[Tensor], Tensor, Tensor, list[Tensor], Tensor, Tensor, Tensor, Tensor]:
+    ) -> tuple[list[Tensor], Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """κ, its exponents, log γ², lags, bounds, and -1 where something is lost."""
         net, kernels = self.net, self.kernels
         inputs = None
         if net.embedding_weight is not None:
             inputs = Rows(*kernels.column_sums(net.embedding_weight, net.largest[-1:], self.lost))
-        ends = [self.ends(net.one_direction(e), inputs) for e in range(self.directions)]
+        ends = [self.ends(e, inputs) for e in range(self.directions)]
         h, d = self.chains(kappa1, [head for _, head, _ in ends], [drive for drive, _, _ in ends])
 
         steps = 1 if net.last_only else net.seq_len
-        outputs = [Rows(*kernels.row_sums(*rows.from_row(net.seq_len + 1 - steps))) for rows in h[-self.directions :]]
-        norms = [
-            kernels.finish(*sums, *rest, steps, net.largest) for sums, (_, _, rest) in zip(outputs, ends, strict=True)
-        ]
-        log_norm = norms[0] if self.directions == 1 else torch.logaddexp(*norms)
-
-        lags, bounds = (torch.zeros(self.count, dtype=t, device="cpu") for t in (torch.int64, torch.float64))
+        # Sums of the top chains' h at the outputs, and of every δ.
+        outputs, sums_of_d = self.sums(h, d, steps)
+        lags, bounds = self.state.lags, self.state.bounds
         factors: list[Rows] = []
-        sums_of_d: list[Rows] = []
         for c in range(self.count if kappa1 else 0):
-            deltas = Rows(*kernels.row_sums(*d[c]))
-            sums_of_d.append(deltas)
+            deltas = sums_of_d[c]
             if c >= self.directions:
                 factors.append(self.side_by_side([self.pair_sums(d[c], rows) for rows in self.below(h, c)]))
             elif inputs is None:
@@ -212,7 +345,9 @@ class _Pass:
             kappa_hh = self.pair_sums(d[c], h[c])
             if second_factor > 0 and net.seq_len > 1:
                 term = _SecondTerm(self, c, h[c], d[c], kappa_hh, second_factor, workspace_bytes)
-                kappa_hh, lags[c], bounds[c] = term.run(rtol, first_lags[c] if first_lags else 0)
+                kappa_hh, summed, bound = term.run(rtol, first_lags[c] if first_lags else 0)
+                lags[c].fill_(summed)
+                bounds[c].fill_(bound)
             factors.append(kappa_hh)
             if net.bias_ih:
                 factors.append(deltas)
@@ -220,23 +355,42 @@ class _Pass:
             if net.head_weight is not None:
                 factors.append(self.side_by_side([Rows(sums.data[None], sums.exponents) for sums in outputs]))
             if net.head_bias is not None:
-                factors.append(Rows(torch.full_like(outputs[0].data[:1], steps), self.exponent(0)))
+                place_of_bias = len(factors)
+                factors.append(Rows(outputs[0].data[:1], self.state.zero))  # finish gives its value
             if net.embedding_weight is not None:
                 parts = []
                 for c, deltas in enumerate(sums_of_d[: self.directions]):
                     squares, exponent = self.squares(net.weight_ih[c], net.largest_of(0, c))
                     parts.append(Rows(deltas.data[None] @ squares, deltas.exponents + exponent))
                 factors.append(self.total([_alive(part) for part in parts]))
-        scales = torch.cat([f.exponents for f in factors]) if factors else self.lost.new_empty(0, dtype=torch.int64)
-        lost = torch.cat([self.lost, *self.losses]).any() if self.losses else self.lost[0]
-        units = torch.zeros(self.count, self.hidden, dtype=torch.int64, device=self.device)
-        none = [units.new_empty(0) for _ in factors]
-        return [f.data for f in factors], scales, units, none, log_norm, lags, bounds, -lost.to(torch.int8)
+        if self.losses:
+            self.lost.logical_or_(torch.cat(self.losses).any())
+        norms = []
+        for e, (_, _, rest) in enumerate(ends):
+            norm, of_bias, arithmetic = kernels.finish(*outputs[e], *rest, steps, net.largest, self.lost)
+            norms.append(norm)
+            if kappa1 and net.head_bias is not None and e == 0:
+                factors[place_of_bias] = Rows(of_bias, self.state.zero)
+        log_norm = norms[0] if self.directions == 1 else torch.logaddexp(*norms)
+        scales = torch.cat([f.exponents for f in factors]) if factors else lags[:0]
+        return [f.data for f in factors], scales, log_norm, lags, bounds, arithmetic
+
+    def sums(self, h: list[Rows], d: list[Rows], steps: int) -> tuple[list[Rows], list[Rows]]:
+        wanted = [rows.from_row(self.net.seq_len + 1 - steps) for rows in h[-self.directions :]]
+        wanted += [rows for rows in d if len(rows.data)]
+        found: list[Rows] = []
+        for i in range(0, len(wanted), 2):  # a launch serves two
+            sums = self.kernels.row_sums(
+                *wanted[i], *(wanted[i + 1] if i + 1 < len(wanted) else (None, None)), self.lost
+            )
+            found += [Rows(*sums[n : n + 2]) for n in range(0, len(sums), 2)]
+        return found[: self.directions], found[self.directions :]
 
     # ---- the chains --------------------------------------------------------------------------------------------------
 
-    def ends(self, net: Network, inputs: Rows | None) -> tuple[Rows, Rows, list[Tensor]]:
+    def ends(self, direction: int, inputs: Rows | None) -> tuple[Rows, Rows, list[Tensor]]:
         """Of one direction: the first drive and the biases by layers, the head's sums, and the rest for ``finish``."""
+        net = self.net.one_direction(direction)
         ends = self.kernels.ends(
             net.weight_ih[0],
             net.bias_ih,
@@ -248,10 +402,14 @@ class _Pass:
             net.largest,
             self.lost,
         )
-        # Near the centre, as the chains keep what they make of them: the scale of sums of their rows is known then.
-        data = torch._foreach_mul([ends[0], ends[2]], 2.0 ** CENTRE[self.dtype])
-        exponents = torch._foreach_sub([ends[1], ends[3]], CENTRE[self.dtype])
-        return Rows(data[0], exponents[0]), Rows(data[1], exponents[1]), ends[2:]
+        if net.head_weight is None:
+            # The units themselves are read, and each is rescaled.
+            units = self.unit_exponents[self.count - self.directions + direction]
+            most = units.amax(0, keepdim=True)
+            ones = power_of_two(units - most + CENTRE[self.dtype], self.dtype)
+            self.losses.append((ones == 0).any().reshape(1))
+            ends = [*ends[:2], ones, most - CENTRE[self.dtype], *ends[4:]]
+        return Rows(*ends[:2]), Rows(*ends[2:4]), ends[2:]
 
     def chains(self, kappa1: bool, heads: list[Rows], drives: list[Rows]) -> tuple[list[Rows], list[Rows]]:
         """h and δ of every chain, in its own time; h from the bottom up beside δ from the top down."""
@@ -270,17 +428,13 @@ class _Pass:
                     below = self.add(below, Rows(drive.data[i : i + 1], drive.exponents[i : i + 1]))
                 if kappa1:
                     above = self.driven_from_above(d, j)
-            if self.plan.name == "gemm" and i == 0:
-                rows, deltas = self.doubled(c, below, j, above, kappa1)
-            else:
-                plan = self.plan.stepwise or self.plan
-                backward = (net.weight_hh[j], net.largest_of(1, j), *above) if kappa1 else (None, None, None, None)
-                forward = (net.weight_hh[c], net.largest_of(1, c), *below)
-                last_only = net.last_only and i == 0
-                found = self.kernels.chains(
-                    *forward, *backward, net.seq_len, last_only, net.ones_h0, plan.name, plan.blocks, self.lost
-                )
-                rows, deltas = Rows(*found[:2]), Rows(*found[2:])
+            backward = (net.weight_hh[j], net.largest_of(1, j), *above) if kappa1 else (None, None, None, None)
+            forward = (net.weight_hh[c], net.largest_of(1, c), *below)
+            last_only = net.last_only and i == 0
+            found = self.kernels.chains(
+                *forward, *backward, net.seq_len, last_only, net.ones_h0, self.plan.name, self.plan.blocks, self.lost
+            )
+            rows, deltas = Rows(*found[:2]), Rows(*found[2:])
             h.append(rows)
             d[j] = deltas
         return h, [d[c] for c in range(self.count)]
@@ -314,55 +468,10 @@ class _Pass:
         self.losses += [_loses(rows.data, squares), _faded(squares, weight != 0, 1.0)]
         return centred(Rows(rows.data @ (squares if transposed else squares.T), rows.exponents + exponent))
 
-    def doubled(self, chain: int, drive: Rows, above: int, head: Rows, backward: bool) -> tuple[Rows, Rows]:
-        """h of one chain and δ of one above it by log₂ T products instead of T steps, for constant drives."""
-        net = self.net
-        matrix = Rows(*self.squares(net.weight_hh[chain], net.largest_of(1, chain)))
-        ones = Rows(torch.ones_like(drive.data), self.exponent(0))
-        start = ones if net.ones_h0 else Rows(torch.zeros_like(drive.data), self.exponent(ZERO))
-        forward = [_Doubling(drive, True, False)]
-        if net.ones_h0:
-            first = centred(Rows(ones.data @ matrix.data.T, matrix.exponents))
-            forward.append(_Doubling(first, False, False))
-        back = [_Doubling(head, not net.last_only, True)] if backward else []
-        if chain == above:
-            self.grow(net.weight_hh[chain], matrix, forward + back)
-        else:
-            self.grow(net.weight_hh[chain], matrix, forward)
-            other = Rows(*self.squares(net.weight_hh[above], net.largest_of(1, above)))
-            self.grow(net.weight_hh[above], other, back)
-        h = forward[0].rows if len(forward) == 1 else self.add(forward[0].rows, forward[1].rows)
-        d = back[0].rows.turned() if back else Rows(h.data[:0], h.exponents[:0])
-        return _joined(start, h), d
-
-    def grow(self, weight: Tensor, matrix: Rows, sequences: list[_Doubling]) -> None:
-        """Sequences y_1, y_2, … from y_1 to y_T, where y_{n+m} = W̃ⁿ y_m, plus y_n if it is a sum."""
-        self.losses.append(_faded(matrix.data, weight != 0, 1.0))
-        length, steps, power = 1, self.net.seq_len, matrix
-        while sequences and length < steps:
-            for s in sequences:
-                m = min(length, steps - length)
-                product = s.rows.data[:m] @ (power.data if s.transposed else power.data.T)
-                self.losses.append(_loses(s.rows.data, power.data))
-                later = centred(Rows(product, s.rows.exponents[:m] + power.exponents))
-                if s.sums:
-                    later = centred(self.add(later, s.rows.from_row(length - 1)))
-                s.rows = _joined(s.rows, later)
-            length *= 2
-            if length < steps:
-                power = self.squared(power)
-
-    def squared(self, power: Rows) -> Rows:
-        """A matrix times itself, its largest entry in [1, 2)."""
-        self.losses.append(_loses(power.data, power.data))
-        product = power.data @ power.data
-        m = torch.frexp(product.amax()).exponent.long() - 1
-        return Rows(product * power_of_two(-m, self.dtype), 2 * power.exponents + m)
-
     # ---- sums --------------------------------------------------------------------------------------------------------
 
     def pair_sums(self, d: Rows, h: Rows, offset: int = 0) -> Rows:
-        return Rows(*self.kernels.pair_sums(*d, *h, offset, None, None, None, None))
+        return Rows(*self.kernels.pair_sums(*d, *h, offset, None, None, None, None, self.lost if offset == 0 else None))
 
     def total(self, parts: list[Rows]) -> Rows:
         """The sum of one or two."""
@@ -428,7 +537,7 @@ class _SecondTerm:
         done = 0
         for block in self.powers(max(first, block_size) if certifies else self.lags):
             self.pairs = Rows(
-                *self.kernels.pair_sums(*self.d, *self.h, done + 1, *block, *(self.pairs or (None, None)))
+                *self.kernels.pair_sums(*self.d, *self.h, done + 1, *block, *(self.pairs or (None, None)), None)
             )
             done += len(block.data)
             if perron is None or done == self.lags:
@@ -499,9 +608,20 @@ class _SecondTerm:
 
     def result(self) -> Rows:
         kappa, top = self.kappa()
+        assert self.pairs is not None
         m = torch.frexp(kappa.amax()).exponent + top - 1
         exponent = torch.where((m >= 0) & (m <= 60), 0, m)
-        return Rows((kappa * power_of_two(top - exponent, torch.float64)).to(self.parent.dtype), exponent)
+        found = (kappa * power_of_two(top - exponent, torch.float64)).to(self.parent.dtype)
+        # What S can have lost, every product and weighted sum of its terms less than the least normal number, and how
+        # much of κ that is. Where κ⁽¹⁾ is 0 there is nothing to lose: whoever meets a weight twice meets it once.
+        limits = torch.finfo(self.parent.dtype)
+        most = 8.0 * len(self.h.data) * (self.lags + 1) * limits.tiny
+        error = self.share(
+            torch.full((), most, dtype=torch.float64, device=kappa.device), self.pairs.exponents, kappa, top
+        )
+        lost = (self.kappa1.data > 0) & ~((error <= limits.eps) & (found >= limits.tiny))
+        self.parent.losses.append(lost.any().reshape(1))
+        return Rows(found, exponent)
 
     def share(self, error: Tensor, exponent: Tensor, kappa: Tensor, top: Tensor) -> Tensor:
         """f W̃ ⊙ error / κ entry by entry; nan, which certifies nothing, where either leaves float64's range."""
@@ -537,7 +657,7 @@ class _SecondTerm:
         width = torch.where(middle > 0, half / middle, 0.0).amax(0)
         enclosed = centred(Rows(middle, lower.exponents), self.parent.dtype)
         pair = (enclosed, self.h) if by_column else (self.d.from_row(n + 2), enclosed)
-        tail = Rows(*self.kernels.pair_sums(*pair[0], *pair[1], 0, last.data[None], last.exponents, None, None))
+        tail = Rows(*self.kernels.pair_sums(*pair[0], *pair[1], 0, last.data[None], last.exponents, None, None, None))
         error = tail.data.double() * (width[:, None] if by_column else width)
         most = torch.stack([self.share(error, tail.exponents, kappa, top).amax(), width.amax()])
         # Beside the tail, too, which is part of κ and no less than the lower end of the enclosure.
@@ -625,7 +745,9 @@ class _Perron:
         ratio = self.log_rho.exp().to(dtype).expand(len(self.x)).contiguous()
         rest = term.kernels.filtered(*term.d.from_row(n + 2), ratio, term.weight.exponents, True)
         limit = self.limit(last.exponents, n).to(dtype)
-        return Rows(*term.kernels.pair_sums(*rest, *term.h, 0, limit, last.exponents, *(term.pairs or (None, None))))
+        return Rows(
+            *term.kernels.pair_sums(*rest, *term.h, 0, limit, last.exponents, *(term.pairs or (None, None)), None)
+        )
 
 
 # ---- arithmetic on rows ----------------------------------------------------------------------------------------------

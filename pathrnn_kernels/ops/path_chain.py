@@ -23,10 +23,11 @@ WORKSPACE_BYTES = 16 << 20
 class PathChain(NamedTuple):
     """What one pass over the squared network gives.
 
-    It runs in canonical coordinates, in which unit j of a chain is rescaled by 2^(-d_j/2), d its unit exponents. The true
-    κ of entry (r, c) of tensor i is ``kappa[i][r, c] · 2^(exponents[i] + R[r] + C[c] + entry_exponents[i][r, c])``: R is
-    ``-unit_exponents`` of the tensor's own chain for weight_ih, weight_hh and biases, C is ``unit_exponents`` of the
-    chains that it reads, side by side, for weight_hh, weight_ih above the first layer and the head's weight.
+    It runs in canonical coordinates, in which unit j of a chain is rescaled by 2^(-d_j/2), d its unit exponents. The
+    true κ of entry (r, c) of tensor i is
+    ``kappa[i][r, c] · 2^(exponents[i] + R[r] + C[c] + entry_exponents[i][r, c])``: R is ``-unit_exponents`` of the
+    tensor's own chain for weight_ih, weight_hh and biases, C is ``unit_exponents`` of the chains that it reads, side by
+    side, for weight_hh, weight_ih above the first layer and the head's weight.
     """
 
     #: Per chain (one a layer, or two of a bidirectional network, forward first) weight_ih, weight_hh and, with biases,
@@ -199,7 +200,8 @@ def _workspace_bytes() -> int:
     return int(text)
 
 
-_op = operator("path_chain")
+#: The op itself, of the CPU alone; ``workspace_bytes`` is -1 for what PATHRNN_WORKSPACE_BYTES says.
+path_chain_on_cpu = _op = operator("path_chain")
 
 if extension_problem() is None:
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -14,8 +15,7 @@ from .backend import cuda_code
 PLANS = {
     "block": "one thread block a chain, W̃ on chip",
     "cluster": "one thread-block cluster a chain, W̃ sliced over its shared memories",
-    "grid": "half of the multiprocessors a chain, W̃ sliced over them, one barrier a step",
-    "gemm": "log₂ T matrix products (constant drives: the first layer's h, the last layer's δ)",
+    "grid": "up to half of the multiprocessors a chain, W̃ sliced over them, one barrier a step",
 }
 ENVIRONMENT = "PATHRNN_PLAN"
 
@@ -39,25 +39,24 @@ class Plan:
     #: Thread blocks a chain; for "grid", at most.
     blocks: int
     microseconds: float
-    #: For "gemm": how upper layers, whose drives vary, are run.
-    stepwise: Plan | None = None
 
     def __str__(self) -> str:
         shape = f" ({self.blocks} blocks a chain)" if self.blocks > 1 else ""
         return f"{PLANS[self.name]}{shape}; about {self.microseconds:.3g} µs by the cost model"
 
 
-# The cost model: per step the bytes of W̃ over a rate, plus a latency. Rates and latencies are an H100's by its data
-# sheet and by published microbenchmarks; no GPU has measured this package's kernels yet. bench/gpu_gate.py times every
-# plan, so that these can be corrected by a commit that shows the figures.
+# The cost model: per step the bytes of W̃ over a rate, a latency, and what every further block adds to the barrier.
+# Rates and latencies are an H100's by its data sheet and by published microbenchmarks; no GPU has measured this
+# package's kernels yet. bench/gpu_gate.py times every plan, so that these can be corrected by a commit that shows the
+# figures.
 _SHARED_RATE = 200e3  # bytes a microsecond that one multiprocessor reads from its shared memory
 _CACHE_RATE = 4e6  # bytes a microsecond from the second-level cache, all multiprocessors together
 _MEMORY_RATE = 2.5e6  # the same from device memory
 _STEP = {"block": 0.2, "cluster": 1.0, "grid": 2.5}  # microseconds of barrier and reduction a step
-_LAUNCH = 5.0  # microseconds of a kernel, or a product, of its own
-_FLOPS = {4: 40e6, 8: 40e6}  # a microsecond, in products of float32 without TF32, and of float64
+_BLOCK = {"block": 0.0, "cluster": 0.05, "grid": 0.004}  # microseconds of a block's share in it
+_LAUNCH = 5.0  # microseconds of a kernel of its own
 _CLUSTER_CODE = 90
-_CLUSTER_SIZES = (2, 4, 8)  # portable; 16 would need a kernel attribute of its own
+CLUSTER_SIZES = (2, 4, 8)  # portable; 16 would need a kernel attribute of its own
 #: Largest hidden size that one Triton program holds in registers, by bytes a number.
 TRITON_RESIDENT = {4: 128, 8: 64}
 
@@ -77,15 +76,26 @@ def describe(device: torch.device) -> Device:
     )
 
 
+def block_bytes(hidden: int, blocks: int, itemsize: int) -> int:
+    """Shared memory of a block that keeps its slice of W̃ on chip: csrc/cuda's ``chain_shared_bytes``."""
+    row = -(-hidden * itemsize // 16) * 16  # in whole loads of a thread
+    return (math.ceil(hidden / blocks) + 2) * row + 80  # two rows, and the maxima of three steps
+
+
 def plans(backend: str, device: Device, hidden: int, seq_len: int, itemsize: int) -> dict[str, Plan | str]:
     """For every plan, what it would cost, or why it does not serve."""
     matrix = hidden * hidden * itemsize
-    # Beside its slice of W̃, a block keeps two rows, their maxima and the drive.
-    room = device.shared_bytes - 4 * hidden * itemsize - 2048
     result: dict[str, Plan | str] = {}
 
+    def fits(blocks: int) -> bool:
+        return block_bytes(hidden, blocks, itemsize) <= device.shared_bytes
+
     def stepwise(name: str, blocks: int, rate: float) -> Plan:
-        return Plan(name, blocks, _LAUNCH + seq_len * (_STEP[name] + matrix / rate))
+        step = _STEP[name] + _BLOCK[name] * blocks + matrix / rate
+        return Plan(name, blocks, _LAUNCH + seq_len * step)
+
+    def cheapest(found: Iterable[Plan]) -> Plan:
+        return min(found, key=lambda plan: plan.microseconds)
 
     if backend == "triton":
         limit = TRITON_RESIDENT[itemsize]
@@ -98,10 +108,11 @@ def plans(backend: str, device: Device, hidden: int, seq_len: int, itemsize: int
     else:
         result["block"] = (
             stepwise("block", 1, _SHARED_RATE)
-            if matrix <= room
-            else f"W̃ takes {matrix} bytes of shared memory; a block has room for {max(room, 0)}"
+            if fits(1)
+            else f"a block would take {block_bytes(hidden, 1, itemsize)} bytes of shared memory; it may have "
+            f"{device.shared_bytes}"
         )
-        sizes = [n for n in _CLUSTER_SIZES if math.ceil(hidden / n) * hidden * itemsize <= room]
+        sizes = cluster_sizes(device, hidden, itemsize)
         if not device.clusters:
             result["cluster"] = "the device has no thread-block clusters (compute capability 9.0 on)"
         elif device.code < _CLUSTER_CODE:
@@ -111,19 +122,25 @@ def plans(backend: str, device: Device, hidden: int, seq_len: int, itemsize: int
             )
         elif not sizes:
             result["cluster"] = (
-                f"W̃ takes {matrix} bytes of shared memory; eight blocks have room for {max(8 * room, 0)}"
+                f"each of {CLUSTER_SIZES[-1]} blocks would take {block_bytes(hidden, CLUSTER_SIZES[-1], itemsize)} "
+                f"bytes of shared memory; it may have {device.shared_bytes}"
             )
         else:
-            result["cluster"] = stepwise("cluster", sizes[0], sizes[0] * _SHARED_RATE)
-    blocks = max(1, min(device.multiprocessors // 2, hidden))
-    on_chip = backend == "cuda" and math.ceil(hidden / blocks) * hidden * itemsize <= room
-    rate = _CACHE_RATE if 2 * matrix <= device.cache_bytes else _MEMORY_RATE
-    result["grid"] = stepwise("grid", blocks, blocks * _SHARED_RATE if on_chip else rate / 2)
-
-    best = min((plan for plan in result.values() if isinstance(plan, Plan)), key=lambda plan: plan.microseconds)
-    flops = math.log2(max(seq_len, 2)) * 2 * hidden**3 + 4 * seq_len * hidden**2
-    result["gemm"] = Plan("gemm", 1, 20 * _LAUNCH * math.log2(max(seq_len, 2)) + 2 * flops / _FLOPS[itemsize], best)
+            result["cluster"] = cheapest(stepwise("cluster", n, n * _SHARED_RATE) for n in sizes)
+    most = max(1, min(device.multiprocessors // 2, hidden))
+    from_cache = (_CACHE_RATE if 2 * matrix <= device.cache_bytes else _MEMORY_RATE) / 2
+    result["grid"] = cheapest(
+        stepwise("grid", n, n * _SHARED_RATE if backend == "cuda" and fits(n) else from_cache * n / most)
+        for n in sorted({*(1 << i for i in range(most.bit_length())), most})
+    )
     return result
+
+
+def cluster_sizes(device: Device, hidden: int, itemsize: int) -> list[int]:
+    """Blocks a cluster whose shared memories together hold W̃."""
+    if not device.clusters or device.code < _CLUSTER_CODE:
+        return []
+    return [n for n in CLUSTER_SIZES if block_bytes(hidden, n, itemsize) <= device.shared_bytes]
 
 
 def choose(backend: str, device: Device, hidden: int, seq_len: int, itemsize: int, plan: str = "auto") -> Plan:
@@ -145,7 +162,17 @@ def choose(backend: str, device: Device, hidden: int, seq_len: int, itemsize: in
             "that many blocks a chain"
         )
     wanted = found[name]
+    if name == "cluster" and count and int(count) not in cluster_sizes(device, hidden, itemsize):
+        wanted = wanted if isinstance(wanted, str) else _refusal_of_size(device, hidden, itemsize, int(count))
     if isinstance(wanted, str):
         others = "; ".join(f"{k}: {v if isinstance(v, str) else 'would serve'}" for k, v in found.items() if k != name)
         raise ValueError(f"plan {name!r} does not serve this call on backend {backend!r}: {wanted} ({others})")
     return Plan(name, int(count), wanted.microseconds) if count else wanted
+
+
+def _refusal_of_size(device: Device, hidden: int, itemsize: int, blocks: int) -> str:
+    sizes = ", ".join(map(str, cluster_sizes(device, hidden, itemsize)))
+    return (
+        f"clusters have {', '.join(map(str, CLUSTER_SIZES))} blocks, and each of {blocks} would take "
+        f"{block_bytes(hidden, blocks, itemsize)} bytes of shared memory of {device.shared_bytes}; use {sizes}"
+    )

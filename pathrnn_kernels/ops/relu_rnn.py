@@ -71,6 +71,11 @@ def relu_rnn(
         drive = torch.nn.functional.linear(x, weight_ih, bias_ih)
         y = torch.relu(drive + torch.nn.functional.linear(drive if h_0 is None else h_0, weight_hh, bias_hh))
         return y, y[0 if reverse else -1]
+    # A graph would replay the copy of what the host found out, from memory that has gone.
+    if lengths is not None and x.is_cuda and not torch.compiler.is_compiling() and _is_capturing():
+        raise ValueError(
+            "lengths are given while a CUDA graph is captured; pad to equal lengths there, or do not capture"
+        )
     serving = _serving(x.device, x.dtype, hidden_size, backend, lengths is not None)
     if serving in ("cpu", "cuda"):
         return _op(x, h_0, weight_ih, weight_hh, bias_ih, bias_hh, lengths, reverse)
@@ -89,6 +94,10 @@ def relu_rnn(
         y = reference(x, x.new_zeros(x.shape[1], len(weight_hh)) if h_0 is None else h_0, weight_ih, weight_hh, bias)
         h_n = y[-1]
     return (y.flip(0) if reverse else y), h_n
+
+
+def _is_capturing() -> bool:
+    return torch.cuda.is_current_stream_capturing()
 
 
 @constant_when_traced

@@ -1,16 +1,17 @@
 """path_update_, path_step_: a step of Path-SGD, or of Adam in path coordinates. Contract: csrc/ops.h.
 
-``weights`` are all of a network in the order of ``PathNetwork.weights()``: of every chain weight_ih, weight_hh, bias_ih,
-bias_hh; then the head's weight and bias and the embedding. ``gradients`` has one for each, or None where it stays. The
-lists of state (``first``, ``second``, ``counts``), ``rates`` and ``numbers`` follow the gradients that are there; rates
-(of tensors) and numbers may be given once for all.
+``weights`` are all of a network in the order of ``PathNetwork.weights()``: of every chain weight_ih, weight_hh,
+bias_ih, bias_hh; then the head's weight and bias and the embedding. ``gradients`` has one for each, or None where it
+stays. The lists of state (``first``, ``second``, ``counts``), ``rates`` and ``numbers`` follow the gradients that are
+there; rates (of tensors) and numbers may be given once for all.
 
 ``rule="sgd"`` has the numbers lr, momentum, weight_decay, nesterov, maximize; ``first`` are its momentum buffers.
-``rule="coordinates"`` has lr, β₁, β₂, power, eps, hold, warmup, maximize; ``first``, ``second``, ``counts`` are averages
-of the gradient and of its square, and steps.
+``rule="coordinates"`` has lr, β₁, β₂, power, eps, hold, warmup, maximize; ``first``, ``second``, ``counts`` are
+averages of the gradient and of its square, and steps.
 
-path_update_ is given κ, path_chain's result. path_step_ runs that pass itself; ``lags``, int64 [chains], are what a former
-step's κ⁽²⁾ needed, and become what this one did; ``workspace_bytes`` is -1 for what PATHRNN_WORKSPACE_BYTES says.
+path_update_ is given κ, path_chain's result. path_step_ runs that pass itself; ``lags``, int64 [chains], are what a
+former step's κ⁽²⁾ needed, and become what this one did; ``workspace_bytes`` is -1 for what
+PATHRNN_WORKSPACE_BYTES says.
 
 Returns a status, 0 once the step is taken or left out; with any other, nothing has changed.
 """

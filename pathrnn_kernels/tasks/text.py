@@ -1,4 +1,4 @@
-"""Texts for language models: the Penn Treebank and text8 by path, State of the Union speeches that install by name.
+"""Texts for language models: the Penn Treebank, text8 or any text by path, and speeches that install by name.
 
 The speeches stand in for both where those cannot be had; results on them compare with each other only.
 """
@@ -137,10 +137,11 @@ def check_corpus(corpus: str, data: str | Path | None, titles: dict[str, str]) -
         if data is not None:
             raise ValueError(
                 f"data is {str(data)!r}, but the corpus {corpus} installs with a package: leave it out, or name the "
-                "corpus that it is a path of (ptb or text8)"
+                f"corpus that it is a path of ({', '.join(name for name in titles if not name.startswith('sotu'))})"
             )
     elif data is None:
-        raise ValueError(f"the corpus {corpus} wants a path (data, --data); {_PTB if corpus == 'ptb' else _TEXT8}")
+        expected = {"ptb": _PTB, "text8": _TEXT8, "file": _FILE}[corpus]
+        raise ValueError(f"the corpus {corpus} wants a path (data, --data); {expected}")
 
 
 def bits(nats: float) -> float:
@@ -157,6 +158,7 @@ _TEXT8 = (
     "it should be the 100,000,000 letters a-z and spaces of text8: "
     f"unzip http://mattmahoney.net/dc/text8.zip, {_INSTEAD}"
 )
+_FILE = f"it should be a text in UTF-8 of at least 100 characters, {_INSTEAD}"
 
 
 def ptb(folder: Path) -> Text:
@@ -184,8 +186,20 @@ def text8(path: Path) -> Text:
     other = re.search("[^a-z ]", text)
     if other:
         raise DataError(f"{path} has the character {other.group()!r} at {other.start():,}; {_TEXT8}")
+    return _twentieths(text, path, _TEXT8)
+
+
+def file(path: Path) -> Text:
+    """Any text, split as text8 is."""
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is missing, or a folder; {_FILE}")
+    return _twentieths(_read(path, _FILE), path, _FILE)
+
+
+def _twentieths(text: str, path: Path, expected: str) -> Text:
+    """Nine tenths to train on, a twentieth each to validate and to test on."""
     if len(text) < 100:
-        raise DataError(f"{path} has {len(text)} characters; {_TEXT8}")
+        raise DataError(f"{path} has {len(text)} characters; {expected}")
     valid, test = len(text) * 90 // 100, len(text) * 95 // 100
     return Text(text[:valid], text[valid:test], text[test:])
 

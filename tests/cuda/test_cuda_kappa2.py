@@ -49,9 +49,35 @@ def identical(first, second):
 @pytest.mark.parametrize("exponents", (NEAR, FAR), ids=("near", "far"))
 def test_row_sums(hidden, steps, dtype, exponents):
     rows = tempered(steps, hidden, dtype, exponents)
-    found, wanted = cuda.row_sums(*rows), gpu_model.row_sums(*rows)
-    same(found, wanted, tolerances.path(dtype, steps, 1))
-    assert identical(found, cuda.row_sums(*rows)) and torch.equal(found[1], wanted[1])
+    more, lost = tempered(steps // 2 + 1, hidden, dtype, exponents), torch.zeros(1, dtype=torch.bool)
+    wanted = gpu_model.row_sums(*rows, *more, lost.clone())
+    for second in (None, None), more:
+        found = cuda.row_sums(*rows, *second, lost)
+        for i in range(0, len(found), 2):
+            same(found[i : i + 2], wanted[i : i + 2], tolerances.path(dtype, steps, 1))
+            assert torch.equal(found[i + 1], wanted[i + 1])
+        assert identical(found, cuda.row_sums(*rows, *second, lost))
+
+
+@DTYPES
+def test_what_fades_in_a_sum_is_told(dtype):
+    """A column, or a pair of units, far below the others; not one that is zero, and not pairs that never meet."""
+    at = torch.full((40,), 100, dtype=I64)  # so that the largest sum is scaled to the dtype's range
+    for value, told in ((0.0, False), (torch.finfo(dtype).tiny, True)):
+        rows = torch.full((40, 9), 2.0 ** centre(dtype), dtype=dtype)
+        rows[:, 4] = value
+        for kernels in (cuda, gpu_model):
+            lost = torch.zeros(1, dtype=torch.bool)
+            kernels.row_sums(rows, at, None, None, lost)
+            assert lost == told
+            lost = torch.zeros(1, dtype=torch.bool)
+            kernels.pair_sums(rows, at, rows, at, 0, None, None, None, None, lost)
+            assert lost == told
+    early, late = torch.zeros(40, 9, dtype=dtype), torch.zeros(40, 9, dtype=dtype)
+    early[:20], late[20:] = 1, 1
+    lost = torch.zeros(1, dtype=torch.bool)
+    sums, _ = cuda.pair_sums(early, at, late, at, 0, None, None, None, None, lost)
+    assert not sums.any() and not lost
 
 
 @DTYPES
@@ -61,14 +87,17 @@ def test_sums_come_on_a_natural_scale(exponent, dtype):
     row, at = torch.full((1, 3), 2.0 ** centre(dtype), dtype=dtype), torch.tensor([exponent - centre(dtype)])
     one = row, torch.tensor([-centre(dtype)])
     scale = 0 if 0 <= exponent <= 60 else exponent
-    for total, found in (cuda.row_sums(row, at), cuda.pair_sums(row, at, *one, 0)):
+    for total, found in (
+        cuda.row_sums(row, at, None, None, torch.zeros(1, dtype=torch.bool)),
+        cuda.pair_sums(row, at, *one, 0),
+    ):
         assert found == scale and (total == 2.0 ** (exponent - scale)).all()
     weight = torch.ones(1, 3, 3, dtype=dtype), torch.tensor([0])
     assert cuda.pair_sums(row, at, *one, 0, *weight)[1] == exponent - 2 * centre(dtype)
 
 
 def test_row_sums_of_zeros():
-    total, exponent = cuda.row_sums(torch.zeros(5, 3), torch.full((5,), ZERO))
+    total, exponent = cuda.row_sums(torch.zeros(5, 3), torch.full((5,), ZERO), None, None, torch.zeros(1).bool())
     assert not total.any() and exponent == 0
 
 
@@ -202,7 +231,8 @@ def test_filtered_columns_do_not_disturb_each_other(dtype):
 def calls(dtype=F32, hidden=40):
     sequences, powers, previous = pair_arguments(hidden, 9, dtype, lags=3, previous=True)
     return {
-        "row_sums": dict(zip(("rows", "exponents"), sequences[:2], strict=True)),
+        "row_sums": dict(zip(("rows", "exponents"), sequences[:2], strict=True))
+        | {"more_rows": None, "more_exponents": None, "lost": torch.zeros(1, dtype=torch.bool)},
         "pair_sums": dict(
             zip(("d", "d_exponents", "h", "h_exponents"), sequences, strict=True),
             offset=1,

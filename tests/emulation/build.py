@@ -1,5 +1,6 @@
 """Compiles csrc/cuda for the host: the CUDA kernels and their launches then serve CPU tensors in torch.ops.pathrnn."""
 
+import ctypes
 import functools
 from pathlib import Path
 
@@ -16,6 +17,15 @@ def compiler() -> str:
     return cpp_extension.get_cxx_compiler()
 
 
+def library() -> Path:
+    return ROOT / "build" / f"emulation-{torch.__version__}" / "pathrnn_emulation.so"
+
+
+def launches() -> int:
+    """Kernels that have been launched so far."""
+    return ctypes.c_int64.in_dll(ctypes.CDLL(str(library())), "launches_so_far").value
+
+
 @functools.cache
 def load() -> None:
     """Registers the emulated kernels, for this process; compiles what changed since the last time.
@@ -27,7 +37,7 @@ def load() -> None:
 
     if extension_problem() is not None:
         raise RuntimeError(extension_problem())
-    folder = ROOT / "build" / f"emulation-{torch.__version__}"
+    folder = library().parent
     folder.mkdir(parents=True, exist_ok=True)
     sources = [str(HERE / "cuda_emulation.cpp")]
     for kernel in sorted(CUDA.glob("*.cu")):

@@ -324,8 +324,14 @@ void fail(const std::string& what) {
   throw std::runtime_error(machine->name + ": " + text(me()) + " " + what);
 }
 
+// For tests that count.
+extern "C" {
+int64_t launches_so_far = 0;
+}
+
 void run(const std::string& name, dim3 grid, dim3 block, int64_t shared_bytes, unsigned cluster, bool cooperative,
          const std::function<void()>& kernel) {
+  ++launches_so_far;
   constexpr unsigned kMostThreads = 1024;
   constexpr int64_t kMostShared = 227 * 1024;
   const int64_t blocks = int64_t{grid.x} * grid.y * grid.z, threads = int64_t{block.x} * block.y * block.z;

@@ -40,6 +40,7 @@ using std::isinf;
 using std::isnan;
 using std::max;
 using std::min;
+using std::signbit;
 
 namespace emulation {
 

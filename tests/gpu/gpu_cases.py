@@ -9,11 +9,30 @@ import torch
 from torch import nn
 
 import pathrnn_kernels as pk
+from pathrnn_kernels.ops.plan import Device, cluster_sizes, plans
 
 ON_CPU = os.environ.get("PATHRNN_GPU_TESTS_ON_CPU") == "1"
 needs_gpu = pytest.mark.skipif(ON_CPU, reason="streams, graphs, devices and large memory need a GPU")
 
 F32, F64 = torch.float32, torch.float64
+
+#: (hidden, seq_len) of every test that asks for plans by name.
+KERNEL_SIZES = [(n, 40) for n in ((1, 3, 17, 130) if ON_CPU else (1, 3, 17, 100, 130, 513))]
+LARGE_KERNEL_SIZES = [(70, 5)] if ON_CPU else [(700, 20), (1500, 20)]
+PLANNED_SIZES = [(17, 40), (60, 7)] if ON_CPU else [(17, 40), (100, 784), (130, 7), (257, 60), (1000, 33)]
+GROWTH_SIZE = (12, 40) if ON_CPU else (60, 2000)
+
+
+def served(backend: str, device: Device, hidden: int, seq_len: int, dtype: torch.dtype) -> list[tuple[str, int]]:
+    """(plan, blocks) of every plan that serves; clusters of every size, grids of more blocks than rows, and of numbers
+    that do not divide the rows."""
+    found = plans(backend, device, hidden, seq_len, dtype.itemsize)
+    result = [(name, plan.blocks) for name, plan in found.items() if not isinstance(plan, str) and name != "cluster"]
+    if backend == "cuda":
+        result += [("cluster", n) for n in cluster_sizes(device, hidden, dtype.itemsize)]
+        return [*result, ("grid", 1), ("grid", 3), ("grid", 5)]
+    # Interpreted, the programs of a grid cannot wait for each other.
+    return [(name, 1) for name, _ in result] if ON_CPU else [*result, ("grid", 1), ("grid", 3)]
 
 
 def network(

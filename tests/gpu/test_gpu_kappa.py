@@ -6,11 +6,23 @@ import math
 import pytest
 import tolerances
 import torch
-from gpu_cases import F32, F64, ON_CPU, assert_same_kappa, identical, needs_gpu, network, wide
+from gpu_cases import (
+    F32,
+    F64,
+    GROWTH_SIZE,
+    ON_CPU,
+    PLANNED_SIZES,
+    assert_same_kappa,
+    identical,
+    needs_gpu,
+    network,
+    wide,
+)
+from gpu_cases import served as served_plans
 
 import pathrnn_kernels as pk
 from pathrnn_kernels import ops
-from pathrnn_kernels.ops.plan import describe, plans
+from pathrnn_kernels.ops.plan import describe
 
 pytestmark = pytest.mark.gpu
 
@@ -32,14 +44,8 @@ OPTIONS = (
 
 
 def served(backend, device, hidden, seq_len, dtype):
-    """The plans that this backend and device have for a size, clusters and grids in several sizes."""
-    found = plans(backend, describe(device), hidden, seq_len, dtype.itemsize)
-    names = [name for name, plan in found.items() if not isinstance(plan, str)]
-    if backend == "cuda":
-        more = {"cluster": ("cluster:2", "cluster:4", "cluster:8"), "grid": ("grid:1", "grid:5")}
-        return [*names, *(other for name in names for other in more.get(name, ()))]
-    # Interpreted, the programs of a grid cannot wait for each other.
-    return ["grid:1" if name == "grid" and ON_CPU else name for name in names]
+    plans = served_plans(backend, describe(device), hidden, seq_len, dtype)
+    return [name if name == "block" else f"{name}:{blocks}" for name, blocks in plans]
 
 
 @SECOND
@@ -70,10 +76,7 @@ def test_path_norm_is_differentiable(backend, device, dtype):
             torch.testing.assert_close(a.double().cpu(), b, rtol=2 * error, atol=0, msg=lambda t, n=name: f"{n}: {t}")
 
 
-PLANNED = ((17, 40), (60, 7)) if ON_CPU else ((17, 40), (100, 784), (130, 7), (257, 60), (1000, 33))
-
-
-@pytest.mark.parametrize("hidden, seq_len", PLANNED)
+@pytest.mark.parametrize("hidden, seq_len", PLANNED_SIZES)
 @DTYPES
 def test_every_plan(backend, device, dtype, hidden, seq_len):
     net = network(device, dtype, hidden, 2, outputs="last")
@@ -141,7 +144,7 @@ def growing(net, kind):
 @SECOND
 @DTYPES
 def test_overflow_and_growth(backend, device, dtype, kind, second_term):
-    hidden, seq_len = (12, 40) if ON_CPU else (60, 2000)
+    hidden, seq_len = GROWTH_SIZE
     net = growing(network(device, dtype, hidden, gain=3.0 if kind == "growth" else 1.0), kind)
     expected = pk.kappa(wide(net), seq_len, second_term, rtol=0, backend="cpu")
     for plan in ("auto", *served(backend, device, hidden, seq_len, dtype)):

@@ -6,7 +6,7 @@ import gpu_model
 import pytest
 import tolerances
 import torch
-from gpu_cases import F32, F64, ON_CPU, needs_gpu
+from gpu_cases import F32, F64, KERNEL_SIZES, LARGE_KERNEL_SIZES, ON_CPU, needs_gpu, served
 from gpu_model import ZERO, centre, same
 
 from pathrnn_kernels.ops.plan import describe, plans
@@ -14,7 +14,7 @@ from pathrnn_kernels.ops.plan import describe, plans
 pytestmark = pytest.mark.gpu
 
 DTYPES = pytest.mark.parametrize("dtype", (F32, F64), ids=("float32", "float64"))
-HIDDEN = pytest.mark.parametrize("hidden", (1, 3, 17, 130) if ON_CPU else (1, 3, 17, 100, 130, 513))
+HIDDEN = pytest.mark.parametrize("hidden", [hidden for hidden, _ in KERNEL_SIZES])
 STEPS = (1, 7) if ON_CPU else (1, 2, 7, 40)
 
 
@@ -105,25 +105,15 @@ def test_finish(kernels, device, hidden, dtype):
     for exponent in (0, 900, -40_000):
         for biases in (bias, none):
             call = (outputs, torch.tensor([exponent]), head, torch.tensor([-3]), *biases, 9, finite)
-            found, expected = kernels.finish(*moved(call, device)), gpu_model.finish(*call)
+            found = kernels.finish(*moved(call, device), flag(device))[0]
+            expected = gpu_model.finish(*call, flag())[0]
             assert found.shape == () and found.dtype == F64
             # Relative to γ², and to the logarithm where that is long.
             error = tolerances.unit_roundoff(F64) * (8 + hidden + 4 * abs(expected.item()))
             assert abs(found.item() - expected.item()) <= error
     zero = (torch.zeros(hidden, dtype=dtype), torch.tensor([ZERO]), head, torch.tensor([0]), *none, 9)
-    assert kernels.finish(*moved((*zero, finite), device)).item() == -math.inf
-    assert kernels.finish(*moved((*zero, nan), device)).isnan()
-
-
-def served(backend, device, hidden, seq_len, dtype):
-    """(plan, blocks): also more blocks than rows, and numbers of them that do not divide the rows."""
-    found = plans(backend, describe(device), hidden, seq_len, dtype.itemsize)
-    result = [(name, found[name].blocks) for name in ("block", "cluster", "grid") if not isinstance(found[name], str)]
-    if backend == "cuda":
-        more = {"cluster": (2, 8), "grid": (1, 3)}
-        return result + [(name, n) for name, _ in result for n in more.get(name, ())]
-    # Interpreted, the programs of a grid cannot wait for each other.
-    return [(name, 1) for name, _ in result] if ON_CPU else [*result, ("grid", 1), ("grid", 3)]
+    assert kernels.finish(*moved((*zero, finite), device), flag(device))[0].item() == -math.inf
+    assert kernels.finish(*moved((*zero, nan), device), flag(device))[0].isnan()
 
 
 @HIDDEN
@@ -138,7 +128,7 @@ def test_chains(kernels, backend, device, hidden, dtype, both, last_only):
             drive_h, drive_d = (tempered(seq_len if varying else 1, hidden, dtype) for _ in range(2))
             down = (v, largest(v), *drive_d) if both else (None,) * 4
             once = last_only and not varying  # a drive that varies is given in full
-            for plan in served(backend, device, hidden, seq_len, dtype):
+            for plan in served(backend, describe(device), hidden, seq_len, dtype):
                 call = (w, largest(w), *drive_h, *down, seq_len, once, varying, *plan)
                 error = tolerances.path(dtype, seq_len, hidden)
                 check(kernels.chains, gpu_model.chains, call, device, error, True)
@@ -153,7 +143,7 @@ def test_chains_say_what_they_lose(kernels, backend, device, dtype):
         scale = torch.logspace(-exponent, exponent, hidden, dtype=dtype)
         w = weight(hidden, hidden, dtype=dtype) * scale[:, None] / scale
         drive = (torch.ones(1, hidden, dtype=dtype), torch.tensor([0]))
-        for plan in served(backend, device, hidden, seq_len, dtype):
+        for plan in served(backend, describe(device), hidden, seq_len, dtype):
             call = (w, largest(w), *drive, w, largest(w), *drive, seq_len, False, False, *plan)
             found, expected = flag(device), flag()
             kernels.chains(*moved(call, device), found)
@@ -168,7 +158,8 @@ def test_row_sums_and_filtered(kernels, device, hidden, dtype):
     for steps in STEPS:
         rows = tempered(steps, hidden, dtype)
         error = tolerances.path(dtype, steps, 1)
-        check(kernels.row_sums, gpu_model.row_sums, rows, device, error)
+        for more in (None, None), tempered(steps // 2 + 1, hidden, dtype):
+            check(kernels.row_sums, gpu_model.row_sums, (*rows, *more), device, error, True)
         ratio = 0.5 + torch.rand(hidden, dtype=dtype)
         for reverse in (False, True):
             for exponent in (-1, 0, 3):
@@ -194,17 +185,16 @@ def test_pair_sums(kernels, device, hidden, dtype):
                     check(kernels.pair_sums, gpu_model.pair_sums, call, device, error)
 
 
-@pytest.mark.parametrize("hidden", (70,) if ON_CPU else (700, 1500))
+@pytest.mark.parametrize("hidden, seq_len", LARGE_KERNEL_SIZES)
 @DTYPES
-def test_chains_of_large_matrices(kernels, backend, device, hidden, dtype):
-    seq_len = 5 if ON_CPU else 20
+def test_chains_of_large_matrices(kernels, backend, device, hidden, seq_len, dtype):
     w, v = (weight(hidden, hidden, dtype=dtype) for _ in range(2))
     drives = [(torch.rand(1, hidden, dtype=dtype), torch.tensor([0])) for _ in range(2)]
     call = (w, largest(w), *drives[0], v, largest(v), *drives[1], seq_len, False, False)
     # The model in float64: in float32 it rounds as much as the kernel.
     wide = [t.double() if isinstance(t, torch.Tensor) and t.is_floating_point() else t for t in call]
     expected = gpu_model.chains(*wide, "block", 1, flag())
-    for plan in served(backend, device, hidden, seq_len, dtype):
+    for plan in served(backend, describe(device), hidden, seq_len, dtype):
         found = kernels.chains(*moved(call, device), *plan, flag(device))
         for i in (0, 2):
             same((found[i].double(), found[i + 1]), expected[i : i + 2], tolerances.path(dtype, seq_len, hidden))
@@ -236,7 +226,7 @@ def test_offsets_beyond_32_bits(kernels, backend, device):
             torch.testing.assert_close(chain[part:stop] * scale, rest[0].expand_as(chain[part:stop]), rtol=1e-5, atol=0)
     # Sums of equal terms, but for the first and last thousand: those are the second part of the tolerance.
     error = tolerances.path(F32, seq_len, 1) + 2 * start / seq_len
-    total, exponent = kernels.row_sums(h, h_exponents)
+    total, exponent = kernels.row_sums(h, h_exponents, None, None, flag(device))
     same((total, exponent), (rest_h[0] * seq_len, rest_h[1].reshape(1)), error)
     pairs = kernels.pair_sums(d, d_exponents, h, h_exponents, 0, None, None, None, None)
     product = torch.outer(rest_d[0].double(), rest_h[0].double()) * seq_len

@@ -365,7 +365,7 @@ def test_peak_memory(tmp_path):
 BAD = {
     "second_factor": ((-1.0, -1e-300, 2e6, math.nan, math.inf, -math.inf), "it must be a number between 0 and 1e6"),
     "rtol": ((-1e-9, 1.0000001, math.nan, math.inf, -math.inf), "it must be a number between 0 and 1"),
-    "workspace_bytes": ((-1, -(2**63)), "it must be at least 0"),
+    "workspace_bytes": ((-2, -(2**63)), "it must be at least 0"),
 }
 
 

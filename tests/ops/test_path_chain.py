@@ -118,7 +118,9 @@ def test_values(dtype, ones_h0, last_only, hidden_size, threads):
     found = dict(zip(kappa_names(call), oracles.values(chain), strict=True))
     assert found.keys() == expected.keys() - {"rnn.bias_hh_l0", "rnn.bias_hh_l1"}
     for name, value in found.items():
-        torch.testing.assert_close(value.expand_as(expected[name]), expected[name], rtol=rtol, atol=0, msg=lambda m, n=name: f"{n}: {m}")
+        torch.testing.assert_close(
+            value.expand_as(expected[name]), expected[name], rtol=rtol, atol=0, msg=lambda m, n=name: f"{n}: {m}"
+        )
     log_norm = reference.path_norm(doubles, *options).log()
     # The logarithm is of a number near 2^800, whose exponent, times ln 2, is taken off again.
     large = 3 * tolerances.unit_roundoff(F64) * 800 * math.log(2)

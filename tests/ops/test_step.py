@@ -208,18 +208,23 @@ def test_path_sgd(case, dtype, scale, options):
             commit(status == 0)
         state.append((first, constant))
     assert any((p != q).any() for p, q in zip(case.weights, before, strict=True))
-    # Of q, of the momentum and of the sum; the radius' share has those of a sum in float64, and the constant those of its
-    # logarithm, which is as large as that of κ.
+    # Of q, of the momentum and of the sum; the radius' share has those of a sum in float64, and the constant those of
+    # its logarithm, which is as large as that of κ.
     count = 8 + (2 * case.size * math.log(2) if scale == "first_step" and dtype == F64 else 0)
     assert_steps_alike(case, twin, before, count)
     for m, n in zip(state[0][0], state[1][0], strict=True):
-        torch.testing.assert_close(m, n, rtol=roundings(dtype, count), atol=float(n.abs().max()) * roundings(dtype, count))
+        torch.testing.assert_close(
+            m, n, rtol=roundings(dtype, count), atol=float(n.abs().max()) * roundings(dtype, count)
+        )
     if scale == "first_step":
         torch.testing.assert_close(state[0][1], state[1][1], rtol=0, atol=1e-6 if dtype == F32 else 1e-12)
 
 
-COORDINATES = ((0.1, 0.9, 0.99, 3.0, 0.0, 0.0, 4.0, 0.0), (0.1, 0.5, 0.9, 1.0, 1e-3, 0.0, 0.0, 1.0),
-               (0.1, 0.5, 0.9, 1.7, 0.0, 2.0, 0.0, 0.0))
+COORDINATES = (
+    (0.1, 0.9, 0.99, 3.0, 0.0, 0.0, 4.0, 0.0),
+    (0.1, 0.5, 0.9, 1.0, 1e-3, 0.0, 0.0, 1.0),
+    (0.1, 0.5, 0.9, 1.7, 0.0, 2.0, 0.0, 0.0),
+)
 
 
 def coordinates(case, numbers, first, second, counts, **more):
@@ -294,7 +299,9 @@ def rescale_(case, exponents):
         c, kind = divmod(i, per_chain)
         e = torch.zeros(w.shape, dtype=torch.int64)
         if c < len(d):
-            below = d[(c // D - 1) * D : c // D * D].reshape(-1) if c >= D else torch.zeros(w.shape[-1], dtype=torch.int64)
+            below = (
+                d[(c // D - 1) * D : c // D * D].reshape(-1) if c >= D else torch.zeros(w.shape[-1], dtype=torch.int64)
+            )
             e += (d[c] // 2)[:, None] if kind < 2 else d[c] // 2
             e -= (below if kind == 0 else d[c]) // 2 if kind < 2 else 0
         elif case.head and i == per_chain * len(d):
@@ -302,11 +309,13 @@ def rescale_(case, exponents):
         w.copy_(torch.ldexp(w.double(), e))
         g.copy_(torch.ldexp(g.double(), -e))
     case.exponents_of_units += d
-    assert H == d.shape[1]
+    assert d.shape[1] == H
 
 
 @pytest.mark.parametrize("rule", ("sgd", "coordinates"))
-@pytest.mark.parametrize("case", [c for c in CASES if c.units == 4], ids=lambda c: f"L{c.layers}D{c.directions}H{c.hidden}")
+@pytest.mark.parametrize(
+    "case", [c for c in CASES if c.units == 4], ids=lambda c: f"L{c.layers}D{c.directions}H{c.hidden}"
+)
 def test_a_step_commutes_bit_for_bit_with_powers_of_two(case, rule):
     case, twin = of_dtype(case, F32), of_dtype(case, F32)
     chains = case.layers * case.directions

@@ -12,6 +12,9 @@ import importlib.util
 from typing import Any
 
 _HOMES = {
+    "maxima": "canonical",
+    "reach": "canonical",
+    "canonical_": "canonical",
     "column_sums": "sums",
     "ends": "sums",
     "chains": "path_chain",

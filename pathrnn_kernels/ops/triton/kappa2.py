@@ -12,7 +12,19 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .tempered import HALF_ZERO, ZERO, centre, either, is_double, log2_floor, natural_exponent, times_power, whole
+from .tempered import (
+    HALF_ZERO,
+    ZERO,
+    centre,
+    either,
+    faint,
+    is_double,
+    least_normal,
+    log2_floor,
+    natural_exponent,
+    times_power,
+    whole,
+)
 from .update import on_device
 
 #: ``filtered`` holds a row in one program's registers.
@@ -41,9 +53,10 @@ def _tops(
 
 @triton.jit(do_not_specialize=["late", "early", "offset", "hidden", "lags"])
 def _pair_sums(
-    d, d_exponents, h, h_exponents, weights, tops, previous, previous_exponent, sums, exponent,
+    d, d_exponents, h, h_exponents, weights, tops, previous, previous_exponent, sums, exponent, lost,
     late, early, offset, hidden, lags,
-    DOUBLE: tl.constexpr, WEIGHTED: tl.constexpr, PREVIOUS: tl.constexpr, TILE: tl.constexpr, STEPS: tl.constexpr,
+    DOUBLE: tl.constexpr, WEIGHTED: tl.constexpr, PREVIOUS: tl.constexpr, LOST: tl.constexpr,
+    TILE: tl.constexpr, STEPS: tl.constexpr,
 ):  # fmt: skip
     """Program (j, k): TILE × TILE entries of previous + Σ_lags weightᵀ ⊙ Σ_t δ_{t+lag} h_tᵀ."""
     j = tl.program_id(0) * TILE + tl.arange(0, TILE)
@@ -85,9 +98,28 @@ def _pair_sums(
             products *= tl.load(weights + mirrored, inside, other=0)
         total += products
     result = top
+    summed = total
     if not WEIGHTED:
         result = natural_exponent(top, 2 * centre(DOUBLE))
         total = times_power(total, top - result, DOUBLE)
+    if LOST:
+        # Of an entry that has pairs and is yet too small, what underflowed counts.
+        small = inside & ((summed < faint(DOUBLE)) | (total < least_normal(DOUBLE)))
+        if tl.max(tl.max(small.to(tl.int32), 1), 0) > 0:
+            pairs = tl.zeros([TILE, TILE], tl.float32)
+            for start in range(0, tl.minimum(early, late - offset), STEPS):
+                t = start + tl.arange(0, STEPS)
+                live = (t < early) & (t + offset < late)
+                delta = tl.load(
+                    d + (t + offset).to(tl.int64)[None, :] * hidden + j[:, None],
+                    (j < hidden)[:, None] & live[None, :], other=0,
+                )  # fmt: skip
+                rows = tl.load(
+                    h + t.to(tl.int64)[:, None] * hidden + k[None, :], live[:, None] & (k < hidden)[None, :], other=0
+                )
+                one = tl.dot((delta != 0).to(tl.float32), (rows != 0).to(tl.float32), input_precision="ieee")
+                pairs += one
+            tl.store(lost, 1, tl.max(tl.max((small & (pairs > 0)).to(tl.int32), 1), 0) > 0)
     tl.store(sums + at, total, inside)
     if (tl.program_id(0) == 0) & (tl.program_id(1) == 0):
         tl.store(exponent, result)
@@ -103,6 +135,7 @@ def pair_sums(
     weight_exponents: Tensor | None,
     previous: Tensor | None,
     previous_exponent: Tensor | None,
+    lost: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """previous + Σ_i weights[i]ᵀ ⊙ Σ_t δ_{t+offset+i} h_tᵀ and its exponent; without weights on a natural scale."""
     hidden = d.shape[1]
@@ -121,7 +154,8 @@ def pair_sums(
         _pair_sums[(triton.cdiv(hidden, tile), triton.cdiv(hidden, tile))](
             d, d_exponents, h, h_exponents, either(weights, d), tops, either(previous, d),
             either(previous_exponent, d_exponents),
-            sums, exponent, *steps, hidden, lags, double, weights is not None, previous is not None,
+            sums, exponent, either(lost, exponent), *steps, hidden, lags, double, weights is not None,
+            previous is not None, lost is not None,
             TILE=tile, STEPS=16, **options,
         )  # fmt: skip
     return sums, exponent

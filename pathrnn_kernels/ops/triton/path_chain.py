@@ -220,7 +220,7 @@ def shape(hidden: int, itemsize: int, plan: str, blocks: int) -> Shape:
         ValueError: a plan that there is not, or a size that it does not serve.
     """
     if plan not in ("block", "grid"):
-        raise ValueError(f"plan is {plan!r}; the triton backend has 'block', 'grid' and 'gemm' (no clusters)")
+        raise ValueError(f"plan is {plan!r}; the triton backend has 'block' and 'grid' (no clusters)")
     block = triton.next_power_of_2(hidden)
     rows = triton.next_power_of_2(triton.cdiv(hidden, blocks))
     resident = block * rows * itemsize
@@ -228,10 +228,12 @@ def shape(hidden: int, itemsize: int, plan: str, blocks: int) -> Shape:
         limit = 1 << (int(RESIDENT_BYTES / itemsize).bit_length() - 1) // 2
         raise ValueError(
             f"plan 'block' serves one program a chain and hidden sizes up to {limit} at {itemsize} bytes a number, "
-            f"not {blocks} and {hidden}; use plan 'grid' or 'gemm'"
+            f"not {blocks} and {hidden}; use plan 'grid'"
         )
     if hidden > HIDDEN_LIMIT:
-        raise ValueError(f"plan 'grid' serves hidden sizes up to {HIDDEN_LIMIT}, not {hidden}; use plan 'gemm'")
+        raise ValueError(
+            f"plan 'grid' serves hidden sizes up to {HIDDEN_LIMIT}, not {hidden}; use backend 'cuda' or 'cpu'"
+        )
     if blocks > 1 and interpreted():
         raise ValueError(f"interpreted programs run one after another and cannot meet: use blocks=1, not {blocks}")
     if resident <= RESIDENT_BYTES:
@@ -263,7 +265,8 @@ def chains(
     programs = min(blocks, triton.cdiv(hidden, layout.ROWS))
     h, d = weight_h.new_empty(seq_len + 1, hidden), weight_h.new_empty(seq_len if both else 0, hidden)
     h_exponents, d_exponents = (drive_h_exponents.new_empty(len(rows)) for rows in (h, d))
-    arrivals = drive_h_exponents.new_zeros(2 * _APART.value if plan == "grid" else 1, dtype=torch.int32)
+    # Counters of programs that meet; others are given some pointer.
+    arrivals = drive_h_exponents.new_zeros(2 * _APART.value, dtype=torch.int32) if plan == "grid" else h_exponents
     options = whole(layout.num_warps)
     if programs > 1:
         options["launch_cooperative_grid"] = True  # programs that wait for each other must all be running

@@ -19,6 +19,7 @@ from .tempered import (
     ZERO,
     centre,
     either,
+    faint,
     is_double,
     least_normal,
     log2_floor,
@@ -37,6 +38,8 @@ _SPLIT = tl.constexpr(1024)
 _WIDE, _TALL = tl.constexpr(32), tl.constexpr(32)
 #: Entries that the programs for single vectors take at a time.
 _CHUNK = tl.constexpr(1024)
+#: Steps that a program which sums over time takes at a time.
+_STEPS = tl.constexpr(64)
 #: Units of a program of the drives, and inputs that it takes at a time.
 _UNITS, _INPUTS = tl.constexpr(16), tl.constexpr(64)
 _LN2 = tl.constexpr(math.log(2))
@@ -48,13 +51,19 @@ def _scale(most, DOUBLE: tl.constexpr):
 
 
 @triton.jit
+def _near(DOUBLE: tl.constexpr):
+    """2^centre: drives and head come near it, as the chains keep what they make of them."""
+    return power_of_two(tl.full([], centre(DOUBLE), tl.int32), DOUBLE)
+
+
+@triton.jit
 def _nonzero(w, squares):
     """Squares of what is zero out of the way, where the least is looked for."""
     return tl.where(w != 0, squares, float("inf"))
 
 
 @triton.jit
-def _columns(w, largest, sums, exponent, lost, block, split, rows, columns, DOUBLE: tl.constexpr):
+def _columns(w, largest, sums, exponent, lost, block, split, rows, columns, DOUBLE: tl.constexpr, NEAR: tl.constexpr):
     """Of the squares, the sums of the block-th _WIDE columns over the split-th _SPLIT rows."""
     most = tl.load(largest)
     scale = _scale(most, DOUBLE)
@@ -69,15 +78,20 @@ def _columns(w, largest, sums, exponent, lost, block, split, rows, columns, DOUB
         squares = square(tile, scale)
         total += squares
         least = tl.minimum(least, _nonzero(tile, squares))
-    tl.store(sums + split.to(tl.int64) * columns + column, tl.sum(total, 0), column < columns)
+    found = tl.sum(total, 0)
+    up = 0
+    if NEAR:
+        found *= _near(DOUBLE)
+        up = centre(DOUBLE)
+    tl.store(sums + split.to(tl.int64) * columns + column, found, column < columns)
     tl.store(lost, 1, tl.min(tl.min(least, 1), 0) < least_normal(DOUBLE))
     if (block == 0) & (split == 0):
-        tl.store(exponent, square_exponent(most, DOUBLE))
+        tl.store(exponent, square_exponent(most, DOUBLE) - up)
 
 
 @triton.jit(do_not_specialize=["rows", "columns"])
 def _column_sums(w, largest, sums, exponent, lost, rows, columns, DOUBLE: tl.constexpr):
-    _columns(w, largest, sums, exponent, lost, tl.program_id(0), tl.program_id(1), rows, columns, DOUBLE)
+    _columns(w, largest, sums, exponent, lost, tl.program_id(0), tl.program_id(1), rows, columns, DOUBLE, False)
 
 
 def column_sums(w: Tensor, largest: Tensor, lost: Tensor) -> tuple[Tensor, Tensor]:
@@ -144,9 +158,9 @@ def _drive(
             pushed += times_power(ih, e_ih - joint, DOUBLE) + times_power(hh, e_hh - joint, DOUBLE)
             top = joint
         faded |= tl.max((driven & (pushed < least_normal(DOUBLE))).to(tl.int32), 0) > 0
-        tl.store(drive + at, pushed, live)
+        tl.store(drive + at, pushed * _near(DOUBLE), live)
         if block == 0:
-            tl.store(exponents + i, tl.where(top < HALF_ZERO, ZERO, top))
+            tl.store(exponents + i, tl.where(top < HALF_ZERO, ZERO, top - centre(DOUBLE)))
         # Only the first layer has inputs of its own.
         pushed, driven = tl.zeros([_UNITS], dtype), tl.zeros([_UNITS], tl.int1)
         top = tl.full([], ZERO, tl.int64)
@@ -194,11 +208,11 @@ def _ends(
         across, place = tl.cdiv(hidden, _WIDE), place - drives - 1
         block, split = place % across, place // across
         if HEAD:
-            _columns(head_weight, largest_head, head, head_exponent, lost, block, split, outputs, hidden, DOUBLE)
+            _columns(head_weight, largest_head, head, head_exponent, lost, block, split, outputs, hidden, DOUBLE, True)
         else:
             column = block * _WIDE + tl.arange(0, _WIDE)
-            tl.store(head + column, tl.full([_WIDE], 1, weight.dtype.element_ty), column < hidden)
-            tl.store(head_exponent, 0)
+            tl.store(head + column, tl.full([_WIDE], 1, weight.dtype.element_ty) * _near(DOUBLE), column < hidden)
+            tl.store(head_exponent, -centre(DOUBLE))
 
 
 def ends(
@@ -238,39 +252,60 @@ def _end_to_end(biases: list[Tensor], other: Tensor) -> Tensor:
     return biases[0] if biases else other
 
 
-@triton.jit(do_not_specialize=["count", "hidden"])
-def _row_sums(
-    rows, exponents, total, exponent, count, hidden, DOUBLE: tl.constexpr, TALL: tl.constexpr, WIDE: tl.constexpr
-):
-    """Program k: the sum over time of WIDE columns."""
-    column = tl.program_id(0) * WIDE + tl.arange(0, WIDE)
-    tops = tl.full([TALL], ZERO, tl.int64)
-    for start in range(0, count, TALL):
-        t = start + tl.arange(0, TALL)
+@triton.jit
+def _row_sum(rows, exponents, total, exponent, lost, count, hidden, DOUBLE: tl.constexpr):
+    """The sum over time of _WIDE columns."""
+    column = tl.program_id(0) * _WIDE + tl.arange(0, _WIDE)
+    tops = tl.full([_STEPS], ZERO, tl.int64)
+    for start in range(0, count, _STEPS):
+        t = start + tl.arange(0, _STEPS)
         tops = tl.maximum(tops, tl.load(exponents + t, t < count, other=ZERO))
     top = tl.max(tops, 0)
-    sums = tl.zeros([TALL, WIDE], rows.dtype.element_ty)
-    for start in range(0, count, TALL):
-        t = start + tl.arange(0, TALL)
+    sums = tl.zeros([_STEPS, _WIDE], rows.dtype.element_ty)
+    some = tl.zeros([_STEPS, _WIDE], tl.int1)
+    for start in range(0, count, _STEPS):
+        t = start + tl.arange(0, _STEPS)
         mask = (t < count)[:, None] & (column < hidden)[None, :]
         x = tl.load(rows + t.to(tl.int64)[:, None] * hidden + column[None, :], mask, other=0)
         e = tl.load(exponents + t, t < count, other=ZERO)
+        some |= x != 0
         sums += times_power(x, (e - top)[:, None], DOUBLE)
     result = natural_exponent(top, centre(DOUBLE))
-    tl.store(total + column, times_power(tl.sum(sums, 0), top - result, DOUBLE), column < hidden)
+    summed = tl.sum(sums, 0)
+    found = times_power(summed, top - result, DOUBLE)
+    tl.store(total + column, found, column < hidden)
+    there = tl.max(some.to(tl.int32), 0) > 0
+    faded = there & ((summed < faint(DOUBLE)) | (found < least_normal(DOUBLE)))
+    tl.store(lost, 1, tl.max(faded.to(tl.int32), 0) > 0)
     if tl.program_id(0) == 0:
         tl.store(exponent, result)
 
 
-def row_sums(rows: Tensor, exponents: Tensor) -> tuple[Tensor, Tensor]:
-    """Σ_t rows[t] · 2^exponents[t] and its exponent, on a natural scale."""
-    count, hidden = rows.shape
-    total, exponent = rows.new_empty(hidden), exponents.new_empty(1)
+@triton.jit(do_not_specialize=["count", "more_count", "hidden"])
+def _row_sums(
+    rows, exponents, total, exponent, more_rows, more_exponents, more_total, more_exponent, lost, count, more_count,
+    hidden, DOUBLE: tl.constexpr,
+):  # fmt: skip
+    """Program (k, y): columns k of sequence y."""
+    if tl.program_id(1) == 0:
+        _row_sum(rows, exponents, total, exponent, lost, count, hidden, DOUBLE)
+    else:
+        _row_sum(more_rows, more_exponents, more_total, more_exponent, lost, more_count, hidden, DOUBLE)
+
+
+def row_sums(
+    rows: Tensor, exponents: Tensor, more_rows: Tensor | None, more_exponents: Tensor | None, lost: Tensor
+) -> list[Tensor]:
+    """Σ_t rows[t] · 2^exponents[t] and its exponent, on a natural scale; of one sequence or two."""
+    hidden = rows.shape[1]
+    both = more_rows is not None
+    found = [x for _ in range(2) for x in (rows.new_empty(hidden), exponents.new_empty(1))]
     with on_device(rows):
-        _row_sums[(triton.cdiv(hidden, 32),)](
-            rows, exponents, total, exponent, count, hidden, is_double(rows), TALL=64, WIDE=32, enable_fp_fusion=True
-        )
-    return total, exponent
+        _row_sums[(triton.cdiv(hidden, _WIDE.value), 2 if both else 1)](
+            rows, exponents, *found[:2], either(more_rows, rows), either(more_exponents, exponents), *found[2:], lost,
+            len(rows), 0 if more_rows is None else len(more_rows), hidden, is_double(rows), enable_fp_fusion=True,
+        )  # fmt: skip
+    return found if both else found[:2]
 
 
 @triton.jit
@@ -283,7 +318,20 @@ def _log(x, exponent):
 
 @triton.jit(do_not_specialize=["steps", "hidden", "count"])
 def _finish(
-    outputs, outputs_exponent, head, head_exponent, head_bias, head_bias_exponent, largest, out, steps, hidden, count
+    outputs,
+    outputs_exponent,
+    head,
+    head_exponent,
+    head_bias,
+    head_bias_exponent,
+    largest,
+    lost,
+    out,
+    of_bias,
+    arithmetic,
+    steps,
+    hidden,
+    count,
 ):
     """One program."""
     slots = tl.arange(0, _CHUNK)
@@ -302,6 +350,8 @@ def _finish(
     total = tl.exp(through - top) + tl.exp(bias - top)
     value = tl.where(total > 0, top + tl.log(tl.where(total > 0, total, 1.0)), float("-inf"))
     tl.store(out, tl.where(tl.min(finite.to(tl.int32), 0) != 0, value, float("nan")))
+    tl.store(of_bias, steps)
+    tl.store(arithmetic, tl.where(tl.load(lost) != 0, -1, 0))
 
 
 def finish(
@@ -313,12 +363,15 @@ def finish(
     head_bias_exponent: Tensor,
     steps: int,
     largest: Tensor,
-) -> Tensor:
-    """log γ², float64, 0-dim: of outputs · head + steps · head_bias; nan where ``largest`` is not finite."""
-    log_norm = outputs.new_empty((), dtype=torch.float64)
+    lost: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """log γ² of outputs · head + steps · head_bias, float64; nan where ``largest`` is not finite. Then ``steps``, and
+    -1 where something is lost."""
+    log_norm, bias = outputs.new_empty((), dtype=torch.float64), outputs.new_empty(1)
+    arithmetic = outputs.new_empty((), dtype=torch.int8)
     with on_device(outputs):
         _finish[(1,)](
-            outputs, outputs_exponent, head, head_exponent, head_bias, head_bias_exponent, largest, log_norm, steps,
-            len(outputs), len(largest), num_warps=8, enable_fp_fusion=True,
+            outputs, outputs_exponent, head, head_exponent, head_bias, head_bias_exponent, largest, lost, log_norm,
+            bias, arithmetic, steps, len(outputs), len(largest), num_warps=8, enable_fp_fusion=True,
         )  # fmt: skip
-    return log_norm
+    return log_norm, bias, arithmetic

@@ -75,6 +75,12 @@ def least_normal(DOUBLE: tl.constexpr):  # type: ignore[no-untyped-def]
 
 
 @triton.jit
+def faint(DOUBLE: tl.constexpr):  # type: ignore[no-untyped-def]
+    """2^(digits + 2) least normal numbers: what underflowed in a sum from there on is less than its rounding."""
+    return power_of_two(tl.full([], -967 if DOUBLE else -100, tl.int32), DOUBLE)
+
+
+@triton.jit
 def times_power(x, n, DOUBLE: tl.constexpr):  # type: ignore[no-untyped-def]
     """x · 2ⁿ for int64 n, in two steps, neither of which leaves the normal range where x and the result do not."""
     near = tl.minimum(tl.maximum(n, -4096), 4096).to(tl.int32)

@@ -80,7 +80,8 @@ def test_nothing_enters():
         arguments[1:3] = ([torch.zeros_like(b) for b in biases] for biases in arguments[1:3])
         drive, exponents, head, head_exponent, *_ = check_ends(arguments, 2)
         assert not drive.any() and (exponents == ZERO).all()
-        assert head_exponent.item() == (ZERO if options else 0) and head.any() == (not options)
+        centre = gpu_model.centre(F64)
+        assert head_exponent.item() == (ZERO if options else 0) - centre and head.any() == (not options)
 
 
 @dtypes
@@ -112,17 +113,34 @@ def test_row_sums(count, hidden, dtype):
         rows, exponents = 2.0**centre * torch.rand(count, hidden, dtype=dtype), torch.randint(-99, 1, (count,)) + usual
         exponents[-1], exponents[count // 2] = usual, usual if count == 1 else ZERO
         rows[count // 2] *= count == 1
-        total, exponent = run("row_sums", rows, exponents)
-        same((total, exponent), truth("row_sums", rows, exponents), tolerances.path(dtype, 0, count))
-        assert exponent == gpu_model.row_sums(rows, exponents)[1]
-    total, exponent = run("row_sums", torch.zeros_like(rows), torch.full_like(exponents, ZERO))
-    assert not total.any() and exponent == 0
+        wanted = truth("row_sums", rows, exponents, None, None)
+        scale = gpu_model.row_sums(rows, exponents, None, None, torch.zeros(1, dtype=torch.bool))[1]  # the dtype's own
+        more = 3 * rows[: count // 2 + 1], exponents[: count // 2 + 1]
+        for second in (None, None), more:
+            total, exponent, *others, lost = run("row_sums", rows, exponents, *second)
+            same((total, exponent), wanted, tolerances.path(dtype, 0, count))
+            assert exponent == scale and not lost
+        same(others, truth("row_sums", *more, None, None), tolerances.path(dtype, 0, count))
+    total, exponent, lost = run("row_sums", torch.zeros_like(rows), torch.full_like(exponents, ZERO), None, None)
+    assert not total.any() and exponent == 0 and not lost
+
+
+@dtypes
+def test_a_column_that_fades_is_told(dtype):
+    """Beside the others of its sum; not one that is zero."""
+    for value, told in ((0.0, False), (torch.finfo(dtype).tiny, True)):
+        rows = torch.full((5, 3), 2.0 ** gpu_model.centre(dtype), dtype=dtype)
+        rows[:, 1] = value
+        assert run("row_sums", rows, torch.zeros(5).long(), None, None)[-1] == told
 
 
 def finish(*arguments):
     from pathrnn_kernels.ops import triton
 
-    found, again = (triton.finish(*map(moved, arguments)) for _ in range(2))
+    for flag in (True, False):
+        found, bias, arithmetic = triton.finish(*map(moved, (*arguments, torch.tensor([flag]))))
+        assert bias.tolist() == [arguments[6]] and arithmetic.dtype == torch.int8 and arithmetic == -int(flag)
+    again = triton.finish(*map(moved, (*arguments, torch.tensor([False]))))[0]
     assert found.shape == () and found.dtype == F64
     assert found == again or found.isnan()
     return found.cpu()
@@ -138,7 +156,7 @@ def test_finish(hidden, dtype):
     for e, head_e, bias_e in places:
         for b, e_b in ((bias, bias_e), (bias, e + head_e), (zero, ZERO)):
             arguments = (outputs, torch.tensor([e]), head, torch.tensor([head_e]), b, torch.tensor([e_b]), 9, most)
-            wanted = truth("finish", *arguments)
+            wanted = truth("finish", *arguments, torch.tensor([False]))[0]
             # The logarithm's own rounding, and the exponent's times log 2, beside that of γ².
             error = 4 * tolerances.unit_roundoff(F64)
             atol = tolerances.path(F64, 0, hidden)

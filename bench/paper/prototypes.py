@@ -1,0 +1,99 @@
+"""Optimisers that were tried (README.md, "What was tried") and are no part of the package: plain torch, H of 100."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pathrnn_kernels import GatedPathSGD, PathNetwork, kappa
+from pathrnn_kernels.kappa import Kappa
+
+_RECURRENT, _OUTPUT_BIAS = "rnn.weight_hh_l0", "head.bias"
+
+
+class SpectralGate(GatedPathSGD):
+    """``GatedPathSGD`` with a bound on the coherent part of its step of W_hh.
+
+    Near the identity a step ΔW multiplies the map over T steps by about exp(T ΔW), and so an output by up to
+    exp(T σ₁(D ΔW D⁻¹)), where D balances rows and columns of κ, D_j = (Π_k κ_jk / κ_kj)^(1/(4H)): a node that is
+    rescaled by ρ has D_j/ρ, so that D ΔW D⁻¹ is invariant. H² entries of one sign have H times the singular value of
+    one, entries of random signs 2 sqrt(H) times. Singular values above growth/T are cut to that.
+    """
+
+    def __init__(self, net: PathNetwork, lr: float, seq_len: int, growth: float = 0.1, **given: Any) -> None:
+        super().__init__(net, lr, seq_len=seq_len, **given)
+        self.growth, self.length = growth, seq_len
+        self.sharpest = 0.0  # the largest T σ₁ since it was last read, before the cut
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> Any:
+        weight = self.net.weights()[_RECURRENT]
+        before = weight.clone()
+        # log(γ²/κ); entries on no path do not move and do not count.
+        logs = kappa(self.net, self.length).relative(_RECURRENT).double().log().nan_to_num(posinf=0.0, neginf=0.0)
+        loss = super().step(closure)
+        balance = ((logs.mean(0) - logs.mean(1)) / 4).exp()
+        delta = balance[:, None] * (weight - before).double() / balance
+        left, values, right = torch.linalg.svd(delta, full_matrices=False)
+        self.sharpest = max(self.sharpest, float(values[0]) * self.length)
+        limit = self.growth / self.length
+        if values[0] > limit:
+            cut = (left * values.clamp(max=limit)) @ right
+            weight.copy_(before + (cut / balance[:, None] * balance).to(weight.dtype))
+        return loss
+
+
+class PathMuon(torch.optim.Optimizer):
+    """Momentum of g̃ = γ g/sqrt(κ), orthogonalised where it is a matrix, as the step in path coordinates.
+
+    The output's bias follows eq. (8), as in ``GatedPathSGD``.
+    """
+
+    def __init__(self, net: PathNetwork, lr: float, seq_len: int) -> None:
+        self.net, self.length = net, seq_len
+        weights = net.weights()
+        groups: list[dict[str, Any]] = [{"params": [p for name, p in weights.items() if name != _OUTPUT_BIAS]}]
+        if _OUTPUT_BIAS in weights:
+            groups.append({"params": [weights[_OUTPUT_BIAS]], "lr": 0.1})
+        super().__init__(groups, {"lr": lr, "betas": (0.95, 0.99), "hold": 0, "warmup": 0})
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> Any:
+        group, k = self.param_groups[0], kappa(self.net, self.length)
+        share = math.exp((_log_norm(self.net, k) - float(k.log_path_norm)) / 2)
+        beta = group["betas"][0]
+        for name, p in self.net.weights().items():
+            if p.grad is None or not p.grad.isfinite().all():
+                continue
+            state = self.state[p]
+            if not state:
+                state.update(step=0, exp_avg=torch.zeros_like(p))
+            state["step"] += 1
+            if name == _OUTPUT_BIAS:
+                p.sub_((p.grad / k.dense(name)).clamp(-1, 1).to(p.dtype), alpha=self.param_groups[1]["lr"])
+                continue
+            unit = k.relative(name).sqrt() * share
+            g = p.grad * unit
+            state["exp_avg"].lerp_((g / g.norm().clamp(min=1e-300)).to(p.dtype), 1 - beta)
+            rate = group["lr"] * min(1.0, (state["step"] - group["hold"]) / max(group["warmup"], 1))
+            if rate > 0:
+                p.sub_((_direction(state["exp_avg"]) * unit).to(p.dtype), alpha=rate)
+
+
+def _direction(m: Tensor) -> Tensor:
+    """Of length 1."""
+    if m.dim() == 2 and min(m.shape) > 1:
+        left, _, right = torch.linalg.svd(m, full_matrices=False)
+        return left @ right / math.sqrt(min(m.shape))
+    return m / m.norm().clamp(min=1e-30)
+
+
+def _log_norm(net: PathNetwork, k: Kappa) -> float:
+    """log γ² of the paths that end with a weight of the head: all but those of its bias alone."""
+    if net.head is None or net.head.bias is None:
+        return float(k.log_path_norm)
+    mass = float((k.factors["head.weight"].double() * net.head.weight.double().square()).sum())
+    return math.log(mass) + float(k.log_scales["head.weight"])

@@ -1,0 +1,206 @@
+"""Single runs with settings that ``pathrnn train`` does not have, and what came of each (README.md, "What was tried").
+
+``python -m bench.paper.tried NAME task=smnist optimizer=path-gated data=DIR lr=30.0 warmup=200 …`` trains under
+``runs/tried/NAME``, goes on where it was stopped, and writes ``bench/results/paper/tried/NAME.json``; without
+arguments it prints the table of what these files hold.
+"""
+
+from __future__ import annotations
+
+import ast
+import json
+import math
+import platform
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import pathrnn_kernels
+from pathrnn_kernels.training import CHECKPOINT, Config, Record, Run, TrainingError, atomic_write, evaluate, train
+
+from .running import options
+from .systems import SYSTEMS
+
+ROOT = Path(__file__).resolve().parents[2]
+RUNS, RESULTS = ROOT / "runs" / "tried", ROOT / "bench" / "results" / "paper" / "tried"
+_GATE = ("betas", "power", "hold", "warmup")
+
+
+@dataclass(frozen=True)
+class Trial(Config):
+    """A run with further settings; None and "" are the package's own."""
+
+    #: Of bench/paper/systems.py, where the network is not ``pathrnn train``'s.
+    system: str = ""
+    #: ``GatedPathSGD``'s.
+    betas: tuple[float, float] | None = None
+    power: float | None = None
+    hold: int | None = None
+    warmup: int | None = None
+    bias_lr: float | None = None
+    #: Of Adam, other than torch's.
+    adam_betas: tuple[float, float] | None = None
+    #: Decay of an average of the weights over the steps, measured beside the weights themselves; 0: none.
+    average: float = 0.0
+    #: A prototype in bench/paper/prototypes.py, and its settings.
+    prototype: str = ""
+    options: str = ""
+
+
+class TrialRun(Run):
+    config: Trial
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        c = self.config
+        if c.prototype:
+            from . import prototypes
+
+            given = ast.literal_eval(c.options or "{}")
+            self.optimizer = getattr(prototypes, c.prototype)(self.net, c.lr, seq_len=self.task.seq_len, **given)
+        for group in self.optimizer.param_groups:
+            for name in _GATE:
+                if getattr(c, name) is not None:
+                    group[name] = getattr(c, name)
+            if c.adam_betas is not None:
+                group["betas"] = c.adam_betas
+        if c.bias_lr is not None:
+            self.optimizer.param_groups[1]["lr"] = c.bias_lr
+        self.rates = [group["lr"] for group in self.optimizer.param_groups]
+        self.mean: list[Tensor] | None = None
+
+    def make_network(self) -> nn.Module:
+        if not self.config.system:
+            return super().make_network()
+        return SYSTEMS[self.config.system].network(self.config, self.task)
+
+    def advance(self) -> float:
+        value = super().advance()
+        if self.config.average:
+            weights = [p.detach() for p in self.net.parameters()]
+            if self.mean is None:
+                self.mean = [p.clone() for p in weights]
+            # Shorter at the beginning, so that the first weights do not weigh more than the others.
+            decay = min(self.config.average, self.step / (self.step + 10))
+            torch._foreach_lerp_(self.mean, weights, 1 - decay)
+        return value
+
+    @torch.no_grad()
+    def evaluate(self) -> Record:
+        record = super().evaluate()
+        if self.task.carries:
+            record["test"] = evaluate(self.net, self.task, self.task.held_out_test())  # type: ignore[attr-defined]
+        if self.mean is not None:
+            weights: list[Tensor] = list(self.net.parameters())
+            own = [p.detach().clone() for p in weights]
+            torch._foreach_copy_(weights, self.mean)
+            record["averaged"] = evaluate(self.net, self.task)
+            torch._foreach_copy_(weights, own)
+        w = getattr(self.net.rnn, "weight_hh_l0", None)
+        if w is not None and w.shape[0] == w.shape[1]:  # an LSTM has four of them
+            w = w.detach().double()
+            record["spectral_radius"] = float(torch.linalg.eigvals(w).abs().max())
+        return record
+
+    def record(self) -> Record | None:
+        record = super().record()
+        if record is not None and hasattr(self.optimizer, "sharpest"):
+            record["sharpest"], self.optimizer.sharpest = self.optimizer.sharpest, 0.0
+        return record
+
+    def state_dict(self) -> dict[str, Any]:
+        return {**super().state_dict(), "mean": self.mean}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        super().load_state_dict(state)
+        self.mean = state["mean"]
+
+
+def _finite(record: Record) -> dict[str, float | None]:
+    return {name: value if math.isfinite(value) else None for name, value in record.items()}
+
+
+def table(folder: Path) -> str:
+    """Markdown, a row a result file."""
+    lines = ["| run | steps | held-out error | of averaged weights | hours |", "|---|---|---|---|---|"]
+    for path in sorted(folder.glob("*.json")):
+        result = json.loads(path.read_text(encoding="utf-8"))
+        last: Record = next((record for record in reversed(result["history"]) if "held_out" in record), {})
+        error = "diverged" if result["outcome"] == "diverged" else f"{last['held_out']:.4g}"
+        averaged = f"{last['averaged']:.4g}" if "averaged" in last else ""
+        lines.append(f"| {result['name']} | {result['steps']:,} | {error} | {averaged} | {result['hours']:.2g} |")
+    return "\n".join(lines)
+
+
+def main(arguments: list[str]) -> int:
+    if not arguments:
+        print(table(RESULTS))
+        return 0
+    name, *pairs = arguments
+    given: dict[str, Any] = {}
+    for pair in pairs:
+        key, text = pair.split("=", 1)
+        try:
+            given[key] = ast.literal_eval(text)
+        except (ValueError, SyntaxError):
+            given[key] = text
+    given["options"] = str(given.get("options", ""))
+    if given.get("clip") == "none":
+        given["clip"] = math.inf
+    torch.set_num_threads(1)
+    trial = Trial.of(**given)
+    folder, target = RUNS / name, RESULTS / f"{name}.json"
+    if target.is_file():
+        print(name, "is done")
+        return 0
+    latest: list[Run] = []
+    outcome, message = "finished", ""
+
+    def watch(run: Run, record: Record | None) -> None:
+        latest[:] = [run]
+        if record is not None:
+            print(name, json.dumps(record), flush=True)
+
+    try:
+        train(trial, folder, resume=(folder / CHECKPOINT).is_file(), watch=watch, make=TrialRun)
+    except TrainingError as error:
+        if not latest:
+            raise
+        outcome, message = "diverged", str(error)
+    run = latest[0]
+    commit = subprocess.run(["git", "-C", ROOT, "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout
+    config = {key: value for key, value in options(trial).items() if value not in (None, "")}
+    if "data" in config:
+        config["data"] = Path(config["data"]).name
+    result = {
+        "name": name,
+        "title": run.task.title,
+        "error": run.task.error_name,
+        "config": config,
+        "outcome": outcome,
+        "message": message,
+        "steps": run.step,
+        "hours": run.seconds / 3600,
+        "parameters": sum(p.numel() for p in run.net.parameters()),
+        "versions": {
+            "pathrnn-kernels": pathrnn_kernels.__version__,
+            "commit": commit.strip(),
+            "torch": torch.__version__,
+            "Python": platform.python_version(),
+        },
+        "history": [_finite(record) for record in run.history],
+    }
+    RESULTS.mkdir(parents=True, exist_ok=True)
+    with atomic_write(target) as file:
+        file.write(json.dumps(result, ensure_ascii=False, allow_nan=False).encode() + b"\n")
+    print(name, outcome, message, flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
