@@ -37,14 +37,14 @@ std::string tensor_name(int64_t index, int64_t chains, int64_t directions, bool 
 }
 
 // What a pass takes beside its results, at most: the rows of h and δ, of drives between layers and of one product, with
-// their exponents and coefficients; packed and cached matrices; copies of the weights.
+// their exponents and coefficients; packed and cached matrices, or the powers of blocks of time; copies of the weights.
 double pass_bytes(int64_t chains, int64_t directions, int64_t seq_len, int64_t hidden, bool second,
                   int64_t workspace_bytes, double weights, double itemsize) {
   const double row = static_cast<double>(hidden + 16) * itemsize, matrix = row * hidden;
   const double rows = 2.0 * chains + (chains > directions ? 2 * directions : 0) + (second ? 2 : 1);
   const double powers = std::min(static_cast<double>(seq_len) * matrix, std::max<double>(workspace_bytes, 8 * matrix));
   return seq_len * (rows * row + chains * 4.0 * (sizeof(int64_t) + itemsize)) + 4 * matrix +
-         (second ? 6 * matrix + powers : 0) + weights * itemsize;
+         (second ? 6 * matrix + powers : 16 * matrix) + weights * itemsize;
 }
 
 // Bytes for cached powers of W̃ where the caller does not say; ops/path_chain.py has the same.
