@@ -90,7 +90,7 @@ struct Reach {
 
 // Block i: one chain's h, or its δ. Where all units are reached from the start, W_hh is not read.
 template <typename T>
-__global__ void __launch_bounds__(kReachThreads) find_reach(Reach<T> a) {
+__global__ void __launch_bounds__(kReachThreads, 1) find_reach(Reach<T> a) {
   const int side = blockIdx.x < a.chains ? 0 : 1;
   const int64_t H = a.hidden, chain = blockIdx.x % a.chains;
   const T* const weight = a.weight[side] + chain * H * H;

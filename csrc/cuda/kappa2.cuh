@@ -362,7 +362,7 @@ struct Scalar {
 
 // A thread runs one column through all steps, with exponents of its own, so no step waits for other columns.
 template <typename T>
-__global__ void __launch_bounds__(kWarp)
+__global__ void __launch_bounds__(kWarp, 1)
     filter_columns(const T* rows, const int64_t* exponents, const T* ratio, const int64_t* ratio_exponent,
                    int64_t count, int64_t width, bool reverse, T* out, int64_t* out_exponents) {
   const int64_t column = int64_t{blockIdx.x} * kWarp + threadIdx.x;
