@@ -137,6 +137,16 @@ def test_blocks_for_a_team(outputs, threads):
     assert found.bound <= 1e-5
 
 
+@pytest.mark.parametrize("second_term", (False, True))
+def test_powers_that_lose_what_the_second_term_needs(second_term):
+    """W̃² has an entry 2^840 below its largest; what later powers may miss of it leaves float64."""
+    net = PathNetwork(ReLURNN(1, 2, bias=False, dtype=F64), outputs="last", h0="ones")
+    with torch.no_grad():
+        net.rnn.weight_ih_l0.copy_(torch.tensor([[2.0**120], [0.0]]))
+        net.rnn.weight_hh_l0.copy_(torch.tensor([[0.0, 2.0**262], [2.0**-278, 1.0]], dtype=F64))
+    check_logarithms(net, 9, second_term, rtol=1e-10, truncation=0)
+
+
 # Units beside the paths.
 
 

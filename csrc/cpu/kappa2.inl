@@ -469,7 +469,7 @@ class Kappa2Run {
     const int64_t from = exponents_[n] == kZeroExponent ? kZeroExponent : top + exponents_[n];
     const T scale = onto(from, s);
     const double sides = 2 * static_cast<double>(H_), most_before = most_of_sum() * sides;
-    double missing = s.sum_missing > 0 ? power(old - top) * s.sum_missing * largest_line() : 0;
+    double missing = s.sum_missing == 0 ? 0 : power(old - top) * s.sum_missing * largest_line();
     if (a == T(0)) missing += power(old - top) * most_before;
     for (const int64_t left_out : {b == T(0) ? driven : kZeroExponent, c == T(0) ? started : kZeroExponent}) {
       if (left_out > kZeroExponent / 2) missing += power(2 * kHighest<T> + left_out - top);
@@ -1117,8 +1117,9 @@ class Kappa2Run {
         Vec<T> w = load(p.weight.data + j * H_ + k, n) * load(p.weight.column + k) * p.weight.row[j];
         w *= w * factor;
         const Vec<T> own = load(kappa, n), both = a * own + b * load(pairs_ + j * ld_ + k);
-        const Vec<T> limit = maximum<T>(w * missing, Vec<T>{} + least);
-        wrong |= (own > T(0)) & ~((both >= limit) & (both <= std::numeric_limits<T>::max()));
+        // Written so that a bound that is nan proves nothing.
+        const Vec<T> limit = w > T(0) ? w * missing : Vec<T>{};
+        wrong |= (own > T(0)) & ~((both >= limit) & (both >= least) & (both <= std::numeric_limits<T>::max()));
         store(kappa, both, n);
       }
     }
