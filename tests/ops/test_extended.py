@@ -106,10 +106,13 @@ def test_extended_range_is_exact(threads):
     assert run.stdout.split() == ["200", "cases"]
 
 
-def test_an_unknown_arithmetic_is_refused():
+def test_an_unknown_arithmetic_is_refused(
+    tmp_path,
+):  # away from the source tree, which would hide the installed package
     code = "import torch, pathrnn_kernels as pk; pk.kappa(pk.PathNetwork(pk.ReLURNN(1, 2)), 3)"
+    environment = os.environ | {"PATHRNN_ARITHMETIC": "half"}
     run = subprocess.run(
-        [sys.executable, "-c", code], env=os.environ | {"PATHRNN_ARITHMETIC": "half"}, capture_output=True, text=True
+        [sys.executable, "-c", code], env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=60
     )
     assert "PATHRNN_ARITHMETIC is half; use native, float64 or extended" in run.stderr.splitlines()[-1]
 

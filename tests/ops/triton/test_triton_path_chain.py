@@ -155,11 +155,11 @@ def test_refusals():
             shape(8, 4, "grid", 2)
 
 
-def test_without_triton():
+def test_without_triton(tmp_path):
     """The backend says what is missing; importing it, and the rest of the package, does without."""
     script = (
         "import sys; sys.modules['triton'] = None\n"
         "from pathrnn_kernels.ops import triton\n"
         "assert 'pip install triton' in triton.problem(), triton.problem()"
     )
-    subprocess.run([sys.executable, "-c", script], check=True)
+    subprocess.run([sys.executable, "-c", script], check=True, cwd=tmp_path)
