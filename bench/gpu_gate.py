@@ -560,31 +560,6 @@ def row_step(gate: Child, batch: int, seq_len: int, hidden: int, second_term: bo
     return Row(f"step with {term} B={batch} T={seq_len} H={hidden}", {"PathSGD": stepper(path(1))}, baselines)
 
 
-def row_update(gate: Child, hidden: int) -> Row:
-    """g/κ of a network's weights; κ of a recurrent matrix is dense."""
-    from pathrnn_kernels.ops.triton import update
-
-    if "triton" not in backends(gate):
-        raise Skip("the fused update is Triton's, which does not serve here")
-    shapes = [(hidden, hidden)] * 4 + [(hidden,)] * 4
-    gradients = [torch.randn(shape, device=gate.device) for shape in shapes]
-    kappas = [torch.rand(shape, device=gate.device) + 0.5 for shape in shapes]
-    scales = [1.5] * len(shapes)
-
-    def plain() -> object:
-        found = torch._foreach_mul(gradients, scales)
-        torch._foreach_div_(found, kappas)
-        return found
-
-    def check(name: str) -> None:
-        for a, g, k in zip(update.precondition(gradients, kappas, scales, 1)[0], gradients, kappas, strict=True):
-            assert_close(a, g.double() * 1.5 / k.double(), 4 * torch.finfo(F32).eps)
-
-    moved = 3.0 * 4 * sum(g.numel() for g in gradients)
-    ours: dict[str, Run] = {"fused": lambda: update.precondition(gradients, kappas, scales, 1)}
-    return Row(f"update H={hidden}, {moved / 3e6:.0f} MB of gradients", ours, {"torch._foreach": plain}, check, moved)
-
-
 def rows_of_kernels(gate: Child, hidden: int, seq_len: int, count: int) -> dict[str, Callable[[], Row]]:
     """The kernels of path_chain one by one, each against the plainest torch that does its work."""
     from pathrnn_kernels.ops import cuda, triton
@@ -746,7 +721,6 @@ def benchmarks(gate: Child) -> dict[str, Callable[[], dict[str, Any]]]:
         for second_term in (False, True):
             name = f"step {'κ⁽¹⁾+κ⁽²⁾' if second_term else 'κ⁽¹⁾'} {size}"
             rows[name] = functools.partial(row_step, gate, batch, seq_len, hidden, second_term)
-    rows["update"] = functools.partial(row_update, gate, 16 if gate.cpu else 4096)
     for hidden, seq_len in ((8, 4),) if gate.cpu else ((100, 784), (512, 100)):
         for kind in ("Gaussian", "nn.RNN", "I+0.02N"):
             rows[f"κ⁽²⁾ H={hidden} {kind}"] = functools.partial(row_kappa2, gate, hidden, seq_len, kind)
@@ -798,8 +772,6 @@ def goals(result: dict[str, Any]) -> list[dict[str, Any]]:
     for size in ("B=16 T=784 H=100", "B=32 T=20 H=200", "B=100 T=50 H=2048"):
         goal("κ⁽¹⁾ at most 2 % of a step", f"step with κ⁽¹⁾ {size}", share, lambda v: v <= 0.02)
         goal("κ⁽¹⁾+κ⁽²⁾ at most 10 % of a step", f"step with κ⁽¹⁾+κ⁽²⁾ {size}", share, lambda v: v <= 0.1)
-    label = next((name for name in rows if name.startswith("update")), "update")
-    goal("update at 80 % of copy bandwidth", label, lambda r: r.get("of copy", 0.0), lambda v: v >= 0.8)
     return found
 
 

@@ -26,7 +26,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime import JITFunction
 
-from pathrnn_kernels.ops.triton import canonical, kappa2, path_chain, relu_rnn, sums, update
+from pathrnn_kernels.ops.triton import canonical, kappa2, path_chain, relu_rnn, sums
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -152,13 +152,6 @@ def second_term(hidden: int, dtype: torch.dtype) -> None:
     kappa2.filtered(rows, e, rows[0], e[:1], False)
 
 
-def updates(dtype: torch.dtype) -> None:
-    # One table for all tensors; beside it, tensors that are not aligned, and the largest table of a small network.
-    for tensors in ([torch.ones(8, 16, dtype=dtype)] * 3, [torch.ones(33, dtype=dtype)[1:]] * 12):
-        update.precondition(tensors, tensors, [1.0] * len(tensors), 1)
-        update.shorten_(tensors, tensors, tensors, [0.0] * len(tensors))
-
-
 def layer(hidden: int, dtype: torch.dtype) -> None:
     x, w = torch.ones(3, 2, hidden, dtype=dtype), torch.ones(hidden, hidden, dtype=dtype)
     y, h_n = relu_rnn.relu_rnn(x, None, w, w, None, None)
@@ -183,7 +176,6 @@ def cases() -> dict[str, Callable[[], None]]:
         for hidden in (128, 2048):
             add(f"H={hidden} {name}", second_term, hidden, dtype)
             add(f"H={hidden} {name} coordinates", coordinates, hidden, dtype)
-        add(name, updates, dtype)
         for hidden in (16, 64, relu_rnn.limit(dtype)):
             add(f"H={hidden} layer {name}", layer, hidden, dtype)
     return found

@@ -34,11 +34,6 @@ TORCH_LIBRARY(pathrnn, m) {
       "-> (Tensor[] kappa, Tensor exponents, Tensor unit_exponents, Tensor[] entry_exponents, Tensor log_path_norm, "
       "Tensor lags, Tensor bounds, Tensor arithmetic)",
       tags);
-  m.def(
-      "precondition(Tensor[] gradients, Tensor[] kappas, float[] scales, int power) -> (Tensor[], Tensor overflowed)",
-      tags);
-  m.def("shorten_(Tensor(a!)[] parameters, Tensor[] before, Tensor[] kappas, float[] log_scales) -> ()", tags);
-  m.def("norm_gradients(Tensor[] weights, Tensor[] kappas, float[] log_scales, Tensor grad) -> Tensor[]", tags);
 
   // A step of an optimiser, from κ (path_chain's result) to the weights, and the same with the pass for κ before it:
   // path_step.cpp, ops/step.py.
@@ -55,6 +50,11 @@ TORCH_LIBRARY(pathrnn, m) {
       "bool bidirectional, bool bias, bool head, bool head_bias, bool embedding, int scale, float eps, float radius, "
       "Tensor? grad_scale, Tensor? found_inf, int seq_len, bool last_only, bool ones_h0, float second_factor, "
       "float rtol, int workspace_bytes, Tensor(f!)? lags) -> int",
+      tags);
+  m.def(
+      "path_norm_gradients(Tensor[] weights, int chains, bool bidirectional, bool bias, bool head, bool head_bias, "
+      "bool embedding, Tensor grad, bool logarithm, Tensor[] kappas, Tensor exponents, Tensor unit_exponents, "
+      "Tensor[] entry_exponents, Tensor log_path_norm) -> Tensor[]",
       tags);
 
   // The steps of path_chain on a GPU (ops/gpu.py); tests/gpu_model.py says in plain torch what each computes. `largest`

@@ -89,23 +89,6 @@ struct PathChain {
   double* bounds = nullptr;         // per chain: bound of the relative error of kappa_hh
 };
 
-// A dense parameter [rows, columns] with κ broadcastable to it: entry (r, c) has kappa[r * row_stride + c * column_stride],
-// column_stride 0 or 1. Every field beyond those is of one of the three uses below, which take entries [first, last).
-template <typename T>
-struct PathUpdate {
-  int64_t columns;
-  const T* kappa;
-  int64_t row_stride, column_stride;
-  const T* in;      // the gradient; the parameter after the step; the weight
-  const T* before;  // the parameter before the step
-  T* out;
-
-  T scale;           // precondition: out = in scale^multiply_first / kappa scale^multiply_after (eq. (8)), 0 where kappa is 0;
-  int64_t multiply_first, multiply_after;  // returns whether a finite entry overflowed
-  // step_length: returns Σ kappa (in - before)², not rounded to T in between.
-  double half, factor;  // norm_gradient: out = (in half) (kappa half) factor, 0 where in is 0, however large kappa
-};
-
 // One weight of a step and its κ, as [rows, columns]: entry (r, c) has, in the coordinates of a network whose units are
 // rescaled by powers of two (Theorem 1),
 //   weight · 2^e,  gradient · 2^-e  and  κ = kappa[r * row_stride + c * column_stride] · 2^(exponent + entry exponent)
@@ -131,11 +114,13 @@ struct StepWeight {
 };
 
 // Path-SGD: q = before · g / (κ + damping γ²) · after, eq. (8); the step is Δ = -rate (q + decay w), momentum included.
+// A step that is given has the weight after it in the gradient's place.
 struct SgdRule {
   double before, after;         // before < 0 climbs
   double kappa_scale, damping;  // κ's and γ²'s share of the divisor
   double rate, momentum, decay;
   bool nesterov;
+  bool given;
   bool bounded;   // whether the length of Δ is wanted
   double limit;   // a larger |q| in the weight's own coordinates is lost
   double factor;  // of the step: below 1 where the trust radius shortens it

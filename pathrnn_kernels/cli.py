@@ -20,8 +20,8 @@ from typing import Any, NoReturn
 import torch
 
 from . import __version__, training
+from .engine import SCALES
 from .ops import backend
-from .optim import SCALES
 from .tasks import DataError, charlm, wordlm
 from .tasks.adding import MARKERS
 from .training import Config, Record, Result, Run, TrainingError

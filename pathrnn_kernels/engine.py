@@ -12,12 +12,13 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from . import plain
+from .arguments import check_count, check_number
 from .feedforward import FeedForward
-from .kappa import KAPPA2_FACTOR, Scaled, kappa, precision
+from .kappa import KAPPA2_FACTOR, Kappa, Scaled, kappa, precision
 from .network import PathNetwork
 from .ops.backend import choose, transformed
 from .ops.step import LOST, NO_CONSTANT, NO_PATH, UNBOUNDED, UNREACHED, path_step_, path_update_
-from .optim import check_count, check_number, gradients_used, sequence_length
+from .rnn import ReLURNN
 
 _LN2 = math.log(2)
 
@@ -85,8 +86,8 @@ class Engine(Optimizer):
         self.second_term = second_term
         self.seq_len = seq_len
         self.rtol = rtol
-        self._layout: _Layout | None = None
-        self._kappa: tuple[dict[str, Scaled], Tensor] | None = None
+        self._layout: Layout | None = None
+        self._kappa: Kappa | None = None
         self._steps = 0
         #: Per chain, of the last κ: lags of κ⁽²⁾ that the next one tries first.
         self._lags: Tensor | None = None
@@ -148,33 +149,41 @@ class Engine(Optimizer):
         return loss
 
     def _step(self) -> None:
+        moving = self._moving()
+        if moving is None:
+            return
+        layout, weights, gradients, places = moving
+        states = [self._state(layout.names[i], weights[i], layout.owners[i]) for i in places]
+        cached = self._kappa
+        if self._kernels(layout, weights[0]):
+            status = self._call(layout, weights, gradients, places, states)
+        else:
+            status = self._in_plain_torch(layout, weights, gradients, places, states)
+        if status:
+            self._kappa = cached
+            self._refuse(status, layout.names, weights[0].dtype)
+        for i, state in zip(places, states, strict=True):
+            if state:
+                self.state[weights[i]] = state
+        self._taken()
+
+    def _moving(self) -> tuple[Layout, list[Tensor], list[Tensor | None], list[int]] | None:
+        """Layout, weights, their gradients, and the places of those that have one; None if none has."""
         names, weights = self._weights()
         layout = self._layout
         if layout is None or not layout.fits(weights, self.param_groups):
-            layout = self._layout = _Layout(self.net, names, weights, self.param_groups)
+            layout = self._layout = Layout(self.net, names, weights, self.param_groups)
         gradients = [p.grad if p.requires_grad else None for p in weights]
-        if layout.foreign:
-            for i in layout.foreign:
-                gradients[i] = None
-        moving = [i for i, g in enumerate(gradients) if g is not None]
-        if not moving:
-            return
-        for i in moving:
+        for i in layout.foreign:
+            gradients[i] = None
+        places = [i for i, g in enumerate(gradients) if g is not None]
+        for i in places:
             if gradients[i].layout is not torch.strided:  # type: ignore[union-attr]
                 raise ValueError(f"the gradient of {names[i]} is sparse; use nn.Embedding(…, sparse=False)")
-        owners = layout.owners
-        states = [self._state(names[i], weights[i], owners[i]) for i in moving]
-        cached = self._kappa
-        if self._kernels(layout, weights[0]):
-            status = self._call(layout, weights, gradients, moving, states)
-        else:
-            status = self._in_plain_torch(layout, weights, gradients, moving, states)
-        if status:
-            self._kappa = cached
-            self._refuse(status, names, weights[0].dtype)
-        for i, state in zip(moving, states, strict=True):
-            if state:
-                self.state[weights[i]] = state
+        return (layout, weights, gradients, places) if places else None
+
+    def _taken(self) -> None:
+        """A step has been: what is kept for the next."""
         if self.update_every > 1:
             self._steps += 1
             self._kappa = self._kappa if self._steps % self.update_every else None  # else its memory is of no use
@@ -189,7 +198,7 @@ class Engine(Optimizer):
         """Of one weight, created where it has none; it becomes the optimiser's once the step is taken."""
         raise NotImplementedError
 
-    def _kernels(self, layout: _Layout, weight: Tensor) -> bool:
+    def _kernels(self, layout: Layout, weight: Tensor) -> bool:
         """Whether the kernels take the step."""
         fused = self.param_groups[0]["fused"]
         if fused is False or layout.structure is None:
@@ -216,7 +225,7 @@ class Engine(Optimizer):
 
     def _call(
         self,
-        layout: _Layout,
+        layout: Layout,
         weights: list[Tensor],
         gradients: list[Tensor | None],
         moving: list[int],
@@ -243,8 +252,7 @@ class Engine(Optimizer):
             self.__dict__.get("found_inf"),
         )
         if self.update_every > 1:
-            scaled, log_norm = self._cached(weights)
-            return path_update_(*update, *_raw(scaled, net), log_norm)
+            return path_update_(*update, *raw(self._cached(weights), net))
         return path_step_(
             *update,
             self._seq_len(),
@@ -258,7 +266,7 @@ class Engine(Optimizer):
 
     def _in_plain_torch(
         self,
-        layout: _Layout,
+        layout: Layout,
         weights: list[Tensor],
         gradients: list[Tensor | None],
         moving: list[int],
@@ -266,7 +274,8 @@ class Engine(Optimizer):
     ) -> int:
         names, groups = layout.names, [layout.owners[i] for i in moving]
         with torch.no_grad():
-            scaled, log_norm = self._cached(weights)
+            k = self._cached(weights)
+            scaled, log_norm = k.scaled, k.log_path_norm
             ends = getattr(self.net, "endings", ())
             recurrent = {f"rnn.weight_hh_{ending}" for ending in ends}
             entries = []
@@ -298,16 +307,15 @@ class Engine(Optimizer):
             commit(ok)
         return 0
 
-    def _cached(self, weights: Sequence[Tensor]) -> tuple[dict[str, Scaled], Tensor]:
-        """κ by name and log γ², of a former step or of now."""
+    def _cached(self, weights: Sequence[Tensor]) -> Kappa:
+        """κ of a former step or of now."""
         if self._kappa is not None:
             gradients_used(self.net)
             dtype, device = precision(weights[0].dtype), weights[0].device
-            scaled, log_norm = self._kappa
-            first = next(iter(scaled.values())).mantissa
+            first = next(iter(self._kappa.scaled.values())).mantissa
             if (first.dtype, first.device) != (dtype, device):  # the network has been cast or moved since
-                self._kappa = scaled, log_norm = _moved(scaled, dtype, device), log_norm.to(device)
-            return scaled, log_norm
+                self._kappa = _moved(self._kappa.scaled, self._kappa.log_path_norm, dtype, device)
+            return self._kappa
         if isinstance(self.net, FeedForward):
             k = self.net.kappa()
         else:
@@ -321,8 +329,8 @@ class Engine(Optimizer):
                 # Where all lags were summed there is nothing to start from.
                 found = k._lags[1]
                 lags.copy_(torch.where(found < seq_len - 1, found, 0))
-        self._kappa = k.scaled, k.log_path_norm
-        return self._kappa
+        self._kappa = k
+        return k
 
     def _recurrent(self) -> list[str]:
         return [f"rnn.weight_hh_{ending}" for ending in self.net.endings]
@@ -387,15 +395,17 @@ class Engine(Optimizer):
 
     def state_dict(self) -> dict[str, Any]:
         """torch's, with an entry ``"path"``: tensors and plain Python values only."""
+        return {**super().state_dict(), "path": self._path()}
+
+    def _path(self) -> dict[str, Any]:
         lags = {} if self._lags is None else dict(zip(self._recurrent(), self._lags.tolist(), strict=True))
-        path: dict[str, Any] = {
+        return {
             **self._settings(),
             "steps": self._steps,
             "log_constant": None if self._constant is None or self._constant.isnan() else float(self._constant),
             "lags": {name: count for name, count in lags.items() if count},
-            "kappa": None if self._kappa is None else _to_state(*self._kappa),
+            "kappa": None if self._kappa is None else _to_state(self._kappa),
         }
-        return {**super().state_dict(), "path": path}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continue from what ``state_dict`` returned: bit for bit on parameters of the dtype that it was saved for.
@@ -403,15 +413,20 @@ class Engine(Optimizer):
         Raises:
             ValueError: the state dict is not of a like optimiser of a like network; nothing has changed then.
         """
+        rest, commit = self._parts(state_dict)
+        super().load_state_dict(rest)
+        commit()
+
+    def _parts(self, state_dict: dict[str, Any]) -> tuple[dict[str, Any], Callable[[], None]]:
+        """What is torch's of a state dict, and what takes up the rest of it."""
         if not isinstance(state_dict, dict):
             raise ValueError(f"state_dict is a {type(state_dict).__name__}; it must be what state_dict() returned")
-        kind = type(self).__name__
         path = self._path_of(state_dict)
         for key, value in self._settings().items():
             if path.get(key) != value:
                 raise ValueError(
-                    f"state_dict was saved with {key}={path.get(key)!r}, but this {kind} has {key}={value!r}: build "
-                    "both alike"
+                    f"state_dict was saved with {key}={path.get(key)!r}, but this {self._kind} has {key}={value!r}: "
+                    "build both alike"
                 )
         steps, constant, lags = path.get("steps", 0), path.get("log_constant"), path.get("lags", {})
         if type(steps) is not int or steps < 0:
@@ -428,23 +443,25 @@ class Engine(Optimizer):
         )
         groups, state = state_dict.get("param_groups"), state_dict.get("state")
         if not isinstance(groups, list) or not isinstance(state, dict):
-            raise ValueError("state_dict lacks the optimiser's 'state' and 'param_groups': it is damaged")
-        sizes = [len(group["params"]) for group in self.param_groups]
-        if [len(group.get("params", ())) if isinstance(group, dict) else -1 for group in groups] != sizes:
-            raise ValueError(f"state_dict has param_groups that do not hold {sizes} parameters: it is damaged")
-        super().load_state_dict({key: value for key, value in state_dict.items() if key != "path"})
-        self._steps, self._kappa, self._lags, self._constant = steps, found, None, None
-        if lags:
-            counts = [lags.get(name, 0) for name in self._recurrent()]
-            self._lags = torch.tensor(counts, dtype=torch.int64, device=weights[0].device)
-        if constant is not None:
-            self._constant = torch.tensor(constant, dtype=torch.float64, device=weights[0].device)
+            raise ValueError(f"state_dict lacks the {self._owner}'s 'state' and 'param_groups': it is damaged")
+        if [len(group.get("params", ())) if isinstance(group, dict) else -1 for group in groups] != self._sizes():
+            raise ValueError(f"state_dict has param_groups that do not hold {self._sizes()} parameters: it is damaged")
+
+        def commit() -> None:
+            self._steps, self._kappa, self._lags, self._constant = steps, found, None, None
+            if lags:
+                counts = [lags.get(name, 0) for name in self._recurrent()]
+                self._lags = torch.tensor(counts, dtype=torch.int64, device=weights[0].device)
+            if constant is not None:
+                self._constant = torch.tensor(constant, dtype=torch.float64, device=weights[0].device)
+
+        return {key: value for key, value in state_dict.items() if key != "path"}, commit
 
     def _path_of(self, state_dict: dict[str, Any]) -> dict[str, Any]:
         """The entry "path"; what stands for it in a state dict without one."""
         path = state_dict.get("path", self._settings())
         if not isinstance(path, dict):
-            raise ValueError(f"state_dict has an entry 'path' that no {type(self).__name__} saved: it is damaged")
+            raise ValueError(f"state_dict has an entry 'path' that no {self._kind} saved: it is damaged")
         return path
 
     def _settings(self) -> dict[str, Any]:
@@ -454,8 +471,18 @@ class Engine(Optimizer):
     def _shapes(self) -> list[list[list[int]]]:
         return [[list(p.shape) for p in group["params"]] for group in self.param_groups]
 
+    def _sizes(self) -> list[int]:
+        return [len(shapes) for shapes in self._shapes()]
 
-class _Layout:
+    #: In the sentences about state dicts.
+    _owner = "optimiser"
+
+    @property
+    def _kind(self) -> str:
+        return type(self).__name__
+
+
+class Layout:
     """What the checks of a step came to; it serves as long as the same parameters are held in the same groups."""
 
     def __init__(
@@ -471,17 +498,8 @@ class _Layout:
         #: Places of weights that no group holds.
         self.foreign = [i for i, p in enumerate(weights) if id(p) not in owners]
         self.several = len(groups) > 1
-        self.structure: tuple[Any, ...] | None = None  # of a PathNetwork: chains, … as ops/step.py has them
-        if isinstance(net, PathNetwork):
-            head = net.head
-            self.structure = (
-                len(net.endings),
-                net.rnn.bidirectional,
-                net.rnn.bias,
-                head is not None,
-                head is not None and head.bias is not None,
-                net.embedding is not None,
-            )
+        #: What ops/step.py has of a PathNetwork.
+        self.structure = net.structure if isinstance(net, PathNetwork) else None
 
     @staticmethod
     def _key(weights: list[Tensor], groups: list[dict[str, Any]]) -> list[int]:
@@ -499,10 +517,12 @@ def _tensor(rate: float | Tensor, like: Tensor) -> Tensor:
     return rate if isinstance(rate, Tensor) else torch.full((), rate, dtype=torch.float64, device=like.device)
 
 
-def _raw(scaled: dict[str, Scaled], net: PathNetwork) -> tuple[list[Tensor], Tensor, Tensor, list[Tensor]]:
-    """κ as the op path_chain gives it."""
-    each = [s for name, s in scaled.items() if ".bias_hh_" not in name]  # both biases have one
-    hidden = [scaled[f"rnn.weight_hh_{ending}"] for ending in net.endings]
+def raw(k: Kappa, net: PathNetwork) -> tuple[list[Tensor], Tensor, Tensor, list[Tensor], Tensor]:
+    """κ as the op path_chain gives it, and log γ²."""
+    if k._chain is not None:
+        return (*k._chain[:4], k.log_path_norm)  # type: ignore[return-value]
+    each = [s for name, s in k.scaled.items() if ".bias_hh_" not in name]  # both biases have one
+    hidden = [k.scaled[f"rnn.weight_hh_{ending}"] for ending in net.endings]
     size = len(hidden[0].mantissa)
     none = torch.zeros(size, dtype=torch.int64, device=hidden[0].mantissa.device)
     units = torch.stack([none if s.columns is None else s.columns for s in hidden])
@@ -512,23 +532,25 @@ def _raw(scaled: dict[str, Scaled], net: PathNetwork) -> tuple[list[Tensor], Ten
         torch.stack([s.exponent for s in each]),
         units,
         [nothing if s.entries is None else s.entries for s in each],
+        k.log_path_norm,
     )
 
 
-def _moved(scaled: dict[str, Scaled], dtype: torch.dtype, device: torch.device) -> dict[str, Scaled]:
+def _moved(scaled: dict[str, Scaled], log_norm: Tensor, dtype: torch.dtype, device: torch.device) -> Kappa:
     def move(s: Scaled) -> Scaled:
         rows, columns, entries = (None if part is None else part.to(device) for part in (s.rows, s.columns, s.entries))
         return Scaled(s.mantissa.to(device, dtype), s.exponent.to(device), rows, columns, entries)
 
-    return {name: move(s) for name, s in scaled.items()}
+    moved = {name: move(s) for name, s in scaled.items()}
+    return Kappa.of(moved, log_norm.to(device), {name: s.mantissa.shape for name, s in moved.items()})
 
 
-def _to_state(scaled: dict[str, Scaled], log_norm: Tensor) -> dict[str, Any]:
-    entries = {name: s._asdict() for name, s in scaled.items()}
-    return {"entries": entries, "log_path_norm": log_norm}
+def _to_state(k: Kappa) -> dict[str, Any]:
+    entries = {name: s._asdict() for name, s in k.scaled.items()}
+    return {"entries": entries, "log_path_norm": k.log_path_norm}
 
 
-def _from_state(state: Any, parameters: dict[str, Tensor]) -> tuple[dict[str, Scaled], Tensor]:
+def _from_state(state: Any, parameters: dict[str, Tensor]) -> Kappa:
     """What ``_to_state`` gave; older state dicts have factors with the logarithm of one scale each."""
     try:
         if "factors" in state:
@@ -554,4 +576,45 @@ def _from_state(state: Any, parameters: dict[str, Tensor]) -> tuple[dict[str, Sc
     if not fits:
         raise ValueError("state_dict holds a cached κ that does not fit this network: it is damaged")
     first = next(iter(parameters.values()))
-    return _moved(scaled, precision(first.dtype), first.device), log_norm.to(first.device)
+    return _moved(scaled, log_norm, precision(first.dtype), first.device)
+
+
+def sequence_length(net: PathNetwork, seq_len: int | None) -> int | None:
+    """T for a step: the optimiser's own, or that of the gradients, which are taken for used from now on.
+
+    None where no T is known but every gradient is 0: it stays so, whatever T is.
+
+    Raises:
+        ValueError: no T is known; or κ of a recurrent matrix is 0, since T = 1, and its gradient is not.
+    """
+    if seq_len is not None:
+        return seq_len
+    found = net.last_seq_len
+    if found is None:
+        _check_zero(
+            [p.grad for p in net.parameters() if p.grad is not None],
+            "seq_len is None and the network's RNN has recorded no forward pass (torch.nn.RNN records none): "
+            "run one before the step, or give the optimiser its seq_len",
+        )
+    elif found == 1 and net.h0 == "zeros":
+        weights = net.weights()
+        for name in (f"rnn.weight_hh_{ending}" for ending in net.endings):
+            _check_zero(
+                [g for g in (weights[name].grad,) if g is not None],
+                f"κ of {name} is 0, for T is 1, but its gradient is not: give the optimiser seq_len=, the steps of "
+                'whole sequences; where states are passed on without their graph, PathNetwork(…, h0="ones") has κ > 0',
+            )
+    gradients_used(net)
+    return found
+
+
+def gradients_used(net: PathNetwork | FeedForward) -> None:
+    """T of the gradients that the network gets next has nothing to do with those that it has now."""
+    if isinstance(net, PathNetwork) and isinstance(net.rnn, ReLURNN):
+        net.rnn.steps.begin_anew()
+
+
+def _check_zero(gradients: Sequence[Tensor], error: str) -> None:
+    """A ValueError unless they are; a device is waited for."""
+    if any(gradient.any() for gradient in gradients):
+        raise ValueError(error)

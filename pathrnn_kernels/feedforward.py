@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .kappa import Kappa
+from .kappa import Kappa, Scaled
 from .rnn import ReLURNN
 from .squared import WEIGHT_RANGE, Kind, Run, Squared, settled, shifted
 
@@ -252,7 +252,7 @@ class _Pass:
         leaves = [square.value for square in self.squares.values()]
         found = torch.autograd.grad(total, leaves, allow_unused=True) if total.requires_grad else [None] * len(leaves)
         norm = total.detach()
-        factors, exponents = {}, {}
+        scaled = {}
         for (name, p), gradient in zip(self.parameters.items(), found, strict=True):
             if gradient is None:  # on no path
                 gradient = torch.zeros([1] * p.dim(), dtype=torch.float64, device=self.device)
@@ -271,10 +271,11 @@ class _Pass:
                     "use milder weights"
                 )
             shift = math.frexp(largest)[1]
-            factors[name] = shifted(gradient, -shift).to(p.dtype)
-            exponents[name] = output.exponent - self.squares[name].exponent + shift
+            exponent = output.exponent - self.squares[name].exponent + shift
+            mantissa = shifted(gradient, -shift).to(p.dtype)
+            scaled[name] = Scaled(mantissa, torch.tensor(exponent, device=mantissa.device))
         log_norm = norm.log() + output.exponent * _LN2
-        return Kappa.of(factors, exponents, log_norm, {}, {name: p.shape for name, p in self.parameters.items()})
+        return Kappa.of(scaled, log_norm, {name: p.shape for name, p in self.parameters.items()})
 
 
 def _title(name: str, module: nn.Module) -> str:

@@ -6,9 +6,9 @@ from typing import Any
 
 from torch import Tensor
 
+from .arguments import check_number
 from .engine import SWITCHES
 from .network import PathNetwork
-from .optim import check_number
 from .path_adam import InCoordinates, check_whole
 
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from . import ops
 from .network import PathNetwork
 from .ops.backend import choose, environment, extension_problem, transformed
+from .ops.step import path_norm_gradients
 
 #: κ⁽²⁾ = factor · W̃ ⊙ S: the Hessian's factor, the paper's Lemma 1 over ordered pairs, its Theorem 3 as printed.
 KAPPA2_FACTOR = {"exact": 4.0, "lemma1": 2.0, "theorem3": 1.0}
@@ -85,6 +86,8 @@ class Kappa:
         torch.Size([3, 3])
     """
 
+    #: As the op gives it, or by name; what is missing is formed of the other on demand.
+    _chain: ops.PathChain | None = field(repr=False)
     _scaled: dict[str, Scaled] | Callable[[], dict[str, Scaled]] = field(repr=False)
     #: log γ² of the same pass, float64, 0-dim.
     log_path_norm: Tensor
@@ -96,26 +99,27 @@ class Kappa:
     _log_scales: dict[str, float] = field(default_factory=dict, repr=False)
 
     @classmethod
+    def from_chain(
+        cls, chain: ops.PathChain, layout: _Layout, directions: int, shapes: Mapping[str, torch.Size] | list[torch.Size]
+    ) -> Kappa:
+        scaled = functools.partial(_scaled, chain, layout, directions)
+        lags = layout.kinds[1], chain.lags
+        return cls(chain, scaled, chain.log_path_norm, lags, chain.bounds, chain.arithmetic, shapes)
+
+    @classmethod
     def of(
         cls,
-        factors: dict[str, Tensor],
-        exponents: Mapping[str, int],
+        scaled: dict[str, Scaled],
         log_path_norm: Tensor,
-        lags: Mapping[str, int],
-        shapes: dict[str, torch.Size],
+        shapes: Mapping[str, torch.Size],
+        lags: Mapping[str, int] | None = None,
     ) -> Kappa:
-        """From factors with one exponent a tensor, exact but for rounding."""
-        scaled = {
-            name: Scaled(factor, torch.tensor(exponents[name], device=factor.device))
-            for name, factor in factors.items()
-        }
-        device = log_path_norm.device
+        """κ that is exact but for rounding."""
+        lags, device = lags or {}, log_path_norm.device
         counts = torch.tensor(list(lags.values()), dtype=torch.int64, device=device)
-        bounds, own = (
-            torch.zeros(1, dtype=torch.float64, device=device),
-            torch.zeros((), dtype=torch.int8, device=device),
-        )
-        return cls(scaled, log_path_norm, (tuple(lags), counts), bounds, own, shapes)
+        bounds = torch.zeros(1, dtype=torch.float64, device=device)
+        own = torch.zeros((), dtype=torch.int8, device=device)
+        return cls(None, scaled, log_path_norm, (tuple(lags), counts), bounds, own, shapes)
 
     @property
     def scaled(self) -> dict[str, Scaled]:
@@ -170,7 +174,9 @@ class Kappa:
         return (own, "float64", "extended")[int(self._arithmetic)]
 
     def relative(self, name: str) -> Tensor:
-        """γ²/κ of one parameter, float64, broadcastable to it; 0 where κ is 0 (no path, no step)."""
+        """γ²/κ of one parameter, float64, broadcastable to it; 0 where κ is 0 (no path, no step), and, as inf, where
+        the quotient itself leaves float64's range.
+        """
         mantissa, exponents = self._of(name).parts()
         norm, exponent = power_of_e(self.log_path_norm)
         return torch.where(mantissa > 0, ldexp(norm / mantissa, exponent - exponents), 0.0)
@@ -179,11 +185,6 @@ class Kappa:
         """κ of one parameter in full shape; inf where its dtype cannot hold it."""
         mantissa, exponents = self._of(name).parts()
         return ldexp(mantissa, exponents).to(self.scaled[name].mantissa.dtype).expand(self._shape(name)).clone()
-
-    def tensors(self) -> list[Tensor]:
-        """All that it holds."""
-        every = [self.log_path_norm, self._lags[1], self._bounds, self._arithmetic]
-        return every + [part for s in self.scaled.values() for part in s if part is not None]
 
     def _shape(self, name: str) -> torch.Size:
         if not isinstance(self._shapes, Mapping):
@@ -250,10 +251,56 @@ def kappa(
         found = _at_once(net, seq_len, second_term, rtol)
         if found is not None:
             return found
-    later = kappa_later(
-        net, seq_len, second_term, kappa2, rtol, backend, lags=lags, workspace_bytes=workspace_bytes, plan=plan
+    seq_len = _check(net, seq_len)
+    if _autocasts(net):
+        with torch.autocast(_device_type(net), enabled=False):
+            return kappa(
+                net, seq_len, second_term, kappa2, rtol, backend, lags=lags, workspace_bytes=workspace_bytes, plan=plan
+            )
+    if not isinstance(kappa2, str) or kappa2 not in KAPPA2_FACTOR:
+        raise ValueError(f"kappa2 is {kappa2!r}; use one of {', '.join(map(repr, KAPPA2_FACTOR))}")
+    if not isinstance(second_term, bool):
+        raise TypeError(f"second_term is {second_term!r}; it must be True or False")
+    if not isinstance(rtol, numbers.Real) or not 0 <= rtol < math.inf:
+        raise ValueError(f"rtol is {rtol!r}; it must be a finite number, at least 0")
+    if workspace_bytes is not None and (
+        isinstance(workspace_bytes, bool)
+        or not isinstance(workspace_bytes, numbers.Integral)
+        or not 0 <= workspace_bytes < 2**63
+    ):
+        raise ValueError(f"workspace_bytes is {workspace_bytes!r}; it must be a whole number of bytes, or None")
+    parameters = _weights(net)
+    shapes = {name: p.shape for name, p in parameters.items()}
+    layout = _layout(net.endings, *_options(parameters))
+    first_lags = _first_lags(lags, layout.kinds[1])
+
+    backend = _choose(net, parameters, backend)
+    if backend == "reference":
+        from . import reference
+
+        # κ is made of derivatives; callers often hold no_grad or inference_mode.
+        with torch.inference_mode(False), torch.enable_grad():
+            copies = {name: p.detach().clone() for name, p in parameters.items()}
+            factors = reference.kappa(copies, seq_len, net.outputs, net.h0, second_term, kappa2)
+            log_norm = reference.path_norm(copies, seq_len, net.outputs, net.h0).double().log()
+        all_lags = dict.fromkeys(layout.kinds[1], seq_len - 1 if second_term else 0)
+        one = torch.tensor(0, device=log_norm.device)
+        return Kappa.of({name: Scaled(factor, one) for name, factor in factors.items()}, log_norm, shapes, all_lags)
+
+    chain = _launch(
+        net,
+        parameters,
+        layout,
+        seq_len,
+        backend=backend,
+        plan=plan,
+        second_factor=KAPPA2_FACTOR[kappa2] if second_term else 0.0,
+        rtol=min(float(rtol), 1.0),
+        first_lags=first_lags,
+        workspace_bytes=workspace_bytes,
     )
-    return later()
+
+    return Kappa.from_chain(chain, layout, net.num_directions, shapes)
 
 
 def _at_once(net: PathNetwork, seq_len: int, second_term: bool, rtol: float) -> Kappa | None:
@@ -297,82 +344,8 @@ def _at_once(net: PathNetwork, seq_len: int, second_term: bool, rtol: float) -> 
         -1,
         bidirectional,
     )
-    scaled = functools.partial(_scaled, ops.PathChain._make(chain), layout, 2 if bidirectional else 1)
-    lags = layout.kinds[1], chain[5]
-    return Kappa(scaled, chain[4], lags, chain[6], chain[7], [p.shape for p in weights])
-
-
-def kappa_later(
-    net: PathNetwork,
-    seq_len: int,
-    second_term: bool = False,
-    kappa2: str = "exact",
-    rtol: float = 1e-5,
-    backend: str = "auto",
-    *,
-    lags: Mapping[str, int] | None = None,
-    workspace_bytes: int | None = None,
-    plan: str = "auto",
-) -> Callable[[], Kappa]:
-    """:func:`kappa` in two halves: this launches it on a GPU's current stream, and what it returns waits for it.
-
-    Before the call returns, the host waits for the second term's certificates, if those are asked for, and no more.
-    """
-    seq_len = _check(net, seq_len)
-    if _autocasts(net):
-        with torch.autocast(_device_type(net), enabled=False):
-            return kappa_later(
-                net, seq_len, second_term, kappa2, rtol, backend, lags=lags, workspace_bytes=workspace_bytes, plan=plan
-            )
-    if not isinstance(kappa2, str) or kappa2 not in KAPPA2_FACTOR:
-        raise ValueError(f"kappa2 is {kappa2!r}; use one of {', '.join(map(repr, KAPPA2_FACTOR))}")
-    if not isinstance(second_term, bool):
-        raise TypeError(f"second_term is {second_term!r}; it must be True or False")
-    if not isinstance(rtol, numbers.Real) or not 0 <= rtol < math.inf:
-        raise ValueError(f"rtol is {rtol!r}; it must be a finite number, at least 0")
-    if workspace_bytes is not None and (
-        isinstance(workspace_bytes, bool)
-        or not isinstance(workspace_bytes, numbers.Integral)
-        or not 0 <= workspace_bytes < 2**63
-    ):
-        raise ValueError(f"workspace_bytes is {workspace_bytes!r}; it must be a whole number of bytes, or None")
-    parameters = _weights(net)
-    shapes = {name: p.shape for name, p in parameters.items()}
-    layout = _layout(net.endings, *_options(parameters))
-    first_lags = _first_lags(lags, layout.kinds[1])
-
-    backend = _choose(net, parameters, backend)
-    if backend == "reference":
-        from . import reference
-
-        # κ is made of derivatives; callers often hold no_grad or inference_mode.
-        with torch.inference_mode(False), torch.enable_grad():
-            copies = {name: p.detach().clone() for name, p in parameters.items()}
-            factors = reference.kappa(copies, seq_len, net.outputs, net.h0, second_term, kappa2)
-            log_norm = reference.path_norm(copies, seq_len, net.outputs, net.h0).double().log()
-        all_lags = dict.fromkeys(layout.kinds[1], seq_len - 1 if second_term else 0)
-        return lambda: Kappa.of(factors, dict.fromkeys(factors, 0), log_norm, all_lags, shapes)
-
-    launched = _launch(
-        net,
-        parameters,
-        layout,
-        seq_len,
-        backend=backend,
-        plan=plan,
-        second_factor=KAPPA2_FACTOR[kappa2] if second_term else 0.0,
-        rtol=min(float(rtol), 1.0),
-        first_lags=first_lags,
-        workspace_bytes=workspace_bytes,
-    )
-
-    def collect() -> Kappa:
-        chain = launched()
-        scaled = _scaled(chain, layout, net.num_directions)
-        lags = layout.kinds[1], chain.lags
-        return Kappa(scaled, chain.log_path_norm, lags, chain.bounds, chain.arithmetic, shapes)
-
-    return collect
+    directions = 2 if bidirectional else 1
+    return Kappa.from_chain(ops.PathChain._make(chain), layout, directions, [p.shape for p in weights])
 
 
 def _first_lags(lags: Mapping[str, int] | None, names: tuple[str, ...]) -> list[int]:
@@ -442,25 +415,34 @@ class _Norm(torch.autograd.Function):
         need = any(ctx.needs_input_grad)
         parameters = dict(zip(names, values, strict=True))
         layout = _layout(net.endings, *_options(parameters))
-        chain = _launch(net, parameters, layout, seq_len, backend=backend, kappa1=need)()
+        chain = _launch(net, parameters, layout, seq_len, backend=backend, kappa1=need)
         if need:
-            scaled = _scaled(chain, layout, net.num_directions)
-            ctx.kappas = [scaled[name] for name in names]
-            ctx.log_norm = chain.log_path_norm if logarithm else None
+            ctx.chain, ctx.layout, ctx.logarithm = chain, layout, logarithm
+            ctx.structure = net.structure
             ctx.save_for_backward(*values)
         result = chain.log_path_norm if logarithm else chain.log_path_norm.exp()
         return result.to(values[0].dtype)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        gradients: list[Tensor | None] = [None] * len(ctx.saved_tensors)
-        for i, p in enumerate(ctx.saved_tensors):
-            if not ctx.needs_input_grad[5 + i]:
-                continue
+        weights, chain, logarithm = ctx.saved_tensors, ctx.chain, ctx.logarithm
+        gradients: list[Tensor | None]
+        if weights[0].is_cpu and extension_problem() is None:
+            gradients = path_norm_gradients(
+                list(weights), *ctx.structure, grad, logarithm, *chain[:4], chain.log_path_norm
+            )
+        else:
+            scaled = _scaled(chain, ctx.layout, 2 if ctx.structure[1] else 1)
+            log_norm = chain.log_path_norm if logarithm else None
             with torch.no_grad():
-                gradient = _norm_gradient(p, ctx.kappas[i], grad, ctx.log_norm)
-            # create_graph: a second derivative would otherwise be zero without a word.
-            gradients[i] = _FirstOrder.apply(gradient, p) if torch.is_grad_enabled() else gradient
+                gradients = [
+                    _norm_gradient(p, kappa, grad, log_norm) for p, kappa in zip(weights, scaled.values(), strict=True)
+                ]
+        for i, p in enumerate(weights):
+            if not ctx.needs_input_grad[5 + i]:
+                gradients[i] = None
+            elif torch.is_grad_enabled():  # create_graph: a second derivative would otherwise be zero without a word
+                gradients[i] = _FirstOrder.apply(gradients[i], p)
         return (None, None, None, None, None, *gradients)
 
 
@@ -586,28 +568,23 @@ def _layout_by_names(endings: tuple[str, ...], names: tuple[str, ...]) -> _Layou
 
 def _launch(
     net: PathNetwork, parameters: dict[str, Tensor], layout: _Layout, seq_len: int, **options: Any
-) -> Callable[[], ops.PathChain]:
+) -> ops.PathChain:
     """The pass, in a wider arithmetic where one loses something."""
-    launched = _pass(net, parameters, layout, seq_len, **options)
-    transfer = launched.to_host()
-
-    def collect() -> ops.PathChain:
-        log_norm, arithmetic = transfer()
-        if math.isnan(log_norm):
-            _check_finite(parameters)
-        if arithmetic >= 0:
-            return launched
-        weight = parameters["rnn.weight_hh_l0"]
-        wide = {name: p.detach().double() for name, p in parameters.items()}
-        if weight.dtype == torch.float32:
-            found = _pass(net, wide, layout, seq_len, **options)
-            if found.to_host()()[1] >= 0:
-                return _narrowed(found, weight)._replace(arithmetic=torch.ones_like(found.arithmetic))
-        # What float64 loses, the CPU alone can compute.
-        host = {name: p.cpu() for name, p in wide.items()}
-        return _narrowed(_pass(net, host, layout, seq_len, **options | {"backend": "cpu", "plan": "auto"}), weight)
-
-    return collect
+    found = _pass(net, parameters, layout, seq_len, **options)
+    log_norm, arithmetic = found.to_host()
+    if math.isnan(log_norm):
+        _check_finite(parameters)
+    if arithmetic >= 0:
+        return found
+    weight = parameters["rnn.weight_hh_l0"]
+    wide = {name: p.detach().double() for name, p in parameters.items()}
+    if weight.dtype == torch.float32:
+        found = _pass(net, wide, layout, seq_len, **options)
+        if found.to_host()[1] >= 0:
+            return _narrowed(found, weight)._replace(arithmetic=torch.ones_like(found.arithmetic))
+    # What float64 loses, the CPU alone can compute.
+    host = {name: p.cpu() for name, p in wide.items()}
+    return _narrowed(_pass(net, host, layout, seq_len, **options | {"backend": "cpu", "plan": "auto"}), weight)
 
 
 def _pass(

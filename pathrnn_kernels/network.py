@@ -124,6 +124,14 @@ class PathNetwork(nn.Module):
                 )
 
     @property
+    def structure(self) -> tuple[int, bool, bool, bool, bool, bool]:
+        """What there is: chains, a reverse direction, biases, a head, its bias, an embedding (ops/step.py)."""
+        head = self.head
+        head_bias = head is not None and head.bias is not None
+        bias: bool = self.rnn.bias  # type: ignore[assignment]
+        return len(self.endings), self.rnn.bidirectional, bias, head is not None, head_bias, self.embedding is not None
+
+    @property
     def hidden_size(self) -> int:
         return self.rnn.hidden_size
 

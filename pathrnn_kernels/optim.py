@@ -2,34 +2,27 @@
 
 from __future__ import annotations
 
-import functools
 import math
-import numbers
-import os
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from . import plain
 from .bases import Step, Together, check_base
+from .engine import SCALES, Layout, gradients_used, raw
 from .feedforward import FeedForward
-from .kappa import Kappa, kappa, precision
 from .network import PathNetwork
-from .ops import update as cpu_update
-from .ops.backend import ENVIRONMENT, extension_problem
-from .rnn import ReLURNN
+from .ops.step import path_update_
+from .path_sgd import PathSGD
 
-#: What torch._foreach_* take and return.
-_Tensors: TypeAlias = tuple[Tensor, ...] | list[Tensor]
 
-SCALES = ("none", "path_norm", "first_step")
-
-#: Of exp's argument: the limit beyond which it takes every quotient of two numbers of the dtype out of its range, and
-#: how much of it fits one factor with room to spare.
-_EXPONENTS = {torch.float32: (400.0, 60.0), torch.float64: (3000.0, 600.0)}
+def _of_ends(name: str) -> Any:
+    """An option, which the ends of a step hold."""
+    return property(lambda self: getattr(self._ends, name), lambda self, value: setattr(self._ends, name, value))
 
 
 class PathOptimizer(Optimizer):
@@ -87,6 +80,13 @@ class PathOptimizer(Optimizer):
     """
 
     divides_by_kappa = True
+    second_term = _of_ends("second_term")
+    scale = _of_ends("scale")
+    eps = _of_ends("eps")
+    trust_radius = _of_ends("trust_radius")
+    update_every = _of_ends("update_every")
+    seq_len = _of_ends("seq_len")
+    rtol = _of_ends("rtol")
 
     def __init__(
         self,
@@ -100,26 +100,16 @@ class PathOptimizer(Optimizer):
         seq_len: int | None = None,
         rtol: float = 1e-3,
     ) -> None:
-        check_net(net)
-        if not isinstance(second_term, bool):
-            raise TypeError(f"second_term is {second_term!r}; it must be True or False")
-        if scale not in SCALES:
-            raise ValueError(f"scale is {scale!r}; use one of {', '.join(map(repr, SCALES))}")
-        check_number("eps", eps, zero=True)
-        check_number("rtol", rtol, zero=True)
-        if trust_radius is not None:
-            check_number("trust_radius", trust_radius, zero=False)
-        check_count("update_every", update_every)
-        if seq_len is not None:
-            check_count("seq_len", seq_len)
-        if isinstance(net, FeedForward):
-            for name, given, absent in (("second_term", second_term, False), ("seq_len", seq_len, None)):
-                if given != absent:
-                    raise ValueError(
-                        f"{name} is {given!r}, but net is a FeedForward, which has no steps and whose κ⁽²⁾ is 0: leave "
-                        "it out"
-                    )
-
+        ends = _Ends(
+            net,
+            second_term=second_term,
+            scale=scale,
+            eps=eps,
+            trust_radius=trust_radius,
+            update_every=update_every,
+            seq_len=seq_len,
+            rtol=rtol,
+        )
         bases = list(base) if isinstance(base, Sequence) else [base]
         for one in bases:
             if getattr(one, "divides_by_kappa", False):
@@ -128,15 +118,9 @@ class PathOptimizer(Optimizer):
                 )
             check_base(one, trust_radius is not None)
         base = bases[0] if len(bases) == 1 else Together(bases)
-        self.base = base
+        self.base = ends.base = base
         self.net: Any = net  # a PathNetwork wherever steps are spoken of
-        self.second_term = second_term
-        self.scale = scale
-        self.eps = eps
-        self.trust_radius = trust_radius
-        self.update_every = update_every
-        self.seq_len = seq_len
-        self.rtol = rtol
+        self._ends = ends
         self._parameters = list(net.named_parameters())
         held = [id(p) for group in base.param_groups for p in group["params"]]
         missing = [name for name, p in self._parameters if p.requires_grad and id(p) not in held]
@@ -148,10 +132,6 @@ class PathOptimizer(Optimizer):
         twice = [name for name, p in self._parameters if held.count(id(p)) > 1]
         if twice:
             raise ValueError(f"{', '.join(twice)} would be stepped by two bases: give each parameter to one")
-        self._steps = 0
-        self._log_constant: float | None = None  # of scale="first_step"
-        self._metric: _Metric | None = None
-        self._lags: dict[str, int] = {}  # of the last κ
         # In place of Optimizer.__init__, which would make groups and state of its own: its hooks and its patch of step.
         self.__setstate__({})
         for kind in ("state_dict_pre", "state_dict_post", "load_state_dict_pre", "load_state_dict_post"):
@@ -213,417 +193,137 @@ class PathOptimizer(Optimizer):
             with torch.enable_grad():
                 loss = closure()
         held = [(name, p, p.grad) for name, p in self._parameters if p.grad is not None]
-        moving = [entry for entry in held if entry[1].requires_grad]
-        if not moving:
-            self._base_step(held, [])
-            return loss
-
-        names, _, gradients = zip(*moving, strict=True)
-        for name, gradient in zip(names, gradients, strict=True):
-            if gradient.layout != torch.strided:
-                raise ValueError(f"the gradient of {name} is sparse; use nn.Embedding(…, sparse=False)")
-        metric, lags = self._cached(), self._lags
-        if metric is None:
-            k, lags = self._kappa()
-            metric = None if k is None else _Metric(k, self.eps)
-            needs_norm = self.scale == "path_norm" or self.trust_radius is not None
-            if metric is not None and metric.log_norm == -math.inf and needs_norm:
-                _check_zero(
-                    gradients,
-                    "the path norm of the network is 0 (a layer or head of zeros?), so that scale='path_norm' and "
-                    "trust_radius would forbid every step: initialise it, or use scale='none' without a radius",
-                )
-                metric = None
-        if metric is None:  # all gradients are 0, and whatever they were divided by would leave them so
-            self._base_step(held, gradients)
-            return loss
-        wide = _wide(gradients)
-        constant = self._log_constant
-        if self.scale == "first_step" and constant is None:
-            constant = metric.first_constant(names, wide)
-        log_scale = {"none": 0.0, "path_norm": metric.log_norm, "first_step": constant or 0.0}[self.scale]
-        preconditioned = self._precondition(metric, names, wide, log_scale, gradients[0].dtype)
-        self._base_step(held, preconditioned, None if self.trust_radius is None else metric)
-        self._steps += 1
-        self._log_constant, self._lags = constant, lags
-        self._metric = metric if self._steps % self.update_every else None  # else its memory is of no use
+        cached = self._ends._kappa
+        try:
+            quotients = self._ends.quotients()
+            self._base_step(held, quotients)
+        except BaseException:
+            self._ends._kappa = cached
+            raise
+        if quotients:
+            self._ends._taken()
         return loss
 
-    def _base_step(
-        self, held: Sequence[tuple[str, Tensor, Tensor]], gradients: _Tensors, metric: _Metric | None = None
-    ) -> None:
-        """The base's step with these gradients of the trainable parameters among ``held``, shortened by a metric."""
-        new = iter(gradients)
+    def _base_step(self, held: Sequence[tuple[str, Tensor, Tensor]], quotients: dict[Tensor, Tensor]) -> None:
+        """The base's step with these gradients in place of those that are held, no longer than the radius."""
         for _, p, _ in held:
             # torch's optimisers move a frozen parameter that still has a gradient.
-            p.grad = next(new) if p.requires_grad else None
+            p.grad = quotients.get(p)
         step = Step(self.base)
         try:
-            if metric is None:
+            if self.trust_radius is None or not quotients:
                 step.run()
             else:
-                moving = [(name, p) for name, p, _ in held if p.requires_grad]
-                parameters, before = [p for _, p in moving], [p.data for _, p in moving]
-                after = [p.clone() for p in before]
+                before = {p: p.data for p in quotients}
+                after = {p: p.clone() for p in quotients}
                 try:
-                    for p, copied in zip(parameters, after, strict=True):
+                    for p, copied in after.items():
                         p.data = copied
                     step.run()
                 finally:
-                    for p, own in zip(parameters, before, strict=True):
+                    for p, own in before.items():
                         p.data = own
-                torch._foreach_copy_(parameters, self._shortened(metric, [name for name, _ in moving], after, before))
+                self._ends.write(after)
             step.finish()
         finally:
             for _, p, gradient in held:
                 p.grad = gradient
 
-    def _cached(self) -> _Metric | None:
-        """The κ of a former step, in the dtype and on the device that the network has now."""
-        metric = self._metric
-        if metric is not None:
-            gradients_used(self.net)
-            p, factor = self._parameters[0][1], next(iter(metric.factors.values()))
-            if (factor.dtype, factor.device) != (precision(p.dtype), p.device):
-                metric = self._metric = _Metric.from_state(metric.state(), dict(self._parameters), self.eps)
-        return metric
-
-    def _kappa(self) -> tuple[Kappa | None, dict[str, int]]:
-        if isinstance(self.net, FeedForward):
-            return self.net.kappa(), {}
-        seq_len = sequence_length(self.net, self.seq_len)
-        if seq_len is None:
-            return None, {}
-        # What κ tries first: one lag less than it needed before, so that the number can shrink again.
-        first = {name: max(count - 1, 0) for name, count in self._lags.items()} if self.second_term else None
-        k = kappa(self.net, seq_len, self.second_term, rtol=self.rtol, lags=first)
-        # Where all lags were summed there is nothing to start from.
-        return k, {name: count for name, count in k.lags.items() if count < seq_len - 1}
-
-    def _precondition(
-        self, metric: _Metric, names: Sequence[str], gradients: _Tensors, log_scale: float, dtype: torch.dtype
-    ) -> _Tensors:
-        """exp(log_scale) g/κ, rounded to ``dtype`` where that is narrower than the gradients'."""
-        if (fused := _fused(gradients)) is not None:
-            log_scales = [log_scale - metric.log_divisors[name] for name in names]
-            scalars, power = split_scales(log_scales, gradients[0].dtype)
-            divisors = [metric.divisors[name] for name in names]
-            result, lost = fused.precondition(gradients, divisors, scalars, power)
-            overflowed = lost.tolist()
-        else:
-            result = metric.divide(names, gradients, log_scale)
-            # The cheapest test that no nan or infinity passes, with one transfer from the device.
-            if math.isfinite(torch.stack([x.sum() for x in result]).sum().item()):
-                overflowed = [False] * len(names)
-            else:
-                metric.mask_zeros()
-                result = metric.divide(names, gradients, log_scale)
-                overflowed = _overflowed(gradients, result)
-        if dtype != gradients[0].dtype:
-            result = [x.to(dtype) for x in result]
-            overflowed = _overflowed(gradients, result)
-        for name, lost in zip(names, overflowed, strict=True):
-            if lost:
-                remedy = "a small eps, such as 1e-6" if self.scale == "path_norm" else "scale='path_norm'"
-                raise FloatingPointError(
-                    f"the path-normalised gradient of {name} overflows {dtype} with scale={self.scale!r}: use {remedy}"
-                )
-        return result
-
-    def _shortened(self, metric: _Metric, names: Sequence[str], after: _Tensors, before: _Tensors) -> _Tensors:
-        """The weights after a step that is no longer than the radius; ``after`` may be written to."""
-        log_radius = math.log(self.trust_radius)  # type: ignore[arg-type]
-        after, before = _wide(after), _wide(before)
-        if (fused := _fused(after)) is not None:
-            log_scales = [metric.log_scales[name] - metric.log_norm - 2 * log_radius for name in names]
-            fused.shorten_(after, before, [metric.factors[name] for name in names], log_scales)
-            return after
-        deltas = torch._foreach_sub(after, before)
-        # nan, from a gradient that is not finite, compares false: torch's own optimisers let it through too.
-        log_ratio = metric.log_length(names, deltas) - log_radius
-        if not log_ratio > 0:
-            return after
-        torch._foreach_mul_(deltas, math.exp(-log_ratio))
-        return torch._foreach_add(before, deltas)
-
     def state_dict(self) -> dict[str, Any]:
         """The base's state dict with an entry ``"path"``: tensors and plain Python values only."""
-        path = {
-            "base": self._base_name(),
-            "shapes": self._shapes(),
-            "scale": self.scale,
-            "second_term": self.second_term,
-            "steps": self._steps,
-            "log_constant": self._log_constant,
-            "lags": dict(self._lags),
-            "kappa": None if self._metric is None else self._metric.state(),
-        }
-        return {**self.base.state_dict(), "path": path}
+        return {**self.base.state_dict(), "path": self._ends._path()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continue from what ``state_dict`` returned: bit for bit on parameters of the dtype that it was saved for.
 
+        That of the base alone, to which torch.distributed.checkpoint cuts a state dict down, will do, except with
+        ``scale="first_step"``.
+
         Raises:
             ValueError: the state dict is not of a like optimiser of a like network; nothing has changed then.
         """
-        if not isinstance(state_dict, dict):
-            raise ValueError(f"state_dict is a {type(state_dict).__name__}; it must be what state_dict() returned")
-        if "path" not in state_dict:
-            # The base's alone, to which torch.distributed.checkpoint cuts a state dict down.
-            if self.scale == "first_step":
-                raise ValueError(
-                    "state_dict has no entry 'path', and with it no constant of scale='first_step': save state_dict() "
-                    "whole, or use scale='path_norm'"
-                )
-            self._load(state_dict)
-            return
-        path = state_dict["path"]
-        if not isinstance(path, dict):
-            raise ValueError("state_dict has an entry 'path' that no PathOptimizer saved: it is damaged")
-        expected = {
-            "base": self._base_name(),
-            "scale": self.scale,
-            "second_term": self.second_term,
-            "shapes": self._shapes(),
-        }
-        for key, value in expected.items():
-            if path.get(key) != value:
-                raise ValueError(
-                    f"state_dict was saved with {key}={path.get(key)!r}, but this PathOptimizer has {key}={value!r}: "
-                    "build both alike"
-                )
-        steps, constant = path.get("steps"), path.get("log_constant")
-        if type(steps) is not int or steps < 0:
-            raise ValueError(f"state_dict has steps={steps!r}; it must be a count")
-        if constant is not None and (type(constant) is not float or not math.isfinite(constant)):
-            raise ValueError(f"state_dict has log_constant={constant!r}; it must be None or a finite number")
-        lags = path.get("lags", {})
-        if not isinstance(lags, dict) or not all(
-            name in dict(self._parameters) and type(count) is int and count >= 0 for name, count in lags.items()
-        ):
-            raise ValueError(f"state_dict has lags={lags!r}; they must be counts by recurrent weight")
-        metric = None
-        if path.get("kappa") is not None:
-            metric = _Metric.from_state(path["kappa"], dict(self._parameters), self.eps)
-        self._load(state_dict)
-        self._steps, self._log_constant, self._metric, self._lags = steps, constant, metric, dict(lags)
+        rest, commit = self._ends._parts(state_dict)
+        self.base.load_state_dict(rest)
+        commit()
 
-    def _load(self, state_dict: dict[str, Any]) -> None:
-        """The base's part; all else as if training began here."""
-        groups, state = state_dict.get("param_groups"), state_dict.get("state")
-        if not isinstance(groups, list) or not isinstance(state, dict):
-            raise ValueError("state_dict lacks the base optimiser's 'state' and 'param_groups': it is damaged")
-        sizes = [len(group["params"]) for group in self.param_groups]
-        if [len(group.get("params", ())) if isinstance(group, dict) else -1 for group in groups] != sizes:
-            raise ValueError(f"state_dict has param_groups that do not hold {sizes} parameters: it is damaged")
-        self.base.load_state_dict({key: value for key, value in state_dict.items() if key != "path"})
-        self._steps, self._log_constant, self._metric, self._lags = 0, None, None, {}
 
-    def _base_name(self) -> str:
+class _Ends(PathSGD):
+    """The ends of a step whose middle is another optimiser's: the quotients that it gets, and the radius."""
+
+    base: Optimizer
+    _owner = "base optimiser"
+    _kind = "PathOptimizer"
+
+    def quotients(self) -> dict[Tensor, Tensor]:
+        """Parameter → what eq. (8) puts in place of its gradient, of all that have one."""
+        moving = self._moving()
+        if moving is None:
+            return {}
+        layout, weights, gradients, places = moving
+        written = list(weights)  # a step of -1 from zeros
+        for i in places:
+            written[i] = torch.zeros_like(weights[i])
+        # A step of no length is forbidden where γ² is 0; else a quotient may be as long as it likes.
+        radius = 0.0 if self.trust_radius is None else math.inf
+        self._write("sgd", (-1.0, 0.0, 0.0, 0.0, 0.0), radius, layout, weights, written, gradients)
+        return {weights[i]: written[i] for i in places}
+
+    def write(self, after: dict[Tensor, Tensor]) -> None:
+        """Move the weights to where another optimiser's step ends, or towards it as far as the radius allows."""
+        assert self._layout is not None and self.trust_radius is not None
+        weights = self._weights()[1]
+        self._write("given", (), self.trust_radius, self._layout, weights, weights, [after.get(p) for p in weights])
+
+    def _write(
+        self,
+        rule: str,
+        given: tuple[float, ...],
+        radius: float,
+        layout: Layout,
+        weights: list[Tensor],
+        written: list[Tensor],
+        gradients: Sequence[Tensor | None],
+    ) -> None:
+        k = self._cached(weights)
+        constant = self._constant_on(weights[0])
+        if self._kernels(layout, weights[0]):
+            status = path_update_(
+                written,
+                gradients,
+                [],
+                [],
+                [],
+                constant,
+                [],
+                given,
+                rule,
+                *layout.structure,  # type: ignore[misc]
+                SCALES[self.scale],
+                self.eps,
+                radius,
+                None,
+                None,
+                *raw(k, self.net),
+            )
+        else:
+            recurrent = [f"rnn.weight_hh_{ending}" for ending in getattr(self.net, "endings", ())]
+            entries = [
+                plain.Weight(i, name in recurrent, written[i], g, k.scaled[name], given, -1.0)
+                for i, (name, g) in enumerate(zip(layout.names, gradients, strict=True))
+                if g is not None
+            ]
+            if rule == "given":
+                decided, commit = plain.given(entries, k.log_path_norm, radius)
+            else:
+                decided, commit = plain.sgd(entries, k.log_path_norm, self.scale, self.eps, radius, constant, 1.0)
+            if not (status := int(decided)):
+                commit(decided == 0)
+        if status:
+            self._refuse(status, layout.names, weights[0].dtype)
+
+    def _settings(self) -> dict[str, Any]:
         bases = self.base.bases if isinstance(self.base, Together) else [self.base]
-        return " + ".join(type(base).__name__ for base in bases)
+        return {**super()._settings(), "base": " + ".join(type(base).__name__ for base in bases)}
 
     def _shapes(self) -> list[list[list[int]]]:
-        return [[list(p.shape) for p in group["params"]] for group in self.param_groups]
-
-
-def sequence_length(net: PathNetwork, seq_len: int | None) -> int | None:
-    """T for a step: the optimiser's own, or that of the gradients, which are taken for used from now on.
-
-    None where no T is known but every gradient is 0: it stays so, whatever T is.
-
-    Raises:
-        ValueError: no T is known; or κ of a recurrent matrix is 0, since T = 1, and its gradient is not.
-    """
-    if seq_len is not None:
-        return seq_len
-    found = net.last_seq_len
-    if found is None:
-        _check_zero(
-            [p.grad for p in net.parameters() if p.grad is not None],
-            "seq_len is None and the network's RNN has recorded no forward pass (torch.nn.RNN records none): "
-            "run one before the step, or give the optimiser its seq_len",
-        )
-    elif found == 1 and net.h0 == "zeros":
-        weights = net.weights()
-        for name in (f"rnn.weight_hh_{ending}" for ending in net.endings):
-            _check_zero(
-                [g for g in (weights[name].grad,) if g is not None],
-                f"κ of {name} is 0, for T is 1, but its gradient is not: give the optimiser seq_len=, the steps of "
-                'whole sequences; where states are passed on without their graph, PathNetwork(…, h0="ones") has κ > 0',
-            )
-    gradients_used(net)
-    return found
-
-
-def gradients_used(net: PathNetwork | FeedForward) -> None:
-    """T of the gradients that the network gets next has nothing to do with those that it has now."""
-    if isinstance(net, PathNetwork) and isinstance(net.rnn, ReLURNN):
-        net.rnn.steps.begin_anew()
-
-
-def _check_zero(gradients: Sequence[Tensor], error: str) -> None:
-    """A ValueError unless they are; a device is waited for."""
-    if any(gradient.any() for gradient in gradients):
-        raise ValueError(error)
-
-
-def _wide(tensors: _Tensors) -> _Tensors:
-    """The tensors in the dtype of their κ; themselves where they have it."""
-    dtype = precision(tensors[0].dtype)
-    return tensors if tensors[0].dtype == dtype else [x.to(dtype) for x in tensors]
-
-
-def _overflowed(gradients: _Tensors, results: _Tensors) -> list[bool]:
-    lost = [(raw.isfinite() & ~new.isfinite()).any() for raw, new in zip(gradients, results, strict=True)]
-    return torch.stack(lost).tolist()
-
-
-def _fused(tensors: _Tensors) -> Any:
-    """The kernels of the update where they serve, else None."""
-    if any(not 1 <= tensor.dim() <= 2 for tensor in tensors):  # of a FeedForward, such as a convolution's
-        return None
-    device = tensors[0].device
-    backend = os.environ.get(ENVIRONMENT, "auto")
-    if backend == "triton" or (backend == "auto" and device.type == "cuda"):
-        return _triton()
-    return cpu_update if backend in ("auto", "cpu") and device.type == "cpu" and extension_problem() is None else None
-
-
-@functools.cache
-def _triton() -> Any:
-    from .ops import triton
-
-    if triton.problem() is not None:
-        return None
-    from .ops.triton import update
-
-    return update
-
-
-class _Metric:
-    """κ of one time as divisors, with logarithms of all scales kept in Python floats."""
-
-    def __init__(self, k: Kappa, eps: float) -> None:
-        log_norm = float(k.log_path_norm)
-        if not log_norm < math.inf:
-            raise FloatingPointError(
-                "γ² overflows in the reference backend, which is not protected: use backend 'cpu' (see explain)"
-            )
-        self._fill(k.factors, k.log_scales, log_norm, eps)
-
-    def _fill(self, factors: dict[str, Tensor], log_scales: dict[str, float], log_norm: float, eps: float) -> None:
-        self.factors, self.log_scales, self.log_norm = factors, log_scales, log_norm
-        # κ + eps γ² = divisor · exp(log_divisor).
-        self.divisors, self.log_divisors = {}, {}
-        for name, factor in factors.items():
-            log_scale = log_scales[name]
-            if eps > 0 and log_norm > -math.inf:
-                log_eps = math.log(eps) + log_norm
-                largest = max(log_scale, log_eps)
-                factor = factor * math.exp(log_scale - largest) + math.exp(log_eps - largest)
-                log_scale = largest
-            self.divisors[name] = factor
-            self.log_divisors[name] = log_scale
-
-    def mask_zeros(self) -> None:
-        """Give entries on no path, κ = 0, a zero step. On demand, for most networks have none."""
-        self.divisors = {name: divisor.masked_fill(divisor == 0, math.inf) for name, divisor in self.divisors.items()}
-
-    def divide(self, names: Sequence[str], gradients: _Tensors, log_scale: float) -> _Tensors:
-        """exp(log_scale) g/κ, the scales combined before they touch a tensor."""
-        scalars, power = split_scales([log_scale - self.log_divisors[name] for name in names], gradients[0].dtype)
-        for i in range(power + 1):
-            if i == power // 2:  # half of the factors before it
-                gradients = torch._foreach_div(gradients, [self.divisors[name] for name in names])
-            else:
-                gradients = torch._foreach_mul(gradients, scalars)
-        return gradients
-
-    def first_constant(self, names: Sequence[str], gradients: _Tensors) -> float | None:
-        """log(‖g‖ / ‖g/κ‖); None where either is 0, for then no step is taken that could fix it."""
-        self.mask_zeros()
-        quotients = torch._foreach_div(gradients, [self.divisors[name] for name in names])
-        raw = _log_length(gradients, [0.0] * len(names))
-        divided = _log_length(quotients, [-2 * self.log_divisors[name] for name in names])
-        if raw == -math.inf or divided == -math.inf:
-            return None
-        if not (math.isfinite(raw) and math.isfinite(divided)):
-            raise FloatingPointError(
-                "the gradient of the first step, from which scale='first_step' takes its constant, is not finite, or "
-                "overflows when divided by κ: lower the gradient, or use scale='path_norm'"
-            )
-        return raw - divided
-
-    def log_length(self, names: Sequence[str], deltas: _Tensors) -> float:
-        """log of sqrt(Σ κ Δp²) / γ."""
-        roots = torch._foreach_sqrt([self.factors[name] for name in names])
-        return _log_length(torch._foreach_mul(deltas, roots), [self.log_scales[name] - self.log_norm for name in names])
-
-    def state(self) -> dict[str, Any]:
-        return {"factors": self.factors, "log_scales": self.log_scales, "log_path_norm": self.log_norm}
-
-    @classmethod
-    def from_state(cls, state: Any, parameters: dict[str, Tensor], eps: float) -> _Metric:
-        try:
-            factors, log_scales, log_norm = state["factors"], state["log_scales"], state["log_path_norm"]
-            fits = set(factors) == set(log_scales) == set(parameters) and not math.isnan(log_norm)
-            fits &= len({factor.dtype for factor in factors.values()}) == 1
-            for name, p in parameters.items():
-                factor = factors[name]
-                fits &= factor.dtype.is_floating_point and factor.expand_as(p).shape == p.shape
-                fits &= math.isfinite(log_scales[name])
-        except (AttributeError, KeyError, RuntimeError, TypeError):
-            fits = False
-        if not fits:
-            raise ValueError("state_dict holds a cached κ that does not fit this network: it is damaged")
-        metric = cls.__new__(cls)
-        # As torch's optimisers convert their state to the parameters' dtype.
-        factors = {name: factors[name].to(p.device, precision(p.dtype)) for name, p in parameters.items()}
-        metric._fill(factors, log_scales, log_norm, eps)
-        return metric
-
-
-def split_scales(log_scales: Sequence[float], dtype: torch.dtype) -> tuple[list[float], int]:
-    """Scalars and one power, scalar^power = exp(log_scale).
-
-    Several factors where one would leave the dtype's range: what is multiplied with them need not.
-    """
-    limit, part = _EXPONENTS[dtype]
-    exponents = [max(-limit, min(limit, value)) for value in log_scales]
-    power = math.ceil(max(map(abs, exponents)) / part)
-    return [math.exp(exponent / max(power, 1)) for exponent in exponents], power
-
-
-def _log_length(tensors: _Tensors, log_scales: list[float]) -> float:
-    """log sqrt(Σ exp(log_scale) ‖tensor‖²), the norms accumulated in float64."""
-    norms = torch.stack(torch._foreach_norm(tensors, 2, dtype=torch.float64)).tolist()
-    logs = [scale + 2 * math.log(norm) for scale, norm in zip(log_scales, norms, strict=True) if norm != 0]
-    largest = max(logs, default=-math.inf)
-    if not math.isfinite(sum(logs)):  # an infinite or nan norm
-        return math.nan
-    return (largest + math.log(sum(math.exp(value - largest) for value in logs))) / 2 if logs else -math.inf
-
-
-def check_net(net: Any) -> None:
-    if isinstance(net, PathNetwork):
-        net.check_parameters()
-    elif not isinstance(net, FeedForward):
-        raise TypeError(
-            f"net is a {type(net).__name__}; it must be a PathNetwork, as PathNetwork(rnn, head=…), or a FeedForward, "
-            "as FeedForward(module, input_shape)"
-        )
-
-
-def check_number(name: str, value: Any, zero: bool) -> None:
-    if isinstance(value, bool) or not isinstance(value, numbers.Real):
-        raise TypeError(f"{name} is {value!r}; it must be a number")
-    if not 0 <= float(value) < math.inf or (value == 0 and not zero):
-        raise ValueError(f"{name} is {value}; it must be finite and {'at least 0' if zero else 'positive'}")
-
-
-def check_count(name: str, value: Any) -> None:
-    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
-        raise TypeError(f"{name} is {value!r}; it must be a positive integer")
-    if value < 1:
-        raise ValueError(f"{name} is {value}; it must be at least 1")
+        return [[list(p.shape) for p in group["params"]] for group in self.base.param_groups]

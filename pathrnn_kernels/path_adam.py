@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from . import plain
+from .arguments import check_number
 from .engine import SWITCHES, Engine
 from .kappa import Scaled
 from .network import PathNetwork
-from .optim import check_number
 
 _OUTPUT_BIAS = "head.bias"
 

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 from . import plain
+from .arguments import check_count, check_net, check_no_steps, check_number
 from .engine import SCALES, SWITCHES, Engine
 from .feedforward import FeedForward
 from .kappa import Scaled
 from .network import PathNetwork
-from .optim import check_count, check_net, check_number
 
 
 class PathSGD(Engine):
@@ -80,12 +80,7 @@ class PathSGD(Engine):
         if nesterov and momentum == 0:
             raise ValueError("nesterov is True without momentum: give momentum, such as 0.9")
         if isinstance(net, FeedForward):
-            for name, given, absent in (("second_term", second_term, False), ("seq_len", seq_len, None)):
-                if given != absent:
-                    raise ValueError(
-                        f"{name} is {given!r}, but net is a FeedForward, which has no steps and whose κ⁽²⁾ is 0: leave "
-                        "it out"
-                    )
+            check_no_steps(second_term, seq_len)
         self.scale = scale
         self.eps = eps
         self.trust_radius = trust_radius

@@ -141,14 +141,7 @@ def sgd(
         firsts.append(None if w.first is None else first)
         deltas.append(-w.rate * d)
     statuses.append(_status(weights, lost, LOST))
-    share = torch.ones_like(norm)
-    if radius is not None:
-        squares = [((w.divisor * delta * delta).sum(), w.exponent) for w, delta in zip(weights, deltas, strict=True)]
-        total, exponent = _sum(squares)
-        root, root_exponent = _root(total / norm, exponent - norm_exponent)
-        length = ldexp(root, root_exponent)
-        # nan, from a gradient that is not finite, compares false: torch's own optimisers let it through too.
-        share = torch.where((length > radius) & length.isfinite() & ~no_path, radius / length, share)
+    share = torch.ones_like(norm) if radius is None else _share(weights, deltas, norm, norm_exponent, radius)
 
     def commit(ok: Tensor) -> None:
         for w, delta, first in zip(weights, deltas, firsts, strict=True):
@@ -159,6 +152,33 @@ def sgd(
             _keep(constant, fixed, ok)  # type: ignore[arg-type]
 
     return _first(*statuses), commit
+
+
+def given(weights: Sequence[Weight], log_path_norm: Tensor, radius: float) -> Decided:
+    """Of a step that another optimiser has taken: ``gradient`` is the weight after it."""
+    norm, norm_exponent = power_of_e(log_path_norm)
+    deltas = [w.up(w.gradient) - w.up(w.weight) for w in weights]
+    share = _share(weights, deltas, norm, norm_exponent, radius)
+
+    def commit(ok: Tensor) -> None:
+        for w, delta in zip(weights, deltas, strict=True):
+            # To the bit, where it is not shortened.
+            shortened = w.down(w.up(w.weight) + share * delta).to(w.weight.dtype)
+            _keep(w.weight, torch.where(share == 1, w.gradient, shortened), ok)
+
+    return torch.where(norm.isfinite(), 0, UNBOUNDED), commit
+
+
+def _share(
+    weights: Sequence[Weight], deltas: Sequence[Tensor], norm: Tensor, norm_exponent: Tensor, radius: float
+) -> Tensor:
+    """What the radius leaves of a step: 1 of one that is no longer, or of a network without a path."""
+    squares = [((w.divisor * delta * delta).sum(), w.exponent) for w, delta in zip(weights, deltas, strict=True)]
+    total, exponent = _sum(squares)
+    root, root_exponent = _root(total / norm, exponent - norm_exponent)
+    length = ldexp(root, root_exponent)
+    # nan, from a gradient that is not finite, compares false: torch's own optimisers let it through too.
+    return torch.where((length > radius) & length.isfinite() & (norm != 0), radius / length, torch.ones_like(norm))
 
 
 def _quotient(

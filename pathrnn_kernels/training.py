@@ -24,9 +24,10 @@ import torch
 from torch import Tensor, nn
 
 from . import init
+from .engine import SCALES
 from .gated import GatedPathSGD
 from .network import PathNetwork
-from .optim import SCALES, PathOptimizer
+from .optim import PathOptimizer
 from .path_adam import PathAdam
 from .path_sgd import PathSGD
 from .rnn import ReLURNN
@@ -211,7 +212,7 @@ class Config:
     def __post_init__(self) -> None:
         _one_of("task", self.task, TASKS)
         _one_of("optimizer", self.optimizer, OPTIMIZERS)
-        _one_of("scale", self.scale, SCALES)
+        _one_of("scale", self.scale, tuple(SCALES))
         _one_of("schedule", self.schedule, SCHEDULES)
         for name in ("steps", "hidden_size", "batch_size", "update_every", "log_every", "eval_every"):
             _integer(name, getattr(self, name), 1, None)

@@ -10,6 +10,7 @@ crash names its case.
 from __future__ import annotations
 
 import argparse
+import functools
 import math
 import os
 import random
@@ -256,8 +257,7 @@ def complete(op, arguments):
 
 def call_op(name, arguments):
     op = operator(name)
-    found = op(**complete(op, arguments))
-    return arguments["parameters"] if name == "shorten_" else found
+    return op(**complete(op, arguments))
 
 
 def recur(x, h_0, weight_ih, weight_hh, bias_ih, bias_hh):
@@ -432,91 +432,118 @@ def check_kappas(parameters, seq_len, last_only, ones_h0, factor, rtol, found):
         close(f"κ({name})", true.expand_as(expected[name]), expected[name], tolerance)
 
 
+STRUCTURE = ("chains", "bidirectional", "bias", "head", "head_bias", "embedding")
+FOUND = ("kappas", "exponents", "unit_exponents", "entry_exponents", "log_path_norm")
+
+
 def update_arguments(rng):
-    count, dtype = rng.randint(1, 3), rng.choice((torch.float32, torch.float64))
-    shapes = [tuple(rng.randint(1, 5) for _ in range(rng.randint(1, 2))) for _ in range(count)]
-    tensors = [tensor(rng, *shape, dtype=dtype) for shape in shapes]
-    kappas = [tensor(rng, *(n if rng.random() < 0.6 else 1 for n in shape), dtype=dtype).abs() for shape in shapes]
-    return tensors, kappas, [rng.uniform(-3, 3) for _ in range(count)], dtype
+    """A network's weights with its κ, as path_chain gives it."""
+    a = chain_arguments(rng) | {"kappa1": True, "second_factor": 0.0}
+    if a["head_weight"] is None:
+        a["head_weight"] = tensor(rng, 3, len(a["weight_hh"][0]), dtype=a["weight_hh"][0].dtype)
+    found = call_op("path_chain", a)
+    weights = [t for kinds in zip(*(a[name] for name in CHAIN[:4] if a[name]), strict=True) for t in kinds]
+    weights += [t for t in (a[name] for name in CHAIN[4:]) if t is not None]
+    given = (len(a["weight_hh"]), False, bool(a["bias_ih"]), True, *(a[name] is not None for name in CHAIN[5:]))
+    return {"weights": weights, **dict(zip(STRUCTURE, given, strict=True)), **dict(zip(FOUND, found, strict=False))}
 
 
-def precondition_arguments(rng):
-    gradients, kappas, scales, _ = update_arguments(rng)
-    return {
-        "gradients": gradients,
-        "kappas": kappas,
-        "scales": [math.exp(s) for s in scales],
-        "power": rng.choice((0, 1, 2, 7)),
-    }
+def dense(a):
+    """κ of every weight, float64, from the op's arguments."""
+    require(isinstance(a["chains"], int) and not takes_more("", a))
+    require(all(isinstance(a[name], list) for name in ("weights", "kappas", "entry_exponents")))
+    places, count = [], a["chains"]
+    per_chain = 3 if a["bias"] else 2
+    for c in range(count):
+        places += [per_chain * c + min(kind, 2) for kind in range(4 if a["bias"] else 2)]
+    places += range(per_chain * count, per_chain * count + sum(bool(a[name]) for name in STRUCTURE[3:]))
+    require(len(places) == len(a["weights"]) and len(a["kappas"]) == max(places) + 1)
+    result, units = [], a["unit_exponents"]
+    for i, (place, w) in enumerate(zip(places, a["weights"], strict=True)):
+        chain, kind = divmod(i, 4 if a["bias"] else 2)
+        exponents, kappa, entries = a["exponents"][place], wide(a["kappas"][place]), a["entry_exponents"][place]
+        if chain < count:
+            exponents = exponents - (units[chain][:, None] if kind < 2 else units[chain])
+            if kind == 1 or (kind == 0 and chain > 0):
+                exponents = exponents + units[chain - (kind == 0)]
+        elif a["head"] and i == (4 if a["bias"] else 2) * count:
+            exponents = exponents + units[-1]
+        if entries.numel():
+            exponents = exponents + entries
+        result.append(torch.ldexp(kappa, exponents.expand(torch.broadcast_shapes(exponents.shape, kappa.shape))))
+        require(torch.broadcast_shapes(result[-1].shape, w.shape) == w.shape)
+    return result
 
 
-def update_truth(a, tensors, scales):
-    require(all(isinstance(a[name], list) for name in (tensors, "kappas", scales)))
-    require(len(a[tensors]) == len(a["kappas"]) == len(a[scales]))
-    dtype = one_dtype(*a[tensors], *a["kappas"]) if a[tensors] else torch.float32
-    values, kappas = wide(a[tensors]), wide(a["kappas"])
-    require(
-        all(
-            v.dim() <= 2 and torch.broadcast_shapes(v.shape, k.shape) == v.shape
-            for v, k in zip(values, kappas, strict=True)
-        )
-    )
-    return dtype, values, kappas
-
-
-def within(expected):
+def within(*tensors):
     """Far from both ends of float32."""
-    return ((expected == 0) | (expected.abs() > 1e-30)) & ~(expected.abs() > 1e30)
-
-
-def check_precondition(a, found):
-    dtype, gradients, kappas = update_truth(a, "gradients", "scales")
-    for g, kappa, scale, result in zip(gradients, kappas, a["scales"], found[0], strict=True):
-        if not isinstance(a["power"], int) or not 0 < scale < 1e4 or result.device.type == "meta":
-            continue
-        total = math.pow(scale, a["power"])
-        expected = torch.where(kappa == 0, 0.0, g / kappa * total)
-        usual = within(expected) & within(kappa) & within(g) & (kappa > 0)
-        close("g/κ", result[usual], expected[usual], 64 * (1 + abs(a["power"])) * tolerances.unit_roundoff(dtype))
-
-
-def shorten_arguments(rng):
-    parameters, kappas, scales, dtype = update_arguments(rng)
-    before = [p + tensor(rng, *p.shape, dtype=dtype) for p in parameters]
-    return {"parameters": parameters, "before": before, "kappas": kappas, "log_scales": scales}
-
-
-def check_shorten(a, found):
-    dtype, after, kappas = update_truth(a, "parameters", "log_scales")
-    before = wide(a["before"])
-    require(isinstance(before, list) and [b.shape for b in before] == [p.shape for p in after])
-    deltas = [p - b for p, b in zip(after, before, strict=True)]
-    square = sum(
-        math.exp(min(s, 600)) * (k * d * d).sum().item()
-        for s, k, d in zip(a["log_scales"], kappas, deltas, strict=True)
-    )
-    if not 1e-30 < square < 1e30 or any(not k.isfinite().all() or (k < 0).any() for k in kappas):
-        return
-    factor = min(1.0, 1 / math.sqrt(square))
-    for p, b, d in zip(found, before, deltas, strict=True):
-        size = max(1.0, d.abs().max().item() if d.numel() else 0.0, b.abs().max().item() if b.numel() else 0.0)
-        close("the shortened parameter", p, b + factor * d, 0.0, 64 * tolerances.unit_roundoff(dtype) * size)
+    return functools.reduce(torch.logical_and, (((x == 0) | (x.abs() > 1e-30)) & ~(x.abs() > 1e30) for x in tensors))
 
 
 def norm_arguments(rng):
-    weights, kappas, scales, dtype = update_arguments(rng)
-    return {"weights": weights, "kappas": kappas, "log_scales": scales, "grad": tensor(rng, dtype=dtype)}
+    a = update_arguments(rng)
+    return {**a, "grad": tensor(rng, dtype=a["weights"][0].dtype), "logarithm": False}
 
 
 def check_norm(a, found):
-    dtype, weights, kappas = update_truth(a, "weights", "log_scales")
-    grad = a["grad"]
+    kappas, grad = dense(a), a["grad"]
     require(isinstance(grad, Tensor) and grad.numel() == 1)
-    for w, kappa, scale, result in zip(weights, kappas, a["log_scales"], found, strict=True):
-        expected = torch.where(w == 0, 0.0, 2.0 * grad.item() * w * kappa * math.exp(max(-700, min(700, scale))))
-        usual = within(expected) & within(kappa)
+    share = math.exp(-a["log_path_norm"].item()) if a["logarithm"] else 1.0
+    for w, kappa, result in zip(a["weights"], kappas, found, strict=True):
+        expected = torch.where(w == 0, 0.0, 2.0 * grad.item() * wide(w) * kappa * share)
+        usual = within(expected, kappa.expand_as(expected))
         if result.device.type != "meta":
-            close("2 p κ", result[usual], expected[usual], 64 * tolerances.unit_roundoff(dtype))
+            close("2 p κ", result[usual], expected[usual], 64 * tolerances.unit_roundoff(w.dtype))
+
+
+def step_arguments(rng):
+    a = update_arguments(rng)
+    rule = rng.choice(("sgd", "given", "coordinates"))
+    numbers = {"sgd": [0.5, 0.0, 0.0, 0.0, 0.0], "given": [], "coordinates": [0.1, 0.9, 0.99, 2.0, 1e-8, 0.0, 1.0, 0.0]}
+    gradients, first, second = ([tensor(rng, *w.shape, dtype=w.dtype) for w in a["weights"]] for _ in range(3))
+    nothing = {"first": [], "second": [], "counts": [], "constant": None, "rates": []}
+    if rule == "coordinates":
+        counts = [torch.zeros(()) for _ in gradients]
+        nothing |= {"first": first, "second": [s.square() for s in second], "counts": counts}
+    options = {"scale": 0, "eps": 0.0, "radius": 1.0 if rule == "given" else 0.0, "grad_scale": None, "found_inf": None}
+    return {**a, "gradients": gradients, **nothing, "numbers": numbers[rule], "rule": rule, **options}
+
+
+def call_step(**a):
+    before = [w.detach().clone() if plain(w) else None for w in a["weights"]]
+    status = call_op("path_update_", a)
+    if status and not all(b is None or same(b, w) for b, w in zip(before, a["weights"], strict=True)):
+        raise Failure(f"status {status}, and a weight has changed")
+    return status, [w.detach().clone() for w in a["weights"]]
+
+
+def check_step(a, found):
+    kappas, (status, after) = dense(a), found
+    default = {"rates": [], "scale": 0, "eps": 0.0, "grad_scale": None, "found_inf": None}
+    usual_call = all(a[name] == value for name, value in default.items()) and all(g is not None for g in a["gradients"])
+    if status or not usual_call or not all(w.isfinite().all() for w in [*a["weights"], *a["gradients"], *kappas]):
+        return
+    weights, gradients = ([wide(t) for t in a[name]] for name in ("weights", "gradients"))
+    if a["rule"] == "coordinates":  # tests/test_engine.py
+        return
+    if a["rule"] == "sgd":
+        steps = [torch.where(k == 0, 0.0, -a["numbers"][0] * g / k) for g, k in zip(gradients, kappas, strict=True)]
+        if a["numbers"][1:] != [0.0] * 4 or a["radius"] != 0:
+            return
+    else:
+        steps = [g - w for g, w in zip(gradients, weights, strict=True)]
+        squares = sum((k * d * d).sum().item() for k, d in zip(kappas, steps, strict=True))
+        norm = math.exp(min(a["log_path_norm"].item(), 700))
+        if not 1e-30 < squares < 1e30 or not 1e-30 < norm < 1e30:
+            return
+        share = min(1.0, a["radius"] * math.sqrt(norm / squares)) if a["radius"] > 0 else 1.0
+        steps = [share * d for d in steps]
+    for p, w, d in zip(after, weights, steps, strict=True):
+        size = w.abs() + d.abs()
+        usual = within(size)
+        error = 64 * tolerances.unit_roundoff(p.dtype) * size[usual]
+        if ((p.double() - w - d)[usual].abs() > error).any():
+            raise Failure(f"a weight is {p.tolist()}; the oracle has {(w + d).tolist()}")
 
 
 # ---- the public API -------------------------------------------------------------------------------------------------
@@ -668,7 +695,7 @@ def optimizer_arguments(rng):
     for name, p in result["net"].named_parameters():
         result[f"grad of {name}"] = tensor(rng, *p.shape, dtype=p.dtype)
     return {**result, "lr": 0.1, "momentum": 0.0, "weight_decay": 0.0, "second_term": rng.random() < 0.3,
-            "scale": rng.choice(pk.optim.SCALES[:2]), "eps": 0.0, "trust_radius": None, "update_every": 1,
+            "scale": rng.choice(("none", "path_norm")), "eps": 0.0, "trust_radius": None, "update_every": 1,
             "seq_len": rng.randint(2, 5), "rtol": 1e-3}  # fmt: skip
 
 
@@ -680,14 +707,14 @@ def call_optimizer(**a):
     optimizer = pk.PathSGD(net, **a)
     for name, p in net.named_parameters():
         p.grad = gradients[name]
-    before = {name: p.detach().clone() for name, p in net.named_parameters()}
+    before = {name: copy(p) for name, p in net.named_parameters()}
     try:
         optimizer.step()
     except REFUSALS as error:
         # torch.optim's own step stops in the middle at a weight whose entries share memory.
         if not any(torch._debug_has_internal_overlap(p) == 1 for p in net.parameters()):
             for name, p in net.named_parameters():
-                if not same(p.detach(), before[name]):
+                if not unchanged(p, before[name]):
                     raise Failure(f"{name} has changed in a refused step") from error
         raise
     return before
@@ -768,24 +795,23 @@ OPS = {
     "relu_rnn": (rnn_arguments, check_rnn),
     "relu_rnn_backward": (backward_arguments, check_backward),
     "path_chain": (chain_arguments, check_chain),
-    "precondition": (precondition_arguments, check_precondition),
-    "shorten_": (shorten_arguments, check_shorten),
-    "norm_gradients": (norm_arguments, check_norm),
+    "path_norm_gradients": (norm_arguments, check_norm),
 }
 
 
 def writes(target, name):
     """Whether the target writes to that argument."""
-    if target == "shorten_":
-        return name == "parameters"
+    if target == "path_update_":
+        return name in ("weights", "first", "second", "counts", "constant")
     return target in ("PathSGD.step", "node_rescale_") and "." in name and not name.startswith("grad of")
 
 
 def harmful(target, name):
     """What of HARMLESS is not so for that argument: torch writes to no such tensor, alphas must be positive."""
     if writes(target, name):
-        return ("expanded", "negated", "parameter")
-    return ("zero",) if name == "alphas" else ()
+        return ("expanded", "negated", "parameter", *(["zero"] if target == "PathSGD.step" else []))
+    # Without a path there is no gradient, and those of a step are made up.
+    return ("zero",) if name == "alphas" or target == "PathSGD.step" else ()
 
 
 KAPPA = (
@@ -802,6 +828,7 @@ NORM = (("seq_len", lambda rng: rng.randint(1, 6)), ("backend", "auto"))
 #: name → (arguments, call, check).
 TARGETS = {
     **{name: (make, lambda name=name, **a: call_op(name, a), check) for name, (make, check) in OPS.items()},
+    "path_update_": (step_arguments, call_step, check_step),
     "ReLURNN()": (constructor_arguments, call_constructor, check_constructor),
     "ReLURNN.forward": (module_arguments, call_module, check_module),
     "PathNetwork()": (network_arguments, pk.PathNetwork, lambda a, found: found.check_parameters()),
@@ -888,7 +915,7 @@ def case(seed, number, say=lambda text: None):
         if harmless:
             raise Failure(f"{text}: refused, though it is valid: {message}") from error
         # call_optimizer and call_rescale look after their own.
-        kept = [name for name in arguments if target == "shorten_" or not writes(target, name)]
+        kept = [name for name in arguments if not writes(target, name)]
         if not all(unchanged(arguments[name], original[name]) for name in kept):
             raise Failure(f"{text}: an argument has changed in a refused call") from error
         return target, type(error).__name__

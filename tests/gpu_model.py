@@ -360,11 +360,3 @@ def finish(outputs, outputs_exponent, head, head_exponent, head_bias, head_bias_
         mantissa, own = torch.frexp(value)
         logs.append(mantissa.log() + (own.long() + exponent).double() * math.log(2))
     return torch.logaddexp(*logs), *state
-
-
-def precondition(gradients, divisors, log_scales):
-    result = []
-    for g, divisor, log_scale in zip(gradients, divisors, log_scales, strict=True):
-        quotient = g.double() / divisor.double() * math.exp(log_scale)
-        result.append(torch.where(divisor == 0, 0.0, quotient).to(g.dtype))
-    return result

@@ -37,7 +37,7 @@ ENVIRONMENT = {
     "TSAN_OPTIONS": "halt_on_error=1",
 }
 #: Of the tests on the extension: what compiles, interprets or emulates is no test of its memory.
-TESTS = ("test_relu_rnn.py", "test_path_chain.py", "test_kappa2.py", "test_update.py")
+TESTS = ("test_relu_rnn.py", "test_path_chain.py", "test_kappa2.py", "test_step.py")
 LEFT_OUT = "not compile and not opcheck and not isa and not gpu"
 
 

@@ -432,8 +432,11 @@ def test_a_cast_while_kappa_is_cached(move):
     backward(net)
     optimizer.step()
     kept = optimizer.state_dict()["path"]["kappa"]
-    for name, factor in kept["factors"].items():
-        assert factor.dtype == torch.float32 and torch.equal(factor, cached["factors"][name].float())
+    for name, entry in kept["entries"].items():
+        mantissa, *exponents = entry.values()
+        former, *others = cached["entries"][name].values()
+        assert mantissa.dtype == torch.float32 and torch.equal(mantissa, former.float())
+        assert all(a is b is None or torch.equal(a, b) for a, b in zip(exponents, others, strict=True))
     assert not all(torch.equal(p, b) for p, b in zip(net.parameters(), before, strict=True))
 
 

@@ -47,9 +47,6 @@ def chain(weight_ih, weight_hh, embedding=None, seq_len=3):
         lambda: ops.relu_rnn_backward(
             *(None, None, ones(HUGE, 1, 2), None, ones(3, 2), ones(3, 3), None, None, ones(HUGE, 1, 3), [True] * 5)
         ),
-        lambda: ops.precondition([ones(HUGE)], [ones(1)], [1.0], 1),
-        lambda: ops.shorten_([ones(HUGE)], [ones(HUGE)], [ones(1)], [0.0]),
-        lambda: ops.norm_gradients([ones(HUGE)], [ones(1)], [0.0], torch.ones(())),
     ],
 )
 def test_sizes_too_large_for_memory_are_refused_by_the_ops(call):
@@ -60,18 +57,6 @@ def test_sizes_too_large_for_memory_are_refused_by_the_ops(call):
 def test_a_layer_count_that_would_fill_memory_is_refused():
     with pytest.raises(ValueError, match="num_layers is 2147483647; it must be at most"):
         pk.ReLURNN(1, 1, 2**31 - 1)
-
-
-def test_a_step_that_is_refused_half_way_has_shortened_nothing():
-    parameters = [torch.ones(3), torch.ones(1).expand(3)]
-    with pytest.raises(RuntimeError, match="single memory location"):
-        ops.shorten_(parameters, [torch.zeros(3)] * 2, [torch.ones(1)] * 2, [0.0] * 2)
-    assert torch.equal(parameters[0], torch.ones(3))
-
-
-def test_a_power_that_would_take_for_ever_is_refused():
-    with pytest.raises(ValueError, match="power is 9223372036854775807; it must be between 0 and"):
-        ops.precondition([torch.ones(2)], [torch.ones(2)], [1.0], 2**63 - 1)
 
 
 _SCARCE = """

@@ -441,14 +441,6 @@ def test_a_network_without_paths_is_refused_where_it_would_never_move(options):
     assert net.head.weight.any() and all(p.isfinite().all() for p in net.parameters())
 
 
-def test_scales_and_divisors_may_leave_the_range_that_their_quotient_stays_in():
-    p = torch.tensor([1e6])
-    for factor, exponent, expected in ((1e-36, 118, 1e42 * 2.0**-118), (1e30, -130, 1e-24 * 2.0**130)):
-        k = pk.Kappa.of({"p": torch.tensor([factor])}, {"p": exponent}, torch.tensor(0.0), {}, {"p": p.shape})
-        (result,) = pk.optim._Metric(k, 0.0).divide(["p"], [p], 0.0)
-        assert result.item() == pytest.approx(expected, rel=1e-5)
-
-
 def exploding(bias):
     """γ² and κ far outside float32: Gaussian W_hh with gain 3, T = 2000, gradients of 1."""
     net = pk.PathNetwork(pk.ReLURNN(2, 32), nn.Linear(32, 1, bias=bias), outputs="last")
@@ -495,20 +487,20 @@ def test_the_bias_of_the_head_needs_eps_where_the_path_norm_overflows():
 def test_update_every_reuses_kappa(monkeypatch):
     net = make()
     calls = []
-    original = pk.optim.kappa
-    monkeypatch.setattr(pk.optim, "kappa", lambda *args, **kw: calls.append(args[1]) or original(*args, **kw))
+    original = pk.engine.kappa
+    monkeypatch.setattr(pk.engine, "kappa", lambda *args, **kw: calls.append(args[1]) or original(*args, **kw))
     optimizer = around_sgd(net, lr=1e-3, update_every=3)
     cached = None
     for step in range(7):
         before = values(net)
-        backward(net, seq_len=step + 1)
+        backward(net, seq_len=step + 2)
         if step % 3 == 0:
-            cached = kappa(net, step + 1)
+            cached = kappa(net, step + 2)
         optimizer.step()
         for name, change in changes(net, before).items():
             expected = torch.where(cached[name] > 0, -1e-3 * gradients(net)[name] / cached[name], 0)
             torch.testing.assert_close(change, expected, rtol=1e-9, atol=1e-12)
-    assert calls == [1, 4, 7]
+    assert calls == [2, 5, 8]
 
 
 def through_a_file(state):
@@ -570,12 +562,12 @@ def test_lags_of_one_step_are_tried_first_in_the_next(monkeypatch):
         found.append(k.lags)
         return k
 
-    monkeypatch.setattr("pathrnn_kernels.optim.kappa", spy)
+    monkeypatch.setattr("pathrnn_kernels.engine.kappa", spy)
     for _ in range(3):
         backward(net)
         optimizer.step()
     name = "rnn.weight_hh_l0"
-    assert tried == [{}, {name: found[0][name] - 1}, {name: found[1][name] - 1}]
+    assert tried == [{name: 0}, {name: found[0][name] - 1}, {name: found[1][name] - 1}]
     assert optimizer.state_dict()["path"]["lags"] == found[2]
     with torch.no_grad():
         net.rnn.weight_hh_l0.copy_(torch.eye(40) + 0.02 * torch.randn(40, 40))  # nothing certifies: all lags
@@ -600,10 +592,11 @@ def test_lags_of_one_step_are_tried_first_in_the_next(monkeypatch):
         (mutate(["path", "lags"], {"nothing": 1}), "lags="),
         (mutate(["path", "lags"], 3), "lags="),
         (mutate(["path", "kappa"], 3), "cached κ"),
-        (mutate(["path", "kappa", "factors", "head.bias"], KeyError), "cached κ"),
-        (mutate(["path", "kappa", "factors", "head.bias"], torch.ones(7)), "cached κ"),
-        (mutate(["path", "kappa", "factors", "head.bias"], torch.ones(1)), "cached κ"),  # float32 among float64
-        (mutate(["path", "kappa", "log_scales", "head.bias"], math.inf), "cached κ"),
+        (mutate(["path", "kappa", "entries", "head.bias"], KeyError), "cached κ"),
+        (mutate(["path", "kappa", "entries", "head.bias", "mantissa"], torch.ones(7)), "cached κ"),
+        (mutate(["path", "kappa", "entries", "head.bias", "mantissa"], torch.ones(1)), "cached κ"),  # of float32
+        (mutate(["path", "kappa", "entries", "head.bias", "exponent"], 3), "cached κ"),
+        (mutate(["path", "kappa", "entries", "rnn.weight_hh_l0", "rows"], torch.ones(2)), "cached κ"),
         (mutate(["path", "kappa", "log_path_norm"], math.nan), "cached κ"),
         (mutate(["state"], KeyError), "damaged"),
         (mutate(["param_groups"], KeyError), "damaged"),

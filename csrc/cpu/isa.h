@@ -16,6 +16,7 @@
 #include <vector>
 
 #include "../ops.h"
+#include "number.h"
 #include "parallel.h"
 
 namespace pathrnn {
@@ -63,9 +64,6 @@ struct Kernels {
   void (*relu_rnn_backward)(const ReluRnnBackward<T>&, int threads);
   // The index of the first weight that is not finite, in the order of PathChain's fields by layer, or -1.
   int64_t (*path_chain)(const PathChain<T>&, int threads);
-  bool (*precondition)(const PathUpdate<T>&, int64_t first, int64_t last);
-  double (*step_length)(const PathUpdate<T>&, int64_t first, int64_t last);
-  void (*norm_gradient)(const PathUpdate<T>&, int64_t first, int64_t last);
   // Of entries [first, last); arithmetic in [0] the weights' dtype, [1] float64.
   StepSums (*sgd_measure[2])(const StepWeight<T>&, const SgdRule&, int64_t first, int64_t last);
   void (*sgd_apply[2])(const StepWeight<T>&, const SgdRule&, int64_t first, int64_t last);
@@ -73,6 +71,8 @@ struct Kernels {
   void (*coordinate_apply[2])(const StepWeight<T>&, const CoordinateRule&, int64_t first, int64_t last);
   double (*path_mass)(const StepWeight<T>&, int64_t first, int64_t last);
   void (*raw_and_divided)(const StepWeight<T>&, const SgdRule&, int64_t first, int64_t last, double* raw, double* divided);
+  // out = 2 p κ · 2^exponent · scale.
+  void (*norm_gradient)(const StepWeight<T>&, const Number& scale, int64_t first, int64_t last, T* out);
 };
 
 struct Isa {

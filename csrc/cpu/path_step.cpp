@@ -1,8 +1,7 @@
 // path_update_ and path_step_: a step of Path-SGD, or of Adam in path coordinates, from κ to the weights, and from
-// nothing. Entry by entry: path_step.inl.
+// nothing; path_norm_gradients. Entry by entry: path_step.inl.
 #include <torch/library.h>
 
-#include <cmath>
 
 #include "../check.h"
 #include "isa.h"
@@ -23,36 +22,6 @@ constexpr int64_t kTileEntries = 4096, kShareEntries = 1 << 13;
 // What a step returns when it has changed nothing; optim's sentences say what to do. Those of one weight add 4 times its
 // place in `weights`.
 enum Status : int64_t { kDone = 0, kNoPath = 1, kNoConstant = 2, kUnbounded = 3, kLost = 4, kUnreached = 5 };
-
-// 2^exponent, the exponent brought into double's range.
-double power(int64_t exponent) {
-  return std::ldexp(1.0, static_cast<int>(std::clamp<int64_t>(exponent, -1020, 1020)));
-}
-
-// mantissa · 2^exponent.
-struct Number {
-  double mantissa = 0;
-  int64_t exponent = 0;
-
-  static Number exp(double logarithm) {
-    if (logarithm == -kInfinity) return {};
-    const double exponent = std::floor(logarithm / M_LN2);
-    return {std::exp(logarithm - exponent * M_LN2), static_cast<int64_t>(exponent)};
-  }
-  double log() const { return std::log(mantissa) + static_cast<double>(exponent) * M_LN2; }
-  Number root() const {
-    const int64_t half = (exponent - (exponent & 1)) / 2;
-    return {std::sqrt(exponent & 1 ? 2 * mantissa : mantissa), half};
-  }
-  Number operator*(const Number& o) const { return {mantissa * o.mantissa, exponent + o.exponent}; }
-  Number operator/(const Number& o) const { return {mantissa / o.mantissa, exponent - o.exponent}; }
-  // In two factors, so that what is multiplied with one after the other may be out of range in between.
-  void split(double& before, double& after) const {
-    before = power(exponent / 2);
-    after = mantissa * power(exponent - exponent / 2);
-  }
-  double value() const { return mantissa * power(exponent / 2) * power(exponent - exponent / 2); }
-};
 
 // Σ of numbers that are not negative.
 Number sum(const std::vector<Number>& numbers) {
@@ -116,7 +85,7 @@ void check_scalar(const Tensor& t, const char* name) {
   TORCH_CHECK_VALUE(t.numel() == 1, name, " has shape ", t.sizes(), "; it must have one entry");
 }
 
-constexpr int64_t kSgdNumbers = 5, kCoordinateNumbers = 8;
+constexpr int64_t kSgdNumbers = 5, kCoordinateNumbers = 8, kGivenNumbers = 0;
 
 template <typename T>
 class Step {
@@ -127,7 +96,7 @@ class Step {
       if (!a.gradients[i]) continue;
       moving_.push_back(static_cast<int64_t>(i));
     }
-    numbers_per_weight_ = a.rule == "sgd" ? kSgdNumbers : kCoordinateNumbers;
+    numbers_per_weight_ = a.rule == "sgd" ? kSgdNumbers : a.rule == "given" ? kGivenNumbers : kCoordinateNumbers;
     const int64_t count = static_cast<int64_t>(moving_.size());
     TORCH_CHECK_VALUE(static_cast<int64_t>(a.numbers.size()) == numbers_per_weight_ ||
                           static_cast<int64_t>(a.numbers.size()) == count * numbers_per_weight_,
@@ -143,9 +112,24 @@ class Step {
     for (int64_t s = 0; s < count; ++s) add(s);
   }
 
+  // ∂γ²/∂p of every weight, eq. (8): 2 p κ⁽¹⁾, times `scale`.
+  std::vector<Tensor> norm_gradients(const Number& scale) {
+    std::vector<Tensor> result;
+    std::vector<T*> out;
+    for (size_t i = 0; i < a_.weights.size(); ++i) {
+      views_.push_back(view(static_cast<int64_t>(i), false));
+      result.push_back(at::empty(a_.weights[i].sizes(), a_.weights[i].options()));
+      out.push_back(result.back().template mutable_data_ptr<T>());
+    }
+    over(tiles(), [&](int64_t, const Tile& tile) {
+      kernels<T>().norm_gradient(views_[tile.weight], scale, tile.first, tile.last, out[tile.weight] + tile.first);
+    });
+    return result;
+  }
+
   int64_t run() {
     // Contiguous copies, where there are any, are written back when nothing can fail any more.
-    const int64_t status = a_.rule == "sgd" ? sgd() : coordinates();
+    const int64_t status = a_.rule == "coordinates" ? coordinates() : sgd();
     if (status != kDone) return status;
     for (auto& [own, copy] : copies_) own.copy_(copy);
     for (const int64_t i : moving_) a_.weights[i].unsafeGetTensorImpl()->bump_version();
@@ -182,8 +166,8 @@ class Step {
   }
 
   Tensor contiguous(const Tensor& t, bool written) {
-    if (t.is_contiguous()) return t;
-    Tensor copy = t.contiguous();
+    if (t.is_contiguous() && !t.is_neg()) return t;
+    Tensor copy = t.resolve_neg().contiguous();
     if (written) copies_.emplace_back(t, copy);
     kept_.push_back(copy);
     return copy;
@@ -337,8 +321,8 @@ class Step {
 
   int64_t sgd() {
     const Number norm = Number::exp(kappa_.log_path_norm);
-    const bool no_path = norm.mantissa == 0;
-    if (no_path && (a_.scale == 1 || a_.radius > 0) && pulled()) return kNoPath;
+    const bool no_path = norm.mantissa == 0, given = a_.rule == "given";
+    if (!given && no_path && (a_.scale == 1 || a_.radius > 0) && pulled()) return kNoPath;
     if (!std::isfinite(norm.mantissa)) return kUnbounded;
     wide_ |= a_.eps > 0;
     const double unscaled = a_.grad_scale ? 1 / scalar(*a_.grad_scale) : 1;
@@ -346,10 +330,17 @@ class Step {
     std::vector<int64_t> exponents(views_.size());  // of the divisors
     const auto set = [&](const Number& scale) {
       for (size_t v = 0; v < views_.size(); ++v) {
-        const double* const n = numbers(v);
         SgdRule& rule = rules[v];
-        Number divisor{1, views_[v].exponent};
         rule = SgdRule{};
+        rule.bounded = a_.radius > 0;
+        rule.factor = 1;
+        if (given) {
+          rule.given = true;
+          rule.rate = -1;
+          continue;
+        }
+        const double* const n = numbers(v);
+        Number divisor{1, views_[v].exponent};
         rule.kappa_scale = 1;
         if (a_.eps > 0 && norm.mantissa > 0) {
           const Number share = norm * Number{a_.eps, 0};
@@ -364,9 +355,7 @@ class Step {
         rule.momentum = n[1];
         rule.decay = n[2];
         rule.nesterov = n[3] != 0;
-        rule.bounded = a_.radius > 0;
         rule.limit = limit_;
-        rule.factor = 1;
       }
     };
     Number scale{1, 0};
@@ -428,6 +417,10 @@ class Step {
     int64_t bias = -1;  // of views_
     for (size_t v = 0; v < views_.size(); ++v) {
       if (moving_[v] == bias_at) bias = static_cast<int64_t>(v);
+    }
+    for (size_t v = 0; v < views_.size(); ++v) {
+      TORCH_CHECK_VALUE(static_cast<int64_t>(v) == bias || (views_[v].first && views_[v].second), "weight ", moving_[v],
+                        " has no averages; give first and second of its shape");
     }
     Number norm = Number::exp(kappa_.log_path_norm);
     if (bias_at >= 0) {  // γ² of the paths through the RNN: all that end with a weight of the head
@@ -527,21 +520,69 @@ bool skipped(const Arguments& a) {
   return scalar(*a.found_inf) != 0;
 }
 
-int64_t step(Arguments a, const Kappa& kappa) {
-  const at::NoGradGuard no_grad;
-  TORCH_CHECK_VALUE(a.rule == "sgd" || a.rule == "coordinates", "rule is ", a.rule, "; use sgd or coordinates");
+void check_structure(const Arguments& a, const Kappa& kappa) {
   TORCH_CHECK_VALUE(static_cast<int64_t>(a.weights.size()) == a.chains.weights() &&
                         a.gradients.size() == a.weights.size(),
                     "there are ", a.weights.size(), " weights and ", a.gradients.size(), " gradients; these chains have ",
                     a.chains.weights());
   TORCH_CHECK_VALUE(static_cast<int64_t>(kappa.factors.size()) == a.chains.kappas() &&
                         kappa.entry_exponents.size() == kappa.factors.size() &&
-                        kappa.exponents.numel() == a.chains.kappas(),
+                        kappa.exponents.sizes() == at::IntArrayRef({a.chains.kappas()}),
                     "there are ", kappa.factors.size(), " tensors of κ; these chains have ", a.chains.kappas());
   TORCH_CHECK_VALUE(kappa.unit_exponents.dim() == 2 && kappa.unit_exponents.size(0) == a.chains.count &&
                         kappa.unit_exponents.is_contiguous(),
                     "unit_exponents has shape ", kappa.unit_exponents.sizes(), "; it must be [chains, H]");
+  const int64_t H = kappa.unit_exponents.size(1), D = a.chains.directions(), per_chain = a.chains.per_chain();
+  TORCH_CHECK_VALUE(D == 1 || a.chains.count % 2 == 0, "there are ", a.chains.count, " chains of two directions");
+  for (const Tensor* t : {&kappa.exponents, &kappa.unit_exponents}) {
+    TORCH_CHECK_TYPE(t->scalar_type() == at::kLong && t->is_contiguous(), "exponents have dtype ", t->scalar_type(),
+                     "; they must be int64, contiguous");
+  }
+  for (size_t i = 0; i < kappa.factors.size(); ++i) {
+    const Tensor& entries = kappa.entry_exponents[i];
+    TORCH_CHECK_TYPE(entries.scalar_type() == at::kLong && entries.is_contiguous(), "entry_exponents have dtype ",
+                     entries.scalar_type(), "; they must be int64, contiguous");
+    if (entries.numel() > 0) check_shape(entries, "entry_exponents", kappa.factors[i].sizes());
+  }
+  const at::ScalarType dtype = a.weights[0].scalar_type();
+  for (int64_t i = 0; i < a.chains.weights(); ++i) {
+    const Tensor &w = a.weights[i], &factor = kappa.factors[a.chains.place(i)];
+    const int64_t chain = i / per_chain, kind = i % per_chain, rest = i - per_chain * a.chains.count;
+    const bool of_chain = chain < a.chains.count;
+    check_floating(w, "weights", at::kCPU, true);
+    check_like(w, "weights", a.weights[0], "the first of them");
+    const bool vector = of_chain ? kind > 1 : a.chains.head_bias && i == a.chains.head_bias_at();
+    TORCH_CHECK_VALUE(w.dim() == (vector ? 1 : 2), "weight ", i, " has ", w.dim(), " dimensions");
+    bool fits = true;
+    if (of_chain) fits = w.size(0) == H && (kind != 0 || chain < D || w.size(1) == D * H) && (kind != 1 || w.size(1) == H);
+    if (!of_chain && rest == 0 && a.chains.head) fits = w.size(1) == D * H;
+    TORCH_CHECK_VALUE(fits, "weight ", i, " has shape ", w.sizes(), "; there are ", H, " hidden units");
+    check_like(factor, "kappas", kappa.factors[0], "the first of them");
+    TORCH_CHECK_TYPE(factor.scalar_type() == (at::isReducedFloatingType(dtype) ? at::kFloat : dtype) && factor.is_cpu(),
+                     "kappas have dtype ", factor.scalar_type(), "; weights have ", dtype);
+    TORCH_CHECK_VALUE(at::is_expandable_to(factor.sizes(), w.sizes()) && factor.dim() == w.dim(), "kappa has shape ",
+                      factor.sizes(), ", which does not broadcast to that of its weight, ", w.sizes());
+  }
+}
+
+int64_t step(Arguments a, const Kappa& kappa) {
+  const at::NoGradGuard no_grad;
+  TORCH_CHECK_VALUE(a.rule == "sgd" || a.rule == "given" || a.rule == "coordinates", "rule is ", a.rule,
+                    "; use sgd, given or coordinates");
+  check_structure(a, kappa);
   if (a.grad_scale) check_scalar(*a.grad_scale, "grad_scale");
+  TORCH_CHECK_VALUE(a.scale >= 0 && a.scale <= 2, "scale is ", a.scale, "; it must be 0, 1 or 2");
+  TORCH_CHECK_VALUE(a.scale != 2 || (a.constant && a.constant->scalar_type() == at::kDouble && a.constant->numel() == 1),
+                    "scale is 2 without a constant; give one of float64");
+  if (a.rule == "coordinates") {
+    for (const TensorList state : {a.first, a.second, a.counts}) {
+      TORCH_CHECK_VALUE(!state.empty(), "rule is coordinates; give first, second and counts");
+    }
+    for (const Tensor& count : a.counts) {
+      TORCH_CHECK_TYPE(count.is_cpu() && count.scalar_type() == at::kFloat && count.numel() == 1, "counts have dtype ",
+                       count.scalar_type(), "; they must be float32 scalars on the CPU");
+    }
+  }
   if (skipped(a)) return kDone;
   const at::ScalarType dtype = a.weights[0].scalar_type();
   if (!at::isReducedFloatingType(dtype)) {
@@ -631,13 +672,33 @@ int64_t path_step(TensorList weights, const c10::List<optional<Tensor>>& gradien
   return status;
 }
 
+std::vector<Tensor> path_norm_gradients(TensorList weights, int64_t chains, bool bidirectional, bool bias, bool head,
+                                        bool head_bias, bool embedding, const Tensor& grad, bool logarithm,
+                                        TensorList kappas, const Tensor& exponents, const Tensor& unit_exponents,
+                                        TensorList entry_exponents, const Tensor& log_path_norm) {
+  const Arguments a{weights, std::vector<optional<Tensor>>(weights.size()), {}, {}, {}, {}, {}, {}, "",
+                    {chains, bidirectional, bias, head, head_bias, embedding}, 0, 0, 0, {}, {}};
+  const Kappa kappa{kappas, exponents, unit_exponents, entry_exponents, 0, false};
+  check_structure(a, kappa);
+  check_scalar(grad, "grad");
+  check_scalar(log_path_norm, "log_path_norm");
+  Number scale{scalar(grad), 0};
+  if (logarithm) scale = scale / Number::exp(scalar(log_path_norm));
+  std::vector<Tensor> result;
+  AT_DISPATCH_FLOATING_TYPES(weights[0].scalar_type(), "path_norm_gradients",
+                             [&] { result = Step<scalar_t>(a, kappa).norm_gradients(scale); });
+  return result;
+}
+
 }  // namespace
 
 TORCH_LIBRARY_IMPL(pathrnn, CPU, m) {
+  m.impl("path_norm_gradients", &path_norm_gradients);
   m.impl("path_update_", &path_update);
   m.impl("path_step_", &path_step);
 }
 TORCH_LIBRARY_IMPL(pathrnn, Autograd, m) {
+  m.impl("path_norm_gradients", torch::CppFunction::makeFallthrough());
   m.impl("path_update_", torch::CppFunction::makeFallthrough());
   m.impl("path_step_", torch::CppFunction::makeFallthrough());
 }

@@ -158,6 +158,13 @@ template <typename T, typename U, bool measure>
 void descent(const StepWeight<T>& w, const SgdRule& rule, int64_t i, int64_t n, Run<U>& run, const U* kappa,
              StepSums& sums) {
   const int64_t end = padded<U>(n);
+  if (rule.given) {
+    shift<false, U>(w, i, n, w.gradient + i, run.step);
+    gather_weight(w, i, n, run);
+    for (int64_t j = 0; j < n; ++j) run.step[j] -= run.weight[j];
+    std::fill(run.step + n, run.step + end, U(0));
+    return;
+  }
   gather_gradient(w, i, n, run);
   if (rule.decay != 0) gather_weight(w, i, n, run);
   const U before = static_cast<U>(rule.before), after = static_cast<U>(rule.after);
@@ -237,6 +244,10 @@ StepSums sgd_measure(const StepWeight<T>& w, const SgdRule& rule, int64_t first,
 
 template <typename T, typename U>
 void sgd_apply(const StepWeight<T>& w, const SgdRule& rule, int64_t first, int64_t last) {
+  if (rule.given && rule.factor == 1) {  // to the bit
+    std::copy(w.gradient + first, w.gradient + last, w.weight + first);
+    return;
+  }
   Run<U> run;
   StepSums sums{};
   const U factor = static_cast<U>(rule.factor);
@@ -368,5 +379,48 @@ void raw_and_divided(const StepWeight<T>& w, const SgdRule& rule, int64_t first,
       *raw += g * g;
       *divided += run.step[j] * run.step[j];
     }
+  }
+}
+
+// x's mantissa, its exponent added to `exponent`.
+inline double split(double x, int64_t& exponent) {
+  int own = 0;
+  const double mantissa = std::frexp(x, &own);
+  exponent += own;
+  return mantissa;
+}
+
+template <typename T>
+void norm_gradient(const StepWeight<T>& w, const Number& scale, int64_t first, int64_t last, T* out) {
+  const Number factor = Number{2, w.exponent} * scale;
+  if (!w.tables || w.entry_exponents || !(std::abs(factor.exponent) < 900)) {  // numbers of any size, one by one
+    for_rows(w.columns, first, last - first, [&](int64_t row, int64_t column, int64_t j, int64_t m) {
+      for (int64_t q = 0; q < m; ++q) {
+        const int64_t at = row * w.row_stride + (column + q) * w.column_stride;
+        const double weight = static_cast<double>(w.weight[first + j + q]), kappa = static_cast<double>(w.kappa[at]);
+        const int64_t e = (w.row ? w.row[row] : 0) + (w.column ? w.column[column + q] : 0);
+        // κ scales as 1/weight² does.
+        int64_t exponent = factor.exponent + 2 * e + (w.entry_exponents ? w.entry_exponents[at] : 0);
+        const double product = split(weight, exponent) * split(kappa, exponent);
+        const double scaled = product * split(factor.mantissa, exponent);
+        const int bounded = static_cast<int>(std::clamp<int64_t>(exponent, -100000, 100000));
+        out[j + q] = product == 0 ? T(0) : static_cast<T>(std::ldexp(scaled, bounded));
+      }
+    });
+    return;
+  }
+  double before, after;
+  factor.split(before, after);
+  Run<double> run;
+  for (int64_t i = first; i < last; i += kRun) {
+    const int64_t n = std::min(kRun, last - i);
+    gather_weight(w, i, n, run);
+    const double* const kappa = gather_kappa(w, i, n, run.kappa);
+    for (int64_t j = 0; j < n; ++j) {
+      // Of a zero, or without a path, it is 0, whatever the scale.
+      const bool zero = run.weight[j] == 0 || kappa[j] == 0;
+      run.step[j] = zero ? 0 : run.weight[j] * kappa[j] * before * after;
+    }
+    shift<false, double>(w, i, n, run.step, out + (i - first));
   }
 }

@@ -6,7 +6,7 @@ On the CPU one C++ op; on a GPU the kernels of a backend in the order of gpu.py.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -50,23 +50,12 @@ class PathChain(NamedTuple):
     #: for every number). -1, on a GPU alone: something underflowed, and the pass must be run again in a wider one.
     arithmetic: Tensor
 
-    def to_host(self) -> Callable[[], tuple[float, int]]:
-        """Starts the transfer of log γ² and ``arithmetic``; calling what it returns waits for that alone."""
+    def to_host(self) -> tuple[float, int]:
+        """log γ² and ``arithmetic``; a device is waited for."""
         if not self.log_path_norm.is_cuda:
-            found = float(self.log_path_norm), int(self.arithmetic)
-            return lambda: found
-        packed = torch.stack([self.log_path_norm, self.arithmetic.double()])
-        host = torch.empty(packed.shape, dtype=torch.float64, device="cpu", pin_memory=True).copy_(
-            packed, non_blocking=True
-        )
-        done = torch.cuda.Event()
-        done.record(torch.cuda.current_stream(packed.device))
-
-        def wait() -> tuple[float, int]:
-            done.synchronize()
-            return float(host[0]), int(host[1])
-
-        return wait
+            return float(self.log_path_norm), int(self.arithmetic)
+        log_norm, arithmetic = torch.stack([self.log_path_norm, self.arithmetic.double()]).tolist()
+        return log_norm, int(arithmetic)
 
 
 def path_chain(

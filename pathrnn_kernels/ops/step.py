@@ -1,4 +1,6 @@
-"""path_update_, path_step_: a step of Path-SGD, or of Adam in path coordinates. Contract: csrc/ops.h.
+"""path_update_, path_step_: a step of Path-SGD, or of Adam in path coordinates; path_norm_gradients.
+
+Contract: csrc/ops.h.
 
 ``weights`` are all of a network in the order of ``PathNetwork.weights()``: of every chain weight_ih, weight_hh,
 bias_ih, bias_hh; then the head's weight and bias and the embedding. ``gradients`` has one for each, or None where it
@@ -8,12 +10,17 @@ there; rates (of tensors) and numbers may be given once for all.
 ``rule="sgd"`` has the numbers lr, momentum, weight_decay, nesterov, maximize; ``first`` are its momentum buffers.
 ``rule="coordinates"`` has lr, β₁, β₂, power, eps, hold, warmup, maximize; ``first``, ``second``, ``counts`` are
 averages of the gradient and of its square, and steps.
+``rule="given"`` has no numbers: ``gradients`` are the weights after a step that another optimiser has taken, which is
+shortened to the radius, if it is longer, and written.
 
 path_update_ is given κ, path_chain's result. path_step_ runs that pass itself; ``lags``, int64 [chains], are what a
 former step's κ⁽²⁾ needed, and become what this one did; ``workspace_bytes`` is -1 for what
 PATHRNN_WORKSPACE_BYTES says.
 
-Returns a status, 0 once the step is taken or left out; with any other, nothing has changed.
+Both return a status, 0 once the step is taken or left out; with any other, nothing has changed.
+
+path_norm_gradients(weights, *structure, grad, logarithm, *κ, log γ²) gives ∂γ²/∂p = 2 p κ⁽¹⁾ of every weight, times
+``grad``; over γ² if the derivative is its logarithm's.
 """
 
 from __future__ import annotations
@@ -24,6 +31,7 @@ from .backend import check_devices, extension_problem, operator
 
 path_update_ = operator("path_update_")
 path_step_ = operator("path_step_")
+path_norm_gradients = operator("path_norm_gradients")
 
 #: What a status means; those of one weight add 4 times its place in ``weights``.
 NO_PATH, NO_CONSTANT, UNBOUNDED, LOST, UNREACHED = 1, 2, 3, 4, 5
@@ -35,3 +43,8 @@ if extension_problem() is None:
     def _(weights, gradients, first, second, counts, constant, *rest):  # type: ignore[no-untyped-def]
         check_devices(*weights, *gradients, *first, *second)
         return 0
+
+    @torch.library.register_fake("pathrnn::path_norm_gradients")
+    def _(weights, *rest):  # type: ignore[no-untyped-def]
+        check_devices(*weights)
+        return [torch.empty_like(w, memory_format=torch.contiguous_format) for w in weights]

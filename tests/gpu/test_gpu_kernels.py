@@ -231,38 +231,3 @@ def test_offsets_beyond_32_bits(kernels, backend, device):
     pairs = kernels.pair_sums(d, d_exponents, h, h_exponents, 0, None, None, None, None)
     product = torch.outer(rest_d[0].double(), rest_h[0].double()) * seq_len
     same(pairs, (product.float() if product.max() < 3e38 else product, rest_d[1].reshape(1) + rest_h[1]), error)
-
-
-@DTYPES
-def test_update(device, dtype):
-    """g/κ of many tensors at once, and the trust radius, against plain float64."""
-    if not ON_CPU and torch.version.hip is None and not torch.cuda.is_available():
-        pytest.skip("no GPU")
-    update = pytest.importorskip("pathrnn_kernels.ops.triton.update")
-    shapes = [((17, 5), (17, 1)), ((130, 130), (130, 130)), ((130,), (130,)), ((3, 40), (1, 40)), ((1, 1), (1, 1))]
-    if not ON_CPU:
-        shapes.append(((3000, 1000), (3000, 1000)))
-    gradients = [torch.randn(shape, dtype=dtype) for shape, _ in shapes]
-    kappas = [torch.rand(shape, dtype=dtype) + 0.1 for _, shape in shapes]
-    kappas[0][3] = 0
-    scales = [0.5 + i for i in range(len(shapes))]
-    found, lost = update.precondition(moved(gradients, device), moved(kappas, device), scales, 3)
-    again, _ = update.precondition(moved(gradients, device), moved(kappas, device), scales, 3)
-    assert not lost.any()
-    for g, k, s, f, a in zip(gradients, kappas, scales, found, again, strict=True):
-        truth = torch.where(k == 0, 0.0, g.double() / k.double() * s**3)
-        # A product for each factor and one quotient.
-        torch.testing.assert_close(f.double().cpu(), truth, rtol=8 * tolerances.unit_roundoff(dtype), atol=0)
-        assert torch.equal(f, a)
-
-    before = moved(gradients, device)
-    steps = [torch.randn_like(g) for g in gradients]
-    length = math.sqrt(sum((k.double() * s.double().square()).sum().item() for k, s in zip(kappas, steps, strict=True)))
-    for radius in (length / 3, length * 3):
-        parameters = [b + s.to(device) for b, s in zip(before, steps, strict=True)]
-        update.shorten_(parameters, before, moved(kappas, device), [-2 * math.log(radius)] * len(kappas))
-        for p, b, s in zip(parameters, before, steps, strict=True):
-            truth = b.double().cpu() + s.double() * min(1.0, radius / length)
-            # The step is a difference of rounded numbers.
-            error = 8 * tolerances.unit_roundoff(dtype) * (b.abs().max() + s.abs().max()).item()
-            torch.testing.assert_close(p.double().cpu(), truth, rtol=0, atol=error)

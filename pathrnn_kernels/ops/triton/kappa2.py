@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .launch import on_device
 from .tempered import (
     HALF_ZERO,
     ZERO,
@@ -25,7 +26,6 @@ from .tempered import (
     times_power,
     whole,
 )
-from .update import on_device
 
 #: ``filtered`` holds a row in one program's registers.
 HIDDEN_LIMIT = 1 << 14

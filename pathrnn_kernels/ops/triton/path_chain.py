@@ -16,6 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import interpreted
+from .launch import on_device
 from .tempered import (
     ZERO,
     centre,
@@ -30,7 +31,6 @@ from .tempered import (
     times_power,
     whole,
 )
-from .update import on_device
 
 #: Bytes of W̃ that a program keeps in registers: a quarter of what a multiprocessor has.
 RESIDENT_BYTES = 64 << 10

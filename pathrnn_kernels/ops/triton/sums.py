@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .launch import on_device
 from .tempered import (
     HALF_ZERO,
     ZERO,
@@ -30,7 +31,6 @@ from .tempered import (
     square_exponent,
     times_power,
 )
-from .update import on_device
 
 #: Rows that one program sums by columns; of more, partial sums are added by a second launch.
 _SPLIT = tl.constexpr(1024)

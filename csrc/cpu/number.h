@@ -1,0 +1,41 @@
+// A number of any size, and powers of two.
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <limits>
+
+namespace pathrnn {
+
+// 2^exponent, the exponent brought into double's range.
+inline double power(int64_t exponent) {
+  return std::ldexp(1.0, static_cast<int>(std::clamp<int64_t>(exponent, -1020, 1020)));
+}
+
+// mantissa · 2^exponent.
+struct Number {
+  double mantissa = 0;
+  int64_t exponent = 0;
+
+  static Number exp(double logarithm) {
+    if (logarithm == -std::numeric_limits<double>::infinity()) return {};
+    const double exponent = std::floor(logarithm / M_LN2);
+    return {std::exp(logarithm - exponent * M_LN2), static_cast<int64_t>(exponent)};
+  }
+  double log() const { return std::log(mantissa) + static_cast<double>(exponent) * M_LN2; }
+  Number root() const {
+    const int64_t half = (exponent - (exponent & 1)) / 2;
+    return {std::sqrt(exponent & 1 ? 2 * mantissa : mantissa), half};
+  }
+  Number operator*(const Number& o) const { return {mantissa * o.mantissa, exponent + o.exponent}; }
+  Number operator/(const Number& o) const { return {mantissa / o.mantissa, exponent - o.exponent}; }
+  // In two factors, so that what is multiplied with one after the other may be out of range in between.
+  void split(double& before, double& after) const {
+    before = power(exponent / 2);
+    after = mantissa * power(exponent - exponent / 2);
+  }
+  double value() const { return mantissa * power(exponent / 2) * power(exponent - exponent / 2); }
+};
+
+}  // namespace pathrnn
