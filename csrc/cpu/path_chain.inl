@@ -155,7 +155,7 @@ class PathChainRun {
         h_sum_(D_ * ld_),
         drive_sums_(D_ * net.hidden),
         memory_(ld_ * (C_ * (2 * T_ + 1) + (L_ > 1 ? D_ * 2 * T_ + 1 : 0)) +
-                padded<T>(PairSum<T>::left_size(T_, H_)) + padded<T>(threads * PairSum<T>::right_size(ld_))),
+                padded<T>(left_at(H_, threads)) + padded<T>(threads * PairSum<T>::right_size(ld_))),
         h_sum_exponent_(D_) {
     collect();
     lost_.assign(threads, 0);
@@ -203,7 +203,7 @@ class PathChainRun {
       mixed_h_.resize(Packed<T>::size(H_, H_));
       if (backward_) mixed_d_.resize(Packed<T>::size(H_, H_));
     }
-    left_ = memory_.take(PairSum<T>::left_size(T_, H_));
+    left_ = memory_.take(left_at(H_, threads));
     right_ = memory_.take(threads * PairSum<T>::right_size(ld_));
     partial_.resize(threads * std::max(padded<T>(D_ * H_), padded<T>(net.input)));
     if (net.second_factor > 0) second_.emplace(T_, H_, net.workspace_bytes, threads);
@@ -921,8 +921,13 @@ class PathChainRun {
     second_->run({hh_[c], h(c), d(c), drive ? drive->data.data() : nullptr,
                   drive ? drive->exponent : kZeroExponent, net_.kappa_hh[c], exponent, monotone, net_.second_factor,
                   net_.rtol, net_.first_lags.empty() ? 0 : net_.first_lags[c], net_.lags + c, net_.bounds + c,
-                  left_ + PairSum<T>::left_size(T_, first), right_ + team.rank * PairSum<T>::right_size(ld_)},
+                  left_ + left_at(first, team.rank), right_ + team.rank * PairSum<T>::right_size(ld_)},
                  team);
+  }
+
+  // Where a thread's share of left_ begins, whose rows begin at `first`: beside a PairSum's it holds two whole vectors.
+  int64_t left_at(int64_t first, int64_t rank) const {
+    return PairSum<T>::left_size(T_, first) + 2 * rank * Simd<T>::width;
   }
 
   void outer(const Rows<T>& d, const Rows<T>& h, T* out, int64_t row, int64_t beside, int64_t& exponent,
@@ -930,7 +935,7 @@ class PathChainRun {
     int64_t first, last;
     team.share(H_, first, last);
     lost_[team.rank] |= !outer_sum(d, h, T_, H_, H_, out, row, beside, exponent,
-                                   left_ + PairSum<T>::left_size(T_, first),
+                                   left_ + left_at(first, team.rank),
                                    right_ + team.rank * PairSum<T>::right_size(ld_), team);
   }
   int64_t copy(const T* vector, int64_t exponent, int64_t n, T* out) {
