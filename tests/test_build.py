@@ -354,7 +354,7 @@ def test_the_wheel_has_the_package_alone(tmp_path):
     result = run("setup.py", "-q", "egg_info", "-e", str(tmp_path), "build_py", "-d", str(tmp_path / "lib"))
     assert result.returncode == 0, result.stderr
     found = {str(path.relative_to(tmp_path / "lib")) for path in (tmp_path / "lib").rglob("*") if path.is_file()}
-    assert {"pathrnn_kernels/py.typed", "pathrnn_kernels/ops/triton/update.py"} <= found
+    assert {"pathrnn_kernels/py.typed", "pathrnn_kernels/ops/triton/sums.py"} <= found
     assert {Path(name).suffix for name in found} <= {".py", ".pyi", ".typed"}
     assert all(name.startswith("pathrnn_kernels/") for name in found)
 
