@@ -1,4 +1,4 @@
-"""README's table of limits: each line is tried, and a refusal is quoted as the code says it."""
+"""The table of limits (pathrnn_kernels/README.md): each line is tried, and a refusal is quoted as the code says it."""
 
 from __future__ import annotations
 

@@ -1,8 +1,10 @@
-"""`python -m bench.readme`: README's tables, of speeds from the committed result file, of limits by trying them."""
+"""`python -m bench.readme`: the pages' tables, of speeds from the committed result file, of limits by trying them."""
 
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 from . import limits, report
@@ -10,10 +12,23 @@ from .measure import ROOT
 from .rows import CONTEXT, OURS
 
 RESULT = ROOT / "bench" / "results" / "amd-epyc-2-threads.json"
-README = ROOT / "README.md"
 
-#: (part, label of the row in the result file, baselines), with the words for README.
-ROWS = (
+#: (part, label of the row in the result file, words for a table). Trained weights come first in every table, where the
+#: result file has them: κ of initial ones can be cheaper, since their chains converge or close after a few steps.
+TRAINED = (
+    ("kappa1", "T=784 H=100 trained adding", "κ⁽¹⁾, H=100 T=784, trained on the adding problem"),
+    ("kappa1", "T=784 H=100 trained digits", "… trained on sequential digits"),
+)
+#: The table of README, and that of bench/README.
+SHORT = (
+    ("step", "B=16 T=784 H=100 I=2 κ⁽¹⁾", "a training step, `PathSGD` on `ReLURNN`, B=16 T=784 H=100"),
+    ("step", "B=32 T=20 H=200 I=2 κ⁽¹⁾", "… B=32 T=20 H=200"),
+    ("backward", "B=16 T=784 H=100 I=1", "`ReLURNN` forward + backward, B=16 T=784 H=100"),
+    ("backward", "B=32 T=50 H=512 I=50", "… B=32 T=50 H=512"),
+    ("kappa1", "T=784 H=100 nn.RNN", "κ⁽¹⁾, H=100 T=784, nn.RNN's initialisation"),
+    ("kappa2", "T=784 H=100 I+0.02N", "κ⁽¹⁾ + κ⁽²⁾, H=100 T=784, W_hh = I + 0.02 N"),
+)
+LONG = (
     ("kappa1", "T=784 H=100 nn.RNN", "κ⁽¹⁾, H=100 T=784"),
     ("kappa1", "T=784 H=100 W_hh=I", "… W_hh = I"),
     ("kappa1", "T=20 H=200 nn.RNN", "κ⁽¹⁾, H=200 T=20"),
@@ -32,8 +47,8 @@ ROWS = (
 )
 
 
-def speed(result: dict[str, Any]) -> str:
-    """The table and the sentence under it, of a result file with all parts."""
+def speed(result: dict[str, Any], rows: Sequence[tuple[str, str, str]]) -> str:
+    """A table of these rows and the sentence above it, of a result file that has them."""
     found = {(row["part"], row["label"]): row for row in result["rows"]}
     machine = f"{result['device']}, torch {result['machine']['torch']}, {result['date']}"
     lines = [
@@ -43,25 +58,40 @@ def speed(result: dict[str, Any]) -> str:
         "| | ours | ratio |",
         "|---|---|---|",
     ]
-    for part, label, words in ROWS:
+    for part, label, words in (*(row for row in TRAINED if row[:2] in found), *rows):
         row = found[part, label]
         ratios = {name: ratio for name, ratio in row["ratios"].items() if name not in CONTEXT}
         text = "; ".join(f"{name} {report.spread(ratio, 'x')}" for name, ratio in ratios.items())
         lines.append(f"| {words} | {report.number(row['figures'][OURS][0])} {row['unit']} | {text} |")
-    return "\n".join([*lines, "", f"{report.summary(result['rows'])}.", ""])
+    return "\n".join([*lines, ""])
 
 
-def updated(text: str) -> str:
-    """README's text with both tables as they are now."""
-    for name, table in ("speed", speed(report.load(RESULT))), ("limits", limits.table()):
+def every_speed() -> str:
+    result = report.load(RESULT)
+    return speed(result, LONG) + f"\n{report.summary(result['rows'])}.\n"
+
+
+#: Page → name between its marks → what stands there.
+PAGES: dict[Path, dict[str, Callable[[], str]]] = {
+    ROOT / "README.md": {"speed": lambda: speed(report.load(RESULT), SHORT)},
+    ROOT / "bench" / "README.md": {"speed": every_speed},
+    ROOT / "pathrnn_kernels" / "README.md": {"limits": limits.table},
+}
+
+
+def updated(page: Path) -> str:
+    """A page's text with its tables as they are now."""
+    text = page.read_text(encoding="utf-8")
+    for name, table in PAGES[page].items():
         first, last = f"<!-- {name}: python -m bench.readme -->\n", f"<!-- end of {name} -->"
         head, rest = text.split(first)
-        text = head + first + table + last + rest.split(last)[1]
+        text = head + first + table() + last + rest.split(last)[1]
     return text
 
 
 def main() -> int:
-    README.write_text(updated(README.read_text(encoding="utf-8")), encoding="utf-8")
+    for page in PAGES:
+        page.write_text(updated(page), encoding="utf-8")
     return 0
 
 

@@ -17,14 +17,6 @@ else:
     settings.load_profile("pathrnn")
 
 
-def pytest_configure(config):
-    config.addinivalue_line("markers", "slow: the long tail; left out unless asked for: pytest -m slow")
-    config.addinivalue_line("markers", "every_isa: run again by test_backend.py on each instruction set")
-    config.addinivalue_line(
-        "markers", "gpu: needs a GPU; PATHRNN_GPU_TESTS_ON_CPU=1 runs it, shrunk, with kernels interpreted and emulated"
-    )
-
-
 def pytest_collection_modifyitems(items):
     if torch.cuda.is_available() or os.environ.get("PATHRNN_GPU_TESTS_ON_CPU") == "1":
         return

@@ -609,7 +609,7 @@ def check_api(a, kappa=None, norm=None):
         close("γ²", norm, truth, tolerance + rounding) if usual else None
         return
     if any((p.abs() > 1e10).any() for p in parameters.values()):
-        return  # beside paths 1e300 times above them, small entries are lost, as README's limits say
+        return  # beside paths 1e300 times above them, small entries are lost, as pathrnn_kernels/README.md says
     if a.get("second_term"):
         tolerance += max(float(a["rtol"]), 0.0)
     expected = reference.kappa(parameters, seq_len, *options, bool(a["second_term"]), a["kappa2"])

@@ -291,6 +291,16 @@ def test_a_row_of_memory_asks_a_process_of_its_own(capsys):
     assert row.ours[OURS]() > 3 * 200 * 200 * 4e-6
 
 
-def test_readme_shows_the_committed_results_and_what_is_refused():
-    text = readme.README.read_text(encoding="utf-8")
-    assert readme.updated(text) == text, "type: python -m bench.readme"
+@pytest.mark.parametrize("page", readme.PAGES, ids=lambda page: str(page.relative_to(measure.ROOT)))
+def test_pages_show_the_committed_results_and_what_is_refused(page):
+    assert readme.updated(page) == page.read_text(encoding="utf-8"), "type: python -m bench.readme"
+
+
+def test_tables_lead_with_trained_weights():
+    result = report.load(readme.RESULT)
+    [row] = [row for row in result["rows"] if (row["part"], row["label"]) == ("kappa1", "T=784 H=100 nn.RNN")]
+    trained = [row | {"label": label} for _, label, _ in readme.TRAINED]
+    lines = readme.speed({**result, "rows": [*result["rows"], *trained]}, readme.SHORT).splitlines()
+    first = lines[lines.index("|---|---|---|") + 1 :][:3]
+    expected = [words for *_, words in (*readme.TRAINED, readme.SHORT[0])]
+    assert [line.split(" | ")[0] for line in first] == [f"| {words}" for words in expected]

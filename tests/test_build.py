@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
 
 import pytest
@@ -169,7 +170,8 @@ def test_a_toolkit_that_fits_is_used_wherever_nvcc_lies(script, monkeypatch, tmp
     assert script.without_cuda() is None
     assert str(home) == cpp_extension.CUDA_HOME
     assert os.environ["TORCH_CUDA_ARCH_LIST"] == "7.5;8.0;9.0;10.0;12.0+PTX"
-    assert "for 7.5, 8.0, 9.0, 10.0 and 12.0+PTX" in " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
+    page = " ".join((ROOT / "csrc" / "README.md").read_text(encoding="utf-8").split())
+    assert "for 7.5, 8.0, 9.0, 10.0 and 12.0+PTX" in page
 
 
 def test_architectures_are_those_that_nvcc_knows_and_nobody_else_named(script, monkeypatch, tmp_path):
@@ -330,6 +332,31 @@ def test_without_a_compiler_the_build_stops_with_one_sentence(tmp_path):
     assert result.returncode != 0 and "Traceback" not in result.stderr
     last = result.stderr.strip().splitlines()[-1]
     assert last.startswith("pathrnn-kernels: no C++ compiler: g++ is not on the PATH; install g++ (")
+
+
+# ---- what is handed out ----------------------------------------------------------------------------------------------
+
+
+def test_the_sdist_has_the_pages_and_all_that_a_build_and_the_tests_read(tmp_path):
+    result = run("setup.py", "-q", "egg_info", "-e", str(tmp_path), "sdist", "-d", str(tmp_path))
+    assert result.returncode == 0, result.stderr
+    [archive] = tmp_path.glob("*.tar.gz")
+    with tarfile.open(archive) as opened:
+        there = {name.partition("/")[2] for name in opened.getnames()}
+    kinds = (".py", ".pyi", ".h", ".inl", ".cpp", ".cu", ".cuh", ".md", ".toml")
+    folders = [ROOT / name for name in ("pathrnn_kernels", "csrc", "bench", "tests")]
+    files = [*ROOT.glob("*"), *(path for folder in folders for path in folder.rglob("*"))]
+    wanted = {str(path.relative_to(ROOT)) for path in files if path.suffix in kinds and path.name != "_built_with.py"}
+    assert not wanted - there
+
+
+def test_the_wheel_has_the_package_alone(tmp_path):
+    result = run("setup.py", "-q", "egg_info", "-e", str(tmp_path), "build_py", "-d", str(tmp_path / "lib"))
+    assert result.returncode == 0, result.stderr
+    found = {str(path.relative_to(tmp_path / "lib")) for path in (tmp_path / "lib").rglob("*") if path.is_file()}
+    assert {"pathrnn_kernels/py.typed", "pathrnn_kernels/ops/triton/sums.py"} <= found
+    assert {Path(name).suffix for name in found} <= {".py", ".pyi", ".typed"}
+    assert all(name.startswith("pathrnn_kernels/") for name in found)
 
 
 # ---- what an installation then says ----------------------------------------------------------------------------------

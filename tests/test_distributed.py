@@ -18,7 +18,7 @@ import pathrnn_kernels as pk
 
 F64 = torch.float64
 SEQ_LEN, BATCH, STEPS = 6, 8, 5
-README = Path(__file__).parents[1] / "README.md"
+PAGE = Path(__file__).parents[1] / "pathrnn_kernels" / "README.md"
 
 
 def make(rnn=pk.ReLURNN, dtype=F64):
@@ -97,7 +97,7 @@ def test_data_parallel_training_is_that_of_one_process(tmp_path):
 
 
 def test_the_example_for_torchrun(tmp_path):
-    text = README.read_text(encoding="utf-8")
+    text = PAGE.read_text(encoding="utf-8")
     (tmp_path / "train.py").write_text(re.search(r"<!-- torchrun -->\n```python\n(.*?)```", text, re.S).group(1))
     command = re.search(r"`(torchrun --standalone .*? train\.py)`", text).group(1).split()
     module = [sys.executable, "-m", "torch.distributed.run"]

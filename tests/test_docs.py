@@ -1,16 +1,24 @@
-"""What people read runs: README's Python, and an example in the docstring of everything public."""
+"""What people read runs, and leads somewhere: the pages' Python, links and paths; an example of everything public."""
 
 import doctest
 import inspect
 import re
+import subprocess
+import sys
 from pathlib import Path
 
+import changed
 import pytest
 import torch
 
 import pathrnn_kernels as pk
 
-README = Path(__file__).resolve().parents[1] / "README.md"
+ROOT = Path(__file__).resolve().parents[1]
+#: README, and the page of every folder.
+FOLDERS = ("pathrnn_kernels", "csrc", "bench", "tests")
+PATHS = ("README.md", *(f"{folder}/README.md" for folder in FOLDERS))
+PAGES = {path: (ROOT / path).read_text(encoding="utf-8") for path in PATHS}
+LINK = re.compile(r"\]\(([^)#]+)\)")
 
 PUBLIC = {name: getattr(pk, name) for name in pk.__all__ if callable(getattr(pk, name))}
 for module in (pk.init, pk.rescale):
@@ -31,10 +39,65 @@ def test_an_example_of_everything_public(name):
 
 
 #: What a comment marks is run by another test (test_distributed.py).
-BLOCKS = re.findall(r"(?<!-->\n)```python\n(.*?)```", README.read_text(encoding="utf-8"), re.DOTALL)
+BLOCKS = [
+    (page, number, block)
+    for page, text in PAGES.items()
+    for number, block in enumerate(re.findall(r"(?<!-->\n)```python\n(.*?)```", text, re.DOTALL))
+]
 
 
-@pytest.mark.parametrize("number", range(len(BLOCKS)))
-def test_readme_by_example(number, monkeypatch, tmp_path):
+@pytest.mark.parametrize("page, number, block", BLOCKS, ids=[f"{page}-{number}" for page, number, _ in BLOCKS])
+def test_pages_by_example(page, number, block, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
-    exec(compile(BLOCKS[number], f"README.md, Python block {number}", "exec"), {})
+    exec(compile(block, f"{page}, Python block {number}", "exec"), {})
+
+
+def test_readme_is_a_page_for_a_newcomer():
+    assert len(PAGES["README.md"].splitlines()) < 120
+    links = LINK.findall(PAGES["README.md"])
+    for page in (*list(PAGES)[1:], "bench/paper/README.md", "CHANGELOG.md"):
+        assert links.count(page) == 1, f"README links {page} {links.count(page)} times"
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_links_lead_somewhere(page):
+    for target in LINK.findall(PAGES[page]):
+        assert "://" in target or (ROOT / page).parent.joinpath(target).is_file(), f"{page} links {target}"
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_paths_and_names_exist(page):
+    """`folder/file` and `folder/file: name`; a name is one that the file defines."""
+    spans = re.findall(rf"`((?:{'|'.join(FOLDERS)}|\.ci)/[\w./-]+)(?:: (\w+))?`", PAGES[page])
+    assert spans or page == "README.md"
+    for path, name in spans:
+        assert (ROOT / path).exists(), f"{page} speaks of {path}"
+        if name:
+            text = (ROOT / path).read_text(encoding="utf-8")
+            definition = rf"^\s*(?:(?:def|class|struct) {name}\b|{name}\b.* = |[\w:<> ]+ {name}\()"
+            found = re.search(definition, text, re.MULTILINE)
+            assert found, f"{page} speaks of {name} in {path}"
+
+
+def test_one_row_of_the_benchmarks_by_the_command_of_the_pages():
+    """Collected here, not timed."""
+    written = re.compile(r"`pytest (bench/kernels/\S+) -k \"(.+?)\"`")
+    [(file, row)] = {written.search(PAGES[page]).groups() for page in ("bench/README.md", "tests/README.md")}
+    arguments = [sys.executable, "-m", "pytest", file, "-k", row, "--collect-only", "-q"]
+    done = subprocess.run(arguments, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    rows = {re.sub(r".*\[|-(baseline|pathrnn).*", "", line) for line in done.stdout.splitlines() if "::" in line}
+    assert done.returncode == 0 and len(rows) == 1, done.stdout + done.stderr
+
+
+def test_what_changed_is_tested_by_its_own_tests():
+    files = [str(path.relative_to(ROOT)) for folder in FOLDERS for path in (ROOT / folder).rglob("*.py")]
+    for name, expected in (
+        ("pathrnn_kernels/steps.py", ["tests/test_steps.py"]),
+        ("csrc/cpu/relu_rnn.inl", ["tests/ops/test_relu_rnn.py", "tests/ops/triton/test_triton_relu_rnn.py"]),
+        ("tests/cuda/conftest.py", [name for name in files if name.startswith("tests/cuda/test_")]),
+        ("tests/gpu_model.py", ["tests/ops/test_gpu.py"]),  # which imports it, among others
+    ):
+        found = changed.tests_of([name], files)
+        assert set(expected) <= set(found) and len(found) < 20, (name, found)
+    # A kernel without tests of its name.
+    assert "tests/ops/test_path_chain.py" in changed.tests_of(["csrc/cpu/tile.inl"], files)
