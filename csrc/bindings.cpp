@@ -8,6 +8,7 @@
 #include <utility>
 
 #include "cpu/isa.h"
+#include "cpu/path_chain.h"
 
 #ifdef PATHRNN_WITH_CUDA
 namespace pathrnn {
@@ -131,6 +132,32 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
         };
       },
       "The versions and options that this extension was built with, and the instruction set that it uses.");
+  // The ops, without the dispatcher, which takes as long as a small network's κ.
+  using Tensors = std::vector<at::Tensor>;
+  using Optional = std::optional<at::Tensor>;
+  m.def("path_chain", torch::wrap_pybind_function_no_gil(
+                          [](const Tensors& weight_ih, const Tensors& weight_hh, const Tensors& bias_ih,
+                             const Tensors& bias_hh, const Optional& head_weight, const Optional& head_bias,
+                             const Optional& embedding, int64_t seq_len, bool last_only, bool ones_h0, bool kappa1,
+                             double second_factor, double rtol, const std::vector<int64_t>& first_lags,
+                             int64_t workspace_bytes, bool bidirectional) {
+                            return pathrnn::path_chain_op(weight_ih, weight_hh, bias_ih, bias_hh, head_weight, head_bias,
+                                                          embedding, seq_len, last_only, ones_h0, kappa1, second_factor,
+                                                          rtol, first_lags, workspace_bytes, bidirectional);
+                          }));
+  m.def("path_step_",
+        torch::wrap_pybind_function_no_gil(
+            [](const Tensors& weights, const std::vector<Optional>& gradients, const Tensors& first,
+               const Tensors& second, const Tensors& counts, const Optional& constant, const Tensors& rates,
+               const std::vector<double>& numbers, const std::string& rule, int64_t chains, bool bidirectional,
+               bool bias, bool head, bool head_bias, bool embedding, int64_t scale, double eps, double radius,
+               const Optional& grad_scale, const Optional& found_inf, int64_t seq_len, bool last_only, bool ones_h0,
+               double second_factor, double rtol, int64_t workspace_bytes, const Optional& lags) {
+              return pathrnn::path_step_op(weights, gradients, first, second, counts, constant, rates, numbers, rule,
+                                           chains, bidirectional, bias, head, head_bias, embedding, scale, eps, radius,
+                                           grad_scale, found_inf, seq_len, last_only, ones_h0, second_factor, rtol,
+                                           workspace_bytes, lags);
+            }));
 #ifdef PATHRNN_WITH_CUDA
   m.def("cuda_code", &pathrnn::cuda_code,
         "The architecture, as 90 for compute_90, of the code that a device would run; 0 and the reason if there is none.");

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, NoReturn
@@ -21,6 +22,8 @@ from .ops.step import LOST, NO_CONSTANT, NO_PATH, UNBOUNDED, UNREACHED, path_ste
 from .rnn import ReLURNN
 
 _LN2 = math.log(2)
+#: The module, whose name torch.optim has made away with.
+_HOOKS = sys.modules[Optimizer.__module__]
 
 #: Keywords that every optimiser of torch has, and what they do here.
 SWITCHES = """foreach, fused: as for ``torch.optim.SGD``: by default and with ``fused=True`` a step is one call of the
@@ -130,8 +133,6 @@ class Engine(Optimizer):
                 if "step" in own and not isinstance(own["step"], Tensor):
                     own["step"] = torch.tensor(float(own["step"]), device=p.device)
 
-    # torch.compile has nothing to gain from one call, and would trace all that decides on it.
-    @torch._disable_dynamo  # type: ignore[attr-defined]
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
         """One step; returns the closure's loss, None without a closure, which is called once, gradients enabled.
 
@@ -141,6 +142,26 @@ class Engine(Optimizer):
             FloatingPointError: a preconditioned gradient overflows though the gradient does not.
             In every case parameters, gradients and state are untouched.
         """
+        if self._watched():
+            return _watched_step(self, closure)
+        return self._unwatched(closure)
+
+    # torch.optim would wrap step by what costs more than a small network's κ: here that is for those who watch.
+    step.hooked = True  # type: ignore[attr-defined]
+
+    def _watched(self) -> bool:
+        """Whether anybody sees more of a step than what it does."""
+        hooks = _HOOKS
+        return bool(
+            self._optimizer_step_pre_hooks  # type: ignore[attr-defined]
+            or self._optimizer_step_post_hooks  # type: ignore[attr-defined]
+            or hooks._global_optimizer_pre_hooks
+            or hooks._global_optimizer_post_hooks
+            or torch.autograd._profiler_enabled()  # type: ignore[attr-defined]
+            or torch.compiler.is_compiling()
+        )
+
+    def _unwatched(self, closure: Callable[[], Any] | None) -> Any:
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -153,7 +174,7 @@ class Engine(Optimizer):
         if moving is None:
             return
         layout, weights, gradients, places = moving
-        states = [self._state(layout.names[i], weights[i], layout.owners[i]) for i in places]
+        states = self._states(layout, weights, places)
         cached = self._kappa
         if self._kernels(layout, weights[0]):
             status = self._call(layout, weights, gradients, places, states)
@@ -193,6 +214,9 @@ class Engine(Optimizer):
     def _weights(self) -> tuple[list[str], list[Tensor]]:
         found = dict(self.net.named_parameters()) if isinstance(self.net, FeedForward) else self.net.weights()
         return list(found), list(found.values())
+
+    def _states(self, layout: Layout, weights: list[Tensor], places: list[int]) -> list[dict[str, Any]]:
+        return [self._state(layout.names[i], weights[i], layout.owners[i]) for i in places]
 
     def _state(self, name: str, p: Tensor, group: dict[str, Any]) -> dict[str, Any]:
         """Of one weight, created where it has none; it becomes the optimiser's once the step is taken."""
@@ -482,6 +506,10 @@ class Engine(Optimizer):
         return type(self).__name__
 
 
+# torch.compile has nothing to gain from one call, and would trace all that decides on it.
+_watched_step = Optimizer.profile_hook_step(torch._disable_dynamo(Engine._unwatched))  # type: ignore[attr-defined]
+
+
 class Layout:
     """What the checks of a step came to; it serves as long as the same parameters are held in the same groups."""
 
@@ -610,8 +638,8 @@ def sequence_length(net: PathNetwork, seq_len: int | None) -> int | None:
 
 def gradients_used(net: PathNetwork | FeedForward) -> None:
     """T of the gradients that the network gets next has nothing to do with those that it has now."""
-    if isinstance(net, PathNetwork) and isinstance(net.rnn, ReLURNN):
-        net.rnn.steps.begin_anew()
+    if isinstance(net, PathNetwork) and isinstance(rnn := net._modules["rnn"], ReLURNN):
+        rnn.steps.begin_anew()
 
 
 def _check_zero(gradients: Sequence[Tensor], error: str) -> None:

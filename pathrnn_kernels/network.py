@@ -146,9 +146,10 @@ class PathNetwork(nn.Module):
     @property
     def last_seq_len(self) -> int | None:
         """T of the RNN's gradients, which the optimisers take; before the first, of its last forward pass; or None."""
-        if not isinstance(self.rnn, ReLURNN):
+        rnn = self._modules["rnn"]
+        if not isinstance(rnn, ReLURNN):
             return None
-        return self.rnn.steps.longest or self.rnn.last_seq_len
+        return rnn.steps.longest or rnn.last_seq_len
 
     def forward(self, x: Tensor) -> Tensor:
         """Outputs of the network.

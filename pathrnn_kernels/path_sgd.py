@@ -10,7 +10,7 @@ from torch import Tensor
 
 from . import plain
 from .arguments import check_count, check_net, check_no_steps, check_number
-from .engine import SCALES, SWITCHES, Engine
+from .engine import SCALES, SWITCHES, Engine, Layout
 from .feedforward import FeedForward
 from .kappa import Scaled
 from .network import PathNetwork
@@ -99,6 +99,11 @@ class PathSGD(Engine):
             differentiable=differentiable,
         )
 
+    def _states(self, layout: Layout, weights: list[Tensor], places: list[int]) -> list[dict[str, Any]]:
+        if all(group["momentum"] == 0 for group in self.param_groups):
+            return [{}] * len(places)
+        return super()._states(layout, weights, places)
+
     def _state(self, name: str, p: Tensor, group: dict[str, Any]) -> dict[str, Any]:
         if group["momentum"] == 0:
             return {}
@@ -113,9 +118,9 @@ class PathSGD(Engine):
         return rate, group["momentum"], group["weight_decay"], float(group["nesterov"]), float(group["maximize"])
 
     def _lists(self, states: list[dict[str, Any]]) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
-        first = [state.get("momentum_buffer") for state in states]
-        if all(buffer is None for buffer in first):
+        if not any(states):
             return [], [], []
+        first = [state.get("momentum_buffer") for state in states]
         return [_NONE if buffer is None else buffer for buffer in first], [], []
 
     def _decide(

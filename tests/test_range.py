@@ -225,3 +225,28 @@ def test_arithmetic_is_told():
     net = make(2, F32, bias=False, ih=1.0, hh=[[4.0, 0.0], [0.0, 1.0]])
     assert pk.kappa(net, 60).arithmetic == "float64"
     assert pk.kappa(net, 1000).arithmetic == "extended"
+
+
+@pytest.mark.parametrize(
+    ("dtype", "above", "below"),
+    [
+        (torch.float64, -875, 100),
+        (torch.float64, -1000, 300),
+        (torch.float64, 300, 200),
+        (torch.float64, -20, -500),
+        (torch.float32, -140, 40),
+        (torch.float32, 60, 20),
+        (torch.float32, -20, -70),
+    ],
+)
+def test_the_gradient_of_the_path_norm_may_lie_anywhere(dtype, above, below):
+    net = pk.PathNetwork(
+        pk.ReLURNN(1, 1, bias=False, dtype=dtype), nn.Linear(1, 1, bias=False, dtype=dtype), outputs="last"
+    )
+    with torch.no_grad():
+        for p, exponent in zip(net.parameters(), (below, 0, above), strict=True):
+            p.fill_(2.0**exponent)
+    pk.path_norm(net, 1).backward()  # γ² = (2^above · 2^below)²
+    expected = [2.0 ** (1 + below + 2 * above), 0.0, 2.0 ** (1 + above + 2 * below)]
+    for p, value in zip(net.parameters(), expected, strict=True):
+        assert torch.equal(p.grad.flatten(), torch.tensor([value], dtype=dtype))

@@ -1,4 +1,4 @@
-// The op path_chain, for those that go on with its results in the same call.
+// The ops path_chain and path_step_, for those that call them without torch's dispatcher.
 #pragma once
 
 #include <ATen/ATen.h>
@@ -18,5 +18,14 @@ PathChainResult path_chain_op(at::TensorList weight_ih, at::TensorList weight_hh
                               const std::optional<at::Tensor>& head_bias, const std::optional<at::Tensor>& embedding,
                               int64_t seq_len, bool last_only, bool ones_h0, bool kappa1, double second_factor,
                               double rtol, at::IntArrayRef first_lags, int64_t workspace_bytes, bool bidirectional);
+
+int64_t path_step_op(at::TensorList weights, const std::vector<std::optional<at::Tensor>>& gradients,
+                     at::TensorList first, at::TensorList second, at::TensorList counts,
+                     const std::optional<at::Tensor>& constant, at::TensorList rates, at::ArrayRef<double> numbers,
+                     c10::string_view rule, int64_t chains, bool bidirectional, bool bias, bool head, bool head_bias,
+                     bool embedding, int64_t scale, double eps, double radius,
+                     const std::optional<at::Tensor>& grad_scale, const std::optional<at::Tensor>& found_inf,
+                     int64_t seq_len, bool last_only, bool ones_h0, double second_factor, double rtol,
+                     int64_t workspace_bytes, const std::optional<at::Tensor>& lags);
 
 }  // namespace pathrnn

@@ -626,14 +626,46 @@ int64_t path_update(TensorList weights, const c10::List<optional<Tensor>>& gradi
   return step(std::move(a), {kappas, exponents, unit_exponents, entry_exponents, scalar(log_path_norm), false});
 }
 
+std::vector<Tensor> path_norm_gradients(TensorList weights, int64_t chains, bool bidirectional, bool bias, bool head,
+                                        bool head_bias, bool embedding, const Tensor& grad, bool logarithm,
+                                        TensorList kappas, const Tensor& exponents, const Tensor& unit_exponents,
+                                        TensorList entry_exponents, const Tensor& log_path_norm) {
+  const Arguments a{weights, std::vector<optional<Tensor>>(weights.size()), {}, {}, {}, {}, {}, {}, "",
+                    {chains, bidirectional, bias, head, head_bias, embedding}, 0, 0, 0, {}, {}};
+  const Kappa kappa{kappas, exponents, unit_exponents, entry_exponents, 0, false};
+  check_structure(a, kappa);
+  check_scalar(grad, "grad");
+  check_scalar(log_path_norm, "log_path_norm");
+  Number scale{scalar(grad), 0};
+  if (logarithm) scale = scale / Number::exp(scalar(log_path_norm));
+  std::vector<Tensor> result;
+  AT_DISPATCH_FLOATING_TYPES(weights[0].scalar_type(), "path_norm_gradients",
+                             [&] { result = Step<scalar_t>(a, kappa).norm_gradients(scale); });
+  return result;
+}
+
 int64_t path_step(TensorList weights, const c10::List<optional<Tensor>>& gradients, TensorList first, TensorList second,
                   TensorList counts, const optional<Tensor>& constant, TensorList rates, at::ArrayRef<double> numbers,
                   c10::string_view rule, int64_t chains, bool bidirectional, bool bias, bool head, bool head_bias,
                   bool embedding, int64_t scale, double eps, double radius, const optional<Tensor>& grad_scale,
                   const optional<Tensor>& found_inf, int64_t seq_len, bool last_only, bool ones_h0,
                   double second_factor, double rtol, int64_t workspace_bytes, const optional<Tensor>& lags) {
+  return path_step_op(weights, list(gradients), first, second, counts, constant, rates, numbers, rule, chains,
+                      bidirectional, bias, head, head_bias, embedding, scale, eps, radius, grad_scale, found_inf,
+                      seq_len, last_only, ones_h0, second_factor, rtol, workspace_bytes, lags);
+}
+
+}  // namespace
+
+int64_t path_step_op(TensorList weights, const std::vector<optional<Tensor>>& gradients, TensorList first,
+                     TensorList second, TensorList counts, const optional<Tensor>& constant, TensorList rates,
+                     at::ArrayRef<double> numbers, c10::string_view rule, int64_t chains, bool bidirectional,
+                     bool bias, bool head, bool head_bias, bool embedding, int64_t scale, double eps, double radius,
+                     const optional<Tensor>& grad_scale, const optional<Tensor>& found_inf, int64_t seq_len,
+                     bool last_only, bool ones_h0, double second_factor, double rtol, int64_t workspace_bytes,
+                     const optional<Tensor>& lags) {
   const at::NoGradGuard no_grad;
-  Arguments a{weights, list(gradients), first, second, counts, constant, rates, numbers, rule,
+  Arguments a{weights, gradients, first, second, counts, constant, rates, numbers, rule,
               {chains, bidirectional, bias, head, head_bias, embedding}, scale, eps, radius, grad_scale, found_inf};
   TORCH_CHECK_VALUE(static_cast<int64_t>(weights.size()) == a.chains.weights(), "there are ", weights.size(),
                     " weights; these chains have ", a.chains.weights());
@@ -671,26 +703,6 @@ int64_t path_step(TensorList weights, const c10::List<optional<Tensor>>& gradien
   }
   return status;
 }
-
-std::vector<Tensor> path_norm_gradients(TensorList weights, int64_t chains, bool bidirectional, bool bias, bool head,
-                                        bool head_bias, bool embedding, const Tensor& grad, bool logarithm,
-                                        TensorList kappas, const Tensor& exponents, const Tensor& unit_exponents,
-                                        TensorList entry_exponents, const Tensor& log_path_norm) {
-  const Arguments a{weights, std::vector<optional<Tensor>>(weights.size()), {}, {}, {}, {}, {}, {}, "",
-                    {chains, bidirectional, bias, head, head_bias, embedding}, 0, 0, 0, {}, {}};
-  const Kappa kappa{kappas, exponents, unit_exponents, entry_exponents, 0, false};
-  check_structure(a, kappa);
-  check_scalar(grad, "grad");
-  check_scalar(log_path_norm, "log_path_norm");
-  Number scale{scalar(grad), 0};
-  if (logarithm) scale = scale / Number::exp(scalar(log_path_norm));
-  std::vector<Tensor> result;
-  AT_DISPATCH_FLOATING_TYPES(weights[0].scalar_type(), "path_norm_gradients",
-                             [&] { result = Step<scalar_t>(a, kappa).norm_gradients(scale); });
-  return result;
-}
-
-}  // namespace
 
 TORCH_LIBRARY_IMPL(pathrnn, CPU, m) {
   m.impl("path_norm_gradients", &path_norm_gradients);

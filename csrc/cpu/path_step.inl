@@ -390,37 +390,47 @@ inline double split(double x, int64_t& exponent) {
   return mantissa;
 }
 
+// Entries [i, i + n) one by one, as numbers of any size.
+template <typename T>
+void norm_gradient_exactly(const StepWeight<T>& w, const Number& factor, int64_t i, int64_t n, T* out) {
+  for_rows(w.columns, i, n, [&](int64_t row, int64_t column, int64_t j, int64_t m) {
+    for (int64_t q = 0; q < m; ++q) {
+      const int64_t at = row * w.row_stride + (column + q) * w.column_stride;
+      const int64_t e = (w.row ? w.row[row] : 0) + (w.column ? w.column[column + q] : 0);
+      // κ scales as 1/weight² does.
+      int64_t exponent = factor.exponent + 2 * e + (w.entry_exponents ? w.entry_exponents[at] : 0);
+      const double product = split(static_cast<double>(w.weight[i + j + q]), exponent) *
+                             split(static_cast<double>(w.kappa[at]), exponent);
+      const double scaled = product * split(factor.mantissa, exponent);
+      const int bounded = static_cast<int>(std::clamp<int64_t>(exponent, -100000, 100000));
+      out[j + q] = product == 0 ? T(0) : static_cast<T>(std::ldexp(scaled, bounded));
+    }
+  });
+}
+
 template <typename T>
 void norm_gradient(const StepWeight<T>& w, const Number& scale, int64_t first, int64_t last, T* out) {
   const Number factor = Number{2, w.exponent} * scale;
-  if (!w.tables || w.entry_exponents || !(std::abs(factor.exponent) < 900)) {  // numbers of any size, one by one
-    for_rows(w.columns, first, last - first, [&](int64_t row, int64_t column, int64_t j, int64_t m) {
-      for (int64_t q = 0; q < m; ++q) {
-        const int64_t at = row * w.row_stride + (column + q) * w.column_stride;
-        const double weight = static_cast<double>(w.weight[first + j + q]), kappa = static_cast<double>(w.kappa[at]);
-        const int64_t e = (w.row ? w.row[row] : 0) + (w.column ? w.column[column + q] : 0);
-        // κ scales as 1/weight² does.
-        int64_t exponent = factor.exponent + 2 * e + (w.entry_exponents ? w.entry_exponents[at] : 0);
-        const double product = split(weight, exponent) * split(kappa, exponent);
-        const double scaled = product * split(factor.mantissa, exponent);
-        const int bounded = static_cast<int>(std::clamp<int64_t>(exponent, -100000, 100000));
-        out[j + q] = product == 0 ? T(0) : static_cast<T>(std::ldexp(scaled, bounded));
-      }
-    });
-    return;
-  }
   double before, after;
   factor.split(before, after);
+  const bool common = w.tables && !w.entry_exponents && std::abs(factor.exponent) < 400 &&
+                      std::abs(factor.mantissa) > 0x1p-100 && std::abs(factor.mantissa) < 0x1p100;
+  const auto home = [](double x) { return std::abs(x) > 0x1p-200 && std::abs(x) < 0x1p200; };
   Run<double> run;
   for (int64_t i = first; i < last; i += kRun) {
     const int64_t n = std::min(kRun, last - i);
-    gather_weight(w, i, n, run);
-    const double* const kappa = gather_kappa(w, i, n, run.kappa);
-    for (int64_t j = 0; j < n; ++j) {
-      // Of a zero, or without a path, it is 0, whatever the scale.
-      const bool zero = run.weight[j] == 0 || kappa[j] == 0;
-      run.step[j] = zero ? 0 : run.weight[j] * kappa[j] * before * after;
+    bool all = common;
+    if (common) {
+      gather_weight(w, i, n, run);
+      const double* const kappa = gather_kappa(w, i, n, run.kappa);
+      for (int64_t j = 0; j < n; ++j) {
+        // Of a zero, or without a path, it is 0, whatever the scale.
+        const bool zero = w.weight[i + j] == T(0) || kappa[j] == 0;
+        all &= zero || (home(run.weight[j]) && home(kappa[j]));
+        run.step[j] = zero ? 0 : run.weight[j] * kappa[j] * before * after;
+      }
     }
-    shift<false, double>(w, i, n, run.step, out + (i - first));
+    if (all) shift<false, double>(w, i, n, run.step, out + (i - first));
+    else norm_gradient_exactly(w, factor, i, n, out + (i - first));
   }
 }

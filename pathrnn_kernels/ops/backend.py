@@ -73,6 +73,26 @@ def operator(name: str) -> Callable[..., Any]:
     return unavailable
 
 
+def direct(name: str) -> Callable[..., Any]:
+    """The operator, past torch's dispatcher, which takes as long as a small network's κ: that is for those who look on.
+
+    Its tensors must be plain ones, and no transform under way.
+    """
+    op = operator(name)
+    if _problem is not None:
+        return op
+    from .. import _C
+
+    own = getattr(_C, name)
+
+    def call(*arguments: Any) -> Any:
+        if torch._C._len_torch_dispatch_stack() or torch.autograd._profiler_enabled():  # type: ignore[attr-defined]
+            return op(*arguments)
+        return own(*arguments)
+
+    return call
+
+
 def why_without_cuda() -> str:
     """Why the extension has no CUDA kernels, as setup.py recorded it."""
     from .. import _built_with

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .backend import check_devices, extension_problem, operator
+from .backend import check_devices, direct, extension_problem, operator
 from .plan import choose as choose_plan
 from .plan import describe
 
@@ -190,7 +190,8 @@ def _workspace_bytes() -> int:
 
 
 #: The op itself, of the CPU alone; ``workspace_bytes`` is -1 for what PATHRNN_WORKSPACE_BYTES says.
-path_chain_on_cpu = _op = operator("path_chain")
+_op = operator("path_chain")
+path_chain_on_cpu = direct("path_chain")
 
 if extension_problem() is None:
 
