@@ -54,14 +54,12 @@ inline void check_shape(const at::Tensor& tensor, const char* name, at::IntArray
   TORCH_CHECK_VALUE(tensor.sizes() == shape, name, " has shape ", tensor.sizes(), "; it must be ", shape);
 }
 
-// Threads for a call of `work` multiply-adds: a second thread pays from some ten microseconds of work on.
-inline int threads_for(double work) {
+// Threads for a call of `work` multiply-adds, where a second thread pays from `worth` on: some ten microseconds of work.
+inline int threads_for(double work, [[maybe_unused]] double worth = 2e5) {
 #ifdef PATHRNN_POISON
-  constexpr double kWorthATeam = 0;  // small networks meet the code of teams, too
-#else
-  constexpr double kWorthATeam = 2e5;
+  worth = 0;  // small networks meet the code of teams, too
 #endif
-  return work < kWorthATeam ? 1 : at::get_num_threads();
+  return work < worth ? 1 : at::get_num_threads();
 }
 
 template <typename T>

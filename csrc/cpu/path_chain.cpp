@@ -157,10 +157,9 @@ template <typename T>
 bool pass(const Arguments& a, const Results& out, int64_t& bad) {
   bool lost = false;
   const PathChain<T> net = network<T>(a, out, lost);
-  const double hidden = static_cast<double>(a.hidden), steps = static_cast<double>(a.seq_len);
-  const double work = static_cast<double>(a.chains) * (steps + (a.second_factor > 0 ? hidden : 0)) * hidden * hidden +
-                      static_cast<double>(a.outputs * a.hidden + a.vocabulary * a.input);
-  allocating("path_chain", [&] { bad = kernels<T>().path_chain(net, threads_for(work)); });
+  const int threads = path_chain_threads(a.chains, a.seq_len, a.hidden, a.second_factor > 0,
+                                         a.outputs * a.hidden + a.vocabulary * a.input);
+  allocating("path_chain", [&] { bad = kernels<T>().path_chain(net, threads); });
   return lost;
 }
 
@@ -371,6 +370,15 @@ PathChainResult path_chain_op(
   *which.mutable_data_ptr<int8_t>() = arithmetic;
   return {results.kappa, results.exponents, results.unit_exponents, results.entry_exponents, results.log_path_norm,
           results.lags, results.bounds, which};
+}
+
+int path_chain_threads(int64_t chains, int64_t seq_len, int64_t hidden, bool second_term, int64_t ends) {
+  // Chains that are longer than this are mostly in closed form or in blocks. Below, a team's barriers and the traffic
+  // between its caches cost more than it saves, as measured (bench/NOTES.md).
+  constexpr double kWalked = 128, kWorthATeam = 8.5e5;
+  const double units = static_cast<double>(hidden), steps = std::min(static_cast<double>(seq_len), kWalked);
+  const double walked = static_cast<double>(chains) * (steps + (second_term ? 2 * units : 0)) * units * units;
+  return threads_for(walked + static_cast<double>(ends), kWorthATeam);
 }
 
 TORCH_LIBRARY_IMPL(pathrnn, CPU, m) { m.impl("path_chain", &path_chain_op); }

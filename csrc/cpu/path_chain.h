@@ -19,6 +19,9 @@ PathChainResult path_chain_op(at::TensorList weight_ih, at::TensorList weight_hh
                               int64_t seq_len, bool last_only, bool ones_h0, bool kappa1, double second_factor,
                               double rtol, at::IntArrayRef first_lags, int64_t workspace_bytes, bool bidirectional);
 
+// Threads that it takes; `ends` counts the weights of head and embedding.
+int path_chain_threads(int64_t chains, int64_t seq_len, int64_t hidden, bool second_term, int64_t ends);
+
 int64_t path_step_op(at::TensorList weights, const std::vector<std::optional<at::Tensor>>& gradients,
                      at::TensorList first, at::TensorList second, at::TensorList counts,
                      const std::optional<at::Tensor>& constant, at::TensorList rates, at::ArrayRef<double> numbers,

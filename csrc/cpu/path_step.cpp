@@ -16,8 +16,9 @@ using std::optional;
 
 constexpr double kInfinity = std::numeric_limits<double>::infinity();
 
-// Entries whose sums are one number, whatever the number of threads; and those that a thread takes at least.
-constexpr int64_t kTileEntries = 4096, kShareEntries = 1 << 13;
+// Entries whose sums are one number, whatever the number of threads; and those that a thread takes at least: fewer where
+// κ has just been made by a team, each of whose members has a part of it in its cache.
+constexpr int64_t kTileEntries = 4096, kShareEntries = 1 << 16, kTeamShareEntries = 1 << 13;
 
 // What a step returns when it has changed nothing; optim's sentences say what to do. Those of one weight add 4 times its
 // place in `weights`.
@@ -59,6 +60,7 @@ struct Kappa {
   TensorList entry_exponents;
   double log_path_norm;
   bool own;  // nobody else's: its memory may be written to
+  bool by_team = false;
 };
 
 // What one optimiser is given, apart from κ. The lists of those that move are as long as there are gradients.
@@ -278,12 +280,13 @@ class Step {
     return result;
   }
   template <typename F>
-  static void over(const std::vector<Tile>& tiles, const F& f) {
+  void over(const std::vector<Tile>& tiles, const F& f) const {
     const int64_t count = static_cast<int64_t>(tiles.size());
     int64_t entries = 0;
     for (const Tile& tile : tiles) entries += tile.last - tile.first;
     // Small weights are tiles, too, and no reason to wake a thread.
-    const int64_t grain = entries < 2 * kShareEntries ? count : kShareEntries / kTileEntries;
+    const int64_t share = kappa_.by_team ? kTeamShareEntries : kShareEntries;
+    const int64_t grain = entries < 2 * share ? count : share / kTileEntries;
     at::parallel_for(0, count, grain, [&](int64_t first, int64_t last) {
       for (int64_t t = first; t < last; ++t) f(t, tiles[t]);
     });
@@ -695,7 +698,8 @@ int64_t path_step_op(TensorList weights, const std::vector<optional<Tensor>>& gr
                     true, second_factor, rtol, first_lags, workspace_bytes, bidirectional);
   const auto& [kappas, exponents, unit_exponents, entry_exponents, log_path_norm, counted, bounds, arithmetic] = found;
   const int64_t status =
-      step(std::move(a), {kappas, exponents, unit_exponents, entry_exponents, scalar(log_path_norm), true});
+      step(std::move(a), {kappas, exponents, unit_exponents, entry_exponents, scalar(log_path_norm), true,
+                           path_chain_threads(chains, seq_len, kinds[1][0].size(0), second_factor > 0, 0) > 1});
   if (status == kDone && lags) {
     const int64_t* const now = counted.const_data_ptr<int64_t>();
     // Where all lags were summed there is nothing to start from.
