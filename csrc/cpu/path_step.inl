@@ -143,26 +143,26 @@ struct Largest {
   double value() const { return static_cast<double>(largest_lane<U>(lanes)); }
 };
 
-// Whether a finite gradient's step, in run.step, is too large in the weight's own coordinates.
+// Whether a finite gradient's step is too large in the weight's own coordinates.
 template <typename T, typename U>
-bool lost_entries(const StepWeight<T>& w, double limit, int64_t i, int64_t n, Run<U>& run) {
+bool lost_entries(const StepWeight<T>& w, double limit, int64_t i, int64_t n, const U* step) {
   double own[kRun];
-  shift<true, double>(w, i, n, run.step, own);
+  shift<true, double>(w, i, n, step, own);
   bool lost = false;
   for (int64_t j = 0; j < n; ++j) lost |= std::isfinite(w.gradient[i + j]) && !(std::abs(own[j]) <= limit);
   return lost;
 }
 
-// The quotient with the decay, d, into run.step.
+// The quotient with the decay, d, into `step`, of whole vectors.
 template <typename T, typename U, bool measure>
-void descent(const StepWeight<T>& w, const SgdRule& rule, int64_t i, int64_t n, Run<U>& run, const U* kappa,
+void descent(const StepWeight<T>& w, const SgdRule& rule, int64_t i, int64_t n, Run<U>& run, const U* kappa, U* step,
              StepSums& sums) {
   const int64_t end = padded<U>(n);
   if (rule.given) {
-    shift<false, U>(w, i, n, w.gradient + i, run.step);
+    shift<false, U>(w, i, n, w.gradient + i, step);
     gather_weight(w, i, n, run);
-    for (int64_t j = 0; j < n; ++j) run.step[j] -= run.weight[j];
-    std::fill(run.step + n, run.step + end, U(0));
+    for (int64_t j = 0; j < n; ++j) step[j] -= run.weight[j];
+    std::fill(step + n, step + end, U(0));
     return;
   }
   gather_gradient(w, i, n, run);
@@ -187,7 +187,7 @@ void descent(const StepWeight<T>& w, const SgdRule& rule, int64_t i, int64_t n, 
     // On no path there is no step.
     Vec<U> d = g * before / (k == Vec<U>{} ? infinity : k) * after;
     if (rule.decay != 0) d += decay * load(run.weight + j);
-    store(run.step + j, d);
+    store(step + j, d);
     if (measure) {
       steps.add(d);
       pulls.add(g);
@@ -199,11 +199,20 @@ void descent(const StepWeight<T>& w, const SgdRule& rule, int64_t i, int64_t n, 
   sums.paths |= paths.value() > 0;
   for (int64_t j = 0; n != end && j < n; ++j) sums.paths |= kappa[j] > U(0);
   if (!(steps.value() * power_of_two(std::clamp<int64_t>(w.most_down, -1000, 1000)) <= rule.limit)) {
-    sums.lost |= lost_entries(w, rule.limit, i, n, run);
+    sums.lost |= lost_entries(w, rule.limit, i, n, step);
   }
 }
 
-// From d in run.step to Δ, unshortened, in run.delta, and the new momentum in run.first.
+// Where a run's steps are kept from one pass to the other: in κ's place, if whole vectors are there.
+template <typename T, typename U>
+U* kept(const StepWeight<T>& w, int64_t i, int64_t n) {
+  if constexpr (std::is_same_v<T, U>) {
+    if (w.spare && n == kRun) return w.spare + i;
+  }
+  return nullptr;
+}
+
+// From d to Δ, unshortened, in run.delta, and the new momentum in run.first.
 template <typename T, typename U>
 void momentum_step(const StepWeight<T>& w, const SgdRule& rule, int64_t i, int64_t n, const U* d, Run<U>& run) {
   const int64_t end = padded<U>(n);
@@ -230,15 +239,16 @@ StepSums sgd_measure(const StepWeight<T>& w, const SgdRule& rule, int64_t first,
   for (int64_t i = first; i < last; i += kRun) {
     const int64_t n = std::min(kRun, last - i);
     const U* const kappa = gather_kappa(w, i, n, run.kappa);
-    descent<T, U, true>(w, rule, i, n, run, kappa, sums);
-    if (rule.bounded) {
+    descent<T, U, true>(w, rule, i, n, run, kappa, run.step, sums);
+    if (rule.bounded && w.first) {
       momentum_step(w, rule, i, n, run.step, run);
       sums.square += square_sum(kappa, run.delta, padded<U>(n));
+    } else if (rule.bounded) {
+      sums.square += square_sum(kappa, run.step, padded<U>(n));
     }
-    if constexpr (std::is_same_v<T, U>) {
-      if (w.spare) std::copy(run.step, run.step + n, w.spare + i);
-    }
+    if (U* const place = kept<T, U>(w, i, n)) std::memcpy(place, run.step, sizeof(run.step));
   }
+  if (!w.first) sums.square *= rule.rate * rule.rate;
   return sums;
 }
 
@@ -253,16 +263,19 @@ void sgd_apply(const StepWeight<T>& w, const SgdRule& rule, int64_t first, int64
   const U factor = static_cast<U>(rule.factor);
   for (int64_t i = first; i < last; i += kRun) {
     const int64_t n = std::min(kRun, last - i);
-    if (std::is_same_v<T, U> && w.spare) {
-      std::copy(w.spare + i, w.spare + i + n, run.step);
-      std::fill(run.step + n, run.step + padded<U>(n), U(0));
-    } else {
-      descent<T, U, false>(w, rule, i, n, run, gather_kappa(w, i, n, run.kappa), sums);
+    const U* step = kept<T, U>(w, i, n);
+    if (!step) {
+      descent<T, U, false>(w, rule, i, n, run, gather_kappa(w, i, n, run.kappa), run.step, sums);
+      step = run.step;
     }
-    momentum_step(w, rule, i, n, run.step, run);
+    if (w.first) {
+      momentum_step(w, rule, i, n, step, run);
+      step = run.delta;
+    }
     gather_weight(w, i, n, run);
+    const U scale = w.first ? factor : static_cast<U>(-rule.rate * rule.factor);
     for (int64_t j = 0; j < padded<U>(n); j += Simd<U>::width) {
-      store(run.weight + j, load(run.weight + j) + factor * load(run.delta + j));
+      store(run.weight + j, load(run.weight + j) + scale * load(step + j));
     }
     shift<true, U>(w, i, n, run.weight, w.weight + i);
     if (w.first) shift<true, U>(w, i, n, run.first, w.first + i);
@@ -323,19 +336,28 @@ void coordinate_apply(const StepWeight<T>& w, const CoordinateRule& rule, int64_
     gather_gradient(w, i, n, run);
     gather_weight(w, i, n, run);
     const U* const kappa = gather_kappa(w, i, n, run.kappa);
-    std::copy(w.first + i, w.first + i + n, run.first);
-    std::copy(w.second + i, w.second + i + n, run.second);
-    std::fill(run.first + n, run.first + end, U(0));
-    std::fill(run.second + n, run.second + end, U(0));
+    // Whole vectors of the averages are changed where they are.
+    bool copied = true;
+    U *average = run.first, *square = run.second;
+    if constexpr (std::is_same_v<T, U>) {
+      copied = n != end;
+      if (!copied) average = w.first + i, square = w.second + i;
+    }
+    if (copied) {
+      std::copy(w.first + i, w.first + i + n, average);
+      std::copy(w.second + i, w.second + i + n, square);
+      std::fill(average + n, average + end, U(0));
+      std::fill(square + n, square + end, U(0));
+    }
     for (int64_t j = 0; j < end; j += width) {
       const Vec<U> k = load(kappa + j);
       const Vec<U> unit = spare ? k : k > zero ? one / square_root(k) : zero;
       const Vec<U> g = load(run.gradient + j) * unit * before * after;
-      Vec<U> m = load(run.first + j), v = load(run.second + j);
+      Vec<U> m = load(average + j), v = load(square + j);
       m += take1 * (g - m);
       v = keep * v + take2 * g * g;
-      store(run.first + j, m);
-      store(run.second + j, v);
+      store(average + j, m);
+      store(square + j, v);
       const Vec<U> root = square_root(v * correction), size = m < zero ? -m : m;
       // Squares below the dtype's range belong to entries that are as good as on no path.
       Vec<U> ratio = root > zero ? size / (root + eps) : zero;
@@ -344,8 +366,9 @@ void coordinate_apply(const StepWeight<T>& w, const CoordinateRule& rule, int64_
       store(run.weight + j, load(run.weight + j) - (m < zero ? -step : step));
     }
     shift<true, U>(w, i, n, run.weight, w.weight + i);
-    std::copy(run.first, run.first + n, w.first + i);
-    std::copy(run.second, run.second + n, w.second + i);
+    if (!copied) continue;
+    std::copy(average, average + n, w.first + i);
+    std::copy(square, square + n, w.second + i);
   }
 }
 
@@ -372,7 +395,7 @@ void raw_and_divided(const StepWeight<T>& w, const SgdRule& rule, int64_t first,
   StepSums sums{};
   for (int64_t i = first; i < last; i += kRun) {
     const int64_t n = std::min(kRun, last - i);
-    descent<T, double, false>(w, plain, i, n, run, gather_kappa(w, i, n, run.kappa), sums);
+    descent<T, double, false>(w, plain, i, n, run, gather_kappa(w, i, n, run.kappa), run.step, sums);
     shift<true, double>(w, i, n, run.step, run.step);
     for (int64_t j = 0; j < n; ++j) {
       const double g = static_cast<double>(w.gradient[i + j]);
