@@ -205,11 +205,10 @@ class Engine(Optimizer):
 
     def _taken(self) -> None:
         """A step has been: what is kept for the next."""
-        if self.update_every > 1:
+        if self.update_every > 1:  # else nothing depends on the count, and a step that GradScaler leaves out is none
             self._steps += 1
-            self._kappa = self._kappa if self._steps % self.update_every else None  # else its memory is of no use
-        else:
-            self._kappa = None
+        if self._steps % self.update_every == 0:
+            self._kappa = None  # its memory is of no use
 
     def _weights(self) -> tuple[list[str], list[Tensor]]:
         found = dict(self.net.named_parameters()) if isinstance(self.net, FeedForward) else self.net.weights()

@@ -321,6 +321,11 @@ class _Ends(PathSGD):
         if status:
             self._refuse(status, layout.names, weights[0].dtype)
 
+    def _taken(self) -> None:
+        self._steps += 1
+        if self._steps % self.update_every == 0:
+            self._kappa = None
+
     def _settings(self) -> dict[str, Any]:
         bases = self.base.bases if isinstance(self.base, Together) else [self.base]
         return {**super()._settings(), "base": " + ".join(type(base).__name__ for base in bases)}

@@ -157,7 +157,7 @@ def test_a_run_goes_on_in_another_dtype(before, after):
     optimizer = optimizer_of(net)
     train(net, optimizer, range(3))
     state = through_a_file(net, optimizer)
-    assert state[1]["path"]["kappa"]["factors"]["head.weight"].dtype == before
+    assert state[1]["path"]["kappa"]["entries"]["head.weight"]["mantissa"].dtype == before
     train(net, optimizer, range(3, STEPS))
     again, resumed = restored(state, make(dtype=after))
     train(again, resumed, range(3, STEPS))

@@ -391,6 +391,7 @@ def _child(net, queue):
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
+@pytest.mark.filterwarnings("ignore:os.fork")  # JAX's, where another test has imported it
 def test_forked_processes_count_for_themselves():
     net = make()
     torch.set_num_threads(1)
@@ -456,4 +457,4 @@ def test_nothing_is_read_from_a_device():
     """Neither where T is counted nor where it is looked up: on the meta device every read raises."""
     net = make().to("meta")
     net(torch.empty(5, 3, 2, dtype=F64, device="meta")).sum().backward()
-    assert pk.optim.sequence_length(net, None) == 5
+    assert pk.engine.sequence_length(net, None) == 5
