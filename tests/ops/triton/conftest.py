@@ -5,7 +5,7 @@ import pytest
 from pathrnn_kernels.ops import triton
 
 # These import triton before a fixture could skip them.
-collect_ignore = [] if importlib.util.find_spec("triton") else ["test_triton_relu_rnn.py"]
+collect_ignore = [] if importlib.util.find_spec("triton") else ["test_triton_relu_rnn.py", "test_triton_step.py"]
 
 
 @pytest.fixture(autouse=True)
