@@ -165,10 +165,10 @@ def steps(dtype: torch.dtype) -> None:
         rule: str, numbers: int, scale: int = 0, eps: float = 0.0, entries: bool = False, scaled: bool = False
     ) -> None:
         of_entries = [torch.zeros(f.shape if entries else 0).long() for f in factors]
+        scalers = [scaler, scaler] if scaled else [None, None]
         step.path_update_(
             weights, weights, state, state, counts, log_norm, [], [1.0] * numbers, rule, 1, False, True, True, True,
-            False, scale, eps, 1.0, *([scaler, scaler] if scaled else [None, None]), factors, exponents, units,
-            of_entries, log_norm,
+            False, scale, eps, 1.0, scalers[0], scalers[1], factors, exponents, units, of_entries, log_norm,
         )  # fmt: skip
 
     for scale in range(3):

@@ -1,9 +1,11 @@
 """Networks of any numbers, with gradients and κ, for tests of path_update_, and the same in plain torch."""
 
 import dataclasses
+import functools
 import math
 
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 from pathrnn_kernels import plain
 from pathrnn_kernels.kappa import Scaled
@@ -179,3 +181,36 @@ def in_plain_torch(case, numbers, first, second, counts):
     status, commit = plain.coordinates(entries, head, bias, case.log_path_norm, 1.0)
     commit(status == 0)
     return int(status)
+
+
+class Launched(TorchDispatchMode):
+    """Within: names of ``kernels`` of the step that are said to be launched, and of the ``calls`` of torch beside them.
+
+    They are not, for the interpreter calls torch for its own needs.
+    """
+
+    KERNELS = ("_measure_first", "_decide_first", "_measure", "_decide", "_apply")
+
+    def __init__(self, monkeypatch, module):
+        super().__init__()
+        self.kernels, self.calls = [], []
+        for name in self.KERNELS:
+            monkeypatch.setattr(module, name, _Grids(functools.partial(self.launch, name)))
+
+    def launch(self, name, *arguments, **options):
+        self.kernels.append(name)
+        if name == "_decide":  # it would write the status
+            with _disable_current_modes():
+                arguments[2].zero_()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.calls.append(func._schema.name)
+        return func(*args, **(kwargs or {}))
+
+
+class _Grids:
+    def __init__(self, launch):
+        self.launch = launch
+
+    def __getitem__(self, grid):
+        return self.launch

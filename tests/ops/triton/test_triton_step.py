@@ -6,8 +6,17 @@ import math
 
 import pytest
 import torch
-from step_cases import COORDINATES, SCALES, Case, assert_steps_alike, fresh, in_plain_torch, rescale_, roundings
-from torch.utils._python_dispatch import TorchDispatchMode
+from step_cases import (
+    COORDINATES,
+    SCALES,
+    Case,
+    Launched,
+    assert_steps_alike,
+    fresh,
+    in_plain_torch,
+    rescale_,
+    roundings,
+)
 from triton_cases import DEVICE, F32, F64, MARKS, dtypes, moved
 
 from pathrnn_kernels import plain
@@ -457,42 +466,11 @@ def of_sgd(case, lr=1e-3):
 
 # --- launches ---------------------------------------------------------------------------------------------------------
 
-KERNELS = ("_measure_first", "_decide_first", "_measure", "_decide", "_apply")
-
-
-class Calls(TorchDispatchMode):
-    def __init__(self):
-        super().__init__()
-        self.names = []
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.names.append(func._schema.name)
-        return func(*args, **(kwargs or {}))
-
-
-class Counted:
-    """Stands for a kernel that is launched, or is only said to be: the interpreter calls torch for its own needs."""
-
-    def __init__(self, kernel, launched, runs):
-        self.kernel, self.launched, self.runs = kernel, launched, runs
-
-    def __getitem__(self, grid):
-        self.launched.append(self.kernel.fn.__name__)
-        return self.kernel[grid] if self.runs else lambda *arguments, **options: None
-
-
-def count(monkeypatch, runs):
-    """Becomes the names of the kernels that are launched."""
-    names = []
-    for name in KERNELS:
-        monkeypatch.setattr(triton_step, name, Counted(getattr(triton_step, name), names, runs))
-    return names
-
 
 def test_tables_are_made_once_for_a_layout(monkeypatch):
     monkeypatch.setattr(triton_step, "_TABLES", 2)
     triton_step._tables.clear()
-    count(monkeypatch, runs=False)
+    Launched(monkeypatch, triton_step)
     case = build("one layer")
     for _ in range(2):
         triton_step.path_update_(*of_sgd(case))
@@ -506,16 +484,16 @@ def test_tables_are_made_once_for_a_layout(monkeypatch):
 
 def test_three_launches_and_nothing_else(monkeypatch):
     arguments = of_sgd(build("embedding"))
-    launched = count(monkeypatch, runs=False)
-    triton_step.path_update_(*arguments)
-    with Calls() as calls:
+    with Launched(monkeypatch, triton_step) as launched:
         triton_step.path_update_(*arguments)
-    assert launched == 2 * ["_measure", "_decide", "_apply"]
+        launched.calls.clear()
+        triton_step.path_update_(*arguments)
+    assert launched.kernels == 2 * ["_measure", "_decide", "_apply"]
     # Memory for the status and for what is measured, no copy, and nothing is read.
-    assert calls.names == 2 * ["aten::empty"]
-    launched.clear()
+    assert launched.calls == 2 * ["aten::empty"]
+    launched.kernels.clear()
     triton_update(build("one layer"), "sgd", SGD, "first_step", constant=torch.tensor(math.nan, dtype=F64))
-    assert launched == list(KERNELS)
+    assert tuple(launched.kernels) == launched.KERNELS
 
 
 # --- arguments --------------------------------------------------------------------------------------------------------
