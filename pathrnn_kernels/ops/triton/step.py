@@ -525,6 +525,7 @@ def _decide(
         length, length_exponent = _root(length, length_exponent)
         goes &= (length > 0) & _is_finite(length)
         tl.store(scratch + _MOVES, goes.to(tl.int64))
+        tl.debug_barrier()  # threads that stand for the same weight have all read its count
         tl.store(counts, steps, there & (tl.where(slots < moving, goes.to(tl.int32), taken.to(tl.int32)) != 0))
 
         weights = slots < moving
@@ -937,11 +938,10 @@ def _float_bits(x: float) -> int:
 
 
 def _on_device(values: list[int], device: torch.device, capturing: bool) -> Tensor:
-    if device.type == "cpu":
-        return torch.tensor(values, device="cpu")
     if capturing:
         # A copy would be from the host's memory again at every replay; the arguments of kernels stay in the graph.
         table = torch.zeros(len(values), dtype=torch.int64, device=device)
         torch._foreach_add_(table.unbind(), values)
         return table
-    return torch.tensor(values, device="cpu", pin_memory=True).to(device, non_blocking=True)
+    pinned = device.type != "cpu"
+    return torch.tensor(values, device="cpu", pin_memory=pinned).to(device, non_blocking=True)

@@ -482,6 +482,16 @@ def test_tables_are_made_once_for_a_layout(monkeypatch):
     assert len(triton_step._tables) == 2
 
 
+@pytest.mark.parametrize("capturing", (False, True))
+def test_a_table_on_the_device(capturing):
+    """While a CUDA graph is captured there is no copy from the host, whose memory may be another's at the replay."""
+    values = [0, 1, -(1 << 63), (1 << 63) - 1, triton_step._float_bits(-0.1)]
+    with Launched.watching() as watching:
+        table = triton_step._on_device(values, torch.device(DEVICE), capturing)
+    assert table.tolist() == values and table.device.type == DEVICE
+    assert not capturing or not {"aten::_to_copy", "aten::copy_", "aten::_pin_memory"} & set(watching.calls)
+
+
 def test_three_launches_and_nothing_else(monkeypatch):
     arguments = of_sgd(build("embedding"))
     with Launched(monkeypatch, triton_step) as launched:
