@@ -26,7 +26,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime import JITFunction
 
-from pathrnn_kernels.ops.triton import canonical, kappa2, path_chain, relu_rnn, sums
+from pathrnn_kernels.ops.triton import canonical, kappa2, path_chain, relu_rnn, step, sums
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -152,6 +152,34 @@ def second_term(hidden: int, dtype: torch.dtype) -> None:
     kappa2.filtered(rows, e, rows[0], e[:1], False)
 
 
+def steps(dtype: torch.dtype) -> None:
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    shapes = [(16, 3), (16, 16), (16,), (16,), (2, 16), (2,)]
+    weights = [torch.ones(shape, dtype=dtype) for shape in shapes]
+    factors = [torch.ones(shape, dtype=wide) for shape in ((16, 1), (16, 16), (16,), (1, 16), (1,))]
+    state, counts = [torch.ones_like(w) for w in weights], [torch.ones(()) for _ in weights]
+    exponents, units, log_norm = torch.zeros(5).long(), torch.zeros(1, 16).long(), torch.zeros((), dtype=torch.float64)
+    scaler = torch.ones(1)
+
+    def step_of(
+        rule: str, numbers: int, scale: int = 0, eps: float = 0.0, entries: bool = False, scaled: bool = False
+    ) -> None:
+        of_entries = [torch.zeros(f.shape if entries else 0).long() for f in factors]
+        scalers = [scaler, scaler] if scaled else [None, None]
+        step.path_update_(
+            weights, weights, state, state, counts, log_norm, [], [1.0] * numbers, rule, 1, False, True, True, True,
+            False, scale, eps, 1.0, scalers[0], scalers[1], factors, exponents, units, of_entries, log_norm,
+        )  # fmt: skip
+
+    for scale in range(3):
+        step_of("sgd", 5, scale)
+        step_of("sgd", 5, scale, 1.0, True, True)
+    for of_entries in (False, True):
+        step_of("given", 0, entries=of_entries)
+        if dtype == wide:
+            step_of("coordinates", 8, entries=of_entries, scaled=of_entries)
+
+
 def layer(hidden: int, dtype: torch.dtype) -> None:
     x, w = torch.ones(3, 2, hidden, dtype=dtype), torch.ones(hidden, hidden, dtype=dtype)
     y, h_n = relu_rnn.relu_rnn(x, None, w, w, None, None)
@@ -176,8 +204,10 @@ def cases() -> dict[str, Callable[[], None]]:
         for hidden in (128, 2048):
             add(f"H={hidden} {name}", second_term, hidden, dtype)
             add(f"H={hidden} {name} coordinates", coordinates, hidden, dtype)
+        add(f"{name} step", steps, dtype)
         for hidden in (16, 64, relu_rnn.limit(dtype)):
             add(f"H={hidden} layer {name}", layer, hidden, dtype)
+    add("bfloat16 step", steps, torch.bfloat16)
     return found
 
 

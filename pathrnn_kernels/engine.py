@@ -6,7 +6,7 @@ import math
 import sys
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from typing import Any, ClassVar, NoReturn
+from typing import Any, ClassVar, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor
@@ -15,9 +15,9 @@ from torch.optim import Optimizer
 from . import plain
 from .arguments import check_count, check_number
 from .feedforward import FeedForward
-from .kappa import KAPPA2_FACTOR, Kappa, Scaled, kappa, precision
+from .kappa import KAPPA2_FACTOR, Kappa, Scaled, kappa, kappa_without_waiting, precision
 from .network import PathNetwork
-from .ops.backend import choose, transformed
+from .ops.backend import choose, refusals, transformed
 from .ops.step import LOST, NO_CONSTANT, NO_PATH, UNBOUNDED, UNREACHED, path_step_, path_update_
 from .rnn import ReLURNN
 
@@ -28,9 +28,20 @@ _HOOKS = sys.modules[Optimizer.__module__]
 #: Keywords that every optimiser of torch has, and what they do here.
 SWITCHES = """foreach, fused: as for ``torch.optim.SGD``: by default and with ``fused=True`` a step is one call of the
             kernels where they serve (see ``explain``); ``fused=False`` takes it in plain torch, in float64.
-        capturable: whether a step may be recorded in a CUDA graph. What would be an error is then a step left out.
+        capturable: whether a step may be recorded in a CUDA graph. What would be an error is then a step left out, as
+            is one whose κ underflows in the weights' dtype while it is recorded; without it, a GPU's kernels let an
+            error be known at the next step, or at ``state_dict()``, weights and state intact.
         maximize: climb instead of descend.
         differentiable: refused, as κ is a constant of the step."""
+
+
+class _Pending(NamedTuple):
+    """The status of a step on a GPU, which nobody has asked for yet."""
+
+    status: Tensor  # on the host
+    done: torch.cuda.Event | None  # once it is there
+    names: Sequence[str]
+    dtype: torch.dtype
 
 
 class Engine(Optimizer):
@@ -47,6 +58,7 @@ class Engine(Optimizer):
     eps = 0.0
     trust_radius: float | None = None
     update_every = 1
+    _pending: _Pending | None = None
 
     def __init__(
         self,
@@ -121,7 +133,7 @@ class Engine(Optimizer):
     def __getstate__(self) -> dict[str, Any]:
         # Without hooks and the step that a scheduler wraps, which torch's optimisers do not pickle either.
         state = {k: v for k, v in self.__dict__.items() if k != "step" and not isinstance(v, OrderedDict)}
-        return {**state, "_layout": None}
+        return {**state, "_layout": None, "_pending": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -140,7 +152,8 @@ class Engine(Optimizer):
             ValueError: no sequence length is known, a gradient is sparse, γ² is 0 where the step needs it, or κ of a
                 recurrent matrix is 0 and its gradient is not.
             FloatingPointError: a preconditioned gradient overflows though the gradient does not.
-            In every case parameters, gradients and state are untouched.
+            In every case parameters, gradients and state are untouched. By the kernels of a GPU it is the next step
+            that raises, so that none waits; with ``capturable`` none does.
         """
         if self._watched():
             return _watched_step(self, closure)
@@ -162,6 +175,8 @@ class Engine(Optimizer):
         )
 
     def _unwatched(self, closure: Callable[[], Any] | None) -> Any:
+        if self._pending is not None:
+            self._settle()
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -176,8 +191,9 @@ class Engine(Optimizer):
         layout, weights, gradients, places = moving
         states = self._states(layout, weights, places)
         cached = self._kappa
-        if self._kernels(layout, weights[0]):
-            status = self._call(layout, weights, gradients, places, states)
+        served = self._served(layout, weights[0])
+        if served is not None:
+            status = self._call(served, layout, weights, gradients, places, states)
         else:
             status = self._in_plain_torch(layout, weights, gradients, places, states)
         if status:
@@ -222,17 +238,26 @@ class Engine(Optimizer):
         raise NotImplementedError
 
     def _kernels(self, layout: Layout, weight: Tensor) -> bool:
-        """Whether the kernels take the step."""
+        """Whether the CPU's kernels take the step."""
+        return self._served(layout, weight) == "cpu"
+
+    def _served(self, layout: Layout, weight: Tensor) -> str | None:
+        """Whose kernels take the step, "cpu" or "triton"; None: it is taken in plain torch."""
         fused = self.param_groups[0]["fused"]
         if fused is False or layout.structure is None:
-            return False
-        served = choose(weight.device, precision(weight.dtype)) == "cpu"
-        if fused and not served:
+            return None
+        dtype = precision(weight.dtype)
+        served = choose(weight.device, dtype)
+        if served == "cuda" and weight.is_cuda and refusals(weight.device, dtype)["triton"] is None:
+            served = "triton"
+        if served in ("cpu", "triton"):
+            return None if transformed() else served
+        if fused:
             raise ValueError(
                 f"fused is True, but the parameters are on {weight.device} and no kernel of this backend takes steps: "
                 "leave it out, for steps in plain torch"
             )
-        return served and not transformed()
+        return None
 
     def _seq_len(self) -> int:
         # Without any T all gradients are 0, and so are their quotients by any κ.
@@ -248,6 +273,7 @@ class Engine(Optimizer):
 
     def _call(
         self,
+        served: str,
         layout: Layout,
         weights: list[Tensor],
         gradients: list[Tensor | None],
@@ -274,6 +300,8 @@ class Engine(Optimizer):
             self.__dict__.get("grad_scale"),  # GradScaler's, for the length of a step
             self.__dict__.get("found_inf"),
         )
+        if served == "triton":
+            return self._launch(update, layout.names, weights)
         if self.update_every > 1:
             return path_update_(*update, *raw(self._cached(weights), net))
         return path_step_(
@@ -286,6 +314,31 @@ class Engine(Optimizer):
             -1,  # as PATHRNN_WORKSPACE_BYTES says
             self._first_lags(weights[0]),
         )
+
+    def _launch(self, update: tuple[Any, ...], names: Sequence[str], weights: list[Tensor]) -> int:
+        """A step by Triton's kernels, whose status is asked for later."""
+        from .ops.triton.step import path_update_
+
+        capturable = self.param_groups[0]["capturable"]
+        if _captures(weights[0]) and (not capturable or self.update_every > 1):
+            raise RuntimeError(
+                "a CUDA graph is being captured, but the step is not for that: build the optimiser with "
+                "capturable=True and update_every=1"
+            )
+        with torch.no_grad():
+            status = path_update_(*update, *raw(self._cached(weights), self.net))  # type: ignore[call-arg]
+            if not capturable:
+                self._pending = _Pending(*_to_host(status), names, weights[0].dtype)
+        return 0
+
+    def _settle(self) -> None:
+        """Raises what the last step would have raised, had it waited."""
+        pending, self._pending = self._pending, None
+        assert pending is not None
+        if pending.done is not None:
+            pending.done.synchronize()  # it has been for long, unless nothing else was to do
+        if status := int(pending.status):
+            self._refuse(status, pending.names, pending.dtype)
 
     def _in_plain_torch(
         self,
@@ -341,6 +394,8 @@ class Engine(Optimizer):
             return self._kappa
         if isinstance(self.net, FeedForward):
             k = self.net.kappa()
+        elif _captures(weights[0]):
+            k = kappa_without_waiting(self.net, self._seq_len(), self.second_term)
         else:
             seq_len = self._seq_len()
             lags = self._first_lags(weights[0])
@@ -417,7 +472,9 @@ class Engine(Optimizer):
     # --- state dicts --------------------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
-        """torch's, with an entry ``"path"``: tensors and plain Python values only."""
+        """torch's, with an entry ``"path"``: tensors and plain Python values only. May raise what ``step`` does."""
+        if self._pending is not None:
+            self._settle()
         return {**super().state_dict(), "path": self._path()}
 
     def _path(self) -> dict[str, Any]:
@@ -471,7 +528,7 @@ class Engine(Optimizer):
             raise ValueError(f"state_dict has param_groups that do not hold {self._sizes()} parameters: it is damaged")
 
         def commit() -> None:
-            self._steps, self._kappa, self._lags, self._constant = steps, found, None, None
+            self._steps, self._kappa, self._lags, self._constant, self._pending = steps, found, None, None, None
             if lags:
                 counts = [lags.get(name, 0) for name in self._recurrent()]
                 self._lags = torch.tensor(counts, dtype=torch.int64, device=weights[0].device)
@@ -541,7 +598,23 @@ SCALES = {"none": 0, "path_norm": 1, "first_step": 2}
 
 
 def _tensor(rate: float | Tensor, like: Tensor) -> Tensor:
-    return rate if isinstance(rate, Tensor) else torch.full((), rate, dtype=torch.float64, device=like.device)
+    if isinstance(rate, Tensor):
+        return rate.to(like.device)
+    return torch.full((), rate, dtype=torch.float64, device=like.device)
+
+
+def _captures(weight: Tensor) -> bool:
+    """Whether a CUDA graph is being recorded, in which the host can read nothing."""
+    return weight.is_cuda and torch.cuda.is_current_stream_capturing()
+
+
+def _to_host(status: Tensor) -> tuple[Tensor, torch.cuda.Event | None]:
+    if not status.is_cuda:
+        return status, None
+    host = torch.empty((), dtype=status.dtype, device="cpu", pin_memory=True).copy_(status, non_blocking=True)
+    done = torch.cuda.Event()
+    done.record(torch.cuda.current_stream(status.device))
+    return host, done
 
 
 def raw(k: Kappa, net: PathNetwork) -> tuple[list[Tensor], Tensor, Tensor, list[Tensor], Tensor]:

@@ -303,6 +303,21 @@ def kappa(
     return Kappa.from_chain(chain, layout, net.num_directions, shapes)
 
 
+def kappa_without_waiting(net: PathNetwork, seq_len: int, second_term: bool) -> Kappa:
+    """κ as :func:`kappa` launches it on a GPU, of which nothing is read: while a CUDA graph is captured, all lags of
+    κ⁽²⁾ are summed. log γ² is nan where a weight is not finite, or where something underflowed in the weights' dtype.
+    """
+    seq_len = _check(net, seq_len)
+    with torch.autocast(_device_type(net), enabled=False):
+        parameters = _weights(net)
+        layout = _layout(net.endings, *_options(parameters))
+        factor = KAPPA2_FACTOR["exact"] if second_term else 0.0
+        backend = _choose(net, parameters, "auto")
+        chain = _pass(net, parameters, layout, seq_len, backend=backend, second_factor=factor)
+    chain.log_path_norm.masked_fill_(chain.arithmetic < 0, math.nan)
+    return Kappa.from_chain(chain, layout, net.num_directions, {name: p.shape for name, p in parameters.items()})
+
+
 def _at_once(net: PathNetwork, seq_len: int, second_term: bool, rtol: float) -> Kappa | None:
     """κ where nothing is out of the ordinary and the CPU's kernel serves; else None. The same as by way of ``_launch``,
     without what takes longer than the pass of a small network."""

@@ -99,7 +99,7 @@ def sgd(
 ) -> Decided:
     norm, norm_exponent = power_of_e(log_path_norm)
     no_path, pulled = norm == 0, torch.stack([w.pulled() for w in weights]).any()
-    bounded = radius is not None
+    bounded = bool(radius)  # 0, as the op has it, is none
     needs_paths = scale == "path_norm" or bounded
     statuses = [
         torch.where(no_path & pulled & needs_paths, NO_PATH, 0),
@@ -141,7 +141,7 @@ def sgd(
         firsts.append(None if w.first is None else first)
         deltas.append(-w.rate * d)
     statuses.append(_status(weights, lost, LOST))
-    share = torch.ones_like(norm) if radius is None else _share(weights, deltas, norm, norm_exponent, radius)
+    share = _share(weights, deltas, norm, norm_exponent, radius) if radius else torch.ones_like(norm)
 
     def commit(ok: Tensor) -> None:
         for w, delta, first in zip(weights, deltas, firsts, strict=True):

@@ -817,14 +817,16 @@ def test_an_unknown_sequence_length_is_refused(rnn):
         optimizer.step()
 
 
+@pytest.mark.parametrize("around", (False, True), ids=("PathSGD", "PathOptimizer"))
 @pytest.mark.parametrize("scale, radius", (("none", 1e-3), ("path_norm", None), ("first_step", 1e3)))
-def test_the_kernels_of_the_update_and_plain_torch_agree(monkeypatch, scale, radius):
+def test_the_kernels_of_the_update_and_plain_torch_agree(monkeypatch, scale, radius, around):
     nets = []
     for backend in ("cpu", "reference"):
         monkeypatch.setenv("PATHRNN_BACKEND", backend)
         torch.manual_seed(0)
         net = pk.PathNetwork(pk.ReLURNN(2, 5, 2, dtype=torch.float64), torch.nn.Linear(5, 2, dtype=torch.float64))
-        optimizer = pk.PathSGD(net, lr=1e-3, momentum=0.9, scale=scale, trust_radius=radius)
+        build = around_sgd if around else pk.PathSGD
+        optimizer = build(net, lr=1e-3, momentum=0.9, scale=scale, trust_radius=radius)
         for seq_len in (3, 2):
             net.zero_grad()
             net(torch.ones(seq_len, 2, 2, dtype=torch.float64)).sub(1).square().sum().backward()

@@ -17,7 +17,8 @@ path_update_ is given κ, path_chain's result. path_step_ runs that pass itself;
 former step's κ⁽²⁾ needed, and become what this one did; ``workspace_bytes`` is -1 for what
 PATHRNN_WORKSPACE_BYTES says.
 
-Both return a status, 0 once the step is taken or left out; with any other, nothing has changed.
+Both return a status, 0 once the step is taken or left out; with any other, nothing has changed. On a GPU triton/step.py
+has path_update_, whose status is a tensor there.
 
 path_norm_gradients(weights, *structure, grad, logarithm, *κ, log γ²) gives ∂γ²/∂p = 2 p κ⁽¹⁾ of every weight, times
 ``grad``; over γ² if the derivative is its logarithm's.

@@ -1,0 +1,947 @@
+"""path_update_ on a GPU: a step of Path-SGD, of Adam in path coordinates, or another optimiser's, shortened.
+
+Three launches for all weights together: programs of BLOCK entries measure, one program decides, and the programs apply
+what was decided; ``scale="first_step"`` has one more of each of the first two. They find the weights through a table on
+the device, int64 ``[rows, fields]``, of addresses, sizes and the bits of float64 numbers; it is kept as long as these
+are the same. Every entry is brought to canonical coordinates, where unit exponents are not seen (Theorem 1), which is
+exact, and all arithmetic is done there: in float32 for float32 weights, but with ``eps`` or entry exponents, else in
+float64. Sums are in float64, over programs first and those in a fixed order.
+
+The host reads nothing. Arguments are those of ops/step.py, with another rule, ``"given"``: ``gradients`` are the
+weights after a step Δ of another optimiser, which becomes min(1, radius · γ/sqrt(Σ κ Δ²)) of itself.
+
+Bytes moved, for n weights of b bytes each and κ counted where it is dense: 5 b n without momentum, 7 b n with it and
+10 b n in coordinates, of which the second reading of gradients and κ, 2 b n, is from the L2 cache where they fit it.
+"""
+
+# mypy: disable-error-code="no-untyped-def"
+
+from __future__ import annotations
+
+import itertools
+import math
+import struct
+from collections import OrderedDict
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .. import step as codes
+from .launch import on_device
+from .tempered import log2_floor, power_of_two, times_power, whole
+
+_BLOCK = tl.constexpr(1024)
+#: Results of programs that the one that decides takes at a time.
+_CHUNK = tl.constexpr(1024)
+_DTYPES = {
+    torch.float32: tl.float32,
+    torch.float64: tl.float64,
+    torch.float16: tl.float16,
+    torch.bfloat16: tl.bfloat16,
+}
+_LN2 = tl.constexpr(math.log(2))
+_ZERO = tl.constexpr(-(1 << 40))  # the exponent of a sum of nothing
+
+# Columns of the table. Its rows: recurrent weights, the others that move, the head's bias by rule "coordinates", and
+# there, where the head has a bias, the head's weight once more, for γ² of the paths through it.
+_START = tl.constexpr(0)  # the weight's first program
+_SIZE = tl.constexpr(1)
+_COLUMNS = tl.constexpr(2)  # 1 of a vector
+_KAPPA = tl.constexpr(3)
+_ROW_STRIDE = tl.constexpr(4)
+_COLUMN_STRIDE = tl.constexpr(5)
+_EXPONENT = tl.constexpr(6)  # address of κ's
+_ENTRIES = tl.constexpr(7)  # address of its entries' exponents, strides as κ's; 0 for none
+_ROW_UNITS = tl.constexpr(8)  # address of the rows' unit exponents; 0 for none
+_COLUMN_UNITS = tl.constexpr(9)
+_WEIGHT = tl.constexpr(10)
+_GRADIENT = tl.constexpr(11)
+_FIRST = tl.constexpr(12)  # 0 for none
+_SECOND = tl.constexpr(13)
+_COUNT = tl.constexpr(14)
+_RATE32 = tl.constexpr(15)  # address of a learning rate in float32; 0 for none
+_RATE64 = tl.constexpr(16)
+_CODE = tl.constexpr(17)  # 4 times the weight's place
+_EPS = tl.constexpr(18)
+_RADIUS = tl.constexpr(19)
+_NUMBERS = tl.constexpr(20)
+_FIELDS = tl.constexpr(28)
+
+# What is decided: places in ``scratch``, int64, where float64 lies by its bits.
+_MOVES = tl.constexpr(0)  # whether the weights are written
+_BIAS_MOVES = tl.constexpr(1)
+_SHARE = tl.constexpr(2)  # of the step that the radius leaves
+_CONSTANT = tl.constexpr(3)  # log, of scale="first_step"
+_NO_CONSTANT = tl.constexpr(4)
+_HEADER = tl.constexpr(5)
+_RULE = tl.constexpr(4)  # then of every row before, after, correction and rate
+# Then, an array each, what every program has found: a word of these bits and of a weight that is lost; an exponent; and
+# two sums, of which the second is that of scale="first_step".
+_PULLED = tl.constexpr(1)  # some gradient is not 0
+_PATHS = tl.constexpr(2)  # some κ is not
+_INFINITE = tl.constexpr(4)  # some step of the bias is not finite
+_LOST = tl.constexpr(3)  # bits to the left: the code of the weight
+_NONE = tl.constexpr(1 << 40)  # the code of no weight
+
+_NO_PATH = tl.constexpr(codes.NO_PATH)
+_NO_FIRST = tl.constexpr(codes.NO_CONSTANT)
+_UNBOUNDED = tl.constexpr(codes.UNBOUNDED)
+_IS_LOST = tl.constexpr(codes.LOST)
+_UNREACHED = tl.constexpr(codes.UNREACHED)
+
+
+# ---- numbers ---------------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def _power_of_e(log):
+    """e^log as a mantissa in [1, 2) and an exponent; (0, 0) for -inf."""
+    exponent = tl.where(tl.abs(log) < float("inf"), tl.floor(log / _LN2), 0.0)
+    return tl.exp(log - exponent * _LN2), exponent.to(tl.int64)
+
+
+@triton.jit
+def _root(mantissa, exponent):
+    odd = exponent & 1
+    return tl.sqrt(tl.where(odd == 1, 2 * mantissa, mantissa)), (exponent - odd) >> 1
+
+
+@triton.jit
+def _split(mantissa, exponent):
+    """In two factors, so that what is multiplied with one after the other may be out of range in between."""
+    half = tl.minimum(tl.maximum(exponent >> 1, -1022), 1022)
+    rest = tl.minimum(tl.maximum(exponent - half, -1022), 1022)
+    return power_of_two(half.to(tl.int32), True), mantissa * power_of_two(rest.to(tl.int32), True)
+
+
+@triton.jit
+def _times(x, n):
+    """x · 2ⁿ."""
+    return times_power(x, n, x.dtype == tl.float64)
+
+
+@triton.jit
+def _is_finite(x):
+    return tl.abs(x) < float("inf")
+
+
+@triton.jit
+def _divide(x, y):
+    return tl.div_rn(x, y) if x.dtype == tl.float32 else x / y
+
+
+@triton.jit
+def _sqrt(x):
+    return tl.sqrt_rn(x) if x.dtype == tl.float32 else tl.sqrt(x)
+
+
+@triton.jit
+def _any(flags):
+    return tl.max(flags.to(tl.int32), 0) > 0
+
+
+# ---- the table -------------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def _entry(table, rows, ROWS: tl.constexpr):
+    """The table's row of this program's weight, and which it is."""
+    slots = tl.arange(0, ROWS)
+    starts = tl.load(table + slots * _FIELDS + _START, slots < rows, other=0x7FFFFFFF)
+    which = tl.sum((starts <= tl.program_id(0)).to(tl.int32), 0) - 1
+    return table + which * _FIELDS, which
+
+
+@triton.jit
+def _places(entry):
+    """Of this program's entries: their number, whether they are there, row and column."""
+    first = (tl.program_id(0) - tl.load(entry + _START)) * _BLOCK
+    columns = tl.load(entry + _COLUMNS)
+    # 32 bits divide several times faster than 64; columns of one weight fit them.
+    from_row = (first % columns + tl.arange(0, _BLOCK)).to(tl.uint32)
+    row = first // columns + from_row // columns.to(tl.uint32)
+    i = first + tl.arange(0, _BLOCK)
+    return i, i < tl.load(entry + _SIZE), row, from_row % columns.to(tl.uint32)
+
+
+@triton.jit
+def _number(entry, FIELD: tl.constexpr):
+    return tl.load(entry + FIELD).to(tl.float64, bitcast=True)
+
+
+@triton.jit
+def _unless_0(inside, x):
+    """inside & (x != 0) of a block and a number. (Triton's interpreter makes integers of a single bool for a block.)"""
+    return inside & (tl.broadcast_to(x, inside.shape) != 0)
+
+
+@triton.jit
+def _read(entry, FIELD: tl.constexpr, i, inside, DTYPE: tl.constexpr):
+    """Of a tensor, zeros where there is none."""
+    address = tl.load(entry + FIELD)
+    return tl.load(address.to(tl.pointer_type(DTYPE)) + i, _unless_0(inside, address), other=0)
+
+
+@triton.jit
+def _write(entry, FIELD: tl.constexpr, i, inside, value, DTYPE: tl.constexpr):
+    address = tl.load(entry + FIELD)
+    if DTYPE.primitive_bitwidth < 32:  # rounded from float64 it would be in one step here, in two there
+        value = value.to(tl.float32)
+    tl.store(address.to(tl.pointer_type(DTYPE)) + i, value.to(DTYPE), _unless_0(inside, address))
+
+
+@triton.jit
+def _up(entry, row, column, inside):
+    """n: the weight times 2ⁿ, and its gradient over it, are in canonical coordinates. Unit exponents are even."""
+    rows, columns = tl.load(entry + _ROW_UNITS), tl.load(entry + _COLUMN_UNITS)
+    of_rows = tl.load(rows.to(tl.pointer_type(tl.int64)) + row, _unless_0(inside, rows), other=0)
+    of_columns = tl.load(columns.to(tl.pointer_type(tl.int64)) + column, _unless_0(inside, columns), other=0)
+    return (of_columns - of_rows) >> 1
+
+
+@triton.jit
+def _kappa(entry, row, column, inside, ENTRIES: tl.constexpr, KAPPA: tl.constexpr, U: tl.constexpr):
+    """κ, but for 2 to its tensor's exponent; 1 beyond the last entry."""
+    i = row * tl.load(entry + _ROW_STRIDE) + column * tl.load(entry + _COLUMN_STRIDE)
+    kappa = tl.load(tl.load(entry + _KAPPA).to(tl.pointer_type(KAPPA)) + i, inside, other=1).to(U)
+    if ENTRIES:
+        kappa = _times(kappa, _read(entry, _ENTRIES, i, inside, tl.int64))
+    return kappa
+
+
+@triton.jit
+def _exponent(entry):
+    return tl.load(tl.load(entry + _EXPONENT).to(tl.pointer_type(tl.int64)))
+
+
+@triton.jit
+def _rate(entry, there):
+    single, double = tl.load(entry + _RATE32, there, other=0), tl.load(entry + _RATE64, there, other=0)
+    rate = tl.load(entry + _NUMBERS, there, other=0).to(tl.float64, bitcast=True)
+    rate += tl.load(single.to(tl.pointer_type(tl.float32)), there & (single != 0), other=0).to(tl.float64)
+    return rate + tl.load(double.to(tl.pointer_type(tl.float64)), there & (double != 0), other=0)
+
+
+@triton.jit
+def _unscaled(grad_scale):
+    if grad_scale is None:
+        return tl.full([], 1, tl.float64)
+    else:
+        return 1 / tl.load(grad_scale).to(tl.float64)
+
+
+# ---- a step of Path-SGD, entry by entry ------------------------------------------------------------------------------
+
+
+@triton.jit
+def _factor(norm, norm_exponent, scratch, SCALE: tl.constexpr):
+    """What a gradient is multiplied with."""
+    if SCALE == 1:
+        factor, exponent = tl.where(norm == 0, 1.0, norm), norm_exponent
+    elif SCALE == 2:
+        constant = tl.load(scratch + _CONSTANT).to(tl.float64, bitcast=True)
+        factor, exponent = _power_of_e(tl.where(constant == constant, constant, 0.0))
+    else:
+        factor, exponent = tl.full([], 1, tl.float64), tl.full([], 0, tl.int64)
+    return factor, exponent
+
+
+@triton.jit
+def _divisor(entry, kappa, up, norm, norm_exponent, DAMPED: tl.constexpr):
+    """κ + eps γ² as mantissas, inf for 0, with one exponent."""
+    exponent = _exponent(entry)
+    if DAMPED:
+        own = exponent
+        exponent = tl.where(norm > 0, tl.maximum(own, norm_exponent), own)
+        damping = tl.full(kappa.shape, 0, tl.float64) + _number(entry, _EPS) * norm
+        # γ² is one number for all weights: its share is 2^-2n of it.
+        kappa = _times(kappa, own - exponent) + _times(damping, norm_exponent - exponent - 2 * up)
+    return tl.where(kappa == 0, float("inf"), kappa), exponent  # on no path: no step
+
+
+@triton.jit
+def _descent(
+    entry,
+    i,
+    inside,
+    up,
+    kappa,
+    scratch,
+    norm,
+    norm_exponent,
+    unscaled,
+    SCALE: tl.constexpr,
+    DAMPED: tl.constexpr,
+    LIMIT: tl.constexpr,
+    DTYPE: tl.constexpr,
+    U: tl.constexpr,
+):
+    """Δ before it is shortened, the new momentum, the gradient, and whether its quotient by κ is lost."""
+    gradient = _read(entry, _GRADIENT, i, inside, DTYPE).to(U)
+    divisor, exponent = _divisor(entry, kappa, up, norm, norm_exponent, DAMPED)
+    factor, factor_exponent = _factor(norm, norm_exponent, scratch, SCALE)
+    before, after = _split(factor, factor_exponent - exponent)
+    step = _times(gradient, -up) * (unscaled * before).to(U)
+    step = _divide(step, divisor) * after.to(U)
+    size = tl.abs(_times(step, -up))
+    lost = inside & _is_finite(gradient) & ((size <= LIMIT) == 0)
+    step = tl.where(_number(entry, _NUMBERS + 4) != 0, -step, step)
+    decay = _number(entry, _NUMBERS + 2)
+    step += decay.to(U) * _weight(entry, i, _unless_0(inside, decay), up, DTYPE, U)
+    momentum = _number(entry, _NUMBERS + 1).to(U)
+    first = momentum * _times(_read(entry, _FIRST, i, inside, DTYPE).to(U), up) + step
+    step = tl.where(_number(entry, _NUMBERS + 3) != 0, step + momentum * first, first)
+    return -_rate(entry, tl.full([], True, tl.int1)).to(U) * step, first, gradient, lost
+
+
+@triton.jit
+def _weight(entry, i, inside, up, DTYPE: tl.constexpr, U: tl.constexpr):
+    return _times(_read(entry, _WEIGHT, i, inside, DTYPE).to(U), up)
+
+
+@triton.jit(do_not_specialize=["rows", "programs"])
+def _measure_first(
+    table,
+    scratch,
+    rows,
+    programs,
+    log_norm,
+    constant,
+    grad_scale,
+    DAMPED: tl.constexpr,
+    ENTRIES: tl.constexpr,
+    DTYPE: tl.constexpr,
+    KAPPA: tl.constexpr,
+    ROWS: tl.constexpr,
+):
+    """Σ g² and Σ (g/κ)² in the weights' own coordinates, where the constant is to be found."""
+    found = tl.load(constant)
+    if found != found:
+        entry, _which = _entry(table, rows, ROWS)
+        i, inside, row, column = _places(entry)
+        up = _up(entry, row, column, inside)
+        kappa = _kappa(entry, row, column, inside, ENTRIES, KAPPA, tl.float64)
+        norm, norm_exponent = _power_of_e(tl.load(log_norm).to(tl.float64))
+        gradient = _read(entry, _GRADIENT, i, inside, DTYPE).to(tl.float64)
+        unscaled = _unscaled(grad_scale)
+        divisor, exponent = _divisor(entry, kappa, up, norm, norm_exponent, DAMPED)
+        quotient = _times(_times(gradient, -up) * unscaled / divisor, -up)
+        gradient *= unscaled
+        words = scratch + _HEADER + _RULE * ROWS + tl.program_id(0)
+        tl.store(words + programs, -2 * exponent)
+        tl.store(words + 2 * programs, tl.sum(quotient * quotient, 0).to(tl.int64, bitcast=True))
+        tl.store(words + 3 * programs, tl.sum(gradient * gradient, 0).to(tl.int64, bitcast=True))
+
+
+@triton.jit(do_not_specialize=["programs"])
+def _decide_first(scratch, programs, constant, ROWS: tl.constexpr):
+    """log(‖g‖ / ‖g/κ‖), once; nan where either is 0, for then no step is taken that could fix it."""
+    found = tl.load(constant)
+    refused = tl.full([], 0, tl.int64)
+    if found != found:
+        words = scratch + _HEADER + _RULE * ROWS
+        divided, exponent = _total(words + 2 * programs, words + programs, 0, programs)
+        total, _exponent_of_0 = _total(words + 3 * programs, None, 0, programs)
+        bad = (_is_finite(total) & _is_finite(divided)) == 0
+        none = (total == 0) | (divided == 0) | bad
+        logs = tl.log(tl.where(none, 1.0, total)) - tl.log(tl.where(none, 1.0, divided))
+        found = tl.where(none, found, (logs - exponent.to(tl.float64) * _LN2) / 2)
+        refused = tl.where(bad, _NO_FIRST, 0).to(tl.int64)
+    tl.store(scratch + _CONSTANT, found.to(tl.int64, bitcast=True))
+    tl.store(scratch + _NO_CONSTANT, refused)
+
+
+# ---- measure, decide, apply ------------------------------------------------------------------------------------------
+
+
+@triton.jit(do_not_specialize=["rows", "programs", "bias", "mass"])
+def _measure(
+    table,
+    scratch,
+    rows,
+    programs,
+    bias,
+    mass,
+    log_norm,
+    grad_scale,
+    GIVEN: tl.constexpr,
+    COORDINATES: tl.constexpr,
+    SCALE: tl.constexpr,
+    DAMPED: tl.constexpr,
+    ENTRIES: tl.constexpr,
+    LIMIT: tl.constexpr,
+    DTYPE: tl.constexpr,
+    KAPPA: tl.constexpr,
+    U: tl.constexpr,
+    ROWS: tl.constexpr,
+):
+    """Of every program Σ κ Δ², by rule "coordinates" Σ g²/κ, and what may not be."""
+    entry, which = _entry(table, rows, ROWS)
+    i, inside, row, column = _places(entry)
+    up = _up(entry, row, column, inside)
+    kappa = _kappa(entry, row, column, inside, ENTRIES, KAPPA, U)
+    exponent = _exponent(entry)
+    bits, lost = tl.full([], 0, tl.int64), tl.full([], False, tl.int1)
+    if GIVEN:
+        after = _times(_read(entry, _GRADIENT, i, inside, DTYPE).to(U), up)
+        delta = (after - _weight(entry, i, inside, up, DTYPE, U)).to(tl.float64)
+        square = kappa.to(tl.float64) * delta * delta
+    elif COORDINATES:
+        x = _read(entry, _GRADIENT, i, inside, DTYPE).to(U)
+        pulled = x != 0
+        if which == bias:
+            quotient = x.to(tl.float64) * _unscaled(grad_scale) / _times(kappa.to(tl.float64), exponent)
+            bits |= tl.where(_any(inside & (_is_finite(quotient) == 0)), _INFINITE, 0)
+        is_mass = which == mass  # there it is the weight
+        x = _times(x, tl.where(is_mass, up, -up))
+        unit = tl.where(kappa > 0, _divide(tl.full(kappa.shape, 1, U), _sqrt(kappa)), 0.0)
+        y = tl.where(is_mass, x, x * unit).to(tl.float64)
+        square = tl.where(is_mass, kappa.to(tl.float64), 1.0) * y * y
+        exponent = tl.where(is_mass, exponent, -exponent)
+        bits |= tl.where(_any(pulled), _PULLED, 0) | tl.where(_any(inside & (kappa > 0)), _PATHS, 0)
+    else:
+        norm, norm_exponent = _power_of_e(tl.load(log_norm).to(tl.float64))
+        delta, _first, gradient, gone = _descent(
+            entry, i, inside, up, kappa, scratch, norm, norm_exponent, _unscaled(grad_scale),
+            SCALE, DAMPED, LIMIT, DTYPE, U,
+        )  # fmt: skip
+        square = kappa.to(tl.float64) * delta.to(tl.float64) * delta.to(tl.float64)
+        bits |= tl.where(_any(gradient != 0), _PULLED, 0) | tl.where(_any(inside & (kappa > 0)), _PATHS, 0)
+        lost = _any(gone)
+    code = tl.where(lost, tl.load(entry + _CODE), _NONE)
+    words = scratch + _HEADER + _RULE * ROWS + tl.program_id(0)
+    tl.store(words, (code << _LOST) | bits)
+    tl.store(words + programs, exponent)
+    tl.store(words + 2 * programs, tl.sum(tl.where(inside, square, 0.0), 0).to(tl.int64, bitcast=True))
+
+
+@triton.jit
+def _total(values, exponents, first, last):
+    """Σ value · 2^exponent of programs as one such number; float64 by its bits."""
+    slots = tl.arange(0, _CHUNK)
+    top = tl.full([], 0, tl.int64)
+    if exponents is not None:
+        most = tl.full([_CHUNK], _ZERO, tl.int64)
+        for start in range(first, last, _CHUNK):
+            there = start + slots < last
+            value = tl.load(values + start + slots, there, other=0).to(tl.float64, bitcast=True)
+            exponent = tl.load(exponents + start + slots, there, other=0) + log2_floor(value, True)
+            most = tl.maximum(most, tl.where(value != 0, exponent, _ZERO))
+        top = tl.max(most, 0)
+    total = tl.zeros([_CHUNK], tl.float64)
+    for start in range(first, last, _CHUNK):
+        there = start + slots < last
+        value = tl.load(values + start + slots, there, other=0).to(tl.float64, bitcast=True)
+        if exponents is not None:
+            value = _times(value, tl.load(exponents + start + slots, there, other=0) - top)
+        total += value
+    return tl.sum(total, 0), top
+
+
+@triton.jit
+def _bits(words, first, last):
+    """All bits of programs, spread over _CHUNK words, and the code of the first weight that is lost."""
+    slots = tl.arange(0, _CHUNK)
+    bits, code = tl.zeros([_CHUNK], tl.int64), tl.full([_CHUNK], _NONE, tl.int64)
+    for start in range(first, last, _CHUNK):
+        word = tl.load(words + start + slots, start + slots < last, other=_NONE << _LOST)
+        bits |= word
+        code = tl.minimum(code, word >> _LOST)
+    return bits, tl.min(code, 0)
+
+
+@triton.jit(do_not_specialize=["recurrent", "moving", "rows", "programs", "weight_programs", "pulling_programs"])
+def _decide(
+    table,
+    scratch,
+    status,
+    recurrent,
+    moving,
+    rows,
+    programs,
+    weight_programs,
+    pulling_programs,
+    log_norm,
+    constant,
+    found_inf,
+    GIVEN: tl.constexpr,
+    COORDINATES: tl.constexpr,
+    SCALE: tl.constexpr,
+    BOUNDED: tl.constexpr,
+    BIAS: tl.constexpr,
+    MASS: tl.constexpr,
+    ROWS: tl.constexpr,
+):
+    """One program: the status, and what apply needs to know. ``rows`` is without that of γ²."""
+    words = scratch + _HEADER + _RULE * ROWS
+    exponents, sums = words + programs, words + 2 * programs
+    log = tl.load(log_norm).to(tl.float64)
+    norm, norm_exponent = _power_of_e(log)
+    if MASS:
+        norm, norm_exponent = _total(sums, exponents, pulling_programs, programs)
+        norm = tl.where(log == log, norm, log)  # a κ that is none
+    bits, lost = _bits(words, 0, pulling_programs)
+    pulled = _any((bits & _PULLED) != 0)
+    unreached = tl.full([], 0, tl.int64)
+    for row in range(recurrent):
+        entry = table + row * _FIELDS
+        start = tl.load(entry + _START)
+        last = start + tl.cdiv(tl.load(entry + _SIZE), _BLOCK)
+        of_row, _lost = _bits(words, start, last)
+        found = (unreached == 0) & _any((of_row & _PULLED) != 0) & (_any((of_row & _PATHS) != 0) == 0)
+        unreached = tl.where(found, _UNREACHED + tl.load(entry + _CODE), unreached)
+
+    code = tl.where(_is_finite(norm), unreached, _UNBOUNDED)
+    if COORDINATES or ((SCALE == 1 or BOUNDED) and not GIVEN):
+        code = tl.where((norm == 0) & pulled, _NO_PATH, code)
+    if SCALE == 2:
+        code = tl.where(code == 0, tl.load(scratch + _NO_CONSTANT), code)
+    code = tl.where((code == 0) & (lost != _NONE), _IS_LOST + lost, code)
+    taken = tl.full([], True, tl.int1)
+    if found_inf is not None:
+        taken = tl.load(found_inf).to(tl.float64) == 0  # nan is a word, too
+        code = tl.where(taken, code, 0)
+    tl.store(status, code)
+    taken &= code == 0
+
+    if COORDINATES:
+        slots = tl.arange(0, ROWS)
+        there = slots < rows
+        entries = table + slots * _FIELDS
+        addresses = tl.load(entries + _COUNT, there, other=0)
+        counts = addresses.to(tl.pointer_type(tl.float32))
+        steps = tl.load(counts, there, other=0) + 1
+        goes = taken
+        if BIAS:
+            fine = _any((bits & _INFINITE) != 0) == 0
+            tl.store(scratch + _BIAS_MOVES, (taken & fine).to(tl.int64))
+            of_bias = tl.sum(tl.where(slots == moving, steps, 0.0), 0)
+            goes &= of_bias > _number(table, _NUMBERS + 5)
+        length, length_exponent = _total(sums, exponents, 0, weight_programs)
+        length, length_exponent = _root(length, length_exponent)
+        goes &= (length > 0) & _is_finite(length)
+        tl.store(scratch + _MOVES, goes.to(tl.int64))
+        tl.debug_barrier()  # threads that stand for the same weight have all read its count
+        tl.store(counts, steps, there & (tl.where(slots < moving, goes.to(tl.int32), taken.to(tl.int32)) != 0))
+
+        weights = slots < moving
+        own = tl.load(entries + _EXPONENT, weights, other=0).to(tl.pointer_type(tl.int64))
+        own, own_exponent = _root(tl.full([ROWS], 1, tl.float64), -tl.load(own, weights, other=0))
+        before, after = _split(own / tl.where(length > 0, length, 1.0), own_exponent - length_exponent)
+        maximize = tl.load(entries + _NUMBERS + 7, weights, other=0).to(tl.float64, bitcast=True)
+        beta2 = tl.load(entries + _NUMBERS + 2, weights, other=0).to(tl.float64, bitcast=True)
+        warmup = tl.load(entries + _NUMBERS + 6, weights, other=0).to(tl.float64, bitcast=True)
+        steps = steps.to(tl.float64)
+        root, root_exponent = _root(norm, norm_exponent)
+        rate = _times(root * own, root_exponent + own_exponent) * _rate(entries, weights)
+        rate *= tl.minimum(steps / tl.maximum(warmup, 1.0), 1.0)
+        rate /= tl.sqrt(tl.load(entries + _SIZE, weights, other=1).to(tl.float64))
+        rules = scratch + _HEADER + slots * _RULE
+        tl.store(rules, tl.where(maximize != 0, -before, before).to(tl.int64, bitcast=True))
+        tl.store(rules + 1, after.to(tl.int64, bitcast=True))
+        tl.store(rules + 2, (1 / (1 - tl.exp(steps * tl.log(beta2)))).to(tl.int64, bitcast=True))
+        tl.store(rules + 3, rate.to(tl.int64, bitcast=True))
+    else:
+        share = tl.full([], 1, tl.float64)
+        if BOUNDED:
+            total, exponent = _total(sums, exponents, 0, weight_programs)
+            root, root_exponent = _root(total / tl.where(norm > 0, norm, 1.0), exponent - norm_exponent)
+            length = _times(root, root_exponent)
+            radius = _number(table, _RADIUS)
+            # nan, from a gradient that is not finite, compares false: torch's own optimisers let it through too.
+            longer = (length > radius) & _is_finite(length) & (norm > 0)
+            share = tl.where(longer, radius / tl.where(longer, length, 1.0), 1.0)
+        tl.store(scratch + _MOVES, taken.to(tl.int64))
+        tl.store(scratch + _SHARE, share.to(tl.int64, bitcast=True))
+        if SCALE == 2:
+            tl.store(constant, tl.load(scratch + _CONSTANT).to(tl.float64, bitcast=True), taken)
+
+
+@triton.jit
+def _power(x, power):
+    """x^power of 0 ≤ x ≤ 1."""
+    if power == 1:
+        result = x
+    elif power == 2:
+        result = x * x
+    elif power == 3:
+        result = x * x * x
+    else:
+        positive = x > 0
+        log = tl.log(tl.where(positive, x.to(tl.float64), 1.0))
+        result = tl.where(positive, tl.exp(power * log), 0.0).to(x.dtype)
+    return result
+
+
+@triton.jit(do_not_specialize=["rows", "bias"])
+def _apply(
+    table,
+    scratch,
+    rows,
+    bias,
+    log_norm,
+    grad_scale,
+    GIVEN: tl.constexpr,
+    COORDINATES: tl.constexpr,
+    SCALE: tl.constexpr,
+    DAMPED: tl.constexpr,
+    ENTRIES: tl.constexpr,
+    LIMIT: tl.constexpr,
+    DTYPE: tl.constexpr,
+    KAPPA: tl.constexpr,
+    U: tl.constexpr,
+    ROWS: tl.constexpr,
+):
+    """Every weight and its state, written once, where a step is taken."""
+    entry, which = _entry(table, rows, ROWS)
+    moves = tl.load(scratch + _MOVES + (which == bias).to(tl.int32)) != 0  # a bias: _BIAS_MOVES
+    if moves:
+        i, inside, row, column = _places(entry)
+        up = _up(entry, row, column, inside)
+        if GIVEN:
+            after = _read(entry, _GRADIENT, i, inside, DTYPE)
+            share = tl.load(scratch + _SHARE).to(tl.float64, bitcast=True)
+            if share == 1:
+                _write(entry, _WEIGHT, i, inside, after, DTYPE)
+            else:
+                before = _weight(entry, i, inside, up, DTYPE, U)
+                value = before + share.to(U) * (_times(after.to(U), up) - before)
+                _write(entry, _WEIGHT, i, inside, _times(value, -up), DTYPE)
+        else:
+            kappa = _kappa(entry, row, column, inside, ENTRIES, KAPPA, U)
+            if COORDINATES:
+                if which == bias:
+                    _move_bias(entry, i, inside, kappa, grad_scale, DTYPE)
+                else:
+                    _move_in_coordinates(entry, scratch + _HEADER + which * _RULE, i, inside, up, kappa, DTYPE, U)
+            else:
+                norm, norm_exponent = _power_of_e(tl.load(log_norm).to(tl.float64))
+                delta, first, _gradient, _lost = _descent(
+                    entry, i, inside, up, kappa, scratch, norm, norm_exponent, _unscaled(grad_scale),
+                    SCALE, DAMPED, LIMIT, DTYPE, U,
+                )  # fmt: skip
+                share = tl.load(scratch + _SHARE).to(tl.float64, bitcast=True).to(U)
+                value = _weight(entry, i, inside, up, DTYPE, U) + share * delta
+                _write(entry, _WEIGHT, i, inside, _times(value, -up), DTYPE)
+                _write(entry, _FIRST, i, inside, _times(first, -up), DTYPE)
+
+
+@triton.jit
+def _move_bias(entry, i, inside, kappa, grad_scale, DTYPE: tl.constexpr):
+    """The output's bias by eq. (8) as it stands, no entry of g/κ counting for more than 1."""
+    gradient = _read(entry, _GRADIENT, i, inside, DTYPE).to(tl.float64) * _unscaled(grad_scale)
+    quotient = gradient / _times(kappa.to(tl.float64), _exponent(entry))
+    quotient = tl.minimum(tl.maximum(quotient, -1.0), 1.0)
+    quotient = tl.where(_number(entry, _NUMBERS + 7) != 0, -quotient, quotient)
+    value = _read(entry, _WEIGHT, i, inside, DTYPE).to(tl.float64) - _rate(entry, tl.full([], True, tl.int1)) * quotient
+    _write(entry, _WEIGHT, i, inside, value, DTYPE)
+
+
+@triton.jit
+def _move_in_coordinates(entry, rule, i, inside, up, kappa, DTYPE: tl.constexpr, U: tl.constexpr):
+    before, after = _number(rule, 0).to(U), _number(rule, 1).to(U)
+    correction, rate = _number(rule, 2).to(U), _number(rule, 3).to(U)
+    beta1, beta2 = _number(entry, _NUMBERS + 1), _number(entry, _NUMBERS + 2)
+    unit = tl.where(kappa > 0, _divide(tl.full(kappa.shape, 1, U), _sqrt(kappa)), 0.0)
+    g = _times(_read(entry, _GRADIENT, i, inside, DTYPE).to(U), -up) * unit * before * after
+    m, v = _read(entry, _FIRST, i, inside, DTYPE).to(U), _read(entry, _SECOND, i, inside, DTYPE).to(U)
+    m += (1 - beta1).to(U) * (g - m)
+    v = beta2.to(U) * v + (1 - beta2).to(U) * g * g
+    root = _sqrt(v * correction)
+    # Squares below the dtype's range belong to entries that are as good as on no path.
+    reached = root > 0
+    size = tl.where(reached, _divide(tl.abs(m), tl.where(reached, root + _number(entry, _NUMBERS + 4).to(U), 1.0)), 0.0)
+    step = _power(tl.minimum(size, 1.0), _number(entry, _NUMBERS + 3)) * rate * unit
+    value = _weight(entry, i, inside, up, DTYPE, U) - tl.where(m < 0, -step, step)
+    _write(entry, _WEIGHT, i, inside, _times(value, -up), DTYPE)
+    _write(entry, _FIRST, i, inside, m, DTYPE)
+    _write(entry, _SECOND, i, inside, v, DTYPE)
+
+
+# ---- on the host -----------------------------------------------------------------------------------------------------
+
+#: Numbers of a weight, by rule.
+_COUNTS = {"sgd": 5, "given": 0, "coordinates": 8}
+
+
+class _Shape(NamedTuple):
+    """Rows of a table: recurrent weights, all but the head's bias by rule "coordinates", and all without that of γ²;
+    and programs: of all, of ``moving`` and of ``rows``."""
+
+    recurrent: int
+    moving: int
+    rows: int
+    programs: int
+    weight_programs: int
+    pulling_programs: int
+
+
+#: Tables by all that they were made from. Training needs few: torch hands out the same memory again.
+_tables: OrderedDict[tuple[Any, ...], tuple[Tensor, _Shape]] = OrderedDict()
+_TABLES = 16
+
+
+def path_update_(
+    weights: Sequence[Tensor],
+    gradients: Sequence[Tensor | None],
+    first: Sequence[Tensor],
+    second: Sequence[Tensor],
+    counts: Sequence[Tensor],
+    constant: Tensor | None,
+    rates: Sequence[Tensor],
+    numbers: Sequence[float],
+    rule: str,
+    chains: int,
+    bidirectional: bool,
+    bias: bool,
+    head: bool,
+    head_bias: bool,
+    embedding: bool,
+    scale: int,
+    eps: float,
+    radius: float,
+    grad_scale: Tensor | None,
+    found_inf: Tensor | None,
+    kappas: Sequence[Tensor],
+    exponents: Tensor,
+    unit_exponents: Tensor,
+    entry_exponents: Sequence[Tensor],
+    log_path_norm: Tensor,
+) -> Tensor:
+    """The status, int64, 0-dim, on the device: 0 once the step is taken or left out; with any other it is left out.
+
+    Raises:
+        TypeError: tensors on different devices.
+        ValueError: arguments that do not fit.
+    """
+    structure = chains, bidirectional, bias, head, head_bias, embedding
+    moving = [i for i, g in enumerate(gradients) if g is not None]
+    _check(rule, structure, weights, len(moving), (first, second, counts), rates, numbers)
+    device = log_path_norm.device
+    if not moving:
+        return torch.zeros((), dtype=torch.int64, device=device)
+    copies: list[tuple[Tensor, Tensor]] = []
+
+    def dense(t: Tensor, written: bool = False) -> Tensor:
+        if t.is_contiguous():
+            return t
+        copy = t.contiguous()
+        if written:
+            copies.append((t, copy))
+        return copy
+
+    places = [dense(w, written=gradients[i] is not None) for i, w in enumerate(weights)]
+    slopes = [dense(g) for g in gradients if g is not None]
+    states = [[dense(t, written=True) for t in given] for given in (first, second, counts)]
+    factors, entries = [dense(k) for k in kappas], [dense(e) for e in entry_exponents]
+    units = dense(unit_exponents)
+    tensors = [*places, *slopes, *itertools.chain(*states), *rates, *factors, *entries, exponents, units]
+    if any(t.device != device and t.numel() > 0 for t in tensors):
+        devices = sorted({str(t.device) for t in tensors if t.numel() > 0} | {str(device)})
+        raise TypeError(f"the tensors of a step are on {', '.join(devices)}: move all of them to one device")
+
+    with on_device(log_path_norm):
+        made_from: tuple[Any, ...] = (
+            *structure,
+            rule,
+            tuple(numbers),
+            eps,
+            radius,
+            tuple(moving),
+            tuple(t.data_ptr() for t in tensors),
+            tuple(t.shape for t in (*places, *factors)),
+            tuple(t.dtype for t in (places[0], *rates)),
+            # Of this stream, on which the table's memory is its own, and filled.
+            torch.cuda.current_stream().cuda_stream if device.type == "cuda" else device,
+        )
+        capturing = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+        found = None if capturing else _tables.get(made_from)
+        if found is None:
+            rows, shape = _rows(rule, structure, moving, places, slopes, states, rates, numbers, eps, radius, factors,
+                                exponents, units, entries)  # fmt: skip
+            found = _on_device(rows, device, capturing), shape
+            if not capturing:
+                _tables[made_from] = found
+                while len(_tables) > _TABLES:
+                    _tables.popitem(last=False)
+        else:
+            _tables.move_to_end(made_from)
+        like = places[moving[0]]
+        status = _launch(*found, rule, like.dtype, factors[0].dtype, any(map(Tensor.numel, entries)), scale, eps > 0,
+                         radius > 0, log_path_norm, constant, grad_scale, found_inf)  # fmt: skip
+    for own, copy in copies:
+        own.copy_(copy)
+    # Autograd has to hear of a change behind its back.
+    changed = [*(weights[i] for i in moving), *first, *second, *counts, *([] if constant is None else [constant])]
+    torch.autograd.graph.increment_version(changed)
+    return status
+
+
+def _check(
+    rule: str,
+    structure: tuple[Any, ...],
+    weights: Sequence[Tensor],
+    moving: int,
+    states: tuple[Sequence[Tensor], ...],
+    rates: Sequence[Tensor],
+    numbers: Sequence[float],
+) -> None:
+    if rule not in _COUNTS:
+        raise ValueError(f"rule is {rule!r}; use one of {', '.join(map(repr, _COUNTS))}")
+    chains, _, bias, *ends = structure
+    expected = (4 if bias else 2) * chains + sum(ends)
+    if len(weights) != expected:
+        raise ValueError(f"there are {len(weights)} weights; these chains have {expected}")
+    each = _COUNTS[rule]
+    if each and len(numbers) not in (each, moving * each):
+        raise ValueError(f"there are {len(numbers)} numbers for {moving} gradients; give {each} once, or for each")
+    if len(rates) not in (0, 1, moving):
+        raise ValueError(f"there are {len(rates)} rates for {moving} gradients; give none, one, or one for each")
+    for given in states:
+        if len(given) not in (0, moving):
+            raise ValueError(f"there are {len(given)} tensors of state for {moving} gradients; give none, or each")
+
+
+def _launch(
+    table: Tensor,
+    shape: _Shape,
+    rule: str,
+    dtype: torch.dtype,
+    kappa_dtype: torch.dtype,
+    has_entries: bool,
+    scale: int,
+    damped: bool,
+    bounded: bool,
+    log_norm: Tensor,
+    constant: Tensor | None,
+    grad_scale: Tensor | None,
+    found_inf: Tensor | None,
+) -> Tensor:
+    recurrent, moving, rows, programs, weight_programs, pulling_programs = shape
+    all_rows = rows + (programs > pulling_programs)
+    slots = triton.next_power_of_2(all_rows)
+    status = torch.empty((), dtype=torch.int64, device=table.device)
+    size = _HEADER.value + _RULE.value * slots + 4 * programs
+    scratch = torch.empty(size, dtype=torch.int64, device=table.device)
+    bias, mass = (moving if moving < rows else -1), (rows if rows < all_rows else -1)
+    kind = {"GIVEN": rule == "given", "COORDINATES": rule == "coordinates", "SCALE": scale if rule == "sgd" else 0}
+    damped = damped and rule == "sgd"
+    of_entries = {"DAMPED": damped, "ENTRIES": has_entries, "DTYPE": _DTYPES[dtype], "KAPPA": _DTYPES[kappa_dtype]}
+    common = {"ROWS": slots}
+    wide = dtype == torch.float64 or damped or has_entries
+    options = {**kind, **of_entries, **common, "U": tl.float64 if wide else tl.float32, "LIMIT": torch.finfo(dtype).max}
+    if kind["SCALE"] == 2:
+        first = _measure_first[(programs,)]
+        first(table, scratch, rows, programs, log_norm, constant, grad_scale, **of_entries, **common, **whole(8))
+        _decide_first[(1,)](scratch, programs, constant, **common, **whole(4))
+    _measure[(programs,)](table, scratch, all_rows, programs, bias, mass, log_norm, grad_scale, **options, **whole(8))
+    _decide[(1,)](
+        table, scratch, status, recurrent, moving, rows, programs, weight_programs, pulling_programs, log_norm,
+        constant, found_inf, **kind, **common, BOUNDED=bounded, BIAS=bias >= 0, MASS=mass >= 0, **whole(4),
+    )  # fmt: skip
+    _apply[(pulling_programs,)](table, scratch, rows, bias, log_norm, grad_scale, **options, **whole(8))
+    return status
+
+
+def _rows(
+    rule: str,
+    structure: tuple[Any, ...],
+    moving: list[int],
+    weights: list[Tensor],
+    gradients: list[Tensor],
+    states: list[list[Tensor]],
+    rates: Sequence[Tensor],
+    numbers: Sequence[float],
+    eps: float,
+    radius: float,
+    kappas: list[Tensor],
+    exponents: Tensor,
+    units: Tensor,
+    entries: list[Tensor],
+) -> tuple[list[int], _Shape]:
+    """The table, row by row."""
+    chains, bidirectional, bias, head, head_bias, _ = structure
+    directions, per_chain, per_kappa = (2 if bidirectional else 1), (4 if bias else 2), (3 if bias else 2)
+    at_head = per_chain * chains if head else -1
+    at_bias = at_head + 1 if rule == "coordinates" and head_bias else -1
+    each, several = _COUNTS[rule], len(numbers) > _COUNTS[rule]
+
+    def own_numbers(s: int) -> list[float]:
+        own = list(numbers[s * each : (s + 1) * each] if several else numbers[:each])
+        if rates:
+            own[0] = 0.0
+        if rule == "sgd" and not (states[0] and states[0][s].numel()):  # no momentum where there is none of it
+            own[1] = own[3] = 0.0
+        return own + [0.0] * (8 - each)
+
+    def row(i: int, s: int | None, start: int) -> list[int]:
+        """Of weight i, the s-th of those that move; None: of γ²."""
+        chain, kind = divmod(i, per_chain)
+        of_chain = chain < chains
+        place = per_kappa * chain + min(kind, 2) if of_chain else i + (per_kappa - per_chain) * chains
+        reads = chain if kind == 1 else chain - chain % directions - directions if kind == 0 else -1
+        if not of_chain:
+            reads = chains - directions if i == at_head else -1
+        of_units = [units.data_ptr() + c * units.stride(0) * 8 if c >= 0 else 0
+                    for c in (chain if of_chain else -1, reads)]  # fmt: skip
+        weight, kappa = weights[i], kappas[place]
+        strides = kappa.expand_as(weight).stride()
+        state = [0 if s is None or not given else given[s].data_ptr() for given in states]
+        rate = None if s is None or not rates else rates[s if len(rates) > 1 else 0]
+        single = rate is not None and rate.dtype == torch.float32
+        return [
+            start,
+            weight.numel(),
+            weight.shape[1] if weight.dim() == 2 else 1,
+            kappa.data_ptr(),
+            strides[0],
+            strides[1] if weight.dim() == 2 else 0,
+            exponents.data_ptr() + place * exponents.stride(0) * 8,
+            entries[place].data_ptr(),
+            *of_units,
+            weight.data_ptr(),
+            (weight if s is None else gradients[s]).data_ptr(),
+            *state,
+            rate.data_ptr() if rate is not None and single else 0,
+            rate.data_ptr() if rate is not None and not single else 0,
+            4 * i,
+            *map(_float_bits, [eps, radius, *([0.0] * 8 if s is None else own_numbers(s))]),
+        ]
+
+    ranks = {s: (i == at_bias, not (i < per_chain * chains and i % per_chain == 1)) for s, i in enumerate(moving)}
+    order: list[tuple[int, int | None]] = [(moving[s], s) for s in sorted(ranks, key=ranks.__getitem__)]
+    rows_of_weights = sum(not is_bias for is_bias, _ in ranks.values())
+    if at_bias >= 0:
+        order.append((at_head, None))
+    table: list[int] = []
+    starts = [0]
+    for i, s in order:
+        table += row(i, s, starts[-1])
+        starts.append(starts[-1] + triton.cdiv(weights[i].numel(), _BLOCK.value))
+    shape = _Shape(
+        sum(rank == (False, False) for rank in ranks.values()),
+        rows_of_weights,
+        len(moving),
+        starts[-1],
+        starts[rows_of_weights],
+        starts[len(moving)],
+    )
+    return table, shape
+
+
+def _float_bits(x: float) -> int:
+    return struct.unpack("q", struct.pack("d", x))[0]
+
+
+def _on_device(values: list[int], device: torch.device, capturing: bool) -> Tensor:
+    if capturing:
+        # A copy would be from the host's memory again at every replay; the arguments of kernels stay in the graph.
+        table = torch.zeros(len(values), dtype=torch.int64, device=device)
+        torch._foreach_add_(table.unbind(), values)
+        return table
+    pinned = device.type != "cpu"
+    return torch.tensor(values, device="cpu", pin_memory=pinned).to(device, non_blocking=True)
