@@ -237,10 +237,6 @@ class Engine(Optimizer):
         """Of one weight, created where it has none; it becomes the optimiser's once the step is taken."""
         raise NotImplementedError
 
-    def _kernels(self, layout: Layout, weight: Tensor) -> bool:
-        """Whether the CPU's kernels take the step."""
-        return self._served(layout, weight) == "cpu"
-
     def _served(self, layout: Layout, weight: Tensor) -> str | None:
         """Whose kernels take the step, "cpu" or "triton"; None: it is taken in plain torch."""
         fused = self.param_groups[0]["fused"]

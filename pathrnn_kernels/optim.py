@@ -286,25 +286,17 @@ class _Ends(PathSGD):
     ) -> None:
         k = self._cached(weights)
         constant = self._constant_on(weights[0])
-        if self._kernels(layout, weights[0]):
-            status = path_update_(
-                written,
-                gradients,
-                [],
-                [],
-                [],
-                constant,
-                [],
-                given,
-                rule,
-                *layout.structure,  # type: ignore[misc]
-                SCALES[self.scale],
-                self.eps,
-                radius,
-                None,
-                None,
-                *raw(k, self.net),
-            )
+        served = self._served(layout, weights[0])
+        if served is not None:
+            # Weights, gradients, no state; then what ops/step.py has after it.
+            update = (written, gradients, [], [], [], constant, [], given, rule, *layout.structure)  # type: ignore[misc]
+            options = (SCALES[self.scale], self.eps, radius, None, None, *raw(k, self.net))
+            if served == "cpu":
+                status = path_update_(*update, *options)
+            else:
+                from .ops.triton.step import path_update_ as launch
+
+                status = int(launch(*update, *options))  # type: ignore[call-arg]
         else:
             recurrent = [f"rnn.weight_hh_{ending}" for ending in getattr(self.net, "endings", ())]
             entries = [

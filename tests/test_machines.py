@@ -263,7 +263,12 @@ class Optimiser(RuleBasedStateMachine):
             with pytest.raises(ValueError, match="for T is 1, but its gradient is not"):
                 self.optimizer.step()
             return
-        if self.kappa is not None and "rnn.weight_hh_l0" in moving and stuck and not self.kappa["rnn.weight_hh_l0"].any():
+        if (
+            self.kappa is not None
+            and "rnn.weight_hh_l0" in moving
+            and stuck
+            and not self.kappa["rnn.weight_hh_l0"].any()
+        ):
             # κ of a former step, for T = 1.
             with pytest.raises(ValueError, match="κ of rnn.weight_hh_l0 is 0, but its gradient is not"):
                 self.optimizer.step()

@@ -63,6 +63,22 @@ def test_steps_are_those_of_the_cpu(by_triton, kind):
         torch.testing.assert_close(p.cpu(), q, rtol=1e-9, atol=1e-11)
 
 
+@pytest.mark.parametrize("radius", (None, 1e-3))
+@pytest.mark.parametrize("scale", ("path_norm", "first_step"))
+def test_a_step_around_another_optimiser_is_that_of_the_cpu(by_triton, scale, radius):
+    nets = []
+    for backend in ("triton", "cpu"):
+        by_triton.setenv("PATHRNN_BACKEND", backend)
+        net = build(seed=1) if backend == "triton" else make(seed=1)
+        adam = torch.optim.Adam(net.parameters(), lr=0.01)
+        optimizer = pk.PathOptimizer(adam, net, scale=scale, trust_radius=radius)
+        for seed in range(3):
+            step(net, optimizer, seed)
+        nets.append(net)
+    for p, q in zip(*(net.parameters() for net in nets), strict=True):
+        torch.testing.assert_close(p.cpu(), q, rtol=1e-9, atol=1e-11)
+
+
 @kinds
 def test_three_launches_and_nothing_is_read(by_triton, kind):
     net = build()
