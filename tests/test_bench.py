@@ -282,6 +282,7 @@ def test_peak_memory_is_that_of_the_call():
     assert 39 < rows.memory.peak(lambda: torch.ones(10_000_000).sum(), measure.CPU) < 50
 
 
+@pytest.mark.slow
 def test_a_row_of_memory_asks_a_process_of_its_own(capsys):
     row = rows.build(Spec("backward", 300, 100, 50, 1, memory=True), measure.CPU)
     # nn.RNN keeps at least every h_t.

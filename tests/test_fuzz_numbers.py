@@ -92,6 +92,7 @@ def test_rounding_is_what_the_tolerance_says():
             assert exact_range.relative_error(short, long).max() <= fuzz_numbers.rounding(case) / 4
 
 
+@pytest.mark.slow
 def test_short_run():
     counts, worst = fuzz_numbers.run(0, 0, 2000)
     assert counts["cases"] == 2000 and counts["failures"] == 0, counts

@@ -5,6 +5,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).resolve().parents[1]
 
 # The gate itself with parts of its own; its children run this file again.
@@ -47,6 +49,7 @@ sys.exit(gpu_gate.main())
 """
 
 
+@pytest.mark.slow
 def test_a_bad_part_costs_no_other(tmp_path):
     script = tmp_path / "gate.py"
     script.write_text(PARTS)
@@ -66,6 +69,7 @@ def test_a_bad_part_costs_no_other(tmp_path):
     assert "first" in file.with_suffix(".md").read_text()
 
 
+@pytest.mark.slow
 def test_what_no_time_is_left_for_is_said(tmp_path):
     script = tmp_path / "gate.py"
     script.write_text(PARTS)

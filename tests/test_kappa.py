@@ -109,6 +109,7 @@ def test_sizes_that_no_cache_holds(hidden_size, num_layers, dtype, threads):
     ) * abs(gamma2.log())
 
 
+@pytest.mark.slow
 @pytest.mark.every_isa
 @DTYPES
 @pytest.mark.parametrize("seq_len, outputs", ((9, "all"), (60, "all"), (60, "last")))

@@ -13,6 +13,7 @@ ROOT = Path(__file__).parents[3]
 TIGHT = r"^(chains H=128 block float32|pair_sums H=128 float64|filtered H=2048 float32|(measure|decide) float64 step)$"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("target", ("sm_90", "gfx942"))
 def test_no_spills(target, tmp_path):
     command = [sys.executable, ROOT / "bench/triton_aot.py", "--targets", target, "--only", TIGHT]

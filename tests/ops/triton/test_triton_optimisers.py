@@ -16,7 +16,8 @@ from pathrnn_kernels.ops.triton import step as triton_step
 from pathrnn_kernels.rescale import node_rescale_
 
 # Backends are chosen by the environment, and the interpreter sums where nothing was initialised.
-pytestmark = [mark for mark in MARKS if mark.name != "usefixtures"]
+# Interpreted they take minutes; test_triton_step.py has the kernels one by one.
+pytestmark = [pytest.mark.slow, *(mark for mark in MARKS if mark.name != "usefixtures")]
 
 KINDS = {
     "sgd": lambda net, **o: pk.PathSGD(net, lr=0.1, scale="path_norm", trust_radius=0.1, **o),
