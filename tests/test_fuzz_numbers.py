@@ -1,6 +1,8 @@
 """The exact-range oracle against the definition and against autograd; a short run of fuzz_numbers.py."""
 
+import json
 import math
+from pathlib import Path
 
 import exact_range
 import fuzz_numbers
@@ -10,6 +12,9 @@ import torch
 from exact_range import Numbers, Shape
 
 import pathrnn_kernels as pk
+
+#: Cases that failed once, made small, as fuzz_numbers.py prints them.
+FOUND = Path(__file__).with_name("found.jsonl").read_text().splitlines()
 from pathrnn_kernels import reference
 from pathrnn_kernels.kappa import Scaled
 
@@ -90,6 +95,12 @@ def test_rounding_is_what_the_tolerance_says():
         case = fuzz_numbers.Case(shape, "float64", w)
         for short, long in zip(exact_range.chains(shape, w), exact_range.chains(shape, w, longer=True), strict=True):
             assert exact_range.relative_error(short, long).max() <= fuzz_numbers.rounding(case) / 4
+
+
+@pytest.mark.parametrize("case", FOUND, ids=lambda case: json.loads(case)["kind"])
+def test_what_was_found_stays_mended(case):
+    failure = fuzz_numbers.fails(fuzz_numbers.Case.from_json(case))
+    assert failure is None, failure.args
 
 
 @pytest.mark.slow

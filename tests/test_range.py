@@ -250,3 +250,20 @@ def test_the_gradient_of_the_path_norm_may_lie_anywhere(dtype, above, below):
     expected = [2.0 ** (1 + below + 2 * above), 0.0, 2.0 ** (1 + above + 2 * below)]
     for p, value in zip(net.parameters(), expected, strict=True):
         assert torch.equal(p.grad.flatten(), torch.tensor([value], dtype=dtype))
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.float64))
+def test_a_step_far_below_the_others_counts_where_they_do_not(dtype):
+    """Of a weight between a reverse and a forward direction both sequences are largest at one end: steps at the other,
+    2^-1000 beside them, are as good as those for some entries."""
+    rnn = pk.ReLURNN(1, 2, 2, bias=False, bidirectional=True, dtype=dtype)
+    net = pk.PathNetwork(rnn, outputs="last")
+    with torch.no_grad():
+        for p in net.parameters():
+            p.fill_(1.0) if p.shape[0] != p.shape[1] else p.zero_()
+        rnn.weight_hh_l0_reverse[0, 0] = 9.92
+        rnn.weight_hh_l1.copy_(torch.diag(torch.tensor([1.75, 1.0])))
+    for seq_len in range(2, 200):
+        k = pk.kappa(net, seq_len)
+        # h of the reverse unit 1 and δ of unit 1 of the layer above are 1 at every step.
+        assert k.dense("rnn.weight_ih_l1")[1, 3].item() == pytest.approx(seq_len, 1e-5), k.arithmetic

@@ -1029,15 +1029,19 @@ struct PairSum {
     }
     const int64_t own = j1 - j0, ld = h.row;
     const Closed<T> dc = d.closed(), hc = h.closed();
-    const int64_t factors = dc.count > 0 && hc.count > 0 ? 2 : 1;  // of a number that may have underflowed
-    missing = log2_above(n) + std::numeric_limits<T>::min_exponent + factors * kHighest<T>;
+    const int depth = dc.count + hc.count;
+    // What may have underflowed is a scaled row of d, which meets h; with a closed form a coefficient, which meets both.
+    const int64_t factors = depth > 0 ? 2 : 1;
+    missing = std::numeric_limits<T>::min_exponent + factors * kHighest<T>;
     const auto scale = [&](int64_t t) {
       const int64_t x = d.exponent[t] + h.exponent[t];
       const T s = power_of_two<T>(x - exponent);
-      drops = drops || (s == T(0) && x > kZeroExponent / 2);
+      if (s == T(0) && x > kZeroExponent / 2) {
+        drops = true;
+        missing = std::max(missing, x - exponent + d.largest[t] + h.largest[t] + 2);
+      }
       return s;
     };
-    const int depth = dc.count + hc.count;
     if (depth > 0) {
       // Row i of `right` meets the basis of d; the rows after them are the basis of h, met by sums over d.
       std::fill(right, right + dc.count * ld, T(0));
@@ -1081,6 +1085,7 @@ struct PairSum {
       }
     }
     if (depth > 0) products[count++] = {left, 1, own, right, ld, depth};
+    missing += log2_above(n);
   }
 
   // out = alpha · the sum, [j1 - j0, columns]. Returns whether an entry is below `least`, while it is in a cache.
