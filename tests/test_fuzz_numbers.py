@@ -12,11 +12,11 @@ import torch
 from exact_range import Numbers, Shape
 
 import pathrnn_kernels as pk
+from pathrnn_kernels import reference
+from pathrnn_kernels.kappa import Scaled
 
 #: Cases that failed once, made small, as fuzz_numbers.py prints them.
 FOUND = Path(__file__).with_name("found.jsonl").read_text().splitlines()
-from pathrnn_kernels import reference
-from pathrnn_kernels.kappa import Scaled
 
 
 def shapes(count, seed=0):
