@@ -642,12 +642,12 @@ def check_gradients(case, truth, net, places, tolerance, of_logarithm, check_log
 def check_rescaled(case, places, net, flat, k, found, options):
     """κ of the network rescaled by powers of two: the same bits."""
     s, info = case.shape, np.finfo(case.dtype)
-    arrays = {n: case.weights[at : at + math.prod(z)].reshape(z).copy() for n, (at, z) in places.items()}
     factors = {n: np.ones(z) for n, (_, z) in places.items()}
     alphas = np.exp2(np.array(case.rescaling, dtype=np.float64)).reshape(-1, s.hidden)
-    rescale(s, arrays, alphas)
     rescale(s, factors, alphas)
-    weights, factor = (np.concatenate([w.ravel() for w in tensors.values()]) for tensors in (arrays, factors))
+    factor = np.concatenate([w.ravel() for w in factors.values()])
+    # At once: one of two factors could take a weight below the normal numbers and the other bring it back, worn.
+    weights = np.ldexp(case.weights, np.frexp(factor)[1] - 1)
     for size in (np.abs(weights), np.abs(case.weights)):
         if ((size != 0) & (size < info.tiny)).any() or (size > info.max).any():
             return  # denormal entries lose bits
