@@ -193,12 +193,15 @@ class PathOptimizer(Optimizer):
             with torch.enable_grad():
                 loss = closure()
         held = [(name, p, p.grad) for name, p in self._parameters if p.grad is not None]
-        cached = self._ends._kappa
+        ends = self._ends
+        cached, constant = ends._kappa, ends._constant
+        lags = None if ends._lags is None else ends._lags.clone()
+        ends._constant = None if constant is None else constant.clone()  # written in place
         try:
             quotients = self._ends.quotients()
             self._base_step(held, quotients)
         except BaseException:
-            self._ends._kappa = cached
+            ends._kappa, ends._constant, ends._lags = cached, constant, lags
             raise
         if quotients:
             self._ends._taken()

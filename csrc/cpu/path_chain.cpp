@@ -183,7 +183,8 @@ void narrow(const Results& wide, Results& out) {
     // The largest mantissa is near 2^40.
     const int64_t shift = most == kZeroExponent ? 0 : most - 40;
     const bool common = least - shift >= std::numeric_limits<T>::min_exponent;
-    out.exponents.mutable_data_ptr<int64_t>()[i] = own + (common ? shift : 0);
+    // Entries' own exponents are those beside the largest, so that whoever goes on with them stays in range.
+    out.exponents.mutable_data_ptr<int64_t>()[i] = own + (common ? shift : most);
     int64_t* exponents = nullptr;
     if (!common) {
       out.entry_exponents[i] = at::zeros(wide.kappa[i].sizes(), out.exponents.options());
@@ -192,7 +193,7 @@ void narrow(const Results& wide, Results& out) {
     for (int64_t k = 0; k < n; ++k) {
       const int64_t e = from[k] == 0 ? 0 : common ? (entry ? entry[k] : 0) - shift : -std::ilogb(from[k]);
       to[k] = static_cast<T>(std::ldexp(from[k], static_cast<int>(e)));
-      if (exponents && from[k] != 0) exponents[k] = exponent(k);
+      if (exponents && from[k] != 0) exponents[k] = exponent(k) - most;
     }
   }
   out.unit_exponents = wide.unit_exponents;

@@ -252,7 +252,7 @@ class Step {
     // Both biases have one κ.
     const Tensor& factor = kappa_.factors[chains_.place(i)];
     const bool matrix = own.dim() == 2 && factor.sizes() == own.sizes() && factor.is_contiguous();
-    if (kappa_.own && matrix) w.spare = factor.mutable_data_ptr<T>();
+    if (kappa_.own && matrix && !w.entry_exponents) w.spare = factor.mutable_data_ptr<T>();
     views_.push_back(w);
     wide_ |= w.entry_exponents != nullptr;
   }
@@ -352,7 +352,10 @@ class Step {
           rule.damping = share.mantissa * power(share.exponent - divisor.exponent);
         }
         exponents[v] = divisor.exponent;
-        (scale / divisor).split(rule.before, rule.after);
+        const Number factor = scale / divisor;
+        // A float would not hold it beside a gradient: 0 times infinity is no step of 0.
+        wide_ |= std::abs(factor.exponent) > 60;
+        factor.split(rule.before, rule.after);
         rule.before *= unscaled * (n[4] != 0 ? -1 : 1);
         rule.rate = rate(v);
         rule.momentum = n[1];

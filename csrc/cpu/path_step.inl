@@ -185,7 +185,8 @@ void descent(const StepWeight<T>& w, const SgdRule& rule, int64_t i, int64_t n, 
   for (int64_t j = 0; j < end; j += Simd<U>::width) {
     const Vec<U> g = load(run.gradient + j), k = load(divisor + j);
     // On no path there is no step.
-    Vec<U> d = g * before / (k == Vec<U>{} ? infinity : k) * after;
+    const Vec<U> quotient = g * before / (k == Vec<U>{} ? infinity : k) * after;
+    Vec<U> d = k == Vec<U>{} ? g - g : quotient;
     if (rule.decay != 0) d += decay * load(run.weight + j);
     store(step + j, d);
     if (measure) {
