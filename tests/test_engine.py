@@ -625,3 +625,31 @@ def test_the_weights_versions_count_steps():
     optimizer.step()
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         y.backward()
+
+
+@FUSED
+@pytest.mark.parametrize("seq_len", (280, 400))
+def test_a_step_where_the_path_norm_leaves_float64(seq_len, fused):
+    """γ² is 2^1113 and more; γ²/κ is not."""
+    net = pk.PathNetwork(pk.ReLURNN(3, 4), nn.Linear(4, 2, bias=False), outputs="last")
+    with torch.no_grad():
+        net.rnn.weight_hh_l0.copy_(torch.diag(torch.tensor([4.0, 4.0, 0.25, 0.25])))
+    expected = net.rnn.weight_hh_l0[0, 0].item() - pk.kappa(net, seq_len).relative("rnn.weight_hh_l0")[0, 0].item()
+    optimizer = pk.PathSGD(net, lr=1.0, scale="path_norm", seq_len=seq_len, fused=fused)
+    for p in net.parameters():
+        p.grad = torch.zeros_like(p)
+    net.rnn.weight_hh_l0.grad[:2, :2] = 1
+    optimizer.step()
+    assert net.rnn.weight_hh_l0[0, 0].item() == pytest.approx(expected, abs=1e-5)
+
+
+def test_a_gradient_of_zero_moves_nothing_however_large_the_path_norm():
+    torch.manual_seed(0)
+    net = pk.PathNetwork(pk.ReLURNN(2, 64), nn.Linear(64, 3), outputs="last")
+    nn.init.normal_(net.rnn.weight_hh_l0, std=(2 / 64) ** 0.5)
+    before = copy.deepcopy(net)
+    optimizer = pk.PathSGD(net, lr=0.1, scale="path_norm", seq_len=300)
+    for p in net.parameters():
+        p.grad = torch.zeros_like(p)
+    optimizer.step()
+    assert all(torch.equal(p, q) for p, q in zip(net.parameters(), before.parameters(), strict=True))
