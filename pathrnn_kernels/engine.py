@@ -164,12 +164,11 @@ class Engine(Optimizer):
 
     def _watched(self) -> bool:
         """Whether anybody sees more of a step than what it does."""
-        hooks = _HOOKS
         return bool(
             self._optimizer_step_pre_hooks  # type: ignore[attr-defined]
             or self._optimizer_step_post_hooks  # type: ignore[attr-defined]
-            or hooks._global_optimizer_pre_hooks
-            or hooks._global_optimizer_post_hooks
+            or _HOOKS._global_optimizer_pre_hooks
+            or _HOOKS._global_optimizer_post_hooks
             or torch.autograd._profiler_enabled()  # type: ignore[attr-defined]
             or torch.compiler.is_compiling()
         )

@@ -198,13 +198,13 @@ class PathOptimizer(Optimizer):
         lags = None if ends._lags is None else ends._lags.clone()
         ends._constant = None if constant is None else constant.clone()  # written in place
         try:
-            quotients = self._ends.quotients()
+            quotients = ends.quotients()
             self._base_step(held, quotients)
         except BaseException:
             ends._kappa, ends._constant, ends._lags = cached, constant, lags
             raise
         if quotients:
-            self._ends._taken()
+            ends._taken()
         return loss
 
     def _base_step(self, held: Sequence[tuple[str, Tensor, Tensor]], quotients: dict[Tensor, Tensor]) -> None:
@@ -317,7 +317,7 @@ class _Ends(PathSGD):
             self._refuse(status, layout.names, weights[0].dtype)
 
     def _taken(self) -> None:
-        self._steps += 1
+        self._steps += 1  # every one: GradScaler does not call for those that it leaves out
         if self._steps % self.update_every == 0:
             self._kappa = None
 
