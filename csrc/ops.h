@@ -6,6 +6,8 @@
 #include <cstdint>
 #include <vector>
 
+#include "cpu/number.h"
+
 namespace pathrnn {
 
 // h_t = [W_ih x_t + b + W_hh h_{t-1}]_+ for t = 1 … T (Table 1 of the paper). A nan passes through.
@@ -113,17 +115,19 @@ struct StepWeight {
   T* second;  // and of its square, in path coordinates, which no rescaling changes
 };
 
-// Path-SGD: q = before · g / (κ + damping γ²) · after, eq. (8); the step is Δ = -rate (q + decay w), momentum included.
-// A step that is given has the weight after it in the gradient's place.
+// Path-SGD: q = quotient · g / (kappa_share κ + damping γ²), eq. (8); the step is Δ = -rate (q + decay w), momentum
+// included. A step that is given has the weight after it in the gradient's place.
 struct SgdRule {
-  double before, after;         // before < 0 climbs
-  double kappa_scale, damping;  // κ's and γ²'s share of the divisor
+  Number quotient, kappa_share, damping;  // quotient < 0 climbs; the others are κ's and γ²'s share of the divisor
+  double before, after;                   // quotient, in two factors
+  bool exact;                             // entry by entry as numbers of any size
   double rate, momentum, decay;
   bool nesterov;
   bool given;
-  bool bounded;   // whether the length of Δ is wanted
-  double limit;   // a larger |q| in the weight's own coordinates is lost
-  double factor;  // of the step: below 1 where the trust radius shortens it
+  bool bounded;          // whether the length of Δ is wanted
+  double limit;          // a larger |q| in the weight's own coordinates is lost
+  bool shortened;        // by the trust radius:
+  double factor, more;   // Δ is multiplied by both
 };
 
 // Steps in path coordinates p sqrt(κ)/γ, of the gradient g/sqrt(κ) · before · after, whose norm over all weights is 1:
@@ -132,11 +136,13 @@ struct CoordinateRule {
   double before, after;
   double beta1, beta2, correction, eps, power;
   double rate;
+  double limit;  // a weight that a finite gradient brings beyond is lost
 };
 
 // Of the entries that one call saw.
 struct StepSums {
-  double square;             // SGD: Σ kappa Δ²; otherwise Σ g²/kappa; both in those coordinates, exponents left out
+  Number square;             // SGD: Σ kappa Δ²; otherwise Σ g²/kappa; both in those coordinates, exponents left out
+  double largest_unit;       // 1/sqrt(kappa), of path coordinates
   bool lost, paths, pulled;  // a finite gradient's step is lost; some κ > 0; some gradient ≠ 0
 };
 

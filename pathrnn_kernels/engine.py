@@ -456,10 +456,11 @@ class Engine(Optimizer):
                 'PathNetwork(…, h0="ones") '
                 "has κ > 0"
             )
+        raise FloatingPointError(self._overflow(name, dtype))
+
+    def _overflow(self, name: str, dtype: torch.dtype) -> str:
         remedy = "a small eps, such as 1e-6" if self.scale == "path_norm" else "scale='path_norm'"
-        raise FloatingPointError(
-            f"the path-normalised gradient of {name} overflows {dtype} with scale={self.scale!r}: use {remedy}"
-        )
+        return f"the path-normalised gradient of {name} overflows {dtype} with scale={self.scale!r}: use {remedy}"
 
     #: What follows from a path norm of 0.
     _without_paths = "it has no path coordinates: initialise it"

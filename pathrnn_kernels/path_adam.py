@@ -72,6 +72,12 @@ class InCoordinates(Engine):
         first, second = ([state.get(key, _NONE) for state in states] for key in self.buffers)
         return first, second, [state["step"] for state in states]
 
+    def _overflow(self, name: str, dtype: torch.dtype) -> str:
+        return (
+            f"the step of {name} in path coordinates, γ/sqrt(κ), overflows {dtype}: one of its entries is on next to "
+            "no path; use a wider dtype, or lessen the growth of the other paths"
+        )
+
     def _decide(
         self,
         names: Sequence[str],

@@ -1,6 +1,7 @@
 """PathSGD, PathAdam and GatedPathSGD: one call a step, torch's conventions, and powers of two bit for bit."""
 
 import copy
+import functools
 import math
 import pickle
 
@@ -17,7 +18,7 @@ import pathrnn_kernels as pk
 from pathrnn_kernels.rescale import node_rescale_
 
 SEQ_LEN = 4
-F32 = torch.float32
+F32, F64 = torch.float32, torch.float64
 #: Builds of every optimiser, of which each step moves something.
 KINDS = {
     "sgd": lambda net, **o: pk.PathSGD(net, lr=0.1, scale="path_norm", trust_radius=0.1, **o),
@@ -653,3 +654,56 @@ def test_a_gradient_of_zero_moves_nothing_however_large_the_path_norm():
         p.grad = torch.zeros_like(p)
     optimizer.step()
     assert all(torch.equal(p, q) for p, q in zip(net.parameters(), before.parameters(), strict=True))
+
+
+@FUSED
+@pytest.mark.parametrize("seq_len", (100, 400))
+@pytest.mark.parametrize("kind", (pk.PathAdam, functools.partial(pk.GatedPathSGD, hold=0)), ids=("adam", "gate"))
+def test_a_step_in_path_coordinates_that_overflows_is_refused(kind, seq_len, fused):
+    """γ² is 2^400 and more by one direction; the last output sees one step of the other."""
+
+    def attempt(dtype):
+        torch.manual_seed(0)
+        rnn = pk.ReLURNN(3, 4, bidirectional=True, dtype=dtype)
+        net = pk.PathNetwork(rnn, nn.Linear(8, 2, dtype=dtype), outputs="last")
+        with torch.no_grad():
+            net.rnn.weight_hh_l0.copy_(4 * torch.eye(4))
+        optimizer = kind(net, seq_len=seq_len, fused=fused)
+        for p in net.parameters():
+            p.grad = torch.ones_like(p)
+        before = copy.deepcopy(net)
+        try:
+            optimizer.step()
+        finally:
+            if dtype == F32:
+                assert all(torch.equal(p, q) for p, q in zip(net.parameters(), before.parameters(), strict=True))
+                assert not optimizer.state
+        return net
+
+    with pytest.raises(FloatingPointError, match=r"the step of rnn.weight_ih_l0_reverse in path coordinates.*float32"):
+        attempt(F32)
+    assert all(p.isfinite().all() for p in attempt(F64).parameters())
+
+
+@FUSED
+@pytest.mark.parametrize("length", (1e200, 1e30, 1e-200))
+@pytest.mark.parametrize("kind", ("PathSGD", "PathOptimizer"))
+def test_the_trust_radius_bounds_steps_of_any_length(kind, length, fused):
+    """Also where the squares of the step leave float64."""
+    torch.manual_seed(0)
+    net = pk.PathNetwork(pk.ReLURNN(3, 4, dtype=F64), nn.Linear(4, 2, dtype=F64))
+    k, before = pk.kappa(net, 5), copy.deepcopy(net)
+    if kind == "PathSGD":
+        optimizer = pk.PathSGD(net, lr=length, trust_radius=0.01, seq_len=5, fused=fused)
+    else:
+        base = torch.optim.SGD(net.parameters(), lr=length)
+        optimizer = pk.PathOptimizer(base, net, trust_radius=0.01, seq_len=5)
+    for p in net.parameters():
+        p.grad = torch.randn_like(p)
+    optimizer.step()
+    square = sum(
+        ((new - old).square() / k.relative(name).clamp(max=1e300)).sum()
+        for (name, new), old in zip(net.named_parameters(), before.parameters(), strict=True)
+    )
+    expected = 0.01 if length > 1 else 0
+    assert square.sqrt().item() == pytest.approx(expected, rel=1e-9)

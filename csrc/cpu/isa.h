@@ -16,7 +16,6 @@
 #include <vector>
 
 #include "../ops.h"
-#include "number.h"
 #include "parallel.h"
 
 namespace pathrnn {
@@ -68,9 +67,10 @@ struct Kernels {
   StepSums (*sgd_measure[2])(const StepWeight<T>&, const SgdRule&, int64_t first, int64_t last);
   void (*sgd_apply[2])(const StepWeight<T>&, const SgdRule&, int64_t first, int64_t last);
   StepSums (*coordinate_measure[2])(const StepWeight<T>&, int64_t first, int64_t last);
-  void (*coordinate_apply[2])(const StepWeight<T>&, const CoordinateRule&, int64_t first, int64_t last);
-  double (*path_mass)(const StepWeight<T>&, int64_t first, int64_t last);
-  void (*raw_and_divided)(const StepWeight<T>&, const SgdRule&, int64_t first, int64_t last, double* raw, double* divided);
+  // Without `write` it says whether a finite gradient brings a weight beyond the limit, and changes nothing.
+  bool (*coordinate_apply[2])(const StepWeight<T>&, const CoordinateRule&, int64_t first, int64_t last, bool write);
+  Number (*path_mass)(const StepWeight<T>&, int64_t first, int64_t last);
+  void (*raw_and_divided)(const StepWeight<T>&, const SgdRule&, int64_t first, int64_t last, Number* raw, Number* divided);
   // out = 2 p κ · 2^exponent · scale.
   void (*norm_gradient)(const StepWeight<T>&, const Number& scale, int64_t first, int64_t last, T* out);
 };

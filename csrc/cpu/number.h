@@ -28,6 +28,19 @@ struct Number {
     const int64_t half = (exponent - (exponent & 1)) / 2;
     return {std::sqrt(exponent & 1 ? 2 * mantissa : mantissa), half};
   }
+  // The mantissa in [1, 2), or 0, or not finite.
+  Number normal() const {
+    if (mantissa == 0 || !std::isfinite(mantissa)) return {mantissa, 0};
+    const int own = std::ilogb(mantissa);
+    return {std::ldexp(mantissa, -own), exponent + own};
+  }
+  Number operator+(const Number& o) const {
+    if (o.mantissa == 0) return *this;
+    if (mantissa == 0) return o;
+    const Number a = normal(), b = o.normal();
+    const int64_t most = std::max(a.exponent, b.exponent);
+    return {a.mantissa * power(a.exponent - most) + b.mantissa * power(b.exponent - most), most};
+  }
   Number operator*(const Number& o) const { return {mantissa * o.mantissa, exponent + o.exponent}; }
   Number operator/(const Number& o) const { return {mantissa / o.mantissa, exponent - o.exponent}; }
   // In two factors, so that what is multiplied with one after the other may be out of range in between.
@@ -36,6 +49,8 @@ struct Number {
     after = mantissa * power(exponent - exponent / 2);
   }
   double value() const { return mantissa * power(exponent / 2) * power(exponent - exponent / 2); }
+  // Whether it is a number of a float's range, with room for another of that range beside it; so is 0.
+  bool moderate(int64_t bits) const { return mantissa == 0 || std::abs(normal().exponent) <= bits; }
 };
 
 }  // namespace pathrnn

@@ -14,6 +14,9 @@ using at::Tensor;
 using at::TensorList;
 using std::optional;
 
+// Exponents beside which a float32 number of a training step stays in range, and a float64 number of any step.
+constexpr int64_t kModerate = 60, kFar = 900;
+
 constexpr double kInfinity = std::numeric_limits<double>::infinity();
 
 // Entries whose sums are one number, whatever the number of threads; and those that a thread takes at least: fewer where
@@ -23,19 +26,8 @@ constexpr int64_t kTileEntries = 4096, kShareEntries = 1 << 16, kTeamShareEntrie
 // What a step returns when it has changed nothing; optim's sentences say what to do. Those of one weight add 4 times its
 // place in `weights`.
 enum Status : int64_t { kDone = 0, kNoPath = 1, kNoConstant = 2, kUnbounded = 3, kLost = 4, kUnreached = 5 };
-
-// Σ of numbers that are not negative.
-Number sum(const std::vector<Number>& numbers) {
-  int64_t most = kZeroExponent;
-  for (const Number& n : numbers) {
-    if (n.mantissa != 0) most = std::max(most, n.exponent + (std::isfinite(n.mantissa) ? std::ilogb(n.mantissa) : 0));
-  }
-  Number result{0, most};
-  for (const Number& n : numbers) {
-    if (n.mantissa != 0) result.mantissa += n.mantissa * power(n.exponent - most);
-  }
-  return result;
-}
+// Not for them: float32 does not hold what the step needs, and κ may be gone; it is to be taken in float64.
+constexpr int64_t kNarrow = -1;
 
 struct Chains {
   int64_t count;
@@ -60,6 +52,7 @@ struct Kappa {
   TensorList entry_exponents;
   double log_path_norm;
   bool own;  // nobody else's: its memory may be written to
+  bool wide;  // whether the arithmetic is float64 from the start
   bool by_team = false;
 };
 
@@ -92,7 +85,7 @@ constexpr int64_t kSgdNumbers = 5, kCoordinateNumbers = 8, kGivenNumbers = 0;
 template <typename T>
 class Step {
  public:
-  Step(const Arguments& a, const Kappa& kappa) : a_(a), kappa_(kappa), chains_(a.chains) {
+  Step(const Arguments& a, const Kappa& kappa) : a_(a), kappa_(kappa), chains_(a.chains), wide_(kappa.wide) {
     tables();
     for (size_t i = 0; i < a.weights.size(); ++i) {
       if (!a.gradients[i]) continue;
@@ -296,7 +289,8 @@ class Step {
     std::vector<StepSums> result(views_.size());
     for (size_t t = 0; t < tiles.size(); ++t) {
       StepSums& sums = result[tiles[t].weight];
-      sums.square += parts[t].square;
+      sums.square = sums.square + parts[t].square;
+      sums.largest_unit = std::max(sums.largest_unit, parts[t].largest_unit);
       sums.lost |= parts[t].lost;
       sums.paths |= parts[t].paths;
       sums.pulled |= parts[t].pulled;
@@ -312,12 +306,17 @@ class Step {
     }
     return false;
   }
+  static bool all_finite(const StepWeight<T>& w) {
+    return std::all_of(w.gradient, w.gradient + w.size, [](T g) { return std::isfinite(g); });
+  }
+  int64_t lost(size_t v) const { return sizeof(T) < sizeof(double) && !wide_ ? kNarrow : kLost + 4 * moving_[v]; }
+  // A square that is not finite is no length, unless of gradients that are not either: torch's optimisers take those.
   int64_t refused(const std::vector<StepSums>& sums) const {
     for (size_t v = 0; v < views_.size(); ++v) {
       if (chains_.recurrent(moving_[v]) && sums[v].pulled && !sums[v].paths) return kUnreached + 4 * moving_[v];
     }
     for (size_t v = 0; v < views_.size(); ++v) {
-      if (sums[v].lost) return kLost + 4 * moving_[v];
+      if (sums[v].lost || (!std::isfinite(sums[v].square.mantissa) && all_finite(views_[v]))) return lost(v);
     }
     return kDone;
   }
@@ -330,38 +329,46 @@ class Step {
     wide_ |= a_.eps > 0;
     const double unscaled = a_.grad_scale ? 1 / scalar(*a_.grad_scale) : 1;
     std::vector<SgdRule> rules(views_.size());
-    std::vector<int64_t> exponents(views_.size());  // of the divisors
     const auto set = [&](const Number& scale) {
       for (size_t v = 0; v < views_.size(); ++v) {
         SgdRule& rule = rules[v];
         rule = SgdRule{};
         rule.bounded = a_.radius > 0;
-        rule.factor = 1;
         if (given) {
           rule.given = true;
           rule.rate = -1;
+          rule.factor = 1;
+          rule.more = 1;
           continue;
         }
         const double* const n = numbers(v);
         Number divisor{1, views_[v].exponent};
-        rule.kappa_scale = 1;
+        rule.kappa_share = {1, 0};
         if (a_.eps > 0 && norm.mantissa > 0) {
           const Number share = norm * Number{a_.eps, 0};
           divisor.exponent = std::max(divisor.exponent, share.exponent);
-          rule.kappa_scale = power(views_[v].exponent - divisor.exponent);
-          rule.damping = share.mantissa * power(share.exponent - divisor.exponent);
+          rule.kappa_share.exponent = views_[v].exponent - divisor.exponent;
+          rule.damping = {share.mantissa, share.exponent - divisor.exponent};
         }
-        exponents[v] = divisor.exponent;
-        const Number factor = scale / divisor;
-        // A float would not hold it beside a gradient: 0 times infinity is no step of 0.
-        wide_ |= std::abs(factor.exponent) > 60;
-        factor.split(rule.before, rule.after);
-        rule.before *= unscaled * (n[4] != 0 ? -1 : 1);
+        rule.quotient = (scale * Number{n[4] != 0 ? -unscaled : unscaled, 0} / divisor).normal();
+        // In one factor where it can do no harm: nothing leaves the range in between that comes back.
+        if (std::abs(rule.quotient.exponent) <= kModerate) {
+          rule.before = power(std::max<int64_t>(rule.quotient.exponent, 0));
+          rule.after = rule.quotient.mantissa * power(std::min<int64_t>(rule.quotient.exponent, 0));
+        } else {
+          rule.quotient.split(rule.before, rule.after);
+        }
+        rule.exact = views_[v].entry_exponents || std::abs(rule.quotient.exponent) > kFar ||
+                     rule.kappa_share.exponent < -kFar || rule.damping.exponent < -kFar;
         rule.rate = rate(v);
+        // A float would not hold it beside a gradient: 0 times infinity is no step of 0.
+        wide_ |= rule.exact || !rule.quotient.moderate(kModerate) || !Number{rule.rate, 0}.moderate(kModerate);
         rule.momentum = n[1];
         rule.decay = n[2];
         rule.nesterov = n[3] != 0;
         rule.limit = limit_;
+        rule.factor = views_[v].first ? 1 : -rule.rate;
+        rule.more = 1;
       }
     };
     Number scale{1, 0};
@@ -371,7 +378,7 @@ class Step {
       constant = scalar(*a_.constant);
       if (std::isnan(constant)) {
         set(scale);
-        constant = first_constant(rules, exponents);
+        constant = first_constant(rules);
         if (std::isnan(constant)) return kNoConstant;
       }
       if (std::isfinite(constant)) scale = Number::exp(constant);
@@ -386,12 +393,21 @@ class Step {
     const std::vector<StepSums> sums = gather(all, parts);
     if (const int64_t status = refused(sums); status != kDone) return status;
     if (a_.radius > 0 && !no_path) {
-      std::vector<Number> squares;
-      for (size_t v = 0; v < views_.size(); ++v) squares.push_back({sums[v].square, views_[v].exponent});
-      const double length = (sum(squares) / norm).root().value();
+      Number square;
+      for (size_t v = 0; v < views_.size(); ++v) {
+        square = square + sums[v].square * Number{1, views_[v].exponent};
+      }
+      const Number length = (square / norm).normal().root() / Number{a_.radius, 0};
       // nan, from a gradient that is not finite, compares false: torch's own optimisers let it through too.
-      if (length > a_.radius && std::isfinite(length)) {
-        for (SgdRule& rule : rules) rule.factor = a_.radius / length;
+      if (std::isfinite(length.mantissa) && length.value() > 1) {
+        for (size_t v = 0; v < views_.size(); ++v) {
+          SgdRule& rule = rules[v];
+          const Number factor = (Number{rule.factor, 0}.normal() / length).normal();
+          if (sizeof(T) < sizeof(double) && !wide_ && !factor.moderate(kModerate)) return kNarrow;
+          rule.shortened = true;
+          if (factor.moderate(kFar)) rule.factor = factor.value();
+          else factor.split(rule.factor, rule.more);
+        }
       }
     }
     over(all, [&](int64_t, const Tile& tile) {
@@ -402,20 +418,17 @@ class Step {
   }
 
   // log(‖g‖ / ‖g/κ‖); infinity where either is 0, for then no step is taken that could fix it; nan where it is none.
-  double first_constant(const std::vector<SgdRule>& rules, const std::vector<int64_t>& exponents) {
-    std::vector<Number> raw, divided;
+  double first_constant(const std::vector<SgdRule>& rules) {
+    Number raw, divided;
     for (size_t v = 0; v < views_.size(); ++v) {
-      SgdRule rule = rules[v];
-      rule.before = rule.after = 1;
-      double r = 0, d = 0;
-      kernels<T>().raw_and_divided(views_[v], rule, 0, views_[v].size, &r, &d);
-      raw.push_back({r, 0});
-      divided.push_back({d, -2 * exponents[v]});
+      Number r, d;
+      kernels<T>().raw_and_divided(views_[v], rules[v], 0, views_[v].size, &r, &d);
+      raw = raw + r;
+      divided = divided + d;
     }
-    const Number r = sum(raw), d = sum(divided);
-    if (r.mantissa == 0 || d.mantissa == 0) return kInfinity;
-    if (!std::isfinite(r.mantissa) || !std::isfinite(d.mantissa)) return std::numeric_limits<double>::quiet_NaN();
-    return (r.log() - d.log()) / 2;
+    if (raw.mantissa == 0 || divided.mantissa == 0) return kInfinity;
+    if (!std::isfinite(raw.mantissa) || !std::isfinite(divided.mantissa)) return std::numeric_limits<double>::quiet_NaN();
+    return (raw.log() - divided.log()) / 2;
   }
 
   int64_t coordinates() {
@@ -431,7 +444,7 @@ class Step {
     Number norm = Number::exp(kappa_.log_path_norm);
     if (bias_at >= 0) {  // γ² of the paths through the RNN: all that end with a weight of the head
       const StepWeight<T> head = view(bias_at - 1, false);
-      norm = {kernels<T>().path_mass(head, 0, head.size), head.exponent};
+      norm = kernels<T>().path_mass(head, 0, head.size) * Number{1, head.exponent};
     }
     if (norm.mantissa == 0) return pulled() ? kNoPath : kDone;
     if (!std::isfinite(norm.mantissa)) return kUnbounded;
@@ -446,27 +459,25 @@ class Step {
     if (const int64_t status = refused(sums); status != kDone) return status;
 
     int64_t hold = 0;
+    Number square;
     for (size_t v = 0; v < views_.size(); ++v) {
-      if (static_cast<int64_t>(v) != bias) hold = static_cast<int64_t>(numbers(v)[5]);
+      if (static_cast<int64_t>(v) == bias) continue;
+      hold = static_cast<int64_t>(numbers(v)[5]);
+      square = square + sums[v].square * Number{1, -views_[v].exponent};
     }
-    if (bias >= 0) {
-      move_bias(bias, unscaled);
-      if (count(bias) <= hold) return kDone;
-    }
-    std::vector<Number> squares;
-    for (size_t v = 0; v < views_.size(); ++v) {
-      if (static_cast<int64_t>(v) != bias) squares.push_back({sums[v].square, -views_[v].exponent});
-    }
-    const Number length = sum(squares).root();
-    if (!(length.mantissa > 0) || !std::isfinite(length.mantissa)) return kDone;
+    const Number length = square.normal().root();
+    const bool held = bias >= 0 && count(bias) + 1 <= hold;
+    const bool moves = !held && length.mantissa > 0 && std::isfinite(length.mantissa);
     std::vector<CoordinateRule> rules(views_.size());
-    for (size_t v = 0; v < views_.size(); ++v) {
+    std::vector<bool> near(views_.size(), true);  // a step beyond the limit is out of the question
+    for (size_t v = 0; moves && v < views_.size(); ++v) {
       if (static_cast<int64_t>(v) == bias) continue;
       const double* const n = numbers(v);
       CoordinateRule& rule = rules[v];
-      const double steps = ++count(v);
+      const double steps = count(v) + 1;
       const Number root = Number{1, -views_[v].exponent}.root();  // of κ's scale: 1/sqrt(κ) = root / sqrt(kappa)
-      (root / length).split(rule.before, rule.after);
+      const Number quotient = (root / length).normal();
+      quotient.split(rule.before, rule.after);
       if (n[7] != 0) rule.before = -rule.before;
       rule.beta1 = n[1];
       rule.beta2 = n[2];
@@ -474,10 +485,29 @@ class Step {
       rule.power = n[3];
       rule.eps = n[4];
       const double share = std::min(1.0, steps / std::max(n[6], 1.0));
-      rule.rate = (norm.root() * root).value() * rate(v) * share / std::sqrt(static_cast<double>(views_[v].size));
+      const Number longest = norm.root() * root * Number{rate(v) * share / std::sqrt(static_cast<double>(views_[v].size)), 0};
+      rule.rate = longest.normal().value();
+      rule.limit = limit_;
+      if (sizeof(T) < sizeof(double) && !wide_ && !(quotient.moderate(2 * kModerate) && longest.moderate(kModerate))) {
+        return kNarrow;
+      }
+      // What is added to the largest number that there is must be some 2^26 times smaller than it to be lost in rounding.
+      const double most = std::abs(rule.rate) * sums[v].largest_unit * power(2 * spread_);
+      near[v] = most <= limit_ * 0x1p-26;
+    }
+    for (const Tile& tile : all) {
+      const auto apply = kernel.coordinate_apply[wide_];
+      if (!near[tile.weight] && apply(views_[tile.weight], rules[tile.weight], tile.first, tile.last, false)) {
+        return lost(tile.weight);
+      }
+    }
+    if (bias >= 0) move_bias(bias, unscaled);
+    if (!moves) return kDone;
+    for (size_t v = 0; v < views_.size(); ++v) {
+      if (static_cast<int64_t>(v) != bias) ++count(v);
     }
     over(all, [&](int64_t, const Tile& tile) {
-      kernel.coordinate_apply[wide_](views_[tile.weight], rules[tile.weight], tile.first, tile.last);
+      kernel.coordinate_apply[wide_](views_[tile.weight], rules[tile.weight], tile.first, tile.last, true);
     });
     return kDone;
   }
@@ -511,7 +541,7 @@ class Step {
   Chains chains_;
   std::vector<int64_t> moving_, up_, down_;
   std::vector<T> power_up_, power_down_;
-  bool tables_ = true, wide_ = false;
+  bool tables_ = true, wide_;
   int64_t spread_ = 0;
   std::vector<StepWeight<T>> views_;
   std::vector<Tensor> kept_;
@@ -629,7 +659,11 @@ int64_t path_update(TensorList weights, const c10::List<optional<Tensor>>& gradi
   Arguments a{weights, list(gradients), first, second, counts, constant, rates, numbers, rule,
               {chains, bidirectional, bias, head, head_bias, embedding}, scale, eps, radius, grad_scale, found_inf};
   check_scalar(log_path_norm, "log_path_norm");
-  return step(std::move(a), {kappas, exponents, unit_exponents, entry_exponents, scalar(log_path_norm), false});
+  Kappa kappa{kappas, exponents, unit_exponents, entry_exponents, scalar(log_path_norm), false, false};
+  const int64_t status = step(a, kappa);
+  if (status != kNarrow) return status;
+  kappa.wide = true;
+  return step(a, kappa);
 }
 
 std::vector<Tensor> path_norm_gradients(TensorList weights, int64_t chains, bool bidirectional, bool bias, bool head,
@@ -638,7 +672,7 @@ std::vector<Tensor> path_norm_gradients(TensorList weights, int64_t chains, bool
                                         TensorList entry_exponents, const Tensor& log_path_norm) {
   const Arguments a{weights, std::vector<optional<Tensor>>(weights.size()), {}, {}, {}, {}, {}, {}, "",
                     {chains, bidirectional, bias, head, head_bias, embedding}, 0, 0, 0, {}, {}};
-  const Kappa kappa{kappas, exponents, unit_exponents, entry_exponents, 0, false};
+  const Kappa kappa{kappas, exponents, unit_exponents, entry_exponents, 0, false, false};
   check_structure(a, kappa);
   check_scalar(grad, "grad");
   check_scalar(log_path_norm, "log_path_norm");
@@ -696,13 +730,17 @@ int64_t path_step_op(TensorList weights, const std::vector<optional<Tensor>>& gr
     // One less than the last κ needed, so that the number can shrink again.
     for (int64_t c = 0; c < chains; ++c) first_lags.push_back(std::max<int64_t>(former[c] - 1, 0));
   }
-  const PathChainResult found =
-      path_chain_op(kinds[0], kinds[1], kinds[2], kinds[3], rest[0], rest[1], rest[2], seq_len, last_only, ones_h0,
-                    true, second_factor, rtol, first_lags, workspace_bytes, bidirectional);
-  const auto& [kappas, exponents, unit_exponents, entry_exponents, log_path_norm, counted, bounds, arithmetic] = found;
-  const int64_t status =
-      step(std::move(a), {kappas, exponents, unit_exponents, entry_exponents, scalar(log_path_norm), true,
-                           path_chain_threads(chains, seq_len, kinds[1][0].size(0), second_factor > 0, 0) > 1});
+  const bool by_team = path_chain_threads(chains, seq_len, kinds[1][0].size(0), second_factor > 0, 0) > 1;
+  Tensor counted;
+  const auto attempt = [&](bool in_double) {
+    const auto [kappas, exponents, unit_exponents, entry_exponents, log_path_norm, found, bounds, arithmetic] =
+        path_chain_op(kinds[0], kinds[1], kinds[2], kinds[3], rest[0], rest[1], rest[2], seq_len, last_only, ones_h0,
+                      true, second_factor, rtol, first_lags, workspace_bytes, bidirectional);
+    counted = found;
+    return step(a, {kappas, exponents, unit_exponents, entry_exponents, scalar(log_path_norm), true, in_double, by_team});
+  };
+  int64_t status = attempt(false);
+  if (status == kNarrow) status = attempt(true);  // a first one may have written over κ
   if (status == kDone && lags) {
     const int64_t* const now = counted.const_data_ptr<int64_t>();
     // Where all lags were summed there is nothing to start from.

@@ -59,12 +59,12 @@ void shift(const StepWeight<T>& w, int64_t i, int64_t n, const In* in, Out* out)
   });
 }
 
-// The run's κ, without `exponent`, in whole vectors: entries beyond the last are 1.
+// The run's κ, without exponents, in whole vectors: entries beyond the last are 1.
 template <typename T, typename U>
 const U* gather_kappa(const StepWeight<T>& w, int64_t i, int64_t n, U* out) {
   const bool dense = w.row_stride == w.columns && w.column_stride == 1;
   if constexpr (std::is_same_v<T, U>) {
-    if (dense && !w.entry_exponents && n % Simd<U>::width == 0) return w.kappa + i;
+    if (dense && n % Simd<U>::width == 0) return w.kappa + i;
   }
   for_rows(w.columns, i, n, [&](int64_t row, int64_t column, int64_t j, int64_t m) {
     const int64_t at = row * w.row_stride + column * w.column_stride;
@@ -73,12 +73,6 @@ const U* gather_kappa(const StepWeight<T>& w, int64_t i, int64_t n, U* out) {
       std::fill(out + j, out + j + m, static_cast<U>(*from));
     } else {
       for (int64_t q = 0; q < m; ++q) out[j + q] = static_cast<U>(from[q]);
-    }
-    if (w.entry_exponents) {
-      const int64_t* const e = w.entry_exponents + at;
-      for (int64_t q = 0; q < m; ++q) {
-        out[j + q] *= static_cast<U>(power_of_two(std::clamp<int64_t>(e[q * w.column_stride], -1000, 1000)));
-      }
     }
   });
   std::fill(out + n, out + padded<U>(n), U(1));
@@ -98,9 +92,30 @@ void gather_weight(const StepWeight<T>& w, int64_t i, int64_t n, Run<U>& run) {
   std::fill(run.weight + n, run.weight + padded<U>(n), U(0));
 }
 
-// Σ a b² of a run, in U where that loses nothing of note, else in double.
+// The κ of one entry, without `exponent`; `at` by its strides.
+template <typename T>
+Number entry_kappa(const StepWeight<T>& w, int64_t at) {
+  return {static_cast<double>(w.kappa[at]), w.entry_exponents ? w.entry_exponents[at] : 0};
+}
+
+// Calls f(j, at) for entries i + j, j < n, `at` being where κ has them.
+template <typename T, typename F>
+void for_entries(const StepWeight<T>& w, int64_t i, int64_t n, const F& f) {
+  for_rows(w.columns, i, n, [&](int64_t row, int64_t column, int64_t j, int64_t m) {
+    for (int64_t q = 0; q < m; ++q) f(j + q, row * w.row_stride + (column + q) * w.column_stride);
+  });
+}
+
+// A sum of squares: in double while it is in range, and what is not.
+struct Squares {
+  double near = 0;
+  Number far;
+  Number total() const { return far + Number{near, 0}; }
+};
+
+// Adds Σ a b² of a run (b² without a), in U where that loses nothing of note, else in double or as numbers of any size.
 template <typename U>
-double square_sum(const U* a, const U* b, int64_t end) {
+void add_squares(const U* a, const U* b, int64_t end, Squares& squares) {
   constexpr int64_t width = Simd<U>::width, part = Simd<double>::width;
   Vec<U> sum{}, most{};
   for (int64_t j = 0; j < end; j += width) {
@@ -109,27 +124,40 @@ double square_sum(const U* a, const U* b, int64_t end) {
     sum += square;
     most = square > most ? square : most;
   }
-  if constexpr (sizeof(U) < sizeof(double)) {
-    // Terms below the range are then as nothing beside the largest, and none is above it.
-    const double largest = static_cast<double>(largest_lane<U>(most));
-    if (!(largest >= 0x1p-60 && largest <= 0x1p100)) {
-      Vec<double> wide{};
-      typedef U Part __attribute__((vector_size(sizeof(U) * part)));
-      for (int64_t j = 0; j < end; j += part) {
-        Part x, y;
-        std::memcpy(&x, b + j, sizeof(x));
-        const Vec<double> v = __builtin_convertvector(x, Vec<double>);
-        if (a) std::memcpy(&y, a + j, sizeof(y));
-        wide += a ? v * v * __builtin_convertvector(y, Vec<double>) : v * v;
-      }
-      double total = 0;
-      for (int64_t l = 0; l < part; ++l) total += wide[l];
-      return total;
+  // Terms below the range are then as nothing beside the largest, and none is above it.
+  const double largest = static_cast<double>(largest_lane<U>(most));
+  const bool single = sizeof(U) < sizeof(double);
+  if (largest >= (single ? 0x1p-60 : 0x1p-800) && largest <= (single ? 0x1p100 : 0x1p900)) {
+    for (int64_t l = 0; l < width; ++l) squares.near += static_cast<double>(sum[l]);
+    return;
+  }
+  if constexpr (single) {
+    Vec<double> wide{};
+    typedef U Part __attribute__((vector_size(sizeof(U) * part)));
+    for (int64_t j = 0; j < end; j += part) {
+      Part x, y;
+      std::memcpy(&x, b + j, sizeof(x));
+      const Vec<double> v = __builtin_convertvector(x, Vec<double>);
+      if (a) std::memcpy(&y, a + j, sizeof(y));
+      wide += a ? v * v * __builtin_convertvector(y, Vec<double>) : v * v;
+    }
+    for (int64_t l = 0; l < part; ++l) squares.near += wide[l];
+  } else {
+    for (int64_t j = 0; j < end; ++j) {
+      const Number x = Number{b[j], 0}.normal();
+      if (x.mantissa != 0) squares.far = squares.far + x * x * Number{a ? a[j] : 1.0, 0}.normal();
     }
   }
-  double total = 0;
-  for (int64_t l = 0; l < width; ++l) total += static_cast<double>(sum[l]);
-  return total;
+}
+
+// Σ κ b², without `exponent`; `kappa` is gathered.
+template <typename T, typename U>
+void add_lengths(const StepWeight<T>& w, int64_t i, int64_t n, const U* kappa, const U* b, Squares& squares) {
+  if (!w.entry_exponents) return add_squares(kappa, b, padded<U>(n), squares);
+  for_entries(w, i, n, [&](int64_t j, int64_t at) {
+    const Number x = Number{static_cast<double>(b[j]), 0}.normal();
+    if (x.mantissa != 0) squares.far = squares.far + x * x * entry_kappa(w, at).normal();
+  });
 }
 
 // The largest |x|; a nan is none.
@@ -153,6 +181,22 @@ bool lost_entries(const StepWeight<T>& w, double limit, int64_t i, int64_t n, co
   return lost;
 }
 
+// d of entries [i, i + n) one by one, as numbers of any size.
+template <typename T, typename U>
+void exact_descent(const StepWeight<T>& w, const SgdRule& rule, int64_t i, int64_t n, const Run<U>& run, U* step) {
+  for_entries(w, i, n, [&](int64_t j, int64_t at) {
+    Number divisor = entry_kappa(w, at) * rule.kappa_share;
+    const int64_t row = (i + j) / w.columns, column = (i + j) % w.columns;
+    const int64_t e = (w.row ? w.row[row] : 0) + (w.column ? w.column[column] : 0);
+    if (rule.damping.mantissa != 0) divisor = divisor + rule.damping * Number{1, -2 * e};
+    const double g = static_cast<double>(w.gradient[i + j]);
+    double d = g - g;
+    if (divisor.mantissa != 0) d = (Number{g, -e}.normal() * rule.quotient / divisor.normal()).normal().value();
+    if (rule.decay != 0) d += rule.decay * static_cast<double>(run.weight[j]);
+    step[j] = static_cast<U>(d);
+  });
+}
+
 // The quotient with the decay, d, into `step`, of whole vectors.
 template <typename T, typename U, bool measure>
 void descent(const StepWeight<T>& w, const SgdRule& rule, int64_t i, int64_t n, Run<U>& run, const U* kappa, U* step,
@@ -170,17 +214,19 @@ void descent(const StepWeight<T>& w, const SgdRule& rule, int64_t i, int64_t n, 
   const U before = static_cast<U>(rule.before), after = static_cast<U>(rule.after);
   const U decay = static_cast<U>(rule.decay);
   const U* divisor = kappa;
-  if (rule.damping != 0) {
+  if (rule.damping.mantissa != 0) {
     // γ² is one number for all weights: its share is 2^-2e of it.
-    std::fill(run.second, run.second + n, static_cast<U>(std::sqrt(rule.damping)));
+    const double share = rule.kappa_share.value();
+    std::fill(run.second, run.second + n, static_cast<U>(std::sqrt(rule.damping.value())));
     shift<true, U>(w, i, n, run.second, run.second);
     for (int64_t j = 0; j < n; ++j) {
-      run.second[j] = static_cast<U>(kappa[j] * rule.kappa_scale + run.second[j] * run.second[j]);
+      run.second[j] = static_cast<U>(kappa[j] * share + run.second[j] * run.second[j]);
     }
     std::fill(run.second + n, run.second + end, U(1));
     divisor = run.second;
   }
   Largest<U> steps, paths, pulls;
+  Vec<U> holes{};  // nan if one of the steps is
   const Vec<U> infinity = all<U>(std::numeric_limits<double>::infinity());
   for (int64_t j = 0; j < end; j += Simd<U>::width) {
     const Vec<U> g = load(run.gradient + j), k = load(divisor + j);
@@ -191,15 +237,18 @@ void descent(const StepWeight<T>& w, const SgdRule& rule, int64_t i, int64_t n, 
     store(step + j, d);
     if (measure) {
       steps.add(d);
+      holes += d - d;
       pulls.add(g);
       if (n == end) paths.add(load(kappa + j));
     }
   }
+  if (rule.exact) exact_descent(w, rule, i, n, run, step);
   if (!measure) return;
   sums.pulled |= pulls.value() > 0;
   sums.paths |= paths.value() > 0;
   for (int64_t j = 0; n != end && j < n; ++j) sums.paths |= kappa[j] > U(0);
-  if (!(steps.value() * power_of_two(std::clamp<int64_t>(w.most_down, -1000, 1000)) <= rule.limit)) {
+  const double most = steps.value() * power_of_two(std::clamp<int64_t>(w.most_down, -1000, 1000));
+  if (rule.exact || !(most <= rule.limit) || lane_sum<U>(holes) != U(0)) {
     sums.lost |= lost_entries(w, rule.limit, i, n, step);
   }
 }
@@ -237,31 +286,29 @@ template <typename T, typename U>
 StepSums sgd_measure(const StepWeight<T>& w, const SgdRule& rule, int64_t first, int64_t last) {
   Run<U> run;
   StepSums sums{};
+  Squares squares;
   for (int64_t i = first; i < last; i += kRun) {
     const int64_t n = std::min(kRun, last - i);
     const U* const kappa = gather_kappa(w, i, n, run.kappa);
     descent<T, U, true>(w, rule, i, n, run, kappa, run.step, sums);
-    if (rule.bounded && w.first) {
-      momentum_step(w, rule, i, n, run.step, run);
-      sums.square += square_sum(kappa, run.delta, padded<U>(n));
-    } else if (rule.bounded) {
-      sums.square += square_sum(kappa, run.step, padded<U>(n));
-    }
+    if (rule.bounded && w.first) momentum_step(w, rule, i, n, run.step, run);
+    if (rule.bounded) add_lengths(w, i, n, kappa, w.first ? run.delta : run.step, squares);
     if (U* const place = kept<T, U>(w, i, n)) std::memcpy(place, run.step, sizeof(run.step));
   }
-  if (!w.first) sums.square *= rule.rate * rule.rate;
+  sums.square = squares.total();
+  if (!w.first) sums.square = sums.square * Number{rule.rate, 0}.normal() * Number{rule.rate, 0}.normal();
   return sums;
 }
 
 template <typename T, typename U>
 void sgd_apply(const StepWeight<T>& w, const SgdRule& rule, int64_t first, int64_t last) {
-  if (rule.given && rule.factor == 1) {  // to the bit
+  if (rule.given && !rule.shortened) {  // to the bit
     std::copy(w.gradient + first, w.gradient + last, w.weight + first);
     return;
   }
   Run<U> run;
   StepSums sums{};
-  const U factor = static_cast<U>(rule.factor);
+  const U factor = static_cast<U>(rule.factor), more = static_cast<U>(rule.more);
   for (int64_t i = first; i < last; i += kRun) {
     const int64_t n = std::min(kRun, last - i);
     const U* step = kept<T, U>(w, i, n);
@@ -274,41 +321,59 @@ void sgd_apply(const StepWeight<T>& w, const SgdRule& rule, int64_t first, int64
       step = run.delta;
     }
     gather_weight(w, i, n, run);
-    const U scale = w.first ? factor : static_cast<U>(-rule.rate * rule.factor);
     for (int64_t j = 0; j < padded<U>(n); j += Simd<U>::width) {
-      store(run.weight + j, load(run.weight + j) + scale * load(step + j));
+      store(run.weight + j, load(run.weight + j) + factor * load(step + j) * more);
     }
     shift<true, U>(w, i, n, run.weight, w.weight + i);
     if (w.first) shift<true, U>(w, i, n, run.first, w.first + i);
   }
 }
 
+// 1/sqrt(κ) of a run, without `exponent`, and 0 on no path; padded with 1. It is finite, so that 0 times it is 0.
+constexpr double kFarthest = 0x1p1000;
+
+template <typename T, typename U>
+void gather_units(const StepWeight<T>& w, int64_t i, int64_t n, U* out) {
+  const Vec<U> zero{}, one = all<U>(1);
+  const U* const kappa = gather_kappa(w, i, n, out);
+  for (int64_t j = 0; j < padded<U>(n); j += Simd<U>::width) {
+    const Vec<U> k = load(kappa + j);
+    store(out + j, k > zero ? one / square_root(k) : zero);
+  }
+  if (!w.entry_exponents) return;
+  for_entries(w, i, n, [&](int64_t j, int64_t at) {
+    const Number k = entry_kappa(w, at);
+    if (k.mantissa > 0) out[j] = static_cast<U>(std::min((Number{1, 0} / k.root()).normal().value(), kFarthest));
+  });
+}
+
 template <typename T, typename U>
 StepSums coordinate_measure(const StepWeight<T>& w, int64_t first, int64_t last) {
   Run<U> run;
   StepSums sums{};
-  const Vec<U> zero{};
+  Squares squares;
+  Largest<U> units, pulls;
   for (int64_t i = first; i < last; i += kRun) {
     const int64_t n = std::min(kRun, last - i), end = padded<U>(n);
     gather_gradient(w, i, n, run);
-    const U* const kappa = gather_kappa(w, i, n, run.kappa);
-    Largest<U> paths, pulls;
+    gather_units(w, i, n, run.kappa);
+    std::fill(run.kappa + n, run.kappa + end, U(0));
     for (int64_t j = 0; j < end; j += Simd<U>::width) {
-      const Vec<U> k = load(kappa + j), g = load(run.gradient + j);
-      const Vec<U> unit = k > zero ? all<U>(1) / square_root(k) : zero;
-      if (n == end) paths.add(k);
+      const Vec<U> unit = load(run.kappa + j), g = load(run.gradient + j);
+      units.add(unit);
       pulls.add(g);
-      store(run.kappa + j, unit);
       store(run.gradient + j, g * unit);
     }
-    sums.pulled |= pulls.value() > 0;
-    sums.paths |= paths.value() > 0;
-    for (int64_t j = 0; n != end && j < n; ++j) sums.paths |= run.kappa[j] > U(0);
-    sums.square += square_sum<U>(nullptr, run.gradient, end);
+    for (int64_t j = 0; w.entry_exponents && j < n; ++j) sums.lost |= run.kappa[j] == kFarthest && w.gradient[i + j] != 0;
+    add_squares<U>(nullptr, run.gradient, end, squares);
     if constexpr (std::is_same_v<T, U>) {
       if (w.spare) std::copy(run.kappa, run.kappa + n, w.spare + i);
     }
   }
+  sums.square = squares.total();
+  sums.largest_unit = units.value();
+  sums.paths = sums.largest_unit > 0;
+  sums.pulled = pulls.value() > 0;
   return sums;
 }
 
@@ -323,7 +388,7 @@ inline Vec<U> raise(const Vec<U>& x, double power) {
 }
 
 template <typename T, typename U>
-void coordinate_apply(const StepWeight<T>& w, const CoordinateRule& rule, int64_t first, int64_t last) {
+bool coordinate_apply(const StepWeight<T>& w, const CoordinateRule& rule, int64_t first, int64_t last, bool write) {
   constexpr int64_t width = Simd<U>::width;
   Run<U> run;
   const U before = static_cast<U>(rule.before), after = static_cast<U>(rule.after);
@@ -331,17 +396,19 @@ void coordinate_apply(const StepWeight<T>& w, const CoordinateRule& rule, int64_
   const U take2 = static_cast<U>(1 - rule.beta2), correction = static_cast<U>(rule.correction);
   const U eps = static_cast<U>(rule.eps), rate = static_cast<U>(rule.rate);
   const Vec<U> zero{}, one = all<U>(1);
-  const bool spare = std::is_same_v<T, U> && w.spare;  // 1/sqrt(κ) stands in κ's place
+  bool lost = false;
   for (int64_t i = first; i < last; i += kRun) {
     const int64_t n = std::min(kRun, last - i), end = padded<U>(n);
     gather_gradient(w, i, n, run);
     gather_weight(w, i, n, run);
-    const U* const kappa = gather_kappa(w, i, n, run.kappa);
+    const U* units = run.kappa;
+    if (std::is_same_v<T, U> && w.spare) units = gather_kappa(w, i, n, run.kappa);  // what was measured is there
+    else gather_units(w, i, n, run.kappa);
     // Whole vectors of the averages are changed where they are.
     bool copied = true;
     U *average = run.first, *square = run.second;
     if constexpr (std::is_same_v<T, U>) {
-      copied = n != end;
+      copied = n != end || !write;
       if (!copied) average = w.first + i, square = w.second + i;
     }
     if (copied) {
@@ -351,9 +418,7 @@ void coordinate_apply(const StepWeight<T>& w, const CoordinateRule& rule, int64_
       std::fill(square + n, square + end, U(0));
     }
     for (int64_t j = 0; j < end; j += width) {
-      const Vec<U> k = load(kappa + j);
-      const Vec<U> unit = spare ? k : k > zero ? one / square_root(k) : zero;
-      const Vec<U> g = load(run.gradient + j) * unit * before * after;
+      const Vec<U> unit = load(units + j), g = load(run.gradient + j) * unit * before * after;
       Vec<U> m = load(average + j), v = load(square + j);
       m += take1 * (g - m);
       v = keep * v + take2 * g * g;
@@ -366,44 +431,54 @@ void coordinate_apply(const StepWeight<T>& w, const CoordinateRule& rule, int64_
       const Vec<U> step = raise<U>(ratio, rule.power) * rate * unit;
       store(run.weight + j, load(run.weight + j) - (m < zero ? -step : step));
     }
+    if (!write) {
+      double own[kRun];
+      shift<true, double>(w, i, n, run.weight, own);
+      for (int64_t j = 0; j < n; ++j) {
+        lost |= std::isfinite(w.gradient[i + j]) && std::isfinite(w.weight[i + j]) && !(std::abs(own[j]) <= rule.limit);
+      }
+      continue;
+    }
     shift<true, U>(w, i, n, run.weight, w.weight + i);
     if (!copied) continue;
     std::copy(average, average + n, w.first + i);
     std::copy(square, square + n, w.second + i);
   }
+  return lost;
 }
 
 // Σ κ w², without `exponent`: γ² of the paths through this weight, where each takes it once.
 template <typename T>
-double path_mass(const StepWeight<T>& w, int64_t first, int64_t last) {
+Number path_mass(const StepWeight<T>& w, int64_t first, int64_t last) {
   Run<double> run;
-  double sum = 0;
+  Squares squares;
   for (int64_t i = first; i < last; i += kRun) {
     const int64_t n = std::min(kRun, last - i);
     gather_weight(w, i, n, run);
-    sum += square_sum(gather_kappa(w, i, n, run.kappa), run.weight, padded<double>(n));
+    add_lengths(w, i, n, gather_kappa(w, i, n, run.kappa), run.weight, squares);
   }
-  return sum;
+  return squares.total();
 }
 
-// Σ g² and Σ (g/κ)² in the weight's own coordinates; before · after of `rule` multiplies the quotient.
+// Σ g² and Σ d² in the weight's own coordinates, without decay.
 template <typename T>
-void raw_and_divided(const StepWeight<T>& w, const SgdRule& rule, int64_t first, int64_t last, double* raw,
-                     double* divided) {
+void raw_and_divided(const StepWeight<T>& w, const SgdRule& rule, int64_t first, int64_t last, Number* raw,
+                     Number* divided) {
   Run<double> run;
   SgdRule plain = rule;
   plain.decay = 0;
   StepSums sums{};
+  Squares whole, parts;
   for (int64_t i = first; i < last; i += kRun) {
     const int64_t n = std::min(kRun, last - i);
     descent<T, double, false>(w, plain, i, n, run, gather_kappa(w, i, n, run.kappa), run.step, sums);
     shift<true, double>(w, i, n, run.step, run.step);
-    for (int64_t j = 0; j < n; ++j) {
-      const double g = static_cast<double>(w.gradient[i + j]);
-      *raw += g * g;
-      *divided += run.step[j] * run.step[j];
-    }
+    std::copy(w.gradient + i, w.gradient + i + n, run.gradient);
+    add_squares<double>(nullptr, run.gradient, padded<double>(n), whole);
+    add_squares<double>(nullptr, run.step, padded<double>(n), parts);
   }
+  *raw = whole.total();
+  *divided = parts.total();
 }
 
 // x's mantissa, its exponent added to `exponent`.
