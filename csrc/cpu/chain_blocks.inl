@@ -296,7 +296,9 @@ class ChainBlocks {
       for (int64_t k = 0; k < ld_; k += Simd<T>::width) {
         store(kappa + j * H_ + k, a * load(large + k) + b * load(small + k), H_ - k);
       }
-      if ((b == T(0) && !covers(large, small, H_)) || (a == T(0) && !covers(small, large, H_))) mark_lost();
+      // What is left is that of the other, on the result's scale.
+      const T* const held = kappa + j * H_;
+      if ((b == T(0) && !covers(held, small, H_)) || (a == T(0) && !covers(held, large, H_))) mark_lost();
     }
   }
 

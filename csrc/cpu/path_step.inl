@@ -92,6 +92,29 @@ void gather_weight(const StepWeight<T>& w, int64_t i, int64_t n, Run<U>& run) {
   std::fill(run.weight + n, run.weight + padded<U>(n), U(0));
 }
 
+// w += x · 2^-e: canonical coordinates' x.
+template <typename T, typename U, typename Out>
+void add_step(const StepWeight<T>& w, int64_t i, int64_t n, const U* x, Out* weight) {
+  for_rows(w.columns, i, n, [&](int64_t row, int64_t column, int64_t j, int64_t m) {
+    const U* const from = x + j;
+    Out* const to = weight + j;
+    const U r = w.tables && w.row_down ? w.row_down[row] : T(1);
+    if (w.tables && w.column_down) {
+      const T* const c = w.column_down + column;
+#pragma GCC ivdep
+      for (int64_t q = 0; q < m; ++q) to[q] = static_cast<Out>(static_cast<U>(to[q]) + from[q] * (r * static_cast<U>(c[q])));
+    } else if (w.tables) {
+#pragma GCC ivdep
+      for (int64_t q = 0; q < m; ++q) to[q] = static_cast<Out>(static_cast<U>(to[q]) + from[q] * r);
+    } else {
+      for (int64_t q = 0; q < m; ++q) {
+        const int64_t e = (w.row ? w.row[row] : 0) + (w.column ? w.column[column + q] : 0);
+        to[q] = static_cast<Out>(static_cast<double>(to[q]) + Number{static_cast<double>(from[q]), -e}.value());
+      }
+    }
+  });
+}
+
 // The κ of one entry, without `exponent`; `at` by its strides.
 template <typename T>
 Number entry_kappa(const StepWeight<T>& w, int64_t at) {
@@ -117,18 +140,17 @@ struct Squares {
 template <typename U>
 void add_squares(const U* a, const U* b, int64_t end, Squares& squares) {
   constexpr int64_t width = Simd<U>::width, part = Simd<double>::width;
-  Vec<U> sum{}, most{};
+  Vec<U> sum{};
   for (int64_t j = 0; j < end; j += width) {
     const Vec<U> x = load(b + j);
-    const Vec<U> square = a ? load(a + j) * x * x : x * x;
-    sum += square;
-    most = square > most ? square : most;
+    sum += a ? load(a + j) * x * x : x * x;
   }
-  // Terms below the range are then as nothing beside the largest, and none is above it.
-  const double largest = static_cast<double>(largest_lane<U>(most));
+  double total = 0;
+  for (int64_t l = 0; l < width; ++l) total += static_cast<double>(sum[l]);
   const bool single = sizeof(U) < sizeof(double);
-  if (largest >= (single ? 0x1p-60 : 0x1p-800) && largest <= (single ? 0x1p100 : 0x1p900)) {
-    for (int64_t l = 0; l < width; ++l) squares.near += static_cast<double>(sum[l]);
+  // Terms below the range are then as nothing beside it, and none is above.
+  if (total >= (single ? 0x1p-52 : 0x1p-792) && total <= (single ? 0x1p100 : 0x1p900)) {
+    squares.near += total;
     return;
   }
   if constexpr (single) {
@@ -160,15 +182,27 @@ void add_lengths(const StepWeight<T>& w, int64_t i, int64_t n, const U* kappa, c
   });
 }
 
-// The largest |x|; a nan is none.
+// The largest |x|, above every number where one is nan. The bits of numbers without a sign are in order.
 template <typename U>
-struct Largest {
-  Vec<U> lanes{};
+class Largest {
+ public:
   void add(const Vec<U>& x) {
-    const Vec<U> size = x < Vec<U>{} ? -x : x;
-    lanes = size > lanes ? size : lanes;
+    const Bits size = reinterpret_cast<Bits>(x) & kNoSign;
+    lanes_ = size > lanes_ ? size : lanes_;
   }
-  double value() const { return static_cast<double>(largest_lane<U>(lanes)); }
+  double value() const {
+    Integer most = lanes_[0];
+    for (int64_t l = 1; l < Simd<U>::width; ++l) most = std::max(most, static_cast<Integer>(lanes_[l]));
+    U result;
+    std::memcpy(&result, &most, sizeof(U));
+    return static_cast<double>(result);
+  }
+
+ private:
+  using Integer = std::conditional_t<sizeof(U) == 4, int32_t, int64_t>;
+  typedef Integer Bits __attribute__((vector_size(kVectorBytes)));
+  static constexpr Integer kNoSign = std::numeric_limits<Integer>::max();
+  Bits lanes_{};
 };
 
 // Whether a finite gradient's step is too large in the weight's own coordinates.
@@ -226,29 +260,26 @@ void descent(const StepWeight<T>& w, const SgdRule& rule, int64_t i, int64_t n, 
     divisor = run.second;
   }
   Largest<U> steps, paths, pulls;
-  Vec<U> holes{};  // nan if one of the steps is
   const Vec<U> infinity = all<U>(std::numeric_limits<double>::infinity());
   for (int64_t j = 0; j < end; j += Simd<U>::width) {
     const Vec<U> g = load(run.gradient + j), k = load(divisor + j);
     // On no path there is no step.
-    const Vec<U> quotient = g * before / (k == Vec<U>{} ? infinity : k) * after;
-    Vec<U> d = k == Vec<U>{} ? g - g : quotient;
+    Vec<U> d = g * before / (k == Vec<U>{} ? infinity : k) * after;
     if (rule.decay != 0) d += decay * load(run.weight + j);
     store(step + j, d);
     if (measure) {
       steps.add(d);
-      holes += d - d;
       pulls.add(g);
       if (n == end) paths.add(load(kappa + j));
     }
   }
   if (rule.exact) exact_descent(w, rule, i, n, run, step);
   if (!measure) return;
-  sums.pulled |= pulls.value() > 0;
+  sums.pulled |= pulls.value() != 0;
   sums.paths |= paths.value() > 0;
   for (int64_t j = 0; n != end && j < n; ++j) sums.paths |= kappa[j] > U(0);
   const double most = steps.value() * power_of_two(std::clamp<int64_t>(w.most_down, -1000, 1000));
-  if (rule.exact || !(most <= rule.limit) || lane_sum<U>(holes) != U(0)) {
+  if (rule.exact || !(most <= rule.limit)) {
     sums.lost |= lost_entries(w, rule.limit, i, n, step);
   }
 }
@@ -320,11 +351,8 @@ void sgd_apply(const StepWeight<T>& w, const SgdRule& rule, int64_t first, int64
       momentum_step(w, rule, i, n, step, run);
       step = run.delta;
     }
-    gather_weight(w, i, n, run);
-    for (int64_t j = 0; j < padded<U>(n); j += Simd<U>::width) {
-      store(run.weight + j, load(run.weight + j) + factor * load(step + j) * more);
-    }
-    shift<true, U>(w, i, n, run.weight, w.weight + i);
+    for (int64_t j = 0; j < padded<U>(n); j += Simd<U>::width) store(run.delta + j, factor * load(step + j) * more);
+    add_step(w, i, n, run.delta, w.weight + i);
     if (w.first) shift<true, U>(w, i, n, run.first, w.first + i);
   }
 }
@@ -373,7 +401,7 @@ StepSums coordinate_measure(const StepWeight<T>& w, int64_t first, int64_t last)
   sums.square = squares.total();
   sums.largest_unit = units.value();
   sums.paths = sums.largest_unit > 0;
-  sums.pulled = pulls.value() > 0;
+  sums.pulled = pulls.value() != 0;
   return sums;
 }
 
@@ -400,7 +428,6 @@ bool coordinate_apply(const StepWeight<T>& w, const CoordinateRule& rule, int64_
   for (int64_t i = first; i < last; i += kRun) {
     const int64_t n = std::min(kRun, last - i), end = padded<U>(n);
     gather_gradient(w, i, n, run);
-    gather_weight(w, i, n, run);
     const U* units = run.kappa;
     if (std::is_same_v<T, U> && w.spare) units = gather_kappa(w, i, n, run.kappa);  // what was measured is there
     else gather_units(w, i, n, run.kappa);
@@ -429,17 +456,18 @@ bool coordinate_apply(const StepWeight<T>& w, const CoordinateRule& rule, int64_
       Vec<U> ratio = root > zero ? size / (root + eps) : zero;
       ratio = ratio > one ? one : ratio;
       const Vec<U> step = raise<U>(ratio, rule.power) * rate * unit;
-      store(run.weight + j, load(run.weight + j) - (m < zero ? -step : step));
+      store(run.delta + j, m < zero ? step : -step);
     }
     if (!write) {
       double own[kRun];
-      shift<true, double>(w, i, n, run.weight, own);
+      std::copy(w.weight + i, w.weight + i + n, own);
+      add_step(w, i, n, run.delta, own);
       for (int64_t j = 0; j < n; ++j) {
         lost |= std::isfinite(w.gradient[i + j]) && std::isfinite(w.weight[i + j]) && !(std::abs(own[j]) <= rule.limit);
       }
       continue;
     }
-    shift<true, U>(w, i, n, run.weight, w.weight + i);
+    add_step(w, i, n, run.delta, w.weight + i);
     if (!copied) continue;
     std::copy(average, average + n, w.first + i);
     std::copy(square, square + n, w.second + i);
