@@ -176,11 +176,11 @@ class Step {
     w.size = own.numel();
     const bool vector = own.dim() == 1 || own.size(1) == 1;
     w.columns = std::max<int64_t>(1, vector ? w.size : own.size(1));
-    const Tensor kappa = factor.contiguous().expand_as(own);
-    kept_.push_back(kappa);
+    const Tensor kappa = contiguous(factor, false);
     w.kappa = kappa.const_data_ptr<T>();
-    w.row_stride = vector ? w.columns : kappa.stride(0);
-    w.column_stride = vector ? kappa.stride(0) : kappa.stride(1);
+    const auto stride = [&](int64_t d) { return kappa.size(d) == 1 ? 0 : kappa.stride(d); };
+    w.row_stride = vector ? w.columns : stride(0);
+    w.column_stride = vector ? stride(0) : stride(1);
     w.exponent = kappa_.exponents.const_data_ptr<int64_t>()[place];
     const Tensor& entries = kappa_.entry_exponents[place];
     if (entries.numel() > 0) w.entry_exponents = entries.const_data_ptr<int64_t>();
@@ -205,7 +205,7 @@ class Step {
       negative = true;
     } else if (vector && own.dim() == 2 && columns >= 0) {  // H = 1: both stand for one unit
       w.columns = 1;
-      w.row_stride = kappa.stride(0);
+      w.row_stride = stride(0);
       w.column_stride = 0;
     }
     if (rows >= 0) {
@@ -605,7 +605,6 @@ int64_t step(Arguments a, const Kappa& kappa) {
   const at::NoGradGuard no_grad;
   TORCH_CHECK_VALUE(a.rule == "sgd" || a.rule == "given" || a.rule == "coordinates", "rule is ", a.rule,
                     "; use sgd, given or coordinates");
-  check_structure(a, kappa);
   if (a.grad_scale) check_scalar(*a.grad_scale, "grad_scale");
   TORCH_CHECK_VALUE(a.scale >= 0 && a.scale <= 2, "scale is ", a.scale, "; it must be 0, 1 or 2");
   TORCH_CHECK_VALUE(a.scale != 2 || (a.constant && a.constant->scalar_type() == at::kDouble && a.constant->numel() == 1),
@@ -660,6 +659,7 @@ int64_t path_update(TensorList weights, const c10::List<optional<Tensor>>& gradi
               {chains, bidirectional, bias, head, head_bias, embedding}, scale, eps, radius, grad_scale, found_inf};
   check_scalar(log_path_norm, "log_path_norm");
   Kappa kappa{kappas, exponents, unit_exponents, entry_exponents, scalar(log_path_norm), false, false};
+  check_structure(a, kappa);
   const int64_t status = step(a, kappa);
   if (status != kNarrow) return status;
   kappa.wide = true;
@@ -707,8 +707,9 @@ int64_t path_step_op(TensorList weights, const std::vector<optional<Tensor>>& gr
   const at::NoGradGuard no_grad;
   Arguments a{weights, gradients, first, second, counts, constant, rates, numbers, rule,
               {chains, bidirectional, bias, head, head_bias, embedding}, scale, eps, radius, grad_scale, found_inf};
-  TORCH_CHECK_VALUE(static_cast<int64_t>(weights.size()) == a.chains.weights(), "there are ", weights.size(),
-                    " weights; these chains have ", a.chains.weights());
+  TORCH_CHECK_VALUE(static_cast<int64_t>(weights.size()) == a.chains.weights() && gradients.size() == weights.size(),
+                    "there are ", weights.size(), " weights and ", gradients.size(), " gradients; these chains have ",
+                    a.chains.weights());
   if (skipped(a)) return kDone;
   // By kind, as path_chain takes them.
   std::vector<Tensor> kinds[4];
