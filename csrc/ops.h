@@ -78,6 +78,7 @@ struct PathChain {
   int64_t* unit_exponents = nullptr;      // [chains, H], even
   std::vector<int64_t*> entry_exponents;  // as `exponents`, of each κ's shape; in extended range alone, else empty
   double* log_path_norm = nullptr;       // natural logarithm of γ², -inf for 0
+  int64_t* ways = nullptr;               // per chain of h, then of δ: a Way and its number
   bool* lost = nullptr;                  // whether a result may be wrong because something underflowed
 
   // κ⁽²⁾ = factor · W̃ ⊙ S is added to kappa_hh unless the factor is zero, S[j, k] = Σ_n (W̃^n)[k, j] Σ_t δ_{t+n+2}[j] h_t[k]
@@ -148,6 +149,10 @@ struct StepSums {
 
 // Rows of the batch that a thread of relu_rnn takes at least; at least half a register tile of every instruction set.
 constexpr int64_t kRowGroup = 3;
+
+// How a chain went, with a number: by single steps, all of them; until it came to rest, or to a closed form, after that
+// many; both chains in blocks of that many steps.
+enum Way : int64_t { kSteps, kRest, kClosedForm, kBlocks };
 
 // The exponent of a zero: below every other, yet two of them add up without overflow.
 constexpr int64_t kZeroExponent = -(int64_t{1} << 40);

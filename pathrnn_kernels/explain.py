@@ -32,6 +32,8 @@ class Explanation:
     plan: Plan | None = None
     #: For every plan its cost by the model, or why it does not serve; empty on other backends.
     plans: dict[str, Plan | str] = field(default_factory=dict)
+    #: On the CPU, of a network with a known T: how the chains of κ⁽¹⁾ go, found by running them.
+    chains: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         width = max(map(len, self.reasons))
@@ -43,6 +45,7 @@ class Explanation:
             lines.append(f"plan of its chains → {self.plan.name}")
             for name, plan in self.plans.items():
                 lines.append(f"  {name:<{width}}  {f'no: {plan}' if isinstance(plan, str) else plan}")
+        lines += [f"  {line}" for line in self.chains]
         return "\n".join(lines)
 
 
@@ -54,7 +57,7 @@ def explain(
     Args:
         rnn_or_net: a ReLURNN, a ``torch.nn.RNN`` (whose forward pass is torch's own) or a PathNetwork.
         backend: as for :func:`kappa`; with ``"auto"`` the environment variable PATHRNN_BACKEND is heeded.
-        seq_len: T, on which the plan depends; by default that of the last forward pass, or 100.
+        seq_len: T, on which a plan depends; by default that of the last forward pass; without one, 100 on a GPU.
         plan: as for :func:`kappa`.
 
     Raises:
@@ -82,8 +85,50 @@ def explain(
         if requested not in ("auto", *reasons):
             raise
         chosen = None
+    if chosen == "cpu" and isinstance(rnn_or_net, PathNetwork):
+        steps = seq_len or rnn_or_net.last_seq_len
+        return Explanation(
+            *(chosen, reasons, requested, weight.device, weight.dtype),
+            chains=_chains(rnn_or_net, steps) if steps else (),
+        )
     if chosen not in ("cuda", "triton"):
         return Explanation(chosen, reasons, requested, weight.device, weight.dtype)
     steps = seq_len or getattr(getattr(rnn_or_net, "rnn", rnn_or_net), "last_seq_len", None) or 100
     call = (chosen, describe(weight.device), rnn_or_net.hidden_size, steps, weight.element_size())
     return Explanation(chosen, reasons, requested, weight.device, weight.dtype, choose_plan(*call, plan), plans(*call))
+
+
+def _chains(net: PathNetwork, seq_len: int) -> tuple[str, ...]:
+    from . import _C
+
+    weights = {name: p.detach().to(precision(p.dtype)) for name, p in net.weights().items()}
+
+    def of_chains(kind: str) -> list[torch.Tensor]:
+        names = (f"rnn.{kind}_{ending}" for ending in net.endings)
+        return [weights[name] for name in names if name in weights]
+
+    ways, threads = _C.path_chain_ways(
+        of_chains("weight_ih"),
+        of_chains("weight_hh"),
+        of_chains("bias_ih"),
+        of_chains("bias_hh"),
+        weights.get("head.weight"),
+        weights.get("head.bias"),
+        weights.get("embedding.weight"),
+        seq_len,
+        net.outputs == "last",
+        net.h0 == "ones",
+        any(ending.endswith("_reverse") for ending in net.endings),
+    )
+    words = (
+        "{0} steps",
+        "{0} steps, then at rest",
+        "{0} steps, then in closed form",
+        "blocks of {0} steps",
+    )
+    said = [words[way].format(number) for way, number in zip(ways[::2], ways[1::2], strict=True)]
+    count = len(net.endings)
+    lines = [f"T = {seq_len} by {threads} thread{'s' * (threads > 1)}"]
+    for ending, h, d in zip(net.endings, said[:count], said[count:], strict=True):
+        lines.append(f"{ending}: h by {h}; δ by {d}")
+    return tuple(lines)

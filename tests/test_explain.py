@@ -87,3 +87,27 @@ def test_a_gpu_backend_comes_with_its_plan(monkeypatch):
     assert "bytes of shared memory" in found.plans["block"] and "block      no: a block would take" in str(found)
     with pytest.raises(ValueError, match="plan 'block' does not serve this call on backend 'cuda'"):
         pk.explain(rnn, backend="cuda", plan="block")
+
+
+@pytest.mark.parametrize(
+    ("noise", "steps", "words"),
+    [(None, 3, "h by 3 steps; δ by 3 steps"), (None, 784, "at rest"), (0.02, 784, "blocks of"), (0.0, 784, "at rest")],
+)
+def test_on_the_cpu_how_the_chains_go(noise, steps, words):
+    """At nn.RNN's initialisation they end early; near the identity, as in training, nothing ends them."""
+    torch.manual_seed(0)
+    net = pk.PathNetwork(pk.ReLURNN(2, 100), nn.Linear(100, 10), outputs="last")
+    if noise is not None:
+        with torch.no_grad():
+            net.rnn.weight_hh_l0.copy_(torch.eye(100) + noise * torch.randn(100, 100) / 10)
+    found = pk.explain(net, seq_len=steps)
+    assert len(found.chains) == 2 and found.chains[0].startswith(f"T = {steps} by ")
+    assert found.chains[1].startswith("l0: h by ") and words in found.chains[1]
+    assert str(found).endswith(found.chains[1])
+
+
+def test_without_a_length_nothing_is_said_of_the_chains():
+    net = pk.PathNetwork(pk.ReLURNN(2, 3, 2, bidirectional=True), nn.Linear(6, 1))
+    assert pk.explain(net).chains == ()
+    net(torch.zeros(4, 1, 2))
+    assert [line.split()[0] for line in pk.explain(net).chains] == ["T", "l0:", "l0_reverse:", "l1:", "l1_reverse:"]

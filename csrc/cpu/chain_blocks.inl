@@ -92,6 +92,8 @@ class ChainBlocks {
     return H * H * (kVector * chains * (blocks + 2.5 * n) + (3 * static_cast<double>(log2) * H + blocks) / threads);
   }
 
+  int64_t steps() const { return n_; }
+
   struct Sums {
     T *h, *d;  // Σ h_t over the outputs, Σ δ_t
     int64_t *h_exponent, *d_exponent;

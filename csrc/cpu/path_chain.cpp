@@ -67,6 +67,7 @@ struct Arguments {
   int64_t workspace_bytes;
   std::vector<Tensor> weight_ih, weight_hh, bias_ih, bias_hh;
   Tensor head_weight, head_bias, embedding;  // undefined where not given
+  int64_t* ways;
 
   Arguments wide() const {
     Arguments result = *this;
@@ -148,6 +149,7 @@ PathChain<T> network(const Arguments& a, const Results& out, bool& lost) {
   net.workspace_bytes = a.workspace_bytes;
   net.lags = out.lags.mutable_data_ptr<int64_t>();
   net.bounds = out.bounds.mutable_data_ptr<double>();
+  net.ways = a.ways;
   net.lost = &lost;
   return net;
 }
@@ -252,7 +254,7 @@ PathChainResult path_chain_op(
     at::TensorList weight_ih, at::TensorList weight_hh, at::TensorList bias_ih, at::TensorList bias_hh,
     const optional<Tensor>& head_weight, const optional<Tensor>& head_bias, const optional<Tensor>& embedding,
     int64_t seq_len, bool last_only, bool ones_h0, bool kappa1, double second_factor, double rtol,
-    at::IntArrayRef first_lags, int64_t workspace_bytes, bool bidirectional) {
+    at::IntArrayRef first_lags, int64_t workspace_bytes, bool bidirectional, int64_t* ways) {
   const int64_t chains = static_cast<int64_t>(weight_hh.size()), directions = bidirectional ? 2 : 1;
   const std::string unit = bidirectional ? "direction" : "layer", units = unit + "s";
   TORCH_CHECK_VALUE(chains > 0, "weight_hh is empty; give one matrix a ", unit);
@@ -306,6 +308,7 @@ PathChainResult path_chain_op(
   arguments.last_only = last_only;
   arguments.ones_h0 = ones_h0;
   arguments.kappa1 = kappa1;
+  arguments.ways = ways;
   arguments.second_factor = second_factor;
   arguments.rtol = rtol;
   arguments.first_lags = first_lags.vec();
@@ -382,7 +385,16 @@ int path_chain_threads(int64_t chains, int64_t seq_len, int64_t hidden, bool sec
   return threads_for(walked + static_cast<double>(ends), kWorthATeam);
 }
 
-TORCH_LIBRARY_IMPL(pathrnn, CPU, m) { m.impl("path_chain", &path_chain_op); }
+TORCH_LIBRARY_IMPL(pathrnn, CPU, m) {
+  m.impl("path_chain", [](at::TensorList weight_ih, at::TensorList weight_hh, at::TensorList bias_ih,
+                          at::TensorList bias_hh, const optional<Tensor>& head_weight,
+                          const optional<Tensor>& head_bias, const optional<Tensor>& embedding, int64_t seq_len,
+                          bool last_only, bool ones_h0, bool kappa1, double second_factor, double rtol,
+                          at::IntArrayRef first_lags, int64_t workspace_bytes, bool bidirectional) {
+    return path_chain_op(weight_ih, weight_hh, bias_ih, bias_hh, head_weight, head_bias, embedding, seq_len, last_only,
+                         ones_h0, kappa1, second_factor, rtol, first_lags, workspace_bytes, bidirectional);
+  });
+}
 // A constant: its gradient is none, and a fallthrough costs nothing.
 TORCH_LIBRARY_IMPL(pathrnn, Autograd, m) { m.impl("path_chain", torch::CppFunction::makeFallthrough()); }
 

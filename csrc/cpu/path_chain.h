@@ -17,7 +17,8 @@ PathChainResult path_chain_op(at::TensorList weight_ih, at::TensorList weight_hh
                               at::TensorList bias_hh, const std::optional<at::Tensor>& head_weight,
                               const std::optional<at::Tensor>& head_bias, const std::optional<at::Tensor>& embedding,
                               int64_t seq_len, bool last_only, bool ones_h0, bool kappa1, double second_factor,
-                              double rtol, at::IntArrayRef first_lags, int64_t workspace_bytes, bool bidirectional);
+                              double rtol, at::IntArrayRef first_lags, int64_t workspace_bytes, bool bidirectional,
+                              int64_t* ways = nullptr);  // PathChain's
 
 // Threads that it takes; `ends` counts the weights of head and embedding.
 int path_chain_threads(int64_t chains, int64_t seq_len, int64_t hidden, bool second_term, int64_t ends);

@@ -834,7 +834,19 @@ class PathChainRun {
     }
     team.wait();
     if (team.rank == 0) *net_.log_path_norm = log_path_norm();
+    if (team.rank == 0 && net_.ways) say_ways();
     if (wanted) kappas(team);
+  }
+  void say_ways() const {
+    int64_t* out = net_.ways;
+    for (const auto* chains : {&h_closed_, &d_closed_}) {
+      for (int64_t c = 0; c < C_; ++c) {
+        const Closed<T>& closed = (*chains)[c];
+        const int64_t stepped = T_ - (closed.last - closed.first);
+        *out++ = summed_[c] ? kBlocks : stepped == T_ ? kSteps : closed.count == 1 ? kRest : kClosedForm;
+        *out++ = summed_[c] ? blocks_->steps() : stepped;
+      }
+    }
   }
 
   void kappas(const Team& team) {
