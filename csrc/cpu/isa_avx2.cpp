@@ -32,6 +32,10 @@ inline void store_lanes(double* p, const Vec<double>& v, int64_t n) { _mm256_mas
 
 inline Vec<float> square_root(const Vec<float>& v) { return (Vec<float>)_mm256_sqrt_ps((__m256)v); }
 inline Vec<double> square_root(const Vec<double>& v) { return (Vec<double>)_mm256_sqrt_pd((__m256d)v); }
+template <typename V>
+inline V inverse_root(const V& v) {
+  return 1 / square_root(v);
+}
 
 #include "kernels.inl"
 }  // namespace

@@ -28,6 +28,10 @@ inline V square_root(V v) {
   for (size_t i = 0; i < sizeof(V) / sizeof(v[0]); ++i) v[i] = std::sqrt(v[i]);
   return v;
 }
+template <typename V>
+inline V inverse_root(const V& v) {
+  return 1 / square_root(v);
+}
 
 #include "kernels.inl"
 }  // namespace

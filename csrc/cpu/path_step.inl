@@ -362,11 +362,11 @@ constexpr double kFarthest = 0x1p1000;
 
 template <typename T, typename U>
 void gather_units(const StepWeight<T>& w, int64_t i, int64_t n, U* out) {
-  const Vec<U> zero{}, one = all<U>(1);
+  const Vec<U> zero{};
   const U* const kappa = gather_kappa(w, i, n, out);
   for (int64_t j = 0; j < padded<U>(n); j += Simd<U>::width) {
     const Vec<U> k = load(kappa + j);
-    store(out + j, k > zero ? one / square_root(k) : zero);
+    store(out + j, k > zero ? inverse_root(k) : zero);
   }
   if (!w.entry_exponents) return;
   for_entries(w, i, n, [&](int64_t j, int64_t at) {
@@ -405,14 +405,20 @@ StepSums coordinate_measure(const StepWeight<T>& w, int64_t first, int64_t last)
   return sums;
 }
 
+// Apart, so that what it takes through memory costs nothing elsewhere.
+template <typename U>
+[[gnu::noinline]] void raise_lanes(U* lanes, double power) {
+  for (int64_t l = 0; l < Simd<U>::width; ++l) lanes[l] = static_cast<U>(std::pow(static_cast<double>(lanes[l]), power));
+}
 template <typename U>
 inline Vec<U> raise(const Vec<U>& x, double power) {
   if (power == 1) return x;
   if (power == 2) return x * x;
   if (power == 3) return x * x * x;
-  Vec<U> result = x;
-  for (int64_t l = 0; l < Simd<U>::width; ++l) result[l] = static_cast<U>(std::pow(static_cast<double>(x[l]), power));
-  return result;
+  U lanes[Simd<U>::width];
+  store(lanes, x);
+  raise_lanes(lanes, power);
+  return load(lanes);
 }
 
 template <typename T, typename U>
@@ -451,9 +457,10 @@ bool coordinate_apply(const StepWeight<T>& w, const CoordinateRule& rule, int64_
       v = keep * v + take2 * g * g;
       store(average + j, m);
       store(square + j, v);
-      const Vec<U> root = square_root(v * correction), size = m < zero ? -m : m;
+      const Vec<U> square_seen = v * correction, inverse = inverse_root(square_seen), size = m < zero ? -m : m;
       // Squares below the dtype's range belong to entries that are as good as on no path.
-      Vec<U> ratio = root > zero ? size / (root + eps) : zero;
+      Vec<U> ratio = square_seen > zero ? size * inverse : zero;
+      if (rule.eps > 0) ratio = square_seen > zero ? ratio / (one + eps * inverse) : zero;
       ratio = ratio > one ? one : ratio;
       const Vec<U> step = raise<U>(ratio, rule.power) * rate * unit;
       store(run.delta + j, m < zero ? step : -step);
