@@ -4,9 +4,9 @@ Three launches for all weights together: programs of BLOCK entries measure, one 
 what was decided; ``scale="first_step"`` has one more of each of the first two. They find the weights through a table on
 the device, int64 ``[rows, fields]``, of addresses, sizes and the bits of float64 numbers; it is kept as long as these
 are the same. Every entry is brought to canonical coordinates, where unit exponents are not seen (Theorem 1), which is
-exact, and all arithmetic is done there, in float32 for float32 weights. Quotients and products are of mantissas, whose
-exponents are added beside them, so that nothing in between is out of range. Sums are in float64, with an exponent each,
-over programs first and those in a fixed order.
+exact, and all arithmetic is done there, in float32 for float32 weights and rates of ordinary size. Quotients and
+products are of mantissas, whose exponents are added beside them, so that nothing in between is out of range. Sums are
+in float64, with an exponent each, over programs first and those in a fixed order.
 
 The host reads nothing. Arguments are those of ops/step.py, with another rule, ``"given"``: ``gradients`` are the
 weights after a step Δ of another optimiser, which becomes min(1, radius · γ/sqrt(Σ κ Δ²)) of itself.
@@ -288,7 +288,8 @@ def _descent(
     DTYPE: tl.constexpr,
     U: tl.constexpr,
 ):
-    """Δ before it is shortened, the new momentum, the gradient, and whether a step of it is lost."""
+    """-Δ over the learning rate, before it is shortened, and that, as a mantissa and an exponent; the new momentum; and
+    whether the step of a finite gradient is lost."""
     norm, norm_exponent = _power_of_e(tl.load(log_norm).to(tl.float64))
     gradient = _read(entry, _GRADIENT, i, inside, DTYPE).to(U)
     divisor, exponent = _divisor(entry, kappa, exponent, up, norm, norm_exponent, DAMPED)
@@ -302,12 +303,12 @@ def _descent(
     momentum = _number(entry, _NUMBERS + 1).to(U)
     first = momentum * _times(_read(entry, _FIRST, i, inside, DTYPE).to(U), up) + step
     step = tl.where(_number(entry, _NUMBERS + 3) != 0, step + momentum * first, first)
-    rate, rate_exponent = _normal(-_rate(entry, tl.full([], True, tl.int1)))
-    delta = _times(step, rate_exponent) * rate.to(U)
-    # Of what is written nothing is out of range; a radius brings back any finite Δ.
+    rate, rate_exponent = _normal(_rate(entry, tl.full([], True, tl.int1)))
+    # Of what is written nothing is out of range; a radius brings back any step.
     held = tl.abs(_times(first, -up)) <= LIMIT
-    held &= tl.abs(tl.where(_number(entry, _RADIUS) > 0, 0 * delta, _times(delta, -up))) <= LIMIT
-    return delta, first, gradient, inside & _is_finite(gradient) & (held == 0)
+    unbounded = _number(entry, _RADIUS) == 0
+    held &= tl.abs(tl.where(unbounded, _times(step, rate_exponent - up) * rate.to(U), 0 * step)) <= LIMIT
+    return step, rate, rate_exponent, first, inside & _is_finite(gradient) & (held == 0)
 
 
 @triton.jit
@@ -427,10 +428,11 @@ def _measure(
         factor = tl.where(is_mass, kappa, unit * unit)
         exponent = tl.where(is_mass, exponent + 2 * up, 2 * (of_unit - up))
     else:
-        x, _first, _gradient, lost = _descent(
+        x, rate, rate_exponent, _first, lost = _descent(
             entry, i, inside, up, kappa, exponent, scratch, log_norm, grad_scale, SCALE, DAMPED, LIMIT, DTYPE, U
         )
         code = tl.where(_any(lost), tl.load(entry + _CODE), _NONE)
+        factor, exponent = factor * (rate * rate).to(U), exponent + 2 * rate_exponent
     tl.store(words, (code << _LOST) | bits)
     _sum_up(words, programs, inside, factor, exponent, x)
 
@@ -488,7 +490,7 @@ def _power(x, power):
 
 @triton.jit
 def _in_coordinates(entry, scratch, which, i, inside, up, kappa, exponent, DTYPE: tl.constexpr, U: tl.constexpr):
-    """The weight and its averages after the step, and what of it is finite as gradient and weight are."""
+    """The weight and its averages after the step, and whether it is lost."""
     rule = scratch + _HEADER + which * _RULE
     correction, rate, rate_exponent = _number(rule, 0).to(U), _number(rule, 1).to(U), tl.load(rule + 2)
     beta1, beta2 = _number(entry, _NUMBERS + 1), _number(entry, _NUMBERS + 2)
@@ -508,7 +510,8 @@ def _in_coordinates(entry, scratch, which, i, inside, up, kappa, exponent, DTYPE
     step = _power(tl.minimum(size, 1.0), _number(entry, _NUMBERS + 3)) * (rate * unit)
     step = _times(step, rate_exponent + of_unit - up)
     value = weight - tl.where(m < 0, -step, step)
-    return value, m, v, (_is_finite(gradient) & _is_finite(weight) & inside) == 0 | _is_finite(value)
+    lost = inside & _is_finite(gradient) & _is_finite(weight) & (_is_finite(value) == 0)
+    return value, m, v, lost
 
 
 @triton.jit
@@ -531,8 +534,8 @@ def _overflow(
                 i, inside, row, column = _places(entry, program)
                 up = _up(entry, row, column, inside)
                 kappa, exponent = _kappa(entry, row, column, inside, ENTRIES, KAPPA, U)
-                _value, _m, _v, fine = _in_coordinates(entry, scratch, which, i, inside, up, kappa, exponent, DTYPE, U)
-                lost = tl.where(_any(fine == 0), tl.minimum(lost, tl.load(entry + _CODE)), lost)
+                _value, _m, _v, gone = _in_coordinates(entry, scratch, which, i, inside, up, kappa, exponent, DTYPE, U)
+                lost = tl.where(_any(gone), tl.minimum(lost, tl.load(entry + _CODE)), lost)
     return lost
 
 
@@ -683,7 +686,7 @@ def _apply(
                 _write(entry, _WEIGHT, i, inside, after, DTYPE)
             else:
                 before = _weight(entry, i, inside, up, DTYPE, U)
-                value = before + _times((_times(after.to(U), up) - before) * share.to(U), share_exponent)
+                value = before + _times(_times(after.to(U), up) - before, share_exponent) * share.to(U)
                 _write(entry, _WEIGHT, i, inside, _times(value, -up), DTYPE)
         else:
             kappa, exponent = _kappa(entry, row, column, inside, ENTRIES, KAPPA, U)
@@ -691,17 +694,18 @@ def _apply(
                 if which == bias:
                     _move_bias(entry, i, inside, kappa, exponent, grad_scale, DTYPE)
                 else:
-                    value, m, v, _fine = _in_coordinates(
+                    value, m, v, _lost = _in_coordinates(
                         entry, scratch, which, i, inside, up, kappa, exponent, DTYPE, U
                     )
                     _write(entry, _WEIGHT, i, inside, value, DTYPE)
                     _write(entry, _FIRST, i, inside, m, DTYPE)
                     _write(entry, _SECOND, i, inside, v, DTYPE)
             else:
-                delta, first, _gradient, _lost = _descent(
+                step, rate, rate_exponent, first, _lost = _descent(
                     entry, i, inside, up, kappa, exponent, scratch, log_norm, grad_scale, SCALE, DAMPED, LIMIT, DTYPE, U
                 )
-                value = _weight(entry, i, inside, up, DTYPE, U) + _times(delta * share.to(U), share_exponent)
+                step = _times(step, rate_exponent + share_exponent) * (rate * share).to(U)
+                value = _weight(entry, i, inside, up, DTYPE, U) - step
                 _write(entry, _WEIGHT, i, inside, _times(value, -up), DTYPE)
                 _write(entry, _FIRST, i, inside, _times(first, -up), DTYPE)
 
@@ -826,8 +830,12 @@ def path_update_(
         else:
             _tables.move_to_end(made_from)
         like = places[moving[0]]
-        status = _launch(*found, rule, like.dtype, factors[0].dtype, any(map(Tensor.numel, entries)), scale, eps > 0,
-                         radius > 0, log_path_norm, constant, grad_scale, found_inf)  # fmt: skip
+        # Both weights of another's step may be at opposite ends of the range, a step of odd size may be below it.
+        wide = rule == "given" or (
+            rule == "sgd" and any(x and not 2.0**-60 <= x <= 2.0**60 for x in numbers[:: _COUNTS[rule]])
+        )
+        status = _launch(*found, rule, like.dtype, factors[0].dtype, wide, any(map(Tensor.numel, entries)), scale,
+                         eps > 0, radius > 0, log_path_norm, constant, grad_scale, found_inf)  # fmt: skip
     for own, copy in copies:
         own.copy_(copy)
     # Autograd has to hear of a change behind its back.
@@ -867,6 +875,7 @@ def _launch(
     rule: str,
     dtype: torch.dtype,
     kappa_dtype: torch.dtype,
+    wide: bool,
     has_entries: bool,
     scale: int,
     damped: bool,
@@ -887,9 +896,7 @@ def _launch(
     of_kappa = {"ENTRIES": has_entries, "DTYPE": _DTYPES[dtype], "KAPPA": _DTYPES[kappa_dtype], "ROWS": slots}
     damped = {"DAMPED": damped and rule == "sgd"}
     limits = torch.finfo(dtype)
-    # The two weights of another's step may lie at opposite ends of the range.
-    wide = tl.float64 if dtype == torch.float64 or rule == "given" else tl.float32
-    options = {**kind, **of_kappa, "U": wide}
+    options = {**kind, **of_kappa, "U": tl.float64 if wide or dtype == torch.float64 else tl.float32}
     if kind["SCALE"] == 2:
         first = _measure_first[(programs,)]
         first(table, scratch, rows, programs, log_norm, constant, grad_scale, **of_kappa, **damped, **whole(8))
