@@ -1,18 +1,23 @@
-"""path_update_, and plain torch, against decimal arithmetic: numbers of any size."""
+"""path_update_, in C++ and in Triton, and plain torch, against decimal arithmetic: numbers of any size."""
 
+import itertools
 import math
 from decimal import MAX_EMAX, MIN_EMIN, Context, Decimal
 
 import pytest
 import torch
-from step_cases import F32, F64, Case, fresh, in_plain_torch
-from test_step import sgd
+from step_cases import F32, F64, SCALES, Case, fresh, in_plain_torch
 
 from pathrnn_kernels import plain
 from pathrnn_kernels.kappa import Scaled
 from pathrnn_kernels.ops.step import LOST, path_update_
+from pathrnn_kernels.ops.triton import problem
 
-pytestmark = pytest.mark.usefixtures("poisoned")
+pytestmark = [
+    pytest.mark.usefixtures("poisoned"),
+    pytest.mark.filterwarnings("ignore::RuntimeWarning"),  # of Triton's interpreter, about infinity
+    pytest.mark.filterwarnings("ignore:Conversion of an array:DeprecationWarning"),
+]
 
 EXACT = Context(prec=50, Emax=MAX_EMAX, Emin=MIN_EMIN)
 TWO = Decimal(2)
@@ -67,20 +72,37 @@ def smallest(dtype):
     return torch.finfo(dtype).smallest_normal * 2.0**40
 
 
+def update(how, case, rule, numbers, state=((), (), ()), scale="none", eps=0.0, radius=0.0):
+    op = path_update_
+    if how == "triton":
+        if problem() is not None or torch.cuda.is_available():  # there tests/gpu has it
+            pytest.skip(problem() or "the kernels are not interpreted")
+        from pathrnn_kernels.ops.triton import step
+
+        op = step.path_update_
+    status = op(
+        case.weights, case.gradients, *map(list, state), None, [], numbers, rule, *case.structure(), SCALES[scale], eps,
+        radius, None, None, *case.kappa(),
+    )  # fmt: skip
+    return int(status)
+
+
 def take(case, how, numbers, radius, scale="path_norm", eps=0.0):
-    if how == "kernels":
-        return sgd(case, numbers, scale, eps, radius)
+    if how != "plain":
+        return update(how, case, "sgd", numbers, ((), (), ()), scale, eps, radius)
     weights = [case.entry(i, numbers, numbers[0], ()) for i in range(len(case.weights))]
     status, commit = plain.sgd(weights, case.log_path_norm, scale, eps, radius or None, None, 1.0)
     commit(status == 0)
     return int(status)
 
 
-hows = pytest.mark.parametrize("how", ("kernels", "plain"))
+#: Interpreted kernels are slow.
+hows = pytest.mark.parametrize(
+    ("how", "seed"), [*itertools.product(("kernels", "plain"), range(4)), ("triton", 0)], ids=str
+)
 
 
 @hows
-@pytest.mark.parametrize("seed", range(4))
 @pytest.mark.parametrize(
     ("dtype", "options"),
     [
@@ -137,7 +159,6 @@ def test_path_sgd_is_right_or_says_so(how, seed, dtype, options, eps, rate, radi
 
 
 @hows
-@pytest.mark.parametrize("seed", range(4))
 @pytest.mark.parametrize(
     ("dtype", "options"),
     [
@@ -193,10 +214,7 @@ def test_steps_in_path_coordinates_are_right_or_say_so(how, seed, dtype, options
     if how == "plain":
         status = in_plain_torch(case, numbers, *state)
     else:
-        status = path_update_(
-            case.weights, case.gradients, *state, None, [], numbers, "coordinates", *case.structure(), 0, 0.0, 0.0,
-            None, None, *case.kappa(),
-        )  # fmt: skip
+        status = update(how, case, "coordinates", numbers, state)
     if status:
         # Of an entry whose square the dtype does not hold, both answers are right.
         assert status in {LOST + 4 * i for i in {*perhaps, *sorted(beyond)[:1]}}

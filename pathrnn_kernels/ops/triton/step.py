@@ -4,8 +4,9 @@ Three launches for all weights together: programs of BLOCK entries measure, one 
 what was decided; ``scale="first_step"`` has one more of each of the first two. They find the weights through a table on
 the device, int64 ``[rows, fields]``, of addresses, sizes and the bits of float64 numbers; it is kept as long as these
 are the same. Every entry is brought to canonical coordinates, where unit exponents are not seen (Theorem 1), which is
-exact, and all arithmetic is done there: in float32 for float32 weights, but with ``eps`` or entry exponents, else in
-float64. Sums are in float64, over programs first and those in a fixed order.
+exact, and all arithmetic is done there, in float32 for float32 weights and rates of ordinary size. Quotients and
+products are of mantissas, whose exponents are added beside them, so that nothing in between is out of range. Sums are
+in float64, with an exponent each, over programs first and those in a fixed order.
 
 The host reads nothing. Arguments are those of ops/step.py, with another rule, ``"given"``: ``gradients`` are the
 weights after a step Δ of another optimiser, which becomes min(1, radius · γ/sqrt(Σ κ Δ²)) of itself.
@@ -32,7 +33,7 @@ from torch import Tensor
 
 from .. import step as codes
 from .launch import on_device
-from .tempered import log2_floor, power_of_two, times_power, whole
+from .tempered import least_normal, log2_floor, times_power, whole
 
 _BLOCK = tl.constexpr(1024)
 #: Results of programs that the one that decides takes at a time.
@@ -74,13 +75,14 @@ _FIELDS = tl.constexpr(28)
 # What is decided: places in ``scratch``, int64, where float64 lies by its bits.
 _MOVES = tl.constexpr(0)  # whether the weights are written
 _BIAS_MOVES = tl.constexpr(1)
-_SHARE = tl.constexpr(2)  # of the step that the radius leaves
-_CONSTANT = tl.constexpr(3)  # log, of scale="first_step"
-_NO_CONSTANT = tl.constexpr(4)
-_HEADER = tl.constexpr(5)
-_RULE = tl.constexpr(4)  # then of every row before, after, correction and rate
-# Then, an array each, what every program has found: a word of these bits and of a weight that is lost; an exponent; and
-# two sums, of which the second is that of scale="first_step".
+_SHARE = tl.constexpr(2)  # of the step that the radius leaves; its exponent
+_LENGTH = tl.constexpr(2)  # by rule "coordinates" one over the gradient's; its exponent
+_CONSTANT = tl.constexpr(4)  # log, of scale="first_step"
+_NO_CONSTANT = tl.constexpr(5)
+_HEADER = tl.constexpr(6)
+_RULE = tl.constexpr(3)  # then of every row correction, rate and its exponent
+# Then, an array each, what every program has found: a word of these bits and of a weight that is lost; an exponent; a
+# sum; and that of gradients, for scale="first_step", or by rule "coordinates" the exponent of a bound of its steps.
 _PULLED = tl.constexpr(1)  # some gradient is not 0
 _PATHS = tl.constexpr(2)  # some κ is not
 _INFINITE = tl.constexpr(4)  # some step of the bias is not finite
@@ -111,17 +113,18 @@ def _root(mantissa, exponent):
 
 
 @triton.jit
-def _split(mantissa, exponent):
-    """In two factors, so that what is multiplied with one after the other may be out of range in between."""
-    half = tl.minimum(tl.maximum(exponent >> 1, -1022), 1022)
-    rest = tl.minimum(tl.maximum(exponent - half, -1022), 1022)
-    return power_of_two(half.to(tl.int32), True), mantissa * power_of_two(rest.to(tl.int32), True)
-
-
-@triton.jit
 def _times(x, n):
     """x · 2ⁿ."""
     return times_power(x, n, x.dtype == tl.float64)
+
+
+@triton.jit
+def _normal(x):
+    """x as a mantissa of 1 ≤ |x| < 2 and an exponent; 0, inf and nan are mantissas."""
+    double: tl.constexpr = x.dtype == tl.float64
+    small = tl.abs(x) < least_normal(double)
+    exponent = log2_floor(tl.abs(tl.where(small, _times(x, 60), x)), double) - tl.where(small, 60, 0)
+    return _times(x, -exponent), exponent.to(tl.int64)
 
 
 @triton.jit
@@ -148,18 +151,18 @@ def _any(flags):
 
 
 @triton.jit
-def _entry(table, rows, ROWS: tl.constexpr):
-    """The table's row of this program's weight, and which it is."""
+def _entry(table, program, rows, ROWS: tl.constexpr):
+    """The table's row of a program's weight, and which it is."""
     slots = tl.arange(0, ROWS)
     starts = tl.load(table + slots * _FIELDS + _START, slots < rows, other=0x7FFFFFFF)
-    which = tl.sum((starts <= tl.program_id(0)).to(tl.int32), 0) - 1
+    which = tl.sum((starts <= program).to(tl.int32), 0) - 1
     return table + which * _FIELDS, which
 
 
 @triton.jit
-def _places(entry):
-    """Of this program's entries: their number, whether they are there, row and column."""
-    first = (tl.program_id(0) - tl.load(entry + _START)) * _BLOCK
+def _places(entry, program):
+    """Of a program's entries: their number, whether they are there, row and column."""
+    first = (program - tl.load(entry + _START)) * _BLOCK
     columns = tl.load(entry + _COLUMNS)
     # 32 bits divide several times faster than 64; columns of one weight fit them.
     from_row = (first % columns + tl.arange(0, _BLOCK)).to(tl.uint32)
@@ -205,17 +208,21 @@ def _up(entry, row, column, inside):
 
 @triton.jit
 def _kappa(entry, row, column, inside, ENTRIES: tl.constexpr, KAPPA: tl.constexpr, U: tl.constexpr):
-    """κ, but for 2 to its tensor's exponent; 1 beyond the last entry."""
+    """κ as mantissas and exponents; beyond the last entry it is not 0."""
     i = row * tl.load(entry + _ROW_STRIDE) + column * tl.load(entry + _COLUMN_STRIDE)
-    kappa = tl.load(tl.load(entry + _KAPPA).to(tl.pointer_type(KAPPA)) + i, inside, other=1).to(U)
+    kappa, exponent = _normal(tl.load(tl.load(entry + _KAPPA).to(tl.pointer_type(KAPPA)) + i, inside, other=1).to(U))
+    exponent += tl.load(tl.load(entry + _EXPONENT).to(tl.pointer_type(tl.int64)))
     if ENTRIES:
-        kappa = _times(kappa, _read(entry, _ENTRIES, i, inside, tl.int64))
-    return kappa
+        exponent += _read(entry, _ENTRIES, i, inside, tl.int64)
+    return kappa, exponent
 
 
 @triton.jit
-def _exponent(entry):
-    return tl.load(tl.load(entry + _EXPONENT).to(tl.pointer_type(tl.int64)))
+def _unit(kappa, exponent):
+    """1/sqrt(κ), 0 on no path, as mantissas in (1/2, 1] and exponents."""
+    odd = exponent & 1
+    root = _sqrt(tl.where(odd == 1, 2 * kappa, kappa))
+    return tl.where(kappa > 0, _divide(tl.full(kappa.shape, 1, kappa.dtype), root), 0.0), (odd - exponent) >> 1
 
 
 @triton.jit
@@ -238,7 +245,7 @@ def _unscaled(grad_scale):
 
 
 @triton.jit
-def _factor(norm, norm_exponent, scratch, SCALE: tl.constexpr):
+def _factor(norm, norm_exponent, scratch, grad_scale, SCALE: tl.constexpr):
     """What a gradient is multiplied with."""
     if SCALE == 1:
         factor, exponent = tl.where(norm == 0, 1.0, norm), norm_exponent
@@ -247,19 +254,20 @@ def _factor(norm, norm_exponent, scratch, SCALE: tl.constexpr):
         factor, exponent = _power_of_e(tl.where(constant == constant, constant, 0.0))
     else:
         factor, exponent = tl.full([], 1, tl.float64), tl.full([], 0, tl.int64)
-    return factor, exponent
+    factor, more = _normal(factor * _unscaled(grad_scale))
+    return factor, exponent + more
 
 
 @triton.jit
-def _divisor(entry, kappa, up, norm, norm_exponent, DAMPED: tl.constexpr):
-    """κ + eps γ² as mantissas, inf for 0, with one exponent."""
-    exponent = _exponent(entry)
+def _divisor(entry, kappa, exponent, up, norm, norm_exponent, DAMPED: tl.constexpr):
+    """κ + eps γ² as mantissas, inf for 0, and exponents."""
     if DAMPED:
-        own = exponent
-        exponent = tl.where(norm > 0, tl.maximum(own, norm_exponent), own)
-        damping = tl.full(kappa.shape, 0, tl.float64) + _number(entry, _EPS) * norm
+        damping, own = _normal(_number(entry, _EPS) * norm)
         # γ² is one number for all weights: its share is 2^-2n of it.
-        kappa = _times(kappa, own - exponent) + _times(damping, norm_exponent - exponent - 2 * up)
+        own = tl.where(damping > 0, own + norm_exponent - 2 * up, _ZERO)
+        most = tl.maximum(tl.where(kappa > 0, exponent, _ZERO), own)
+        kappa = _times(kappa, exponent - most) + _times(damping.to(kappa.dtype), own - most)
+        exponent = most
     return tl.where(kappa == 0, float("inf"), kappa), exponent  # on no path: no step
 
 
@@ -270,32 +278,49 @@ def _descent(
     inside,
     up,
     kappa,
+    exponent,
     scratch,
-    norm,
-    norm_exponent,
-    unscaled,
+    log_norm,
+    grad_scale,
     SCALE: tl.constexpr,
     DAMPED: tl.constexpr,
     LIMIT: tl.constexpr,
     DTYPE: tl.constexpr,
     U: tl.constexpr,
 ):
-    """Δ before it is shortened, the new momentum, the gradient, and whether its quotient by κ is lost."""
+    """-Δ over the learning rate, before it is shortened, and that, as a mantissa and an exponent; the new momentum; and
+    whether the step of a finite gradient is lost."""
+    norm, norm_exponent = _power_of_e(tl.load(log_norm).to(tl.float64))
     gradient = _read(entry, _GRADIENT, i, inside, DTYPE).to(U)
-    divisor, exponent = _divisor(entry, kappa, up, norm, norm_exponent, DAMPED)
-    factor, factor_exponent = _factor(norm, norm_exponent, scratch, SCALE)
-    before, after = _split(factor, factor_exponent - exponent)
-    step = _times(gradient, -up) * (unscaled * before).to(U)
-    step = _divide(step, divisor) * after.to(U)
-    size = tl.abs(_times(step, -up))
-    lost = inside & _is_finite(gradient) & ((size <= LIMIT) == 0)
+    divisor, exponent = _divisor(entry, kappa, exponent, up, norm, norm_exponent, DAMPED)
+    factor, factor_exponent = _factor(norm, norm_exponent, scratch, grad_scale, SCALE)
+    pull, of_pull = _normal(gradient)
+    quotient = _divide(pull * factor.to(U), divisor)
+    step = _times(quotient, of_pull + factor_exponent - exponent - up)
     step = tl.where(_number(entry, _NUMBERS + 4) != 0, -step, step)
     decay = _number(entry, _NUMBERS + 2)
     step += decay.to(U) * _weight(entry, i, _unless_0(inside, decay), up, DTYPE, U)
     momentum = _number(entry, _NUMBERS + 1).to(U)
     first = momentum * _times(_read(entry, _FIRST, i, inside, DTYPE).to(U), up) + step
     step = tl.where(_number(entry, _NUMBERS + 3) != 0, step + momentum * first, first)
-    return -_rate(entry, tl.full([], True, tl.int1)).to(U) * step, first, gradient, lost
+    rate, rate_exponent = _normal(_rate(entry, tl.full([], True, tl.int1)))
+    # Of what is written nothing is out of range; a radius brings back any step.
+    held = tl.abs(_times(first, -up)) <= LIMIT
+    unbounded = _number(entry, _RADIUS) == 0
+    held &= tl.abs(tl.where(unbounded, _times(step, rate_exponent - up) * rate.to(U), 0 * step)) <= LIMIT
+    return step, rate, rate_exponent, first, inside & _is_finite(gradient) & (held == 0)
+
+
+@triton.jit
+def _sum_up(words, programs, inside, factor, exponent, x):
+    """Leaves Σ factor · x² 2^exponent, of factors of ordinary size."""
+    x, more = _normal(x)
+    square = factor.to(tl.float64) * x.to(tl.float64) * x.to(tl.float64)
+    exponent = tl.where(inside & (square != 0), exponent + 2 * more, _ZERO)
+    top = tl.max(exponent, 0)
+    square = tl.where(inside, _times(square, exponent - top), 0.0)
+    tl.store(words + programs, top)
+    tl.store(words + 2 * programs, tl.sum(square, 0).to(tl.int64, bitcast=True))
 
 
 @triton.jit
@@ -321,19 +346,18 @@ def _measure_first(
     """Σ g² and Σ (g/κ)² in the weights' own coordinates, where the constant is to be found."""
     found = tl.load(constant)
     if found != found:
-        entry, _which = _entry(table, rows, ROWS)
-        i, inside, row, column = _places(entry)
+        program = tl.program_id(0)
+        entry, _which = _entry(table, program, rows, ROWS)
+        i, inside, row, column = _places(entry, program)
         up = _up(entry, row, column, inside)
-        kappa = _kappa(entry, row, column, inside, ENTRIES, KAPPA, tl.float64)
+        kappa, exponent = _kappa(entry, row, column, inside, ENTRIES, KAPPA, tl.float64)
         norm, norm_exponent = _power_of_e(tl.load(log_norm).to(tl.float64))
-        gradient = _read(entry, _GRADIENT, i, inside, DTYPE).to(tl.float64)
-        unscaled = _unscaled(grad_scale)
-        divisor, exponent = _divisor(entry, kappa, up, norm, norm_exponent, DAMPED)
-        quotient = _times(_times(gradient, -up) * unscaled / divisor, -up)
-        gradient *= unscaled
-        words = scratch + _HEADER + _RULE * ROWS + tl.program_id(0)
-        tl.store(words + programs, -2 * exponent)
-        tl.store(words + 2 * programs, tl.sum(quotient * quotient, 0).to(tl.int64, bitcast=True))
+        divisor, exponent = _divisor(entry, kappa, exponent, up, norm, norm_exponent, DAMPED)
+        gradient = _read(entry, _GRADIENT, i, inside, DTYPE).to(tl.float64) * _unscaled(grad_scale)
+        words = scratch + _HEADER + _RULE * ROWS + program
+        _sum_up(
+            words, programs, inside, tl.full(divisor.shape, 1, tl.float64), -2 * (exponent + 2 * up), gradient / divisor
+        )
         tl.store(words + 3 * programs, tl.sum(gradient * gradient, 0).to(tl.int64, bitcast=True))
 
 
@@ -380,43 +404,37 @@ def _measure(
     ROWS: tl.constexpr,
 ):
     """Of every program Σ κ Δ², by rule "coordinates" Σ g²/κ, and what may not be."""
-    entry, which = _entry(table, rows, ROWS)
-    i, inside, row, column = _places(entry)
+    program = tl.program_id(0)
+    entry, which = _entry(table, program, rows, ROWS)
+    i, inside, row, column = _places(entry, program)
     up = _up(entry, row, column, inside)
-    kappa = _kappa(entry, row, column, inside, ENTRIES, KAPPA, U)
-    exponent = _exponent(entry)
-    bits, lost = tl.full([], 0, tl.int64), tl.full([], False, tl.int1)
+    kappa, exponent = _kappa(entry, row, column, inside, ENTRIES, KAPPA, U)
+    words = scratch + _HEADER + _RULE * ROWS + program
+    factor, code = kappa, tl.full([], _NONE, tl.int64)
+    x = _read(entry, _GRADIENT, i, inside, DTYPE).to(U)
+    bits = tl.where(_any(x != 0), _PULLED, 0) | tl.where(_any(inside & (kappa > 0)), _PATHS, 0)
     if GIVEN:
-        after = _times(_read(entry, _GRADIENT, i, inside, DTYPE).to(U), up)
-        delta = (after - _weight(entry, i, inside, up, DTYPE, U)).to(tl.float64)
-        square = kappa.to(tl.float64) * delta * delta
+        x = _times(x, up) - _weight(entry, i, inside, up, DTYPE, U)
     elif COORDINATES:
-        x = _read(entry, _GRADIENT, i, inside, DTYPE).to(U)
-        pulled = x != 0
         if which == bias:
             quotient = x.to(tl.float64) * _unscaled(grad_scale) / _times(kappa.to(tl.float64), exponent)
             bits |= tl.where(_any(inside & (_is_finite(quotient) == 0)), _INFINITE, 0)
+        unit, of_unit = _unit(kappa, exponent)
+        # What no step of the program reaches, but for γ.
+        _rate_mantissa, rate_exponent = _normal(_rate(entry, tl.full([], True, tl.int1)))
+        reach = tl.max(tl.where(inside & (kappa > 0), of_unit - up, _ZERO), 0) + rate_exponent + 1
+        tl.store(words + 3 * programs, reach)
         is_mass = which == mass  # there it is the weight
-        x = _times(x, tl.where(is_mass, up, -up))
-        unit = tl.where(kappa > 0, _divide(tl.full(kappa.shape, 1, U), _sqrt(kappa)), 0.0)
-        y = tl.where(is_mass, x, x * unit).to(tl.float64)
-        square = tl.where(is_mass, kappa.to(tl.float64), 1.0) * y * y
-        exponent = tl.where(is_mass, exponent, -exponent)
-        bits |= tl.where(_any(pulled), _PULLED, 0) | tl.where(_any(inside & (kappa > 0)), _PATHS, 0)
+        factor = tl.where(is_mass, kappa, unit * unit)
+        exponent = tl.where(is_mass, exponent + 2 * up, 2 * (of_unit - up))
     else:
-        norm, norm_exponent = _power_of_e(tl.load(log_norm).to(tl.float64))
-        delta, _first, gradient, gone = _descent(
-            entry, i, inside, up, kappa, scratch, norm, norm_exponent, _unscaled(grad_scale),
-            SCALE, DAMPED, LIMIT, DTYPE, U,
-        )  # fmt: skip
-        square = kappa.to(tl.float64) * delta.to(tl.float64) * delta.to(tl.float64)
-        bits |= tl.where(_any(gradient != 0), _PULLED, 0) | tl.where(_any(inside & (kappa > 0)), _PATHS, 0)
-        lost = _any(gone)
-    code = tl.where(lost, tl.load(entry + _CODE), _NONE)
-    words = scratch + _HEADER + _RULE * ROWS + tl.program_id(0)
+        x, rate, rate_exponent, _first, lost = _descent(
+            entry, i, inside, up, kappa, exponent, scratch, log_norm, grad_scale, SCALE, DAMPED, LIMIT, DTYPE, U
+        )
+        code = tl.where(_any(lost), tl.load(entry + _CODE), _NONE)
+        factor, exponent = factor * (rate * rate).to(U), exponent + 2 * rate_exponent
     tl.store(words, (code << _LOST) | bits)
-    tl.store(words + programs, exponent)
-    tl.store(words + 2 * programs, tl.sum(tl.where(inside, square, 0.0), 0).to(tl.int64, bitcast=True))
+    _sum_up(words, programs, inside, factor, exponent, x)
 
 
 @triton.jit
@@ -454,6 +472,73 @@ def _bits(words, first, last):
     return bits, tl.min(code, 0)
 
 
+@triton.jit
+def _power(x, power):
+    """x^power of 0 ≤ x ≤ 1."""
+    if power == 1:
+        result = x
+    elif power == 2:
+        result = x * x
+    elif power == 3:
+        result = x * x * x
+    else:
+        positive = x > 0
+        log = tl.log(tl.where(positive, x.to(tl.float64), 1.0))
+        result = tl.where(positive, tl.exp(power * log), 0.0).to(x.dtype)
+    return result
+
+
+@triton.jit
+def _in_coordinates(entry, scratch, which, i, inside, up, kappa, exponent, DTYPE: tl.constexpr, U: tl.constexpr):
+    """The weight and its averages after the step, and whether it is lost."""
+    rule = scratch + _HEADER + which * _RULE
+    correction, rate, rate_exponent = _number(rule, 0).to(U), _number(rule, 1).to(U), tl.load(rule + 2)
+    beta1, beta2 = _number(entry, _NUMBERS + 1), _number(entry, _NUMBERS + 2)
+    unit, of_unit = _unit(kappa, exponent)
+    gradient, weight = _read(entry, _GRADIENT, i, inside, DTYPE).to(U), _read(entry, _WEIGHT, i, inside, DTYPE).to(U)
+    pull, of_pull = _normal(gradient)
+    g = pull * unit * _number(scratch, _LENGTH).to(U)
+    g = _times(g, of_pull + of_unit - up + tl.load(scratch + _LENGTH + 1))
+    g = tl.where(_number(entry, _NUMBERS + 7) != 0, -g, g)
+    m, v = _read(entry, _FIRST, i, inside, DTYPE).to(U), _read(entry, _SECOND, i, inside, DTYPE).to(U)
+    m += (1 - beta1).to(U) * (g - m)
+    v = beta2.to(U) * v + (1 - beta2).to(U) * g * g
+    root = _sqrt(v * correction)
+    # Squares below the dtype's range belong to entries that are as good as on no path.
+    reached = root > 0
+    size = tl.where(reached, _divide(tl.abs(m), tl.where(reached, root + _number(entry, _NUMBERS + 4).to(U), 1.0)), 0.0)
+    step = _power(tl.minimum(size, 1.0), _number(entry, _NUMBERS + 3)) * (rate * unit)
+    step = _times(step, rate_exponent + of_unit - up)
+    value = weight - tl.where(m < 0, -step, step)
+    lost = inside & _is_finite(gradient) & _is_finite(weight) & (_is_finite(value) == 0)
+    return value, m, v, lost
+
+
+@triton.jit
+def _overflow(
+    table, scratch, reaches, root_exponent, moving, programs, ENTRIES: tl.constexpr, SAFE: tl.constexpr,
+    DTYPE: tl.constexpr, KAPPA: tl.constexpr, U: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """The code of the first weight that a step in coordinates brings out of range, where the bounds do not exclude it.
+
+    What is below 2^SAFE is nothing beside the largest number.
+    """
+    slots = tl.arange(0, _CHUNK)
+    most, lost = tl.full([_CHUNK], _ZERO, tl.int64), tl.full([], _NONE, tl.int64)
+    for start in range(0, programs, _CHUNK):
+        most = tl.maximum(most, tl.load(reaches + start + slots, start + slots < programs, other=_ZERO))
+    if tl.max(most, 0) + root_exponent > SAFE:
+        for program in range(programs):
+            if tl.load(reaches + program) + root_exponent > SAFE:
+                entry, which = _entry(table, program, moving, ROWS)
+                i, inside, row, column = _places(entry, program)
+                up = _up(entry, row, column, inside)
+                kappa, exponent = _kappa(entry, row, column, inside, ENTRIES, KAPPA, U)
+                _value, _m, _v, gone = _in_coordinates(entry, scratch, which, i, inside, up, kappa, exponent, DTYPE, U)
+                lost = tl.where(_any(gone), tl.minimum(lost, tl.load(entry + _CODE)), lost)
+    return lost
+
+
 @triton.jit(do_not_specialize=["recurrent", "moving", "rows", "programs", "weight_programs", "pulling_programs"])
 def _decide(
     table,
@@ -471,6 +556,11 @@ def _decide(
     GIVEN: tl.constexpr,
     COORDINATES: tl.constexpr,
     SCALE: tl.constexpr,
+    ENTRIES: tl.constexpr,
+    SAFE: tl.constexpr,
+    DTYPE: tl.constexpr,
+    KAPPA: tl.constexpr,
+    U: tl.constexpr,
     BOUNDED: tl.constexpr,
     BIAS: tl.constexpr,
     MASS: tl.constexpr,
@@ -500,6 +590,37 @@ def _decide(
         code = tl.where((norm == 0) & pulled, _NO_PATH, code)
     if SCALE == 2:
         code = tl.where(code == 0, tl.load(scratch + _NO_CONSTANT), code)
+    if COORDINATES:
+        slots = tl.arange(0, ROWS)
+        entries = table + slots * _FIELDS
+        addresses = tl.load(entries + _COUNT, slots < rows, other=0)
+        counts = addresses.to(tl.pointer_type(tl.float32))
+        steps = tl.load(counts, slots < rows, other=0) + 1
+        length, length_exponent = _total(sums, exponents, 0, weight_programs)
+        length, length_exponent = _root(length, length_exponent)
+        goes = (length > 0) & _is_finite(length)
+        if BIAS:
+            of_bias = tl.sum(tl.where(slots == moving, steps, 0.0), 0)
+            goes &= of_bias > _number(table, _NUMBERS + 5)
+        weights = slots < moving
+        beta2 = tl.load(entries + _NUMBERS + 2, weights, other=0).to(tl.float64, bitcast=True)
+        warmup = tl.load(entries + _NUMBERS + 6, weights, other=0).to(tl.float64, bitcast=True)
+        root, root_exponent = _root(norm, norm_exponent)
+        rate = _rate(entries, weights) * tl.minimum(steps.to(tl.float64) / tl.maximum(warmup, 1.0), 1.0)
+        rate, rate_exponent = _normal(rate / tl.sqrt(tl.load(entries + _SIZE, weights, other=1).to(tl.float64)))
+        correction = 1 / (1 - tl.exp(steps.to(tl.float64) * tl.log(beta2)))
+        tl.store(scratch + _LENGTH, (1 / length).to(tl.int64, bitcast=True))
+        tl.store(scratch + _LENGTH + 1, -length_exponent)
+        rules = scratch + _HEADER + slots * _RULE
+        tl.store(rules, correction.to(tl.int64, bitcast=True))
+        tl.store(rules + 1, (rate * root).to(tl.int64, bitcast=True))
+        tl.store(rules + 2, rate_exponent + root_exponent)
+        tl.debug_barrier()  # what threads have read or written here, others write or read below
+        if goes & (code == 0):
+            lost = _overflow(
+                table, scratch, words + 3 * programs, root_exponent + 1, moving, weight_programs, ENTRIES, SAFE, DTYPE,
+                KAPPA, U, ROWS,
+            )  # fmt: skip
     code = tl.where((code == 0) & (lost != _NONE), _IS_LOST + lost, code)
     taken = tl.full([], True, tl.int1)
     if found_inf is not None:
@@ -509,72 +630,26 @@ def _decide(
     taken &= code == 0
 
     if COORDINATES:
-        slots = tl.arange(0, ROWS)
-        there = slots < rows
-        entries = table + slots * _FIELDS
-        addresses = tl.load(entries + _COUNT, there, other=0)
-        counts = addresses.to(tl.pointer_type(tl.float32))
-        steps = tl.load(counts, there, other=0) + 1
-        goes = taken
-        if BIAS:
-            fine = _any((bits & _INFINITE) != 0) == 0
-            tl.store(scratch + _BIAS_MOVES, (taken & fine).to(tl.int64))
-            of_bias = tl.sum(tl.where(slots == moving, steps, 0.0), 0)
-            goes &= of_bias > _number(table, _NUMBERS + 5)
-        length, length_exponent = _total(sums, exponents, 0, weight_programs)
-        length, length_exponent = _root(length, length_exponent)
-        goes &= (length > 0) & _is_finite(length)
+        fine = _any((bits & _INFINITE) != 0) == 0
+        goes &= taken
+        tl.store(scratch + _BIAS_MOVES, (taken & fine).to(tl.int64))
         tl.store(scratch + _MOVES, goes.to(tl.int64))
-        tl.debug_barrier()  # threads that stand for the same weight have all read its count
-        tl.store(counts, steps, there & (tl.where(slots < moving, goes.to(tl.int32), taken.to(tl.int32)) != 0))
-
-        weights = slots < moving
-        own = tl.load(entries + _EXPONENT, weights, other=0).to(tl.pointer_type(tl.int64))
-        own, own_exponent = _root(tl.full([ROWS], 1, tl.float64), -tl.load(own, weights, other=0))
-        before, after = _split(own / tl.where(length > 0, length, 1.0), own_exponent - length_exponent)
-        maximize = tl.load(entries + _NUMBERS + 7, weights, other=0).to(tl.float64, bitcast=True)
-        beta2 = tl.load(entries + _NUMBERS + 2, weights, other=0).to(tl.float64, bitcast=True)
-        warmup = tl.load(entries + _NUMBERS + 6, weights, other=0).to(tl.float64, bitcast=True)
-        steps = steps.to(tl.float64)
-        root, root_exponent = _root(norm, norm_exponent)
-        rate = _times(root * own, root_exponent + own_exponent) * _rate(entries, weights)
-        rate *= tl.minimum(steps / tl.maximum(warmup, 1.0), 1.0)
-        rate /= tl.sqrt(tl.load(entries + _SIZE, weights, other=1).to(tl.float64))
-        rules = scratch + _HEADER + slots * _RULE
-        tl.store(rules, tl.where(maximize != 0, -before, before).to(tl.int64, bitcast=True))
-        tl.store(rules + 1, after.to(tl.int64, bitcast=True))
-        tl.store(rules + 2, (1 / (1 - tl.exp(steps * tl.log(beta2)))).to(tl.int64, bitcast=True))
-        tl.store(rules + 3, rate.to(tl.int64, bitcast=True))
+        tl.store(counts, steps, (slots < rows) & (tl.where(weights, goes.to(tl.int32), taken.to(tl.int32)) != 0))
     else:
-        share = tl.full([], 1, tl.float64)
+        share, share_exponent = tl.full([], 1, tl.float64), tl.full([], 0, tl.int64)
         if BOUNDED:
             total, exponent = _total(sums, exponents, 0, weight_programs)
-            root, root_exponent = _root(total / tl.where(norm > 0, norm, 1.0), exponent - norm_exponent)
-            length = _times(root, root_exponent)
+            length, length_exponent = _root(total / tl.where(norm > 0, norm, 1.0), exponent - norm_exponent)
             radius = _number(table, _RADIUS)
-            # nan, from a gradient that is not finite, compares false: torch's own optimisers let it through too.
-            longer = (length > radius) & _is_finite(length) & (norm > 0)
-            share = tl.where(longer, radius / tl.where(longer, length, 1.0), 1.0)
+            # nan, from a gradient that is not finite, is not longer: torch's own optimisers let it through too.
+            longer = (_times(length / radius, length_exponent) > 1) & _is_finite(length) & (norm > 0)
+            share, share_exponent = _normal(tl.where(longer, radius / tl.where(longer, length, 1.0), 1.0))
+            share_exponent -= tl.where(longer, length_exponent, 0)
         tl.store(scratch + _MOVES, taken.to(tl.int64))
         tl.store(scratch + _SHARE, share.to(tl.int64, bitcast=True))
+        tl.store(scratch + _SHARE + 1, share_exponent)
         if SCALE == 2:
             tl.store(constant, tl.load(scratch + _CONSTANT).to(tl.float64, bitcast=True), taken)
-
-
-@triton.jit
-def _power(x, power):
-    """x^power of 0 ≤ x ≤ 1."""
-    if power == 1:
-        result = x
-    elif power == 2:
-        result = x * x
-    elif power == 3:
-        result = x * x * x
-    else:
-        positive = x > 0
-        log = tl.log(tl.where(positive, x.to(tl.float64), 1.0))
-        result = tl.where(positive, tl.exp(power * log), 0.0).to(x.dtype)
-    return result
 
 
 @triton.jit(do_not_specialize=["rows", "bias"])
@@ -597,69 +672,53 @@ def _apply(
     ROWS: tl.constexpr,
 ):
     """Every weight and its state, written once, where a step is taken."""
-    entry, which = _entry(table, rows, ROWS)
+    program = tl.program_id(0)
+    entry, which = _entry(table, program, rows, ROWS)
     moves = tl.load(scratch + _MOVES + (which == bias).to(tl.int32)) != 0  # a bias: _BIAS_MOVES
     if moves:
-        i, inside, row, column = _places(entry)
+        i, inside, row, column = _places(entry, program)
         up = _up(entry, row, column, inside)
+        share = tl.load(scratch + _SHARE).to(tl.float64, bitcast=True)
+        share_exponent = tl.load(scratch + _SHARE + 1)
         if GIVEN:
             after = _read(entry, _GRADIENT, i, inside, DTYPE)
-            share = tl.load(scratch + _SHARE).to(tl.float64, bitcast=True)
-            if share == 1:
+            if (share == 1) & (share_exponent == 0):
                 _write(entry, _WEIGHT, i, inside, after, DTYPE)
             else:
                 before = _weight(entry, i, inside, up, DTYPE, U)
-                value = before + share.to(U) * (_times(after.to(U), up) - before)
+                value = before + _times(_times(after.to(U), up) - before, share_exponent) * share.to(U)
                 _write(entry, _WEIGHT, i, inside, _times(value, -up), DTYPE)
         else:
-            kappa = _kappa(entry, row, column, inside, ENTRIES, KAPPA, U)
+            kappa, exponent = _kappa(entry, row, column, inside, ENTRIES, KAPPA, U)
             if COORDINATES:
                 if which == bias:
-                    _move_bias(entry, i, inside, kappa, grad_scale, DTYPE)
+                    _move_bias(entry, i, inside, kappa, exponent, grad_scale, DTYPE)
                 else:
-                    _move_in_coordinates(entry, scratch + _HEADER + which * _RULE, i, inside, up, kappa, DTYPE, U)
+                    value, m, v, _lost = _in_coordinates(
+                        entry, scratch, which, i, inside, up, kappa, exponent, DTYPE, U
+                    )
+                    _write(entry, _WEIGHT, i, inside, value, DTYPE)
+                    _write(entry, _FIRST, i, inside, m, DTYPE)
+                    _write(entry, _SECOND, i, inside, v, DTYPE)
             else:
-                norm, norm_exponent = _power_of_e(tl.load(log_norm).to(tl.float64))
-                delta, first, _gradient, _lost = _descent(
-                    entry, i, inside, up, kappa, scratch, norm, norm_exponent, _unscaled(grad_scale),
-                    SCALE, DAMPED, LIMIT, DTYPE, U,
-                )  # fmt: skip
-                share = tl.load(scratch + _SHARE).to(tl.float64, bitcast=True).to(U)
-                value = _weight(entry, i, inside, up, DTYPE, U) + share * delta
+                step, rate, rate_exponent, first, _lost = _descent(
+                    entry, i, inside, up, kappa, exponent, scratch, log_norm, grad_scale, SCALE, DAMPED, LIMIT, DTYPE, U
+                )
+                step = _times(step, rate_exponent + share_exponent) * (rate * share).to(U)
+                value = _weight(entry, i, inside, up, DTYPE, U) - step
                 _write(entry, _WEIGHT, i, inside, _times(value, -up), DTYPE)
                 _write(entry, _FIRST, i, inside, _times(first, -up), DTYPE)
 
 
 @triton.jit
-def _move_bias(entry, i, inside, kappa, grad_scale, DTYPE: tl.constexpr):
+def _move_bias(entry, i, inside, kappa, exponent, grad_scale, DTYPE: tl.constexpr):
     """The output's bias by eq. (8) as it stands, no entry of g/κ counting for more than 1."""
     gradient = _read(entry, _GRADIENT, i, inside, DTYPE).to(tl.float64) * _unscaled(grad_scale)
-    quotient = gradient / _times(kappa.to(tl.float64), _exponent(entry))
+    quotient = gradient / _times(kappa.to(tl.float64), exponent)
     quotient = tl.minimum(tl.maximum(quotient, -1.0), 1.0)
     quotient = tl.where(_number(entry, _NUMBERS + 7) != 0, -quotient, quotient)
     value = _read(entry, _WEIGHT, i, inside, DTYPE).to(tl.float64) - _rate(entry, tl.full([], True, tl.int1)) * quotient
     _write(entry, _WEIGHT, i, inside, value, DTYPE)
-
-
-@triton.jit
-def _move_in_coordinates(entry, rule, i, inside, up, kappa, DTYPE: tl.constexpr, U: tl.constexpr):
-    before, after = _number(rule, 0).to(U), _number(rule, 1).to(U)
-    correction, rate = _number(rule, 2).to(U), _number(rule, 3).to(U)
-    beta1, beta2 = _number(entry, _NUMBERS + 1), _number(entry, _NUMBERS + 2)
-    unit = tl.where(kappa > 0, _divide(tl.full(kappa.shape, 1, U), _sqrt(kappa)), 0.0)
-    g = _times(_read(entry, _GRADIENT, i, inside, DTYPE).to(U), -up) * unit * before * after
-    m, v = _read(entry, _FIRST, i, inside, DTYPE).to(U), _read(entry, _SECOND, i, inside, DTYPE).to(U)
-    m += (1 - beta1).to(U) * (g - m)
-    v = beta2.to(U) * v + (1 - beta2).to(U) * g * g
-    root = _sqrt(v * correction)
-    # Squares below the dtype's range belong to entries that are as good as on no path.
-    reached = root > 0
-    size = tl.where(reached, _divide(tl.abs(m), tl.where(reached, root + _number(entry, _NUMBERS + 4).to(U), 1.0)), 0.0)
-    step = _power(tl.minimum(size, 1.0), _number(entry, _NUMBERS + 3)) * rate * unit
-    value = _weight(entry, i, inside, up, DTYPE, U) - tl.where(m < 0, -step, step)
-    _write(entry, _WEIGHT, i, inside, _times(value, -up), DTYPE)
-    _write(entry, _FIRST, i, inside, m, DTYPE)
-    _write(entry, _SECOND, i, inside, v, DTYPE)
 
 
 # ---- on the host -----------------------------------------------------------------------------------------------------
@@ -771,8 +830,12 @@ def path_update_(
         else:
             _tables.move_to_end(made_from)
         like = places[moving[0]]
-        status = _launch(*found, rule, like.dtype, factors[0].dtype, any(map(Tensor.numel, entries)), scale, eps > 0,
-                         radius > 0, log_path_norm, constant, grad_scale, found_inf)  # fmt: skip
+        # Both weights of another's step may be at opposite ends of the range, a step of odd size may be below it.
+        wide = rule == "given" or (
+            rule == "sgd" and any(x and not 2.0**-60 <= x <= 2.0**60 for x in numbers[:: _COUNTS[rule]])
+        )
+        status = _launch(*found, rule, like.dtype, factors[0].dtype, wide, any(map(Tensor.numel, entries)), scale,
+                         eps > 0, radius > 0, log_path_norm, constant, grad_scale, found_inf)  # fmt: skip
     for own, copy in copies:
         own.copy_(copy)
     # Autograd has to hear of a change behind its back.
@@ -812,6 +875,7 @@ def _launch(
     rule: str,
     dtype: torch.dtype,
     kappa_dtype: torch.dtype,
+    wide: bool,
     has_entries: bool,
     scale: int,
     damped: bool,
@@ -829,21 +893,22 @@ def _launch(
     scratch = torch.empty(size, dtype=torch.int64, device=table.device)
     bias, mass = (moving if moving < rows else -1), (rows if rows < all_rows else -1)
     kind = {"GIVEN": rule == "given", "COORDINATES": rule == "coordinates", "SCALE": scale if rule == "sgd" else 0}
-    damped = damped and rule == "sgd"
-    of_entries = {"DAMPED": damped, "ENTRIES": has_entries, "DTYPE": _DTYPES[dtype], "KAPPA": _DTYPES[kappa_dtype]}
-    common = {"ROWS": slots}
-    wide = dtype == torch.float64 or damped or has_entries
-    options = {**kind, **of_entries, **common, "U": tl.float64 if wide else tl.float32, "LIMIT": torch.finfo(dtype).max}
+    of_kappa = {"ENTRIES": has_entries, "DTYPE": _DTYPES[dtype], "KAPPA": _DTYPES[kappa_dtype], "ROWS": slots}
+    damped = {"DAMPED": damped and rule == "sgd"}
+    limits = torch.finfo(dtype)
+    options = {**kind, **of_kappa, "U": tl.float64 if wide or dtype == torch.float64 else tl.float32}
     if kind["SCALE"] == 2:
         first = _measure_first[(programs,)]
-        first(table, scratch, rows, programs, log_norm, constant, grad_scale, **of_entries, **common, **whole(8))
-        _decide_first[(1,)](scratch, programs, constant, **common, **whole(4))
-    _measure[(programs,)](table, scratch, all_rows, programs, bias, mass, log_norm, grad_scale, **options, **whole(8))
+        first(table, scratch, rows, programs, log_norm, constant, grad_scale, **of_kappa, **damped, **whole(8))
+        _decide_first[(1,)](scratch, programs, constant, ROWS=slots, **whole(4))
+    entries = {**options, **damped, "LIMIT": limits.max, **whole(8)}
+    _measure[(programs,)](table, scratch, all_rows, programs, bias, mass, log_norm, grad_scale, **entries)
     _decide[(1,)](
         table, scratch, status, recurrent, moving, rows, programs, weight_programs, pulling_programs, log_norm,
-        constant, found_inf, **kind, **common, BOUNDED=bounded, BIAS=bias >= 0, MASS=mass >= 0, **whole(4),
+        constant, found_inf, **options, BOUNDED=bounded, BIAS=bias >= 0, MASS=mass >= 0,
+        SAFE=math.frexp(limits.max)[1] + math.frexp(limits.eps)[1] - 3, **whole(8),
     )  # fmt: skip
-    _apply[(pulling_programs,)](table, scratch, rows, bias, log_norm, grad_scale, **options, **whole(8))
+    _apply[(pulling_programs,)](table, scratch, rows, bias, log_norm, grad_scale, **entries)
     return status
 
 

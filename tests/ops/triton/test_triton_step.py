@@ -394,6 +394,65 @@ def test_what_may_not_be_done_changes_nothing():
     assert_untouched(case, snapshot(build("one layer", F64)))
 
 
+@pytest.mark.parametrize("zeros", (False, True))
+def test_a_step_in_coordinates_that_overflows_changes_nothing(zeros):
+    """γ/sqrt(κ) of weight_hh is beyond the range: its steps are, unless its gradients are 0."""
+    case = build("one layer", F32)
+    case.exponents[1] -= 340
+    case.gradients[1] *= 0 if zeros else 2.0**-120  # so that it does not make all others vanish
+    before, state = snapshot(case), fresh(case)
+    status = triton_update(case, "coordinates", COORDINATES[0], state=state)
+    if zeros:
+        assert status == 0
+        moved = [i for i, (p, q) in enumerate(zip(case.weights, before, strict=True)) if not torch.equal(p, q)]
+        assert moved == [0, 2, 3, 4]  # of the bias g/κ is as nothing
+        assert all(int(n) == 1 for n in state[2])
+    else:
+        assert status == LOST + 4 * 1
+        assert_untouched(case, before)
+        assert not any(x.any() for x in flat(state))
+
+
+@dtypes
+@pytest.mark.parametrize("rate", (1e30, 1e160))
+def test_a_radius_shortens_a_step_of_any_length(rate, dtype):
+    """It leaves of it what it leaves of one a little too long."""
+    cases = build("embedding", dtype), build("embedding", dtype)
+    before = snapshot(cases[0])
+    for case, lr in zip(cases, (rate, 1e3), strict=True):
+        assert triton_update(case, "sgd", (lr, *SGD[1:]), "path_norm", radius=1e-3) == 0
+    # Of quotients, rates, shares and sums.
+    assert_steps_alike(*cases, before, 8)
+    if rate < torch.finfo(dtype).max:
+        cases = displaced("embedding", dtype, rate), displaced("embedding", dtype, 1e3)
+        for case in cases:
+            assert triton_update(case, "given", [], radius=1e-3) == 0
+        # The shorter one's Δ is 10³ weights, with a rounding of the sum.
+        assert_steps_alike(*cases, before, 8)
+
+
+def test_a_step_from_one_end_of_the_range_to_the_other_is_shortened():
+    case = build("one layer", F32)
+    case.weights[1][0, 0], case.gradients[1][0, 0] = -3e38, 3e38
+    assert triton_update(case, "given", [], radius=1e-3) == 0
+    assert all(w.isfinite().all() for w in case.weights)
+    assert case.weights[1][0, 0] != 3e38
+
+
+def test_a_step_that_is_not_finite_is_lost():
+    """Though its quotients are."""
+    case = build("one layer", F32)
+    before = snapshot(case)
+    assert triton_update(case, "sgd", (1e38, *SGD[1:]), "path_norm") % 4 == LOST % 4
+    assert_untouched(case, before)
+    first = [torch.full_like(w, 3e38) for w in case.weights]
+    numbers = (1e-3, 0.9, 0.0, 1.0, 0.0)
+    for g in case.gradients:
+        g.fill_(1e38)
+    assert triton_update(case, "sgd", numbers, state=(first, (), ()), radius=1e-3) % 4 == LOST % 4
+    assert_untouched(case, before)
+
+
 @pytest.mark.parametrize("rule", ("sgd", "coordinates"))
 @pytest.mark.parametrize("where", (1, 5), ids=("weight_hh", "head.bias"))
 def test_a_gradient_that_is_not_finite(rule, where):
