@@ -256,7 +256,7 @@ StepSums sgd_measure(const StepWeight<T>& w, const SgdRule& rule, int64_t first,
 template <typename T, typename U>
 void sgd_apply(const StepWeight<T>& w, const SgdRule& rule, int64_t first, int64_t last) {
   if (rule.given && rule.factor == 1) {  // to the bit
-    std::copy(w.gradient + first, w.gradient + last, w.weight + first);
+    std::copy(w.gradient + first, w.gradient + last, w.moved + first);
     return;
   }
   Run<U> run;
@@ -278,7 +278,7 @@ void sgd_apply(const StepWeight<T>& w, const SgdRule& rule, int64_t first, int64
     for (int64_t j = 0; j < padded<U>(n); j += Simd<U>::width) {
       store(run.weight + j, load(run.weight + j) + scale * load(step + j));
     }
-    shift<true, U>(w, i, n, run.weight, w.weight + i);
+    shift<true, U>(w, i, n, run.weight, w.moved + i);
     if (w.first) shift<true, U>(w, i, n, run.first, w.first + i);
   }
 }
@@ -366,7 +366,7 @@ void coordinate_apply(const StepWeight<T>& w, const CoordinateRule& rule, int64_
       const Vec<U> step = raise<U>(ratio, rule.power) * rate * unit;
       store(run.weight + j, load(run.weight + j) - (m < zero ? -step : step));
     }
-    shift<true, U>(w, i, n, run.weight, w.weight + i);
+    shift<true, U>(w, i, n, run.weight, w.moved + i);
     if (!copied) continue;
     std::copy(average, average + n, w.first + i);
     std::copy(square, square + n, w.second + i);
