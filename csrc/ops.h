@@ -111,7 +111,8 @@ struct StepWeight {
   int64_t most_down;  // the largest -e
   T* spare;  // κ itself where it is dense and nobody else's: what was measured may take its place; or null
   const T* gradient;
-  T* weight;
+  const T* weight;
+  T* moved;   // the same, where it is to be written; or null
   T* first;   // SGD: momentum, in the weight's own coordinates, or null. Otherwise average of the gradient
   T* second;  // and of its square, in path coordinates, which no rescaling changes
 };

@@ -139,22 +139,30 @@ Gradients differentiable_backward(const optional<Tensor>& grad_y, const optional
   const Tensor x_rows = steps.gather(x), y_rows = steps.gather(y);
   const Tensor grad_rows = grad_y ? steps.gather(*grad_y) : Tensor();
   const Tensor shut = y_rows.detach() <= 0;  // where ReLU's derivative, itself a constant, is 0
-  const Tensor start = h_0 ? steps.sort(*h_0) : at::zeros({s.batch, s.hidden}, x.options());
+  const Tensor start = h_0 ? steps.sort(*h_0) : Tensor();
   const Tensor grad_ends = grad_h_n ? steps.sort(*grad_h_n) : at::zeros({s.batch, s.hidden}, x.options());
   Tensor grad_h = grad_ends.narrow(0, 0, 0);
-  variable_list deltas(s.seq_len), befores(s.seq_len);  // in the order of the rows
+  variable_list deltas(s.seq_len);  // in the order of the rows
+  variable_list reached, befores;   // of every step whose h_{t-1} is given: 0 · inf is not 0
   for (int64_t t = s.seq_len - 1; t >= 0; --t) {
     const int64_t first = steps.first[t], rows = steps.rows[t], longer = grad_h.size(0);
     const int64_t place = s.lengths.empty() ? first / s.batch : t;
     grad_h = at::cat({grad_h, grad_ends.narrow(0, longer, rows - longer)});
     if (grad_y) grad_h = grad_h + grad_rows.narrow(0, first, rows);
     deltas[place] = grad_h.masked_fill(shut.narrow(0, first, rows), 0);  // not 0 · inf, as in the kernels
-    befores[place] = t > 0 ? y_rows.narrow(0, steps.first[t - 1], rows) : start;
+    if (t > 0 || h_0) {
+      reached.push_back(deltas[place]);
+      befores.push_back(t > 0 ? y_rows.narrow(0, steps.first[t - 1], rows) : start);
+    }
     grad_h = deltas[place].matmul(weight_hh);
   }
   const Tensor delta = at::cat(deltas), none = at::empty({0}, x.options());
+  Tensor grad_weight_hh = none;
+  if (needs[3]) {
+    grad_weight_hh = befores.empty() ? at::zeros_like(weight_hh) : at::cat(reached).t().matmul(at::cat(befores));
+  }
   return {needs[0] ? steps.scatter(delta.matmul(weight_ih), x.sizes()) : none, needs[1] ? steps.unsort(grad_h) : none,
-          needs[2] ? delta.t().matmul(x_rows) : none, needs[3] ? delta.t().matmul(at::cat(befores)) : none,
+          needs[2] ? delta.t().matmul(x_rows) : none, grad_weight_hh,
           needs[4] ? delta.sum(0) : none};
 }
 

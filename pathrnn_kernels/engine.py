@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import sys
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, ClassVar, NamedTuple, NoReturn
 
 import torch
@@ -17,7 +17,7 @@ from .arguments import check_count, check_number
 from .feedforward import FeedForward
 from .kappa import KAPPA2_FACTOR, Kappa, Scaled, kappa, kappa_without_waiting, precision
 from .network import PathNetwork
-from .ops.backend import choose, refusals, transformed
+from .ops.backend import choose, refusals, transformed, without_numbers
 from .ops.step import LOST, NO_CONSTANT, NO_PATH, UNBOUNDED, UNREACHED, path_step_, path_update_
 from .rnn import ReLURNN
 
@@ -156,7 +156,9 @@ class Engine(Optimizer):
             that raises, so that none waits; with ``capturable`` none does.
         """
         if self._watched():
-            return _watched_step(self, closure)
+            # torch has wrapped a subclass's own step, around which hooks have run, then.
+            wrapped = getattr(type(self).step, "__code__", None) is _watched_step.__code__
+            return (_untraced_step if wrapped else _watched_step)(self, closure)
         return self._unwatched(closure)
 
     # torch.optim would wrap step by what costs more than a small network's κ: here that is for those who watch.
@@ -190,8 +192,10 @@ class Engine(Optimizer):
         layout, weights, gradients, places = moving
         states = self._states(layout, weights, places)
         cached = self._kappa
-        served = self._served(layout, weights[0])
-        if served is not None:
+        if without_numbers(weights[0]) and not _recorded():
+            gradients_used(self.net)
+            status = 0
+        elif (served := self._served(layout, weights[0])) is not None:
             status = self._call(served, layout, weights, gradients, places, states)
         else:
             status = self._in_plain_torch(layout, weights, gradients, places, states)
@@ -262,7 +266,8 @@ class Engine(Optimizer):
         if not self.second_term:
             return None
         if self._lags is None:
-            self._lags = torch.zeros(len(self.net.endings), dtype=torch.int64, device=like.device)
+            with torch.inference_mode(False):  # so that later steps, too, may write to it
+                self._lags = torch.zeros(len(self.net.endings), dtype=torch.int64, device=like.device)
         self._lags = self._lags.to(like.device)
         return self._lags
 
@@ -314,6 +319,7 @@ class Engine(Optimizer):
         """A step by Triton's kernels, whose status is asked for later."""
         from .ops.triton.step import path_update_
 
+        check_written(update[0], *update[2:5])
         capturable = self.param_groups[0]["capturable"]
         if _captures(weights[0]) and (not capturable or self.update_every > 1):
             raise RuntimeError(
@@ -344,6 +350,7 @@ class Engine(Optimizer):
         states: list[dict[str, Any]],
     ) -> int:
         names, groups = layout.names, [layout.owners[i] for i in moving]
+        check_written([weights[i] for i in moving], *[state.values() for state in states])
         with torch.no_grad():
             k = self._cached(weights)
             scaled, log_norm = k.scaled, k.log_path_norm
@@ -413,7 +420,8 @@ class Engine(Optimizer):
             return None
         if self._constant is None or self._constant.device != like.device:
             value = math.nan if self._constant is None else self._constant
-            self._constant = torch.as_tensor(value, dtype=torch.float64, device=like.device)
+            with torch.inference_mode(False):
+                self._constant = torch.as_tensor(value, dtype=torch.float64, device=like.device)
         return self._constant
 
     def _numbers(self, group: dict[str, Any]) -> tuple[float, ...]:
@@ -523,6 +531,7 @@ class Engine(Optimizer):
         if [len(group.get("params", ())) if isinstance(group, dict) else -1 for group in groups] != self._sizes():
             raise ValueError(f"state_dict has param_groups that do not hold {self._sizes()} parameters: it is damaged")
 
+        @torch.inference_mode(False)
         def commit() -> None:
             self._steps, self._kappa, self._lags, self._constant, self._pending = steps, found, None, None, None
             if lags:
@@ -559,7 +568,8 @@ class Engine(Optimizer):
 
 
 # torch.compile has nothing to gain from one call, and would trace all that decides on it.
-_watched_step = Optimizer.profile_hook_step(torch._disable_dynamo(Engine._unwatched))  # type: ignore[attr-defined]
+_untraced_step = torch._disable_dynamo(Engine._unwatched)  # type: ignore[attr-defined]
+_watched_step = Optimizer.profile_hook_step(_untraced_step)
 
 
 class Layout:
@@ -597,6 +607,33 @@ def _tensor(rate: float | Tensor, like: Tensor) -> Tensor:
     if isinstance(rate, Tensor):
         return rate.to(like.device)
     return torch.full((), rate, dtype=torch.float64, device=like.device)
+
+
+def zeros_like(p: Tensor) -> Tensor:
+    """State of a weight, which steps can write to within and without inference mode, whatever it was made in."""
+    with torch.inference_mode(False):
+        return torch.zeros_like(p, memory_format=torch.preserve_format)
+
+
+def check_written(*lists: Iterable[Any]) -> None:
+    """As the CPU's kernels do for themselves: refuse before anything is written what torch would refuse afterwards."""
+    tensors = [t for each in lists for t in each if isinstance(t, Tensor)]
+    if not torch.is_inference_mode_enabled() and any(t.is_inference() for t in tensors):
+        raise RuntimeError(
+            "a weight or an optimiser's state was made under torch.inference_mode(), and can be written to there "
+            "alone: take the step there, or clone it outside"
+        )
+    if any(torch._debug_has_internal_overlap(t) == 1 for t in tensors):
+        raise RuntimeError(
+            "several entries of a weight or of an optimiser's state are one piece of memory (an expanded tensor?): "
+            "clone() it before the step"
+        )
+
+
+def _recorded() -> bool:
+    """Whether operations on tensors without numbers are being recorded, by make_fx."""
+    proxies = sys.modules.get("torch.fx.experimental.proxy_tensor")
+    return proxies is not None and proxies.get_proxy_mode() is not None
 
 
 def _captures(weight: Tensor) -> bool:

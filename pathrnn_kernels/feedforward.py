@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 from .kappa import Kappa, Scaled
+from .ops.backend import without_numbers
 from .rnn import ReLURNN
 from .squared import WEIGHT_RANGE, Kind, Run, Squared, settled, shifted
 
@@ -168,6 +169,11 @@ def _check(module: nn.Module, input_shape: Sequence[int]) -> dict[str, nn.Parame
             raise TypeError(
                 f"{name} is {p.dtype} on {p.device}, but {first} is {parameters[first].dtype} on "
                 f"{parameters[first].device}: move all parts of the module to one dtype and device"
+            )
+        if without_numbers(p):
+            raise ValueError(
+                f"{name} has a shape but no numbers (meta device, or FakeTensorMode), and the pass for κ of a module "
+                "depends on them: move the module to a device first, with to_empty() and initialised"
             )
         if p.numel() and not math.isfinite(torch.linalg.vector_norm(p.detach(), math.inf)):
             raise ValueError(

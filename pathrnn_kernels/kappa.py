@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from . import ops
 from .network import PathNetwork
-from .ops.backend import choose, environment, extension_problem, transformed
+from .ops.backend import choose, environment, extension_problem, transformed, without_numbers
 from .ops.step import path_norm_gradients
 
 #: κ⁽²⁾ = factor · W̃ ⊙ S: the Hessian's factor, the paper's Lemma 1 over ordered pairs, its Theorem 3 as printed.
@@ -442,7 +442,9 @@ class _Norm(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         weights, chain, logarithm = ctx.saved_tensors, ctx.chain, ctx.logarithm
         gradients: list[Tensor | None]
-        if weights[0].is_cpu and extension_problem() is None:
+        # Batched, by is_grads_batched or vmap, grad is none that the kernel can read.
+        batched = transformed() or torch._C._functorch.is_legacy_batchedtensor(grad)
+        if weights[0].is_cpu and extension_problem() is None and not batched:
             gradients = path_norm_gradients(
                 list(weights), *ctx.structure, grad, logarithm, *chain[:4], chain.log_path_norm
             )
@@ -457,7 +459,10 @@ class _Norm(torch.autograd.Function):
             if not ctx.needs_input_grad[5 + i]:
                 gradients[i] = None
             elif torch.is_grad_enabled():  # create_graph: a second derivative would otherwise be zero without a word
-                gradients[i] = _FirstOrder.apply(gradients[i], p)
+                # A batched tensor has the graph of what it is made of.
+                own = torch.zeros_like(p) if batched else gradients[i]
+                marked = _FirstOrder.apply(own, p)
+                gradients[i] = gradients[i] + marked if batched else marked
         return (None, None, None, None, None, *gradients)
 
 
@@ -465,8 +470,8 @@ def _norm_gradient(p: Tensor, kappa: Scaled, grad: Tensor, log_norm: Tensor | No
     """∂γ²/∂p = 2 p κ⁽¹⁾, times grad, over γ² if its logarithm is given: mantissas and exponents apart."""
     mantissa, exponent = kappa.parts()
     weight, weight_exponent = torch.frexp(p.double())
-    factor, factor_exponent = torch.frexp(2 * grad.double())
-    exponent = exponent + weight_exponent + factor_exponent
+    exponent = exponent + weight_exponent + 1
+    factor = grad.double()  # as it is: batched, it has no exponents
     if log_norm is not None:
         norm, norm_exponent = power_of_e(log_norm)
         factor, exponent = factor / norm, exponent - norm_exponent
@@ -478,9 +483,15 @@ def _norm_gradient(p: Tensor, kappa: Scaled, grad: Tensor, log_norm: Tensor | No
 class _FirstOrder(torch.autograd.Function):
     """A gradient whose own derivative is refused."""
 
+    generate_vmap_rule = True
+
     @staticmethod
-    def forward(ctx: Any, gradient: Tensor, parameter: Tensor) -> Tensor:
+    def forward(gradient: Tensor, parameter: Tensor) -> Tensor:  # type: ignore[override]
         return gradient.clone()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        pass
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> None:  # type: ignore[override]
@@ -586,12 +597,14 @@ def _launch(
 ) -> ops.PathChain:
     """The pass, in a wider arithmetic where one loses something."""
     found = _pass(net, parameters, layout, seq_len, **options)
+    weight = parameters["rnn.weight_hh_l0"]
+    if without_numbers(weight):
+        return found
     log_norm, arithmetic = found.to_host()
     if math.isnan(log_norm):
         _check_finite(parameters)
     if arithmetic >= 0:
         return found
-    weight = parameters["rnn.weight_hh_l0"]
     wide = {name: p.detach().double() for name, p in parameters.items()}
     if weight.dtype == torch.float32:
         found = _pass(net, wide, layout, seq_len, **options)
@@ -665,7 +678,7 @@ def _scaled(chain: ops.PathChain, layout: _Layout, directions: int) -> dict[str,
 
 def _check_finite(parameters: dict[str, Tensor]) -> None:
     for name, p in parameters.items():
-        if not bool(p.detach().isfinite().all()):
+        if not without_numbers(p) and not bool(p.detach().isfinite().all()):
             raise ValueError(
                 f"{name} has a nan or infinite entry; κ and γ² need finite weights: restore them, or lower the step "
                 "size"

@@ -13,9 +13,10 @@ from torch.optim import Optimizer
 
 from . import plain
 from .bases import Step, Together, check_base
-from .engine import SCALES, Layout, gradients_used, raw
+from .engine import SCALES, Layout, check_written, gradients_used, raw
 from .feedforward import FeedForward
 from .network import PathNetwork
+from .ops.backend import without_numbers
 from .ops.step import path_update_
 from .path_sgd import PathSGD
 
@@ -263,6 +264,7 @@ class _Ends(PathSGD):
         if moving is None:
             return {}
         layout, weights, gradients, places = moving
+        check_written([weights[i] for i in places])
         written = list(weights)  # a step of -1 from zeros
         for i in places:
             written[i] = torch.zeros_like(weights[i])
@@ -287,6 +289,9 @@ class _Ends(PathSGD):
         written: list[Tensor],
         gradients: Sequence[Tensor | None],
     ) -> None:
+        if without_numbers(weights[0]):
+            gradients_used(self.net)
+            return
         k = self._cached(weights)
         constant = self._constant_on(weights[0])
         served = self._served(layout, weights[0])

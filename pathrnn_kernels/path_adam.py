@@ -11,7 +11,7 @@ from torch import Tensor
 
 from . import plain
 from .arguments import check_number
-from .engine import SWITCHES, Engine
+from .engine import SWITCHES, Engine, zeros_like
 from .kappa import Scaled
 from .network import PathNetwork
 
@@ -58,9 +58,9 @@ class InCoordinates(Engine):
     def _state(self, name: str, p: Tensor, group: dict[str, Any]) -> dict[str, Any]:
         state: dict[str, Any] = self.state.get(p, {})
         if not state:
-            state = {"step": torch.zeros((), dtype=torch.float32, device=p.device)}
+            state = {"step": zeros_like(p.new_empty((), dtype=torch.float32))}
             if name != _OUTPUT_BIAS:
-                state |= {key: torch.zeros_like(p, memory_format=torch.preserve_format) for key in self.buffers}
+                state |= {key: zeros_like(p) for key in self.buffers}
         return state
 
     def _numbers(self, group: dict[str, Any]) -> tuple[float, ...]:
@@ -69,7 +69,9 @@ class InCoordinates(Engine):
         return (rate, *group["betas"], *self._shape_of_step(group), float(group["maximize"]))
 
     def _lists(self, states: list[dict[str, Any]]) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
-        first, second = ([state.get(key, _NONE) for state in states] for key in self.buffers)
+        step = states[0]["step"]
+        none = _NONE if type(step) is Tensor else step.new_empty(0)
+        first, second = ([state.get(key, none) for state in states] for key in self.buffers)
         return first, second, [state["step"] for state in states]
 
     def _overflow(self, name: str, dtype: torch.dtype) -> str:

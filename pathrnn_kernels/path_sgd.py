@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, Literal
 
-import torch
 from torch import Tensor
 
 from . import plain
 from .arguments import check_count, check_net, check_no_steps, check_number
-from .engine import SCALES, SWITCHES, Engine, Layout
+from .engine import SCALES, SWITCHES, Engine, Layout, zeros_like
 from .feedforward import FeedForward
 from .kappa import Scaled
 from .network import PathNetwork
@@ -109,7 +108,7 @@ class PathSGD(Engine):
             return {}
         state = self.state.get(p, {})
         if state.get("momentum_buffer") is None:
-            return {**state, "momentum_buffer": torch.zeros_like(p, memory_format=torch.preserve_format)}
+            return {**state, "momentum_buffer": zeros_like(p)}
         return state
 
     def _numbers(self, group: dict[str, Any]) -> tuple[float, ...]:
@@ -121,7 +120,10 @@ class PathSGD(Engine):
         if not any(states):
             return [], [], []
         first = [state.get("momentum_buffer") for state in states]
-        return [_NONE if buffer is None else buffer for buffer in first], [], []
+        if any(buffer is None for buffer in first):  # empty for a weight that has none
+            none = next(buffer for buffer in first if buffer is not None).new_empty(0)
+            first = [none if buffer is None else buffer for buffer in first]
+        return first, [], []  # type: ignore[return-value]
 
     def _decide(
         self,
@@ -145,7 +147,3 @@ class PathSGD(Engine):
                 "whole, or use scale='path_norm'"
             )
         return super()._path_of(state_dict)
-
-
-#: Stands for the momentum of a weight that has none.
-_NONE = torch.empty(0, device="cpu")

@@ -1,7 +1,8 @@
 // path_update_ and path_step_: a step of Path-SGD, or of Adam in path coordinates, from κ to the weights, and from
 // nothing; path_norm_gradients. Entry by entry: path_step.inl.
+#include <ATen/MemoryOverlap.h>
+#include <c10/core/InferenceMode.h>
 #include <torch/library.h>
-
 
 #include "../check.h"
 #include "isa.h"
@@ -221,7 +222,8 @@ class Step {
     w.tables = tables_;
     w.most_down = 2 * spread_;
     const Tensor weight = contiguous(own, written);
-    w.weight = const_cast<T*>(weight.const_data_ptr<T>());
+    if (written) w.moved = weight.mutable_data_ptr<T>();
+    w.weight = weight.const_data_ptr<T>();
     return w;
   }
 
@@ -527,7 +529,7 @@ class Step {
     const double sign = numbers(v)[7] != 0 ? -1 : 1;
     for (int64_t i = 0; finite && i < w.size; ++i) {
       const double bounded = sign * std::clamp(quotient[i], -1.0, 1.0);
-      w.weight[i] = static_cast<T>(static_cast<double>(w.weight[i]) - step * bounded);
+      w.moved[i] = static_cast<T>(static_cast<double>(w.weight[i]) - step * bounded);
     }
     ++count(v);
   }
@@ -548,6 +550,25 @@ class Step {
   std::vector<std::pair<Tensor, Tensor>> copies_;
   int64_t numbers_per_weight_ = 0;
 };
+
+// Before anything is written, and any pointer taken: what torch would say of an inference tensor, or of one whose entries
+// are one piece of memory, afterwards. A lazy clone gets memory of its own.
+void check_written(const Tensor& t, const char* name) {
+  TORCH_CHECK(!t.is_inference() || c10::InferenceMode::is_enabled(), name,
+              " was made under torch.inference_mode(), and can be written to there alone: take the step there, or clone "
+              "it outside");
+  at::assert_no_internal_overlap(t);
+  t.mutable_data_ptr();
+}
+void check_written(const Arguments& a) {
+  for (size_t i = 0; i < a.weights.size(); ++i) {
+    if (a.gradients[i]) check_written(a.weights[i], "a weight");
+  }
+  for (const TensorList state : {a.first, a.second, a.counts}) {
+    for (const Tensor& t : state) check_written(t, "an optimiser's state");
+  }
+  if (a.constant) check_written(*a.constant, "constant");
+}
 
 // GradScaler's word that a gradient is not finite.
 bool skipped(const Arguments& a) {
@@ -619,6 +640,7 @@ int64_t step(Arguments a, const Kappa& kappa) {
     }
   }
   if (skipped(a)) return kDone;
+  check_written(a);
   const at::ScalarType dtype = a.weights[0].scalar_type();
   if (!at::isReducedFloatingType(dtype)) {
     int64_t status = kDone;

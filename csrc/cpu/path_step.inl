@@ -334,7 +334,7 @@ StepSums sgd_measure(const StepWeight<T>& w, const SgdRule& rule, int64_t first,
 template <typename T, typename U>
 void sgd_apply(const StepWeight<T>& w, const SgdRule& rule, int64_t first, int64_t last) {
   if (rule.given && !rule.shortened) {  // to the bit
-    std::copy(w.gradient + first, w.gradient + last, w.weight + first);
+    std::copy(w.gradient + first, w.gradient + last, w.moved + first);
     return;
   }
   Run<U> run;
@@ -352,7 +352,7 @@ void sgd_apply(const StepWeight<T>& w, const SgdRule& rule, int64_t first, int64
       step = run.delta;
     }
     for (int64_t j = 0; j < padded<U>(n); j += Simd<U>::width) store(run.delta + j, factor * load(step + j) * more);
-    add_step(w, i, n, run.delta, w.weight + i);
+    add_step(w, i, n, run.delta, w.moved + i);
     if (w.first) shift<true, U>(w, i, n, run.first, w.first + i);
   }
 }
@@ -474,7 +474,7 @@ bool coordinate_apply(const StepWeight<T>& w, const CoordinateRule& rule, int64_
       }
       continue;
     }
-    add_step(w, i, n, run.delta, w.weight + i);
+    add_step(w, i, n, run.delta, w.moved + i);
     if (!copied) continue;
     std::copy(average, average + n, w.first + i);
     std::copy(square, square + n, w.second + i);

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
+import sys
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -123,6 +124,12 @@ def _cuda_code(index: int) -> tuple[int, str]:
 def transformed() -> bool:
     """Whether a transform of torch.func, or forward-mode differentiation, is under way: no kernel serves those."""
     return torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0
+
+
+def without_numbers(tensor: Tensor) -> bool:
+    """Whether it has a shape and nothing else: on the meta device, or a FakeTensor."""
+    fakes = sys.modules.get("torch._subclasses.fake_tensor")  # there are none before it is imported
+    return tensor.is_meta or (fakes is not None and isinstance(tensor, fakes.FakeTensor))
 
 
 def constant_when_traced(function: _Function) -> _Function:

@@ -1,0 +1,301 @@
+"""The optimisers keep torch.optim's protocol where it is seldom used: inference mode, lazy clones, tensors without
+numbers, batched gradients, and subclasses."""
+
+import copy
+
+import pytest
+import torch
+from test_engine import FUSED, KINDS, kinds
+from test_optim import backward, make, values
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
+
+import pathrnn_kernels as pk
+
+F64 = torch.float64
+WRAPPED = {
+    "optimizer": lambda net: pk.PathOptimizer(torch.optim.SGD(net.parameters(), 1e-3), net, scale="path_norm"),
+    "radius": lambda net: pk.PathOptimizer(torch.optim.SGD(net.parameters(), 1e-3), net, trust_radius=0.01),
+    "first_step": lambda net: pk.PathSGD(net, 1e-3, scale="first_step", second_term=True, update_every=2),
+    **KINDS,
+}
+all_kinds = pytest.mark.parametrize("kind", WRAPPED)
+
+
+def equal(net, before):
+    return all(torch.equal(p, before[name]) for name, p in net.named_parameters())
+
+
+def saved(optimizer):
+    return copy.deepcopy(optimizer.state_dict())
+
+
+# --- inference mode ---------------------------------------------------------------------------------------------------
+
+
+@FUSED
+@kinds
+def test_weights_of_inference_mode_are_refused_outside_of_it_before_they_change(kind, fused):
+    """torch.optim.SGD raises too, but when it has written."""
+    with torch.inference_mode():
+        net = make()
+        for p in net.parameters():
+            p.grad = torch.ones_like(p)
+    optimizer, before = KINDS[kind](net, fused=fused, seq_len=4), values(net)
+    with pytest.raises(RuntimeError, match=r"was made under torch.inference_mode\(\).* take the step there"):
+        optimizer.step()
+    assert equal(net, before)
+    assert not optimizer.state
+    with torch.inference_mode():
+        optimizer.step()
+        optimizer.step()
+    assert not equal(net, before)
+
+
+def test_path_optimizer_refuses_them_before_its_base_writes():
+    with torch.inference_mode():
+        net = make()
+        for p in net.parameters():
+            p.grad = torch.ones_like(p)
+    before = values(net)
+    optimizer = pk.PathOptimizer(torch.optim.SGD(net.parameters(), 0.1), net, seq_len=4)
+    with pytest.raises(RuntimeError, match="take the step there"):
+        optimizer.step()
+    assert equal(net, before)
+
+
+@FUSED
+@kinds
+def test_one_weight_of_inference_mode_stops_the_step_of_all(kind, fused):
+    net = make()
+    backward(net)
+    optimizer = KINDS[kind](net, fused=fused)
+    with torch.inference_mode():
+        net.head.bias.data = net.head.bias.data.clone()
+        late = nn.Parameter(net.head.bias.data.clone())
+    late.grad = torch.ones_like(late)
+    for group in optimizer.param_groups:
+        group["params"] = [late if p is net.head.bias else p for p in group["params"]]
+    net.head.bias = late
+    before = values(net)
+    with pytest.raises(RuntimeError, match="take the step there"):
+        optimizer.step()
+    assert equal(net, before)
+
+
+@FUSED
+@all_kinds
+def test_a_step_within_inference_mode_leaves_state_that_later_steps_take_up(kind, fused):
+    if kind in KINDS:
+        optimizers = [KINDS[kind](net, fused=fused) for net in (make(), make())]
+    else:
+        optimizers = [WRAPPED[kind](net) for net in (make(), make())]
+    for optimizer, inference in zip(optimizers, (False, True), strict=True):
+        for step in range(4):
+            backward(optimizer.net, seed=step)
+            with torch.inference_mode(inference and step < 2):
+                optimizer.step()
+    nets = [optimizer.net for optimizer in optimizers]
+    assert equal(nets[1], values(nets[0]))
+    tensors = [t for state in optimizers[1].state.values() for t in state.values() if isinstance(t, torch.Tensor)]
+    assert not any(t.is_inference() for t in tensors)
+
+
+# --- memory that others have, too -------------------------------------------------------------------------------------
+
+
+@FUSED
+@all_kinds
+def test_a_lazy_clone_of_weights_and_state_keeps_its_values(kind, fused):
+    net = make()
+    optimizer = KINDS[kind](net, fused=fused) if kind in KINDS else WRAPPED[kind](net)
+    twin = copy.deepcopy(net)
+    own = KINDS[kind](twin, fused=fused) if kind in KINDS else WRAPPED[kind](twin)
+    for step in range(3):
+        for n, o in ((net, optimizer), (twin, own)):
+            backward(n, seed=step)
+            if n is net:
+                tensors = [*n.parameters(), *(t for s in o.state.values() for t in s.values())]
+                tensors = [t for t in tensors if isinstance(t, torch.Tensor)]
+                clones, before = [torch._lazy_clone(t) for t in tensors], [t.detach().clone() for t in tensors]
+            o.step()
+            if n is net:
+                assert all(torch.equal(c, b) for c, b in zip(clones, before, strict=True))
+    assert equal(net, values(twin))
+
+
+@FUSED
+@kinds
+def test_weights_that_are_one_number_are_refused_before_others_change(kind, fused):
+    net = make()
+    with torch.no_grad():
+        net.head.weight.data = net.head.weight.data[:, :1].clone().expand_as(net.head.weight)
+    for p in net.parameters():
+        p.grad = torch.ones_like(p)
+    optimizer, before = KINDS[kind](net, fused=fused, seq_len=4), values(net)
+    with pytest.raises(RuntimeError, match=r"clone\(\)"):
+        optimizer.step()
+    assert equal(net, before)
+
+
+# --- tensors without numbers ------------------------------------------------------------------------------------------
+
+
+@FUSED
+@all_kinds
+@pytest.mark.parametrize("how", ("meta", "fake", "fake, outside of the mode"))
+def test_a_step_of_tensors_without_numbers_makes_state_alone(kind, how, fused):
+    def train():
+        net = pk.PathNetwork(pk.ReLURNN(2, 4), nn.Linear(4, 1), outputs="last")
+        net(torch.rand(5, 3, 2)).sum().backward()
+        return net, KINDS[kind](net, fused=fused) if kind in KINDS else WRAPPED[kind](net)
+
+    with torch.device("meta") if how == "meta" else FakeTensorMode():
+        net, optimizer = train()
+        if how != "fake, outside of the mode":
+            optimizer.step()
+            optimizer.step()
+    if how == "fake, outside of the mode":
+        optimizer.step()
+    backward(real := make(dtype=torch.float32))
+    expected = KINDS[kind](real, fused=fused) if kind in KINDS else WRAPPED[kind](real)
+    expected.step()
+    assert [list(optimizer.state.get(p, {})) for p in net.parameters()] == [
+        list(expected.state.get(p, {})) for p in real.parameters()
+    ]
+    for p in net.parameters():
+        for key, value in optimizer.state.get(p, {}).items():
+            if isinstance(value, torch.Tensor):
+                assert value.is_meta if how == "meta" else isinstance(value, FakeTensor)
+                assert value.shape == (() if key == "step" else p.shape)
+
+
+@pytest.mark.parametrize("mode", (lambda: torch.device("meta"), FakeTensorMode), ids=("meta", "fake"))
+def test_path_norms_of_tensors_without_numbers_have_gradients_of_their_shapes(mode):
+    for norm in (pk.path_norm, pk.log_path_norm):
+        with mode():
+            net = pk.PathNetwork(pk.ReLURNN(2, 4), nn.Linear(4, 1))
+            norm(net, 5).backward()
+        assert all(p.grad.shape == p.shape for p in net.parameters())
+        assert pk.kappa(net, 5).scaled["head.weight"].mantissa.shape == (1, 4)
+
+
+def test_a_feed_forward_module_without_numbers_is_refused_in_a_sentence():
+    module = nn.Sequential(nn.Linear(2, 3, device="meta"), nn.ReLU(), nn.Linear(3, 1, device="meta"))
+    with pytest.raises(ValueError, match=r"0\.weight has a shape but no numbers"):
+        pk.FeedForward(module, (2,))
+
+
+# --- batched gradients ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("create_graph", (False, True))
+@pytest.mark.parametrize("norm", (pk.path_norm, pk.log_path_norm))
+@pytest.mark.parametrize("how", ("is_grads_batched", "vmap"))
+def test_path_norms_take_batched_gradients(norm, how, create_graph):
+    net = make(dtype=torch.float64)
+    parameters = tuple(net.parameters())
+    grads = torch.tensor([1.0, -2.0, 0.0, 1e-300, 1e300], dtype=F64)
+    value = norm(net, 5)
+    expected = [torch.autograd.grad(value, parameters, g, retain_graph=True) for g in grads]
+    if how == "vmap":
+        found = torch.func.vmap(
+            lambda g: torch.autograd.grad(value, parameters, g, retain_graph=True, create_graph=create_graph)
+        )(grads)
+    else:
+        found = torch.autograd.grad(value, parameters, grads, is_grads_batched=True, create_graph=create_graph)
+    for batch, *each in zip(found, *expected, strict=True):
+        # A product of five numbers, in one order or another.
+        torch.testing.assert_close(batch, torch.stack(each), rtol=8 * torch.finfo(F64).eps, atol=0)
+    if create_graph:
+        with pytest.raises(RuntimeError, match="differentiable once"):
+            found[0].sum().backward()
+
+
+def test_batched_gradients_beyond_the_range_of_the_path_norm():
+    """γ² overflows float32 and a gradient of it comes back."""
+    net = pk.PathNetwork(pk.init.identity_(pk.ReLURNN(1, 2), scale=3.0), nn.Linear(2, 1))
+    value, weight = pk.path_norm(net, 50), net.rnn.weight_hh_l0
+    expected = [torch.autograd.grad(value, weight, torch.tensor(g), retain_graph=True)[0] for g in (1e-30, 1e-10)]
+    (found,) = torch.autograd.grad(value, weight, torch.tensor([1e-30, 1e-10]), is_grads_batched=True)
+    assert value.isinf()
+    assert found[0].isfinite().all()
+    assert found[0, 0, 0] > 0
+    torch.testing.assert_close(found, torch.stack(expected))
+
+
+# --- weights that are not finite --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("create_graph", (False, True))
+@pytest.mark.parametrize("infinite", (torch.inf, -torch.inf))
+@pytest.mark.parametrize("given", (False, True))
+def test_gradients_beside_an_infinite_recurrent_weight(infinite, given, create_graph):
+    """As autograd's through the recursion, entry by entry: what is multiplied by no state is not nan for 0 · inf."""
+    for seed in range(9):
+        torch.manual_seed(seed)
+        rnn = nn.RNN(2, 3, nonlinearity="relu", dtype=F64)
+        x, h_0 = torch.rand(3, 2, 2, dtype=F64), torch.rand(1, 2, 3, dtype=F64)
+        with torch.no_grad():
+            rnn.weight_hh_l0[seed % 3, seed // 3] = infinite
+        own = pk.ReLURNN.from_torch(rnn)
+        if given:
+            y = rnn(x, h_0)[0]
+        else:
+            w_ih, w_hh, b_ih, b_hh = rnn.parameters()
+            states = [torch.relu(x[0] @ w_ih.T + b_ih + b_hh)]
+            for step in x[1:]:
+                states.append(torch.relu(step @ w_ih.T + b_ih + b_hh + states[-1] @ w_hh.T))
+            y = torch.stack(states)
+        found = own(x, h_0 if given else None)[0]
+        grad = torch.rand_like(y)
+        expected = torch.autograd.grad(y, tuple(rnn.parameters()), grad)
+        gradients = torch.autograd.grad(found, tuple(own.parameters()), grad, create_graph=create_graph)
+        torch.testing.assert_close(found, y, equal_nan=True)
+        for one, other in zip(gradients, expected, strict=True):
+            torch.testing.assert_close(one.detach(), other, equal_nan=True)
+
+
+# --- subclasses -------------------------------------------------------------------------------------------------------
+
+
+class _Own:
+    """A step of one's own around that of the class."""
+
+    def step(self, closure=None):
+        self.calls = getattr(self, "calls", 0) + 1
+        return super().step(closure)
+
+
+class OwnPathSGD(_Own, pk.PathSGD):
+    pass
+
+
+class OwnPathAdam(_Own, pk.PathAdam):
+    pass
+
+
+class Inherited(pk.PathSGD):
+    pass
+
+
+@pytest.mark.parametrize("cls", (pk.PathSGD, Inherited, OwnPathSGD, OwnPathAdam))
+def test_hooks_run_once_around_a_subclass_step(cls):
+    net = make()
+    optimizer, seen = cls(net, lr=1e-3), []
+    backward(net)
+    optimizer.register_step_pre_hook(lambda *_: seen.append("own pre"))
+    optimizer.register_step_post_hook(lambda *_: seen.append("own post"))
+    handles = [
+        register_optimizer_step_pre_hook(lambda *_: seen.append("global pre")),
+        register_optimizer_step_post_hook(lambda *_: seen.append("global post")),
+    ]
+    try:
+        optimizer.step()
+    finally:
+        for handle in handles:
+            handle.remove()
+    assert sorted(seen) == ["global post", "global pre", "own post", "own pre"]
+    if isinstance(optimizer, _Own):
+        assert optimizer.calls == 1
