@@ -450,9 +450,10 @@ def update_arguments(rng):
 
 def dense(a):
     """κ of every weight, float64, from the op's arguments."""
-    require(isinstance(a["chains"], int) and not takes_more("", a))
+    whole = isinstance(a["chains"], Tensor) and a["chains"].dtype == torch.int64 and a["chains"].numel() == 1
+    require((isinstance(a["chains"], int) or whole) and not takes_more("", a))  # torch takes such tensors for an int
     require(all(isinstance(a[name], list) for name in ("weights", "kappas", "entry_exponents")))
-    places, count = [], a["chains"]
+    places, count = [], int(a["chains"])
     per_chain = 3 if a["bias"] else 2
     for c in range(count):
         places += [per_chain * c + min(kind, 2) for kind in range(4 if a["bias"] else 2)]
