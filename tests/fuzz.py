@@ -520,6 +520,7 @@ def call_step(**a):
 
 def check_step(a, found):
     kappas, (status, after) = dense(a), found
+    radius = float(a["radius"])  # of a tensor, too
     default = {"rates": [], "scale": 0, "eps": 0.0, "grad_scale": None, "found_inf": None}
     usual_call = all(a[name] == value for name, value in default.items()) and all(g is not None for g in a["gradients"])
     if status or not usual_call or not all(w.isfinite().all() for w in [*a["weights"], *a["gradients"], *kappas]):
@@ -529,7 +530,7 @@ def check_step(a, found):
         return
     if a["rule"] == "sgd":
         steps = [torch.where(k == 0, 0.0, -a["numbers"][0] * g / k) for g, k in zip(gradients, kappas, strict=True)]
-        if a["numbers"][1:] != [0.0] * 4 or a["radius"] != 0:
+        if a["numbers"][1:] != [0.0] * 4 or radius != 0:
             return
     else:
         steps = [g - w for g, w in zip(gradients, weights, strict=True)]
@@ -537,7 +538,7 @@ def check_step(a, found):
         norm = math.exp(min(a["log_path_norm"].item(), 700))
         if not 1e-30 < squares < 1e30 or not 1e-30 < norm < 1e30:
             return
-        share = min(1.0, a["radius"] * math.sqrt(norm / squares)) if a["radius"] > 0 else 1.0
+        share = min(1.0, radius * math.sqrt(norm / squares)) if radius > 0 else 1.0
         steps = [share * d for d in steps]
     for p, w, d in zip(after, weights, steps, strict=True):
         size = w.abs() + d.abs()
