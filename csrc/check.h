@@ -39,6 +39,7 @@ inline void check_like(const at::Tensor& tensor, const char* name, const at::Ten
                    reference.device(), ": move one");
   TORCH_CHECK_TYPE(tensor.scalar_type() == reference.scalar_type(), name, " has dtype ", tensor.scalar_type(), ", but ",
                    other, " has ", reference.scalar_type(), ": convert one");
+  TORCH_CHECK_TYPE(tensor.layout() == at::kStrided, name, " is ", tensor.toString(), "; this kernel serves dense tensors");
 }
 
 inline void check_floating(const at::Tensor& tensor, const char* name, at::DeviceType device = at::kCPU,

@@ -400,6 +400,7 @@ def check_chain(a, found):
     one_dtype(*(v for name in CHAIN for v in (a[name] if isinstance(a[name], list) else [a[name]])))
     parameters, seq_len = named(a), a["seq_len"]
     if isinstance(seq_len, Tensor):
+        require(not seq_len.is_complex())
         seq_len = int(seq_len.item())  # as torch does
     require(isinstance(seq_len, int) and 1 <= seq_len < 100 and all(p.isfinite().all() for p in parameters.values()))
     require(all(p.numel() for p in parameters.values()) and len(a["weight_hh"]) > 0)
@@ -450,8 +451,8 @@ def update_arguments(rng):
 
 def dense(a):
     """κ of every weight, float64, from the op's arguments."""
-    whole = isinstance(a["chains"], Tensor) and a["chains"].dtype == torch.int64 and a["chains"].numel() == 1
-    require((isinstance(a["chains"], int) or whole) and not takes_more("", a))  # torch takes such tensors for an int
+    scalar = isinstance(a["chains"], Tensor) and a["chains"].numel() == 1 and not a["chains"].is_complex()
+    require((isinstance(a["chains"], int) or scalar) and not takes_more("", a))  # torch takes such tensors for an int
     require(all(isinstance(a[name], list) for name in ("weights", "kappas", "entry_exponents")))
     places, count = [], int(a["chains"])
     per_chain = 3 if a["bias"] else 2

@@ -595,6 +595,9 @@ void check_structure(const Arguments& a, const Kappa& kappa) {
     TORCH_CHECK_TYPE(t->scalar_type() == at::kLong && t->is_contiguous(), "exponents have dtype ", t->scalar_type(),
                      "; they must be int64, contiguous");
   }
+  const int64_t* const units = kappa.unit_exponents.const_data_ptr<int64_t>();
+  TORCH_CHECK_VALUE(std::all_of(units, units + kappa.unit_exponents.numel(), [](int64_t d) { return d % 2 == 0; }),
+                    "unit_exponents has an odd number; they must be even");
   for (size_t i = 0; i < kappa.factors.size(); ++i) {
     const Tensor& entries = kappa.entry_exponents[i];
     TORCH_CHECK_TYPE(entries.scalar_type() == at::kLong && entries.is_contiguous(), "entry_exponents have dtype ",
