@@ -323,9 +323,26 @@ def pair_sums(
     if lost is not None:
         n = max(0, min(len(d) - offset, len(h)))
         some = (d[offset : offset + n] != 0).double().T @ (h[:n] != 0).double() > 0
-        lost |= (some & (total < torch.finfo(d.dtype).tiny)).any()
+        # What underflows is a number of d, which was to meet one of h.
+        limits = torch.finfo(d.dtype)
+        lost |= (some & (total < 4 * limits.tiny / limits.eps * max(1.0, float(h[:n].max()) if n else 1.0))).any()
     # With weights it is a term of a longer sum, which wants the range that a natural scale would give away.
     return natural(total, top, 2 * centre(d.dtype)) if weights is None else (total, torch.tensor([top]))
+
+
+def dropped(before, factor=False, steps=400):
+    """Arguments of pair_sums in float32, whose entry [1, 1] is mostly of steps far below the first, and what that is.
+
+    There δ is 2^before on its row's scale and a quarter of the least number on the first step's, or with ``factor``
+    what brings it to that scale is; and h is as large as it gets.
+    """
+    large, small = 2.0 ** centre(torch.float32), -98  # above what sums of rows need to be sure of themselves
+    apart = -151 if factor else -151 - before
+    d = torch.tensor([[large, 2.0 ** (small // 2)]] + steps * [[large, 2.0**before]])
+    h = torch.tensor([[large, 2.0 ** (small // 2)]] + steps * [[large, large]])
+    exponents = torch.tensor([0] + steps * [apart])
+    wanted = 2.0**small + steps * 2.0 ** (before + apart) * large
+    return (d, exponents, h, torch.zeros_like(exponents)), wanted
 
 
 def filtered(rows, exponents, ratio, ratio_exponent, reverse):

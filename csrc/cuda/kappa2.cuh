@@ -100,6 +100,16 @@ constexpr int kPairThreads = 256, kPairSide = 16;  // threads of a block: 16 alo
 // Steps that are held in shared memory at a time, fewer where a thread has more to do with each.
 constexpr int pair_depth(int micro) { return 64 / micro; }
 
+// 2^e, or e itself where that is below the normal numbers: x times it may yet meet something large.
+template <typename T>
+__device__ T pair_factor(int64_t e) {
+  return e < Format<T>::min_exponent ? static_cast<T>(e) : power_of_two<T>(static_cast<int>(e));
+}
+template <typename T>
+__device__ T times_factor(T x, T factor) {
+  return factor < T(0) ? scaled(x, static_cast<int64_t>(factor)) : x * factor;
+}
+
 // The arguments of the op, rows of h and d beyond the last pair left out.
 template <typename T>
 struct PairSums {
@@ -112,7 +122,7 @@ struct PairSums {
   const T* previous;                // [H, H] or null
   const int64_t* previous_exponent;
   // With weights; without, one lag, whose exponents every block looks through for itself.
-  T* factors;     // [lags, pairs(0)]: 2^ of each pair's exponent, seen from the largest of its lag
+  T* factors;     // [lags, pairs(0)]: pair_factor of each pair's exponent, seen from the largest of its lag
   int64_t* tops;  // [lags]: that largest one, the weight's included
   T* sums;        // [slices, H, H], to be added up
   int64_t* exponent;
@@ -120,13 +130,21 @@ struct PairSums {
 
   __device__ int64_t pairs(int64_t lag) const { return min(d_rows - offset - lag, h_rows); }
   __device__ int64_t step_of_d(int64_t t, int64_t lag) const { return t + offset + lag; }
-  // Whether entry (j, k) of a finished sum of one lag has lost what underflowed.
+  // Whether entry (j, k) of a finished sum of one lag, on its natural scale, has lost what underflowed: numbers of d, to
+  // meet ones of h, which are near their centre, 2^24 above it at most, whatever the sizes.
   __device__ bool loses(T sum, int64_t j, int64_t k) const {
-    if (lost == nullptr || sum >= faint<T>()) return false;
+    if (lost == nullptr || sum >= scaled(faint<T>(), Format<T>::centre + 24)) return false;
+    int64_t top = kZero;
+    T most = 1;
+    bool some = false;
     for (int64_t t = 0; t < pairs(0); ++t) {
-      if (d[step_of_d(t, 0) * hidden + j] != T(0) && h[t * hidden + k] != T(0)) return true;
+      const T early = h[t * hidden + k];
+      top = max(top, pair_exponent(t, 0));
+      most = max(most, early);
+      some |= d[step_of_d(t, 0) * hidden + j] != T(0) && early != T(0);
     }
-    return false;
+    const T before = scaled(sum, natural(top, 2 * Format<T>::centre) - top);
+    return some && (sum < power_of_two<T>(Format<T>::min_exponent) || before < 2 * faint<T>() * most);
   }
   __device__ int64_t pair_exponent(int64_t t, int64_t lag) const {
     return settled(d_exponents[step_of_d(t, lag)] + h_exponents[t]);
@@ -143,7 +161,7 @@ __global__ void __launch_bounds__(kPairThreads) scale_pairs(PairSums<T> p) {
   for (int64_t t = threadIdx.x; t < pairs; t += kPairThreads) top = max(top, p.pair_exponent(t, lag));
   top = block_max(top, scratch);
   for (int64_t t = threadIdx.x; t < pairs; t += kPairThreads) {
-    p.factors[lag * p.pairs(0) + t] = scaled(T(1), p.pair_exponent(t, lag) - top);
+    p.factors[lag * p.pairs(0) + t] = pair_factor<T>(p.pair_exponent(t, lag) - top);
   }
   if (threadIdx.x == 0) p.tops[lag] = settled(top + p.weight_exponents[lag]);
 }
@@ -246,7 +264,7 @@ class PairTile {
       h_next_[i] = h[t * p_.hidden];
       factor_next_[i] = step != t                ? T(0)
                         : p_.factors != nullptr ? factors[t]
-                                                : scaled(T(1), p_.pair_exponent(t, 0) - top_);
+                                                : pair_factor<T>(p_.pair_exponent(t, 0) - top_);
     }
   }
 
@@ -254,7 +272,7 @@ class PairTile {
 #pragma unroll
     for (int i = 0; i < kSweeps; ++i) {
       const int at = buffer * kDepth * kTile + threadIdx.x + i * kRows * kTile;
-      d_steps_[at] = d_next_[i] * factor_next_[i];
+      d_steps_[at] = times_factor(d_next_[i], factor_next_[i]);
       h_steps_[at] = h_next_[i];
     }
   }
@@ -309,7 +327,7 @@ class PairTile {
       for (int v = 0; v < kMicro; ++v) {
         if (j(u) >= hidden_ || k(v) >= hidden_) continue;
         const T sum = scaled(sums_[u][v], top_ - exponent);
-        if (gridDim.y == 1 && p_.loses(min(sum, sums_[u][v]), j(u), k(v))) *p_.lost = true;
+        if (gridDim.y == 1 && p_.loses(sum, j(u), k(v))) *p_.lost = true;
         sums[j(u) * p_.hidden + k(v)] = sum;
       }
     }

@@ -612,13 +612,13 @@ class _SecondTerm:
         m = torch.frexp(kappa.amax()).exponent + top - 1
         exponent = torch.where((m >= 0) & (m <= 60), 0, m)
         found = (kappa * power_of_two(top - exponent, torch.float64)).to(self.parent.dtype)
-        # What S can have lost, every product and weighted sum of its terms less than the least normal number, and how
-        # much of κ that is. Where κ⁽¹⁾ is 0 there is nothing to lose: whoever meets a weight twice meets it once.
+        # What S can have lost, of every term a number of δ less than the least normal one, which was to meet one of h,
+        # and how much of κ that is. Where κ⁽¹⁾ is 0 there is nothing to lose: whoever meets a weight twice meets it
+        # once.
         limits = torch.finfo(self.parent.dtype)
-        most = 8.0 * len(self.h.data) * (self.lags + 1) * limits.tiny
-        error = self.share(
-            torch.full((), most, dtype=torch.float64, device=kappa.device), self.pairs.exponents, kappa, top
-        )
+        most = self.h.data.amax().double().clamp(min=2.0 ** (CENTRE[self.parent.dtype] + 1))
+        most = most * (8.0 * len(self.h.data) * (self.lags + 1) * limits.tiny)
+        error = self.share(most, self.pairs.exponents, kappa, top)
         lost = (self.kappa1.data > 0) & ~((error <= limits.eps) & (found >= limits.tiny))
         self.parent.losses.append(lost.any().reshape(1))
         return Rows(found, exponent)

@@ -101,6 +101,16 @@ def test_row_sums_of_zeros():
     assert not total.any() and exponent == 0
 
 
+@pytest.mark.parametrize("case", ((0,), (20,), (30, True)), ids=str)
+@pytest.mark.parametrize("kernels", (cuda, gpu_model), ids=("cuda", "model"))
+def test_what_underflows_before_it_meets_a_large_number_is_told(kernels, case):
+    rows, wanted = gpu_model.dropped(*case)
+    lost = torch.zeros(1, dtype=torch.bool)
+    sums, exponent = kernels.pair_sums(*rows, 0, None, None, None, None, lost)
+    found, rtol = float(sums[1, 1]) * 2.0 ** int(exponent), tolerances.path(F32, 1, 400)
+    assert lost or found == pytest.approx(wanted, rel=rtol, abs=0)
+
+
 # ---- pair_sums -------------------------------------------------------------------------------------------------------
 
 

@@ -23,6 +23,7 @@ from .tempered import (
     least_normal,
     log2_floor,
     natural_exponent,
+    power_of_two,
     times_power,
     whole,
 )
@@ -103,10 +104,13 @@ def _pair_sums(
         result = natural_exponent(top, 2 * centre(DOUBLE))
         total = times_power(total, top - result, DOUBLE)
     if LOST:
-        # Of an entry that has pairs and is yet too small, what underflowed counts.
-        small = inside & ((summed < faint(DOUBLE)) | (total < least_normal(DOUBLE)))
+        # Of an entry that has pairs and is yet too small, what underflowed counts. That was a number of δ, to meet one
+        # of h, which is near its centre: 2^24 above it at most, whatever the sizes.
+        tiny = total < least_normal(DOUBLE)
+        above = power_of_two(tl.full([], centre(DOUBLE) + 24, tl.int32), DOUBLE)
+        small = inside & (tiny | (summed < faint(DOUBLE) * above))
         if tl.max(tl.max(small.to(tl.int32), 1), 0) > 0:
-            pairs = tl.zeros([TILE, TILE], tl.float32)
+            pairs, most = tl.zeros([TILE, TILE], tl.float32), tl.full([STEPS, TILE], 1, dtype)
             for start in range(0, tl.minimum(early, late - offset), STEPS):
                 t = start + tl.arange(0, STEPS)
                 live = (t < early) & (t + offset < late)
@@ -119,6 +123,8 @@ def _pair_sums(
                 )
                 one = tl.dot((delta != 0).to(tl.float32), (rows != 0).to(tl.float32), input_precision="ieee")
                 pairs += one
+                most = tl.maximum(most, rows)
+            small &= tiny | (summed < 2 * faint(DOUBLE) * tl.max(most, 0)[None, :])
             tl.store(lost, 1, tl.max(tl.max((small & (pairs > 0)).to(tl.int32), 1), 0) > 0)
     tl.store(sums + at, total, inside)
     if (tl.program_id(0) == 0) & (tl.program_id(1) == 0):

@@ -4,7 +4,7 @@ import gpu_model
 import pytest
 import tolerances
 import torch
-from triton_cases import DEVICE, F32, F64, MARKS, dtypes, run, same, truth
+from triton_cases import DEVICE, F32, F64, MARKS, dtypes, moved, run, same, truth
 
 pytestmark = MARKS
 
@@ -72,6 +72,17 @@ def test_nothing_left():
     zeros = (torch.zeros(2, 3, dtype=F64), torch.full((2,), ZERO))
     sums, exponent = run("pair_sums", *zeros, x, e + 700, 0, None, None, None, None)
     assert not sums.any() and exponent.item() == 0
+
+
+@pytest.mark.parametrize("before", (0, 20))
+def test_what_underflows_before_it_meets_a_large_number_is_told(before):
+    from pathrnn_kernels.ops.triton import kappa2
+
+    rows, wanted = gpu_model.dropped(before)
+    lost = torch.zeros(1, dtype=torch.bool, device=DEVICE)
+    sums, exponent = kappa2.pair_sums(*map(moved, rows), 0, None, None, None, None, lost)
+    found, rtol = float(sums[1, 1]) * 2.0 ** int(exponent), tolerances.path(F32, 1, 400)
+    assert lost or found == pytest.approx(wanted, rel=rtol, abs=0)
 
 
 @dtypes
