@@ -55,7 +55,7 @@ class PathOptimizer(Optimizer):
     Args:
         base: an optimiser of ``torch.optim`` that takes one gradient a step and holds every trainable parameter of
             the network, and any others; or several that hold them together, say Muon for matrices and AdamW for the
-            rest. Step it through this object only. With ``trust_radius`` it must not keep weights of its own.
+            rest. Step it through this object only. With ``trust_radius`` it must not keep weights of its own; ASGD may.
         net: the network; a module without recurrence as ``FeedForward(module, input_shape)``.
         second_term: whether κ includes κ⁽²⁾ (Lemma 1).
         scale: ``"none"``, g/κ, eq. (8) as it stands; ``"path_norm"``, γ² g/κ, dimensionless, for κ and γ² of any size
@@ -213,13 +213,14 @@ class PathOptimizer(Optimizer):
         for _, p, _ in held:
             # torch's optimisers move a frozen parameter that still has a gradient.
             p.grad = quotients.get(p)
-        step = Step(self.base)
+        bounded = self.trust_radius is not None and quotients
+        after = {p: p.clone() for p in quotients} if bounded else {}
+        step = Step(self.base, after)
         try:
-            if self.trust_radius is None or not quotients:
+            if not bounded:
                 step.run()
             else:
                 before = {p: p.data for p in quotients}
-                after = {p: p.clone() for p in quotients}
                 try:
                     for p, copied in after.items():
                         p.data = copied
