@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from . import plain
+from .arguments import check_number
 from .bases import Step, Together, check_base
 from .engine import SCALES, Layout, check_written, gradients_used, raw
 from .feedforward import FeedForward
@@ -84,7 +85,6 @@ class PathOptimizer(Optimizer):
     second_term = _of_ends("second_term")
     scale = _of_ends("scale")
     eps = _of_ends("eps")
-    trust_radius = _of_ends("trust_radius")
     update_every = _of_ends("update_every")
     seq_len = _of_ends("seq_len")
     rtol = _of_ends("rtol")
@@ -137,6 +137,18 @@ class PathOptimizer(Optimizer):
         self.__setstate__({})
         for kind in ("state_dict_pre", "state_dict_post", "load_state_dict_pre", "load_state_dict_post"):
             setattr(self, f"_optimizer_{kind}_hooks", getattr(base, f"_optimizer_{kind}_hooks"))
+
+    @property
+    def trust_radius(self) -> float | None:
+        return self._ends.trust_radius
+
+    @trust_radius.setter
+    def trust_radius(self, radius: float | None) -> None:
+        if radius is not None:
+            check_number("trust_radius", radius, zero=False)
+            for base in self.base.bases if isinstance(self.base, Together) else [self.base]:
+                check_base(base, True)
+        self._ends.trust_radius = radius
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:  # type: ignore[override]

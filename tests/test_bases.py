@@ -161,7 +161,15 @@ def test_a_base_with_weights_of_its_own_is_not_shortened():
     net = make()
     with pytest.raises(ValueError, match=r"keeps weights of its own \(state 'z'\).*leave trust_radius out"):
         pk.PathOptimizer(ScheduleFree(net.parameters()), net, trust_radius=0.01)
-    pk.PathOptimizer(ScheduleFree(net.parameters()), net, scale="path_norm")
+    optimizer = pk.PathOptimizer(ScheduleFree(net.parameters()), net, scale="path_norm")
+    with pytest.raises(ValueError, match="keeps weights of its own"):
+        optimizer.trust_radius = 0.01
+    assert optimizer.trust_radius is None
+    optimizer = pk.PathOptimizer(torch.optim.SGD(net.parameters()), net)
+    with pytest.raises(ValueError, match="trust_radius is -1"):
+        optimizer.trust_radius = -1
+    optimizer.trust_radius = 0.01
+    assert optimizer.trust_radius == 0.01
 
 
 @pytest.mark.parametrize("several", (False, True))
