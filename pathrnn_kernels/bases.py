@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections import ChainMap, defaultdict
-from collections.abc import Callable, Iterator, Sequence
+import itertools
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from typing import Any
 
 import torch
@@ -14,6 +15,37 @@ from torch.optim import Optimizer
 
 #: Of the weights that a trial steps from: what is near it after a step with a gradient of 0 is a weight.
 _MARK = 1e4
+
+
+class _States(MutableMapping[Any, Any]):
+    """The state of several bases: of each parameter that of the base that holds it, made when it is asked for."""
+
+    def __init__(self, bases: Sequence[Optimizer]) -> None:
+        self._bases = bases
+
+    def _of(self, p: Any) -> Any:
+        for base in self._bases:
+            if p in base.state or any(p is own for group in base.param_groups for own in group["params"]):
+                return base.state
+        raise KeyError(p)
+
+    def __getitem__(self, p: Any) -> Any:
+        return self._of(p)[p]
+
+    def __setitem__(self, p: Any, state: Any) -> None:
+        self._of(p)[p] = state
+
+    def __delitem__(self, p: Any) -> None:
+        del self._of(p)[p]
+
+    def __contains__(self, p: Any) -> bool:
+        return any(p in base.state for base in self._bases)
+
+    def __iter__(self) -> Iterator[Any]:
+        return itertools.chain.from_iterable(base.state for base in self._bases)
+
+    def __len__(self) -> int:
+        return sum(len(base.state) for base in self._bases)
 
 
 class Together(Optimizer):
@@ -34,7 +66,7 @@ class Together(Optimizer):
 
     @property
     def state(self) -> Any:  # type: ignore[override]
-        return ChainMap(*(base.state for base in self.bases))
+        return _States(self.bases)
 
     @state.setter
     def state(self, state: Any) -> None:
@@ -85,12 +117,21 @@ class Together(Optimizer):
 class Step:
     """One step of the bases, in two halves: hooks of their own run before the first and after the second.
 
-    Global hooks do not: they run around the step of the PathOptimizer.
+    Global hooks do not: they run around the step of the PathOptimizer. Between the halves the weights may be written
+    anew, shorter of ``whole``, where their step has led.
     """
 
-    def __init__(self, base: Optimizer) -> None:
+    def __init__(self, base: Optimizer, whole: Mapping[Tensor, Tensor] | None = None) -> None:
         self._bases = base.bases if isinstance(base, Together) else [base]
         self._called: list[tuple[Optimizer, Any, Any]] = []
+        self._averages = [
+            (p, whole[p], base.state, {k: v.clone() for k, v in base.state.get(p, {}).items() if k in ("mu", "ax")})
+            for base in self._bases
+            if whole and _averages(base)
+            for group in base.param_groups
+            for p in group["params"]
+            if p in whole
+        ]
 
     def run(self) -> None:
         for base in self._bases:
@@ -110,6 +151,11 @@ class Step:
             self._called.append((base, arguments, keywords))
 
     def finish(self) -> None:
+        for p, whole, state, before in self._averages:
+            average, now = state[p]["ax"], p
+            if before:
+                now = torch.where(before["mu"] == 1, p, before["ax"] + (p - before["ax"]) * before["mu"])
+            average.copy_(torch.where(p == whole, average, now))
         for base, arguments, keywords in self._called:
             for hook in list(base._optimizer_step_post_hooks.values()):  # type: ignore[attr-defined]
                 hook(base, arguments, keywords)
@@ -118,6 +164,11 @@ class Step:
 def _bare_step(base: Optimizer) -> Callable[..., Any]:
     step = type(base).step
     return inspect.unwrap(step, stop=lambda f: not hasattr(f, "hooked")) if hasattr(step, "hooked") else step
+
+
+def _averages(base: Optimizer) -> bool:
+    """Whether it is ASGD, whose own weights are an average of the parameters: of those that are written, then."""
+    return inspect.unwrap(type(base).step) is inspect.unwrap(torch.optim.ASGD.step)
 
 
 def check_base(base: Any, shortened: bool) -> None:
@@ -140,7 +191,7 @@ def check_base(base: Any, shortened: bool) -> None:
         if _succeeds(base, False, True):
             raise _refused(base, "which differentiates its gradients again") from None
         return
-    if shortened and kept:
+    if shortened and kept and not _averages(base):
         raise ValueError(
             f"base is {type(base).__name__}, which keeps weights of its own (state {kept!r}), and they would not be "
             "those of a step that trust_radius has shortened: leave trust_radius out, or use another base"

@@ -158,7 +158,8 @@ class Engine(Optimizer):
         if self._watched():
             # torch has wrapped a subclass's own step, around which hooks have run, then.
             wrapped = getattr(type(self).step, "__code__", None) is _watched_step.__code__
-            return (_untraced_step if wrapped else _watched_step)(self, closure)
+            given = () if closure is None else (closure,)  # as hooks see it of torch's optimisers
+            return (_untraced_step if wrapped else _watched_step)(self, *given)
         return self._unwatched(closure)
 
     # torch.optim would wrap step by what costs more than a small network's κ: here that is for those who watch.
@@ -175,7 +176,7 @@ class Engine(Optimizer):
             or torch.compiler.is_compiling()
         )
 
-    def _unwatched(self, closure: Callable[[], Any] | None) -> Any:
+    def _unwatched(self, closure: Callable[[], Any] | None = None) -> Any:
         if self._pending is not None:
             self._settle()
         loss = None

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from . import plain
+from .arguments import check_number
 from .bases import Step, Together, check_base
 from .engine import SCALES, Layout, check_written, gradients_used, raw
 from .feedforward import FeedForward
@@ -55,7 +56,7 @@ class PathOptimizer(Optimizer):
     Args:
         base: an optimiser of ``torch.optim`` that takes one gradient a step and holds every trainable parameter of
             the network, and any others; or several that hold them together, say Muon for matrices and AdamW for the
-            rest. Step it through this object only. With ``trust_radius`` it must not keep weights of its own.
+            rest. Step it through this object only. With ``trust_radius`` it must not keep weights of its own; ASGD may.
         net: the network; a module without recurrence as ``FeedForward(module, input_shape)``.
         second_term: whether κ includes κ⁽²⁾ (Lemma 1).
         scale: ``"none"``, g/κ, eq. (8) as it stands; ``"path_norm"``, γ² g/κ, dimensionless, for κ and γ² of any size
@@ -84,7 +85,6 @@ class PathOptimizer(Optimizer):
     second_term = _of_ends("second_term")
     scale = _of_ends("scale")
     eps = _of_ends("eps")
-    trust_radius = _of_ends("trust_radius")
     update_every = _of_ends("update_every")
     seq_len = _of_ends("seq_len")
     rtol = _of_ends("rtol")
@@ -137,6 +137,18 @@ class PathOptimizer(Optimizer):
         self.__setstate__({})
         for kind in ("state_dict_pre", "state_dict_post", "load_state_dict_pre", "load_state_dict_post"):
             setattr(self, f"_optimizer_{kind}_hooks", getattr(base, f"_optimizer_{kind}_hooks"))
+
+    @property
+    def trust_radius(self) -> float | None:
+        return self._ends.trust_radius
+
+    @trust_radius.setter
+    def trust_radius(self, radius: float | None) -> None:
+        if radius is not None:
+            check_number("trust_radius", radius, zero=False)
+            for base in self.base.bases if isinstance(self.base, Together) else [self.base]:
+                check_base(base, True)
+        self._ends.trust_radius = radius
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:  # type: ignore[override]
@@ -213,13 +225,14 @@ class PathOptimizer(Optimizer):
         for _, p, _ in held:
             # torch's optimisers move a frozen parameter that still has a gradient.
             p.grad = quotients.get(p)
-        step = Step(self.base)
+        bounded = self.trust_radius is not None and quotients
+        after = {p: p.clone() for p in quotients} if bounded else {}
+        step = Step(self.base, after)
         try:
-            if self.trust_radius is None or not quotients:
+            if not bounded:
                 step.run()
             else:
                 before = {p: p.data for p in quotients}
-                after = {p: p.clone() for p in quotients}
                 try:
                     for p, copied in after.items():
                         p.data = copied

@@ -156,20 +156,54 @@ def test_every_base_of_torch(name, radius):
             assert length.sqrt() <= radius * (1 + 1e-9)
 
 
-@pytest.mark.parametrize("base", (lambda p: torch.optim.ASGD(p, lr=0.1), ScheduleFree), ids=("ASGD", "schedule-free"))
-def test_a_base_with_weights_of_its_own_is_not_shortened(base):
+def test_a_base_with_weights_of_its_own_is_not_shortened():
     """Its weights would be those of the whole step."""
     net = make()
-    with pytest.raises(ValueError, match=r"keeps weights of its own \(state '(ax|z)'\).*leave trust_radius out"):
-        pk.PathOptimizer(base(net.parameters()), net, trust_radius=0.01)
-    optimizer = pk.PathOptimizer(base(net.parameters()), net, scale="path_norm")
-    for seed in range(3):
-        if hasattr(optimizer, "train"):
-            optimizer.train()
-        backward(net, seed)
-        optimizer.step()
-    if isinstance(optimizer.base, torch.optim.ASGD):  # before t0 its average is the weight
-        assert all(torch.equal(optimizer.state[p]["ax"], p) for p in net.parameters())
+    with pytest.raises(ValueError, match=r"keeps weights of its own \(state 'z'\).*leave trust_radius out"):
+        pk.PathOptimizer(ScheduleFree(net.parameters()), net, trust_radius=0.01)
+    optimizer = pk.PathOptimizer(ScheduleFree(net.parameters()), net, scale="path_norm")
+    with pytest.raises(ValueError, match="keeps weights of its own"):
+        optimizer.trust_radius = 0.01
+    assert optimizer.trust_radius is None
+    optimizer = pk.PathOptimizer(torch.optim.SGD(net.parameters()), net)
+    with pytest.raises(ValueError, match="trust_radius is -1"):
+        optimizer.trust_radius = -1
+    optimizer.trust_radius = 0.01
+    assert optimizer.trust_radius == 0.01
+
+
+@pytest.mark.parametrize("several", (False, True))
+@pytest.mark.parametrize("t0", (1e6, 1, 0))
+@pytest.mark.parametrize("foreach", (False, True))
+def test_asgd_averages_the_weights_as_they_were_written(foreach, t0, several):
+    """By torch's own formula, of each parameter after its shortened step; to the bit where no step is shortened."""
+    nets = [make(), make(), make()]
+    optimizers = []
+    for net, radius in zip(nets, (None, 1e-5, 1e9), strict=True):
+        inner, outer = [*net.rnn.parameters()], [*net.head.parameters()]
+        groups = [inner, outer] if several else [inner + outer]
+        bases = [torch.optim.ASGD(group, lr=1e-4, lambd=0.1, t0=t0, foreach=foreach) for group in groups]
+        optimizers.append(pk.PathOptimizer(bases, net, scale="path_norm", trust_radius=radius))
+    bounded = optimizers[1]
+    average = [torch.zeros_like(p) for p in nets[1].parameters()]
+    for step in range(5):
+        backward(nets[1], step)
+        before = values(nets[1])
+        bounded.step()
+        assert all(not torch.equal(p, b) for p, b in zip(nets[1].parameters(), before, strict=True))
+        mu = 1 / max(1, step - t0) if step else 1  # of the step before
+        for p, ax in zip(nets[1].parameters(), average, strict=True):
+            ax += (p.detach() - ax) * mu
+            torch.testing.assert_close(bounded.state[p]["ax"], ax, rtol=1e-6, atol=1e-9)  # mu is a float32
+            if mu == 1:
+                assert torch.equal(bounded.state[p]["ax"], p)
+    for step in range(5):
+        for net, optimizer in ((nets[0], optimizers[0]), (nets[2], optimizers[2])):
+            backward(net, step)
+            optimizer.step()
+    for p, q, shorter in zip(*(nets[i].parameters() for i in (0, 2, 1)), strict=True):
+        assert torch.equal(p, q) and not torch.equal(p, shorter)
+        assert torch.equal(optimizers[0].state[p]["ax"], optimizers[2].state[q]["ax"])
 
 
 def test_a_base_with_a_past_is_tried_as_well():
@@ -602,6 +636,28 @@ def test_manual_optimisation_with_a_toggle_and_an_accumulation(build):
     net.head.requires_grad_(True)
     optimizer.step(closure)
     assert net.last_seq_len == 5
+
+
+def test_the_state_of_several_bases_is_that_of_the_one_that_holds_the_parameter():
+    net = make()
+    first, second = net.rnn.weight_hh_l0, net.head.weight
+    bases = [
+        torch.optim.Adam([first], lr=1e-3),
+        torch.optim.SGD([p for p in net.parameters() if p is not first], 1e-3, momentum=0.9),
+    ]
+    optimizer = pk.PathOptimizer(bases, net, scale="path_norm")
+    assert optimizer.state[second] == {} and second in bases[1].state and not bases[0].state  # as torch's makes it
+    optimizer.state[first] = {}
+    assert first in bases[0].state
+    del optimizer.state[first]
+    backward(net)
+    optimizer.step()
+    assert optimizer.state[second] is bases[1].state[second] and "momentum_buffer" in optimizer.state[second]
+    assert optimizer.state[first] is bases[0].state[first]
+    assert set(optimizer.state) == set(net.parameters()) and len(optimizer.state) == len(list(net.parameters()))
+    with pytest.raises(KeyError):
+        optimizer.state[nn.Parameter(torch.zeros(1))]
+    assert optimizer.state_dict()["state"].keys() == set(range(len(optimizer.state)))
 
 
 def test_state_dict_hooks_and_added_groups():

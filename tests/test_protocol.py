@@ -1,10 +1,11 @@
 """The optimisers keep torch.optim's protocol where it is seldom used: inference mode, lazy clones, tensors without
-numbers, batched gradients, and subclasses."""
+numbers, batched gradients, subclasses, and wrappers."""
 
 import copy
 
 import pytest
 import torch
+from test_bases import ScheduleFree
 from test_engine import FUSED, KINDS, kinds
 from test_optim import backward, make, values
 from torch import nn
@@ -299,3 +300,90 @@ def test_hooks_run_once_around_a_subclass_step(cls):
     assert sorted(seen) == ["global post", "global pre", "own post", "own pre"]
     if isinstance(optimizer, _Own):
         assert optimizer.calls == 1
+
+
+def test_hooks_are_told_of_a_closure_if_there_is_one():
+    net = make()
+    for optimizer in (pk.PathSGD(net, 1e-3), torch.optim.SGD(net.parameters(), 1e-3)):
+        seen = []
+        optimizer.register_step_pre_hook(lambda _, args, kwargs, seen=seen: seen.append((len(args), kwargs)))
+        optimizer.register_step_post_hook(lambda _, args, kwargs, seen=seen: seen.append((len(args), kwargs)))
+        backward(net)
+        optimizer.step()
+        optimizer.step(lambda: backward(net))
+        assert seen == [(1, {}), (1, {}), (2, {}), (2, {})]
+
+
+# --- wrappers ---------------------------------------------------------------------------------------------------------
+
+
+class Wrapper(torch.optim.Optimizer):
+    """As accelerate's AcceleratedOptimizer is written: all is the wrapped one's, whose state goes to a device once."""
+
+    def __init__(self, optimizer):
+        self.optimizer = optimizer
+        optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+
+    state = property(lambda self: self.optimizer.state)
+    param_groups = property(lambda self: self.optimizer.param_groups)
+    defaults = property(lambda self: self.optimizer.defaults)
+
+    def train(self):
+        if hasattr(self.optimizer, "train") and callable(self.optimizer.train):
+            self.optimizer.train()
+
+    def eval(self):
+        if hasattr(self.optimizer, "eval") and callable(self.optimizer.eval):
+            self.optimizer.eval()
+
+    def zero_grad(self, set_to_none=True):
+        self.optimizer.zero_grad(set_to_none=set_to_none)
+
+    def step(self, closure=None):
+        return self.optimizer.step(closure)
+
+    def state_dict(self):
+        return self.optimizer.state_dict()
+
+    def load_state_dict(self, state_dict):
+        self.optimizer.load_state_dict(state_dict)
+
+
+def test_a_wrapper_passes_train_and_eval_on_to_the_base():
+    """To a base that trains at one point and is evaluated at another; and a scheduler steps the wrapper."""
+    nets = [make(), make()]
+    optimizers = [
+        pk.PathOptimizer(ScheduleFree(net.parameters(), lr=1e-3), net, scale="path_norm", update_every=2)
+        for net in nets
+    ]
+    wrapped = Wrapper(optimizers[0])
+    for optimizer, net in zip((wrapped, optimizers[1]), nets, strict=True):
+        schedule = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.9)
+        optimizer.eval()
+        backward(net)
+        with pytest.raises(RuntimeError, match="not in train mode"):
+            optimizer.step()
+        optimizer.train()
+        for step in range(3):
+            backward(net, seed=step)
+            optimizer.step()
+            schedule.step()
+        optimizer.eval()
+    assert [o.base.mode for o in optimizers] == ["eval", "eval"]
+    assert equal(nets[0], values(nets[1]))
+    assert str(wrapped.state_dict()) == str(optimizers[1].state_dict())
+
+
+@all_kinds
+def test_a_wrapper_of_any_optimizer(kind):
+    nets = [make(), make()]
+    optimizers = [WRAPPED[kind](net) for net in nets]
+    wrapped = Wrapper(optimizers[0])
+    wrapped.train()  # where there is nothing to pass it on to
+    for optimizer, net in zip((wrapped, optimizers[1]), nets, strict=True):
+        for step in range(3):
+            backward(net, seed=step)
+            optimizer.step()
+            optimizer.zero_grad()
+    assert equal(nets[0], values(nets[1]))
+    assert not equal(nets[0], values(make()))
