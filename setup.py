@@ -14,7 +14,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from setuptools import Extension, setup
+from setuptools import Extension, find_packages, setup
 
 try:
     import torch
@@ -193,4 +193,12 @@ class Build(cpp_extension.BuildExtension):
         )
 
 
-setup(ext_modules=[extension(with_cuda=False)], cmdclass={"build_ext": Build})
+#: Folders of the source tree that are installed in the package, so that no package called bench is.
+MAPPED = {f"{PACKAGE}.bench": "bench", f"{PACKAGE}.bench.paper": "bench/paper"}
+
+setup(
+    packages=[*find_packages(include=[PACKAGE, f"{PACKAGE}.*"]), *MAPPED],
+    package_dir=MAPPED,
+    ext_modules=[extension(with_cuda=False)],
+    cmdclass={"build_ext": Build},
+)

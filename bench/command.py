@@ -14,9 +14,10 @@ from typing import Any
 
 import torch
 
+from pathrnn_kernels.cli import Parser
 from pathrnn_kernels.ops import backend
 
-from . import measure, report, rows
+from . import measure, memory, report, rows
 from .rows import OURS, PARTS, Spec
 
 #: What a row runs beside its own kernel: if one of them is wrong, its figure would be of something wrong.
@@ -42,9 +43,14 @@ medians differ by a tenth or more. Exit status: 0; 1 if a kernel disagreed or so
 2 for a wrong command."""
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.description, parser.epilog = DESCRIPTION, EPILOG
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+def main(arguments: Sequence[str]) -> int:
+    """Run the command; returns its exit code."""
+    parser = Parser(
+        prog="pathrnn bench",
+        description=DESCRIPTION,
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     add = parser.add_argument
     add("--quick", action="store_true", help="fewer and smaller rows, shorter, without torch.compile")
     add("--only", nargs="+", choices=PARTS, metavar="PART", help=f"these parts alone: {', '.join(PARTS)}")
@@ -55,9 +61,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--random", type=int, metavar="N", help="random sizes of the sweep (50; with --quick 5)")
     add("--threads", type=int, metavar="N", help="torch's and our threads (default: torch's own)")
     add("--device", choices=("cpu", "cuda"), default="cpu", help="(%(default)s)")
+    options = parser.parse_args(arguments)
+    try:
+        return _run(options)
+    except (ValueError, report.ResultError) as error:
+        parser.error(" ".join(str(error).split()))
 
 
-def run(options: argparse.Namespace) -> int:
+def _run(options: argparse.Namespace) -> int:
     """Exit status; ``report.ResultError`` for a file that is none, ValueError for options that do not fit."""
     earlier = None if options.baseline is None else report.load(options.baseline)
     if options.compare is not None:
@@ -192,7 +203,7 @@ def _row(spec: Spec, device: torch.device, quick: bool, seconds: float, result: 
     if red := sorted(uses & wrong):
         raise measure.Skip(f"{', '.join(red)} disagrees with the oracle")
     torch.manual_seed(0)
-    row = rows.build(spec, device, quick)
+    row = (memory.row if spec.memory else rows.build)(spec, device, quick)
     absent = dict(row.absent)
     ours = row.ours[OURS]
     row.baselines = measure.working(row.baselines, absent)

@@ -149,6 +149,8 @@ def output_of(*command: str) -> str:
 
 
 def commit() -> str:
+    if not (ROOT / ".git").exists():  # an installed package may lie in somebody else's repository
+        return "not available (no source tree)"
     return output_of("git", "rev-parse", "HEAD") + (" with changes" if output_of("git", "diff", "HEAD") else "")
 
 

@@ -1,12 +1,13 @@
-"""Peak memory of a call in a process of its own: `python bench/memory.py JSON`, a row's Spec and a contender.
+"""Peak memory of a call in a process of its own.
 
-Prints the megabytes by which the call raised the process' highest resident size (on a GPU: torch's highest allocation)
+It is the megabytes by which the call raised the process' highest resident size (on a GPU: torch's highest allocation)
 above what it held before. A call of a small size goes before, so that thread pools and lazily loaded code count for
 nobody.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import re
@@ -16,11 +17,9 @@ from pathlib import Path
 
 import torch
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.append(str(ROOT))  # last: an installed pathrnn_kernels goes before the tree's
-
-import pathrnn_kernels as pk  # noqa: E402
-from bench.measure import Run, Skip  # noqa: E402
+from . import rows
+from .measure import Row, Run, Skip
+from .rows import OURS, Spec
 
 #: Megabytes: no less can be told apart.
 PAGE = os.sysconf("SC_PAGE_SIZE") / 1e6
@@ -49,36 +48,43 @@ def peak(run: Run, device: torch.device) -> float:
     return max(resident("VmHWM") - before, PAGE)
 
 
-def in_child(case: dict[str, object], contender: str, device: torch.device) -> float:
-    """Megabytes, measured in a fresh process with this package."""
-    command = [sys.executable, str(Path(__file__).resolve()), json.dumps({**case, "contender": contender})]
+def row(spec: Spec, device: torch.device, quick: bool = False) -> Row:
+    """The contenders of a row, each giving the megabytes that its call takes in a process of its own."""
+    timed = rows.build(spec, device, quick)
+
+    def of(name: str) -> Run:
+        return lambda: in_child(spec, name, device)
+
+    kept = {name: of(name) for name in timed.baselines if not name.startswith(("JAX", "torch.compile", "unrolled"))}
+    absent = {name: "its compiler's memory would be measured" for name in timed.baselines if name not in kept}
+    return Row(spec.label, {OURS: of(OURS)}, kept, timed.check, absent=absent)
+
+
+def in_child(spec: Spec, contender: str, device: torch.device) -> float:
+    """Megabytes, measured in a fresh process that imports what this one does."""
+    code = f"import sys; sys.path[:] = {sys.path!r}; from {__name__} import main; main()"
+    case = json.dumps({**dataclasses.asdict(spec), "contender": contender, "device": device.type})
     environment = os.environ | {
-        "PYTHONPATH": os.pathsep.join([str(Path(pk.__file__).parents[1]), os.environ.get("PYTHONPATH", "")]),
         "OMP_NUM_THREADS": str(torch.get_num_threads()),
         # Else the allocator serves the call from what it kept of earlier ones, which no page count shows.
         **{f"MALLOC_{key}_": "65536" for key in ("MMAP_THRESHOLD", "TRIM_THRESHOLD", "TOP_PAD")},
-        "PATHRNN_BENCH_DEVICE": device.type,
     }
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
+    done = subprocess.run(
+        [sys.executable, "-c", code, case], capture_output=True, text=True, env=environment, timeout=300
+    )
     if done.returncode != 0:
         raise Skip((done.stderr.strip().splitlines() or ["no message"])[-1])
     return float(done.stdout)
 
 
 def main() -> None:
-    from bench import rows
-
+    """In the fresh process."""
     case = json.loads(sys.argv[1])
-    contender = case.pop("contender")
-    device = torch.device(os.environ["PATHRNN_BENCH_DEVICE"])
+    contender, device = case.pop("contender"), torch.device(case.pop("device"))
     torch.set_flush_denormal(True)
-    small = rows.Spec(**{**case, "hidden": 4, "seq_len": 3, "batch": 2})
-    for spec in (small, rows.Spec(**case)):
+    small = {"hidden": 4, "seq_len": 3, "batch": 2}
+    for spec in (Spec(**case | small), Spec(**case)):
         torch.manual_seed(0)
-        row = rows.contenders(spec, device)
-        megabytes = peak((row.ours | row.baselines)[contender], device)
+        found = rows.build(spec, device)
+        megabytes = peak((found.ours | found.baselines)[contender], device)
     print(megabytes)
-
-
-if __name__ == "__main__":
-    main()

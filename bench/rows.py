@@ -20,7 +20,7 @@ from torch import Tensor, nn
 import pathrnn_kernels as pk
 from pathrnn_kernels import reference
 
-from . import baselines, memory
+from . import baselines
 from .measure import Row, Run
 
 F32 = torch.float32
@@ -246,13 +246,7 @@ def recurrent(hidden: int, kind: str) -> pk.PathNetwork:
 
 
 def build(spec: Spec, device: torch.device, quick: bool = False) -> Row:
-    """The row of a spec; what it draws comes from torch's global generator."""
-    row = contenders(spec, device, quick)
-    return _memory(spec, device, row) if spec.memory else row
-
-
-def contenders(spec: Spec, device: torch.device, quick: bool = False) -> Row:
-    """The row whose calls are timed, or whose memory is."""
+    """The row of a spec, whose calls are timed, or whose memory is; it draws from torch's global generator."""
     makers: dict[str, Callable[[Spec, torch.device, bool], Row]] = {
         "kappa1": _kappa1,
         "kappa2": _kappa2,
@@ -566,15 +560,3 @@ def _step(spec: Spec, device: torch.device, quick: bool) -> Row:
 
     row.check = check
     return row
-
-
-def _memory(spec: Spec, device: torch.device, row: Row) -> Row:
-    """The same contenders, each giving the megabytes that a call takes in a process of its own."""
-    case = dataclasses.asdict(spec)
-
-    def of(name: str) -> Run:
-        return lambda: memory.in_child(case, name, device)
-
-    kept = {name: of(name) for name in row.baselines if not name.startswith(("JAX", "torch.compile", "unrolled"))}
-    absent = {name: "its compiler's memory would be measured" for name in row.baselines if name not in kept}
-    return Row(spec.label, {OURS: of(OURS)}, kept, row.check, absent=absent)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import functools
-import importlib
+import importlib.metadata
 import math
 import os
 import platform
@@ -26,21 +26,24 @@ from .tasks import DataError, charlm, wordlm
 from .tasks.adding import MARKERS
 from .training import Config, Record, Result, Run, TrainingError
 
+#: The entry points of this group are further commands: ``main(arguments)`` of each returns an exit code.
+COMMANDS = "pathrnn_kernels.commands"
 # Exit codes; a run that a signal stopped ends with 128 + its number, as shells do.
 _OK, _FAILED, _USAGE = 0, 1, 2
+_OWN = ("train", "check", "info")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; returns its exit code."""
-    arguments = sys.argv[1:] if arguments is None else arguments
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
     try:
-        # Its options live in the source tree with it.
-        bench = _source_tree_bench() if arguments[:1] == ["bench"] else None
-        parser = _parser(bench)
+        further = further_commands()
+        if arguments and arguments[0] in further.names:
+            status: int = further[arguments[0]].load()(arguments[1:])
+            return status
+        parser = _parser(sorted(further.names))
         given = parser.parse_args(arguments)
         command = vars(given).pop("command")
-        if command == "bench":
-            return _bench(parser, bench, given)
         if command == "check":
             return _check(parser, given.seconds)
         return _info() if command == "info" else _train(parser, vars(given))
@@ -52,21 +55,27 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _FAILED
 
 
-class _Parser(argparse.ArgumentParser):
+def further_commands() -> importlib.metadata.EntryPoints:
+    """Those that are installed beside this module's own."""
+    return importlib.metadata.entry_points(group=COMMANDS)
+
+
+class Parser(argparse.ArgumentParser):
+    """Refuses a command line in one sentence."""
+
     def error(self, message: str) -> NoReturn:
         self.exit(_USAGE, f"pathrnn: {message} (see {self.prog} --help)\n")
 
 
-def _parser(bench: Any = None) -> _Parser:
-    parser = _Parser(prog="pathrnn", description="Train ReLU RNNs by path-normalised optimisation.")
+def _parser(further: Sequence[str]) -> Parser:
+    parser = Parser(prog="pathrnn", description="Train ReLU RNNs by path-normalised optimisation.")
     parser.add_argument("--version", action="version", version=f"pathrnn-kernels {__version__}")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="{train,bench,check,info}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar=f"{{{','.join((*_OWN, *further))}}}")
     commands.add_parser("info", help="versions, build, CPU features, backends and why each is or is not available")
     checking = commands.add_parser("check", help="every backend, plan and dtype of this machine against the oracle")
     checking.add_argument("--seconds", type=float, default=25.0, help="after which no row is begun (%(default)g)")
-    timing = commands.add_parser("bench", help="time every kernel against its alternatives (in the source tree)")
-    if bench is not None:
-        bench.add_arguments(timing)
+    for name in further:
+        commands.add_parser(name, help=f"pathrnn {name} --help says what it does")
     train = commands.add_parser("train", help="train on one of the paper's tasks")
     tasks = train.add_subparsers(dest="task", required=True, metavar=f"{{{','.join(training.TASKS)}}}")
 
@@ -95,27 +104,6 @@ def _parser(bench: Any = None) -> _Parser:
         language.add_argument("--train-size", type=int, metavar="N", help=f"train on the first N {unit}s (all)")
         language.add_argument("--embedding-size", type=int, metavar="E", help="size of the embedding; 0: one-hot")
     return parser
-
-
-def _source_tree_bench() -> Any:
-    """bench/command.py of the source tree that one stands in, or that this package is imported from."""
-    for root in (Path.cwd(), Path(__file__).resolve().parents[1]):
-        if (root / "bench" / "command.py").is_file() and (root / "pathrnn_kernels").is_dir():
-            if str(root) not in sys.path:
-                sys.path.insert(0, str(root))  # before any other package of that name; ours is imported already
-            return importlib.import_module("bench.command")
-    raise ImportError(
-        "pathrnn bench needs the source tree, which holds the baselines and checks; type: git clone the repository of "
-        "pathrnn-kernels, cd into it, and there: pathrnn bench"
-    )
-
-
-def _bench(parser: _Parser, bench: Any, given: argparse.Namespace) -> int:
-    try:
-        status: int = bench.run(given)
-    except (ValueError, bench.report.ResultError) as error:
-        parser.error(" ".join(str(error).split()))
-    return status
 
 
 def _task(tasks: Any, name: str, what: str) -> argparse.ArgumentParser:
@@ -186,7 +174,7 @@ def _text(value: object) -> str:
     return str(value)
 
 
-def _train(parser: _Parser, given: dict[str, Any]) -> int:
+def _train(parser: Parser, given: dict[str, Any]) -> int:
     resume, out = given.pop("resume", False), given.pop("out", None)
     step = 0
     try:
@@ -290,7 +278,7 @@ def _info() -> int:
     return _OK
 
 
-def _check(parser: _Parser, seconds: float) -> int:
+def _check(parser: Parser, seconds: float) -> int:
     """``pathrnn info`` and the table of ``check``: all that a bug report needs."""
     if not seconds > 0:
         parser.error(f"--seconds is {seconds}; it must be above 0")

@@ -7,6 +7,7 @@ import math
 import random
 import subprocess
 import sys
+from importlib import metadata
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.append(str(ROOT))  # last: an installed pathrnn_kernels goes before the tree's
 
 import pathrnn_kernels as pk  # noqa: E402
-from bench import measure, readme, report, rows  # noqa: E402
+from bench import measure, memory, readme, report, rows  # noqa: E402
 from bench.rows import OURS, Spec  # noqa: E402
 from pathrnn_kernels import cli  # noqa: E402
 
@@ -39,6 +40,9 @@ TINY = (
 @pytest.fixture(autouse=True)
 def tiny(monkeypatch):
     monkeypatch.chdir(ROOT)
+    # The tree's command, whatever is installed.
+    commands = metadata.EntryPoints([metadata.EntryPoint("bench", "bench.command:main", cli.COMMANDS)])
+    monkeypatch.setattr(cli, "further_commands", lambda: commands)
     monkeypatch.setattr(rows, "specs", lambda quick, random: list(TINY))
     monkeypatch.setattr(measure, "FEWEST", 6)
     monkeypatch.setattr(measure, "ceilings", lambda *_: {"fp32 GFLOP/s": 100.0, "copy GB/s": 10.0, "read GB/s": 12.0})
@@ -262,32 +266,27 @@ def test_help_says_what_the_exit_status_means_and_names_every_option(capsys):
         assert part in out
 
 
-def test_outside_the_source_tree_it_says_where_to_run(tmp_path):
-    # An installation: the package without its tree.
-    (tmp_path / "lib").mkdir()
-    (tmp_path / "lib" / "pathrnn_kernels").symlink_to(Path(pk.__file__).parent)
-    code = f"import sys; sys.path.insert(0, {str(tmp_path / 'lib')!r}); from pathrnn_kernels import cli\n"
-    code += "cli.__file__ = sys.path[0] + '/pathrnn_kernels/cli.py'; cli.Path.resolve = lambda self: self\n"
-    code += "sys.exit(cli.main(['bench', '--quick']))"
-    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
-    assert done.returncode == 1 and done.stdout == ""
-    assert done.stderr.startswith("pathrnn: pathrnn bench needs the source tree") and done.stderr.count("\n") == 1
+def test_an_installation_in_a_repository_does_not_give_its_commit(monkeypatch, tmp_path):
+    monkeypatch.setattr(measure, "ROOT", tmp_path / "site-packages")
+    subprocess.run(["git", "init", "-q", tmp_path], check=True)
+    (tmp_path / "site-packages").mkdir()
+    assert measure.commit() == "not available (no source tree)"
 
 
 def test_peak_memory_is_that_of_the_call():
     held = []
-    megabytes = rows.memory.peak(lambda: held.append(torch.ones(5_000_000)), measure.CPU)
+    megabytes = memory.peak(lambda: held.append(torch.ones(5_000_000)), measure.CPU)
     assert 19 < megabytes < 25
     # What a call allocates and gives back counts too, once.
-    assert 39 < rows.memory.peak(lambda: torch.ones(10_000_000).sum(), measure.CPU) < 50
+    assert 39 < memory.peak(lambda: torch.ones(10_000_000).sum(), measure.CPU) < 50
 
 
 @pytest.mark.slow
 def test_a_row_of_memory_asks_a_process_of_its_own(capsys):
-    row = rows.build(Spec("backward", 300, 100, 50, 1, memory=True), measure.CPU)
+    row = memory.row(Spec("backward", 300, 100, 50, 1, memory=True), measure.CPU)
     # nn.RNN keeps at least every h_t.
     assert 100 * 50 * 300 * 4e-6 < row.baselines["nn.RNN"]() < 300
-    row = rows.build(Spec("kappa2", 200, 50, kind="I+0.02N", memory=True), measure.CPU)
+    row = memory.row(Spec("kappa2", 200, 50, kind="I+0.02N", memory=True), measure.CPU)
     # At least the cached powers and κ; nothing ran before that call.
     assert row.ours[OURS]() > 3 * 200 * 200 * 4e-6
 

@@ -1,5 +1,7 @@
 """Building, and what a wrong build says; what an import costs."""
 
+import ast
+import graphlib
 import importlib.metadata
 import importlib.util
 import os
@@ -350,13 +352,73 @@ def test_the_sdist_has_the_pages_and_all_that_a_build_and_the_tests_read(tmp_pat
     assert not wanted - there
 
 
-def test_the_wheel_has_the_package_alone(tmp_path):
-    result = run("setup.py", "-q", "egg_info", "-e", str(tmp_path), "build_py", "-d", str(tmp_path / "lib"))
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory):
+    """What a wheel holds beside the extension, laid out as an installer does it."""
+    folder = tmp_path_factory.mktemp("wheel")
+    result = run("setup.py", "-q", "egg_info", "-e", str(folder), "build_py", "-d", str(folder))
     assert result.returncode == 0, result.stderr
-    found = {str(path.relative_to(tmp_path / "lib")) for path in (tmp_path / "lib").rglob("*") if path.is_file()}
-    assert {"pathrnn_kernels/py.typed", "pathrnn_kernels/ops/triton/sums.py"} <= found
-    assert {Path(name).suffix for name in found} <= {".py", ".pyi", ".typed"}
-    assert all(name.startswith("pathrnn_kernels/") for name in found)
+    return folder
+
+
+def test_the_wheel_has_the_package_alone(wheel):
+    found = {str(path.relative_to(wheel)) for path in wheel.rglob("*") if path.is_file()}
+    found = {name for name in found if not name.startswith("pathrnn_kernels.egg-info/")}
+    tree = {path.relative_to(ROOT) for path in (ROOT / "pathrnn_kernels").rglob("*.py")}
+    tree |= {
+        "pathrnn_kernels" / path.relative_to(ROOT) for name in ("", "paper/") for path in ROOT.glob(f"bench/{name}*.py")
+    }
+    # Weights that rows are timed with; not pages, results or plots.
+    data = {"pathrnn_kernels/py.typed", "pathrnn_kernels/bench/trained.pt"}
+    built = {"pathrnn_kernels/_built_with.py"}
+    assert {name for name in found if not name.endswith(".pyi")} - built == {*map(str, tree), *data} - built
+    assert "pathrnn_kernels/_C.pyi" in found
+
+
+@pytest.mark.parametrize("command, words", (("bench", "against what you would otherwise run"), ("paper", "resumable")))
+def test_commands_of_the_wheel_outside_the_source_tree(wheel, tmp_path, command, words):
+    done = subprocess.run(
+        [sys.executable, "-m", "pathrnn_kernels", command, "--help"],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(wheel)},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0 and words in done.stdout, done.stderr
+    assert "bench/results" not in done.stdout and not list(tmp_path.iterdir())
+
+
+def modules(folder):
+    """Of every module in a folder of the tree, by dotted name, the dotted names that it imports, wherever it does."""
+    found = {}
+    for path in (ROOT / folder).rglob("*.py"):
+        name = path.relative_to(ROOT).with_suffix("").parts
+        found[".".join(name).removesuffix(".__init__")] = imported = set()
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Import):
+                imported.update(alias.name for alias in node.names)
+            elif isinstance(node, ast.ImportFrom):
+                base = [*name[: -node.level], *filter(None, [node.module])] if node.level else [node.module]
+                imported.update(".".join([*base, alias.name]) for alias in node.names)
+                imported.add(".".join(base))
+    return found
+
+
+def test_the_package_imports_neither_bench_nor_tests():
+    for name, imported in modules("pathrnn_kernels").items():
+        assert not {module for module in imported if module.split(".")[0] in ("bench", "tests")}, name
+        assert not any(module.startswith("pathrnn_kernels.bench") for module in imported), name
+        text = ROOT.joinpath(*name.split("."))
+        text = (text / "__init__.py" if text.is_dir() else text.with_suffix(".py")).read_text(encoding="utf-8")
+        assert not re.search(r"[\"'.](bench|tests)\.\w", text), name  # nor by a name in a string
+
+
+def test_modules_of_bench_do_not_import_each_other_in_a_circle():
+    found = modules("bench")
+    graph = {name: imported & found.keys() - {"bench", "bench.paper"} for name, imported in found.items()}
+    assert "bench.rows" in graph["bench.memory"] and "bench.paper.rows" in graph["bench.paper.report"]
+    tuple(graphlib.TopologicalSorter(graph).static_order())  # raises CycleError
 
 
 # ---- what an installation then says ----------------------------------------------------------------------------------

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 import types
+from importlib import metadata
 
 import pytest
 import torch
@@ -64,6 +65,16 @@ def test_help_of_a_task_names_every_option_and_the_defaults_of_every_optimizer(c
     assert table[2].split()[1:4] == [f"{adam['lr']:g}", "constant", f"{adam['clip']:g}"]
 
 
+def test_further_commands_are_entry_points(capsys, monkeypatch):
+    found = [metadata.EntryPoint("sum", "builtins:len", cli.COMMANDS)]
+    monkeypatch.setattr(cli, "further_commands", lambda: metadata.EntryPoints(found))
+    assert run(capsys, "sum", "--of", "what") == (2, "", "")
+    assert "{train,check,info,sum}" in run(capsys, "--help")[1]
+    found[:] = [metadata.EntryPoint("sum", "no_such_module:main", cli.COMMANDS)]
+    code, _, err = run(capsys, "sum")
+    assert code == 1 and message(err) == "No module named 'no_such_module'"
+
+
 def test_version(capsys):
     assert run(capsys, "--version") == (0, f"pathrnn-kernels {pathrnn_kernels.__version__}\n", "")
 
@@ -71,7 +82,7 @@ def test_version(capsys):
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
-        ([], "required: {train,bench,check,info}"),
+        ([], "required: {train,check,info"),  # and what is installed beside
         (["fit"], "invalid choice: 'fit'"),
         (["train"], "required: {adding,smnist,charlm,wordlm}"),
         (["train", "adding", "--lr", "fast"], "argument --lr: invalid float value: 'fast'"),

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 import pathrnn_kernels as pk
+from pathrnn_kernels import tasks, training
 
 ROOT = Path(__file__).resolve().parents[1]
 #: README, and the page of every folder.
@@ -87,6 +88,71 @@ def test_one_row_of_the_benchmarks_by_the_command_of_the_pages():
     done = subprocess.run(arguments, cwd=ROOT, capture_output=True, text=True, timeout=120)
     rows = {re.sub(r".*\[|-(baseline|pathrnn).*", "", line) for line in done.stdout.splitlines() if "::" in line}
     assert done.returncode == 0 and len(rows) == 1, done.stdout + done.stderr
+
+
+#: What a newcomer asks → the page that README's table leads to, its section, what is named there.
+WALKS = {
+    "where κ⁽²⁾'s bound is computed": (
+        "Where to find it",
+        (
+            "reference.py: kappa2_certified",
+            "kappa2.inl: perron_certifies",
+            "kappa2.inl: ratios_certify",
+            "gpu.py: _Perron",
+        ),
+    ),
+    "how to add a task": (
+        "How to add a task",
+        (
+            "tasks/__init__.py: Task",
+            "training.py: TASKS",
+            "training.py: DEFAULTS",
+            "training.py: make_task",
+            "cli.py: _parser",
+        ),
+    ),
+    "how to add a backend": (
+        "How to add a backend",
+        (
+            "gpu.py: Kernels",
+            "path_chain.py: _kernels",
+            "backend.py: BACKENDS",
+            "relu_rnn.py: relu_rnn",
+            "check.py: rows",
+        ),
+    ),
+    "how to run one row of the benchmarks": ("Where to find it", ("rows.py: specs",)),
+}
+
+
+@pytest.mark.parametrize("question", WALKS)
+def test_walks_of_a_newcomer(question):
+    """From README one link, one section of a few lines; the names exist (test_paths_and_names_exist)."""
+    heading, names = WALKS[question]
+    [row] = [line for line in PAGES["README.md"].splitlines() if "(tests/README.md)" in line]
+    assert {"where", "add", "backend", "task"} <= set(re.findall(r"\w+", row))
+    section = PAGES["tests/README.md"].split(f"## {heading}\n")[1].split("\n## ")[0]
+    assert len(section.splitlines()) <= 20
+    for name in names:
+        assert re.search(rf"`[\w/]*\b{re.escape(name)}`", section), f"{question}: {name}"
+
+
+def test_the_walk_to_a_new_task_is_all_there_is_to_it(monkeypatch):
+    """A task that is registered where the page says, and nowhere else, trains."""
+
+    class First(tasks.Adding):
+        title = "the first number"
+
+        def batch(self, batch_size, generator, step=0):
+            x, _ = super().batch(batch_size, generator)
+            return x, x[0, :, 0]
+
+    monkeypatch.setattr(training, "TASKS", (*training.TASKS, "first"))
+    monkeypatch.setitem(training.DEFAULT_OPTIMIZERS, "first", "adam")
+    monkeypatch.setitem(training.DEFAULTS, "first", {"steps": 2})
+    monkeypatch.setattr(training, "make_task", lambda config: First(3))
+    result = training.train(training.Config.of("first", hidden_size=3, batch_size=2))
+    assert result.step == 2 and isinstance(result.task, First) and result.held_out > 0
 
 
 def test_what_changed_is_tested_by_its_own_tests():

