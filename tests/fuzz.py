@@ -400,8 +400,7 @@ def check_chain(a, found):
     one_dtype(*(v for name in CHAIN for v in (a[name] if isinstance(a[name], list) else [a[name]])))
     parameters, seq_len = named(a), a["seq_len"]
     if isinstance(seq_len, Tensor):
-        require(not seq_len.is_complex())
-        seq_len = int(seq_len.item())  # as torch does
+        seq_len = int(seq_len.item().real)  # as torch does
     require(isinstance(seq_len, int) and 1 <= seq_len < 100 and all(p.isfinite().all() for p in parameters.values()))
     require(all(p.numel() for p in parameters.values()) and len(a["weight_hh"]) > 0)
     check_kappas(parameters, seq_len, bool(a["last_only"]), bool(a["ones_h0"]), a["second_factor"], a["rtol"], found)

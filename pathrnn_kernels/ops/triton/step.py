@@ -894,14 +894,14 @@ def _launch(
     bias, mass = (moving if moving < rows else -1), (rows if rows < all_rows else -1)
     kind = {"GIVEN": rule == "given", "COORDINATES": rule == "coordinates", "SCALE": scale if rule == "sgd" else 0}
     of_kappa = {"ENTRIES": has_entries, "DTYPE": _DTYPES[dtype], "KAPPA": _DTYPES[kappa_dtype], "ROWS": slots}
-    damped = {"DAMPED": damped and rule == "sgd"}
+    damping = {"DAMPED": damped and rule == "sgd"}
     limits = torch.finfo(dtype)
     options = {**kind, **of_kappa, "U": tl.float64 if wide or dtype == torch.float64 else tl.float32}
     if kind["SCALE"] == 2:
         first = _measure_first[(programs,)]
-        first(table, scratch, rows, programs, log_norm, constant, grad_scale, **of_kappa, **damped, **whole(8))
+        first(table, scratch, rows, programs, log_norm, constant, grad_scale, **of_kappa, **damping, **whole(8))
         _decide_first[(1,)](scratch, programs, constant, ROWS=slots, **whole(4))
-    entries = {**options, **damped, "LIMIT": limits.max, **whole(8)}
+    entries = {**options, **damping, "LIMIT": limits.max, **whole(8)}
     _measure[(programs,)](table, scratch, all_rows, programs, bias, mass, log_norm, grad_scale, **entries)
     _decide[(1,)](
         table, scratch, status, recurrent, moving, rows, programs, weight_programs, pulling_programs, log_norm,
