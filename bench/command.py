@@ -202,6 +202,8 @@ def _row(spec: Spec, device: torch.device, quick: bool, seconds: float, result: 
         uses.add("kappa2")
     if red := sorted(uses & wrong):
         raise measure.Skip(f"{', '.join(red)} disagrees with the oracle")
+    if spec.cold and device.type != "cpu":
+        raise measure.Skip("cold calls are timed on a CPU alone")
     torch.manual_seed(0)
     row = (memory.row if spec.memory else rows.build)(spec, device, quick)
     absent = dict(row.absent)
@@ -217,7 +219,7 @@ def _row(spec: Spec, device: torch.device, quick: bool, seconds: float, result: 
     if spec.memory:
         times = {name: [_megabytes(run)] for name, run in contenders.items()}
     else:
-        times = measure.measure(contenders, seconds, device)
+        times = measure.measure(contenders, seconds, device, spec.cold)
     found: dict[str, Any] = {
         "part": spec.part,
         "label": spec.label,

@@ -2,12 +2,14 @@
 
 Contenders take turns, A B C A B C …, in one process under one denormal setting. A turn is one untimed call, then as
 many as take two milliseconds: short calls are timed as a loop would see them, not with the caches and the allocator as
-the others left them. Ratios are formed within a round, so that a slow spell of the machine touches both sides, and the
+the others left them; the rows that are called cold are single calls, before each of which other memory has been through
+every cache. Ratios are formed within a round, so that a slow spell of the machine touches both sides, and the
 median of the rounds is quoted with an interval.
 """
 
 from __future__ import annotations
 
+import functools
 import gc
 import importlib.metadata
 import math
@@ -89,8 +91,29 @@ def turn(run: Run, calls: int, device: torch.device = CPU) -> float:
     return first.elapsed_time(last) / calls
 
 
-def measure(runs: dict[str, Run], seconds: float, device: torch.device = CPU) -> dict[str, list[float]]:
-    """Milliseconds a call of every contender in every round."""
+def cold(run: Run) -> float:
+    """Milliseconds of a call on the CPU whose data no cache holds."""
+    _other_memory().add_(1)
+    start = time.perf_counter()
+    run()
+    return (time.perf_counter() - start) * 1e3
+
+
+@functools.cache
+def _other_memory() -> torch.Tensor:
+    """Twice the last-level cache, as the machine tells it, or 128 MiB."""
+    try:
+        size = Path("/sys/devices/system/cpu/cpu0/cache/index3/size").read_text().strip()
+        mebibytes = 2 * int(size.removesuffix("K")) >> 10
+    except (OSError, ValueError):
+        mebibytes = 128
+    return torch.zeros(max(mebibytes, 1) << 18)
+
+
+def measure(
+    runs: dict[str, Run], seconds: float, device: torch.device = CPU, from_memory: bool = False
+) -> dict[str, list[float]]:
+    """Milliseconds a call of every contender in every round; ``from_memory``: of cold ones."""
     calls = {}
     for name, run in runs.items():
         estimate = turn(run, 1, device)
@@ -103,7 +126,7 @@ def measure(runs: dict[str, Run], seconds: float, device: torch.device = CPU) ->
     try:
         while rounds < FEWEST or (rounds < MOST and time.monotonic() < end):
             for name, run in runs.items():
-                times[name].append(turn(run, calls[name], device))
+                times[name].append(cold(run) if from_memory else turn(run, calls[name], device))
             rounds += 1
     finally:
         gc.enable()

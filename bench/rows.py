@@ -55,6 +55,7 @@ class Spec:
     kind: str = ""
     axes: str = ""
     memory: bool = False
+    cold: bool = False
 
     @property
     def part(self) -> str:
@@ -65,7 +66,8 @@ class Spec:
         batch = f"B={self.batch} " if self.batch else ""
         inputs = f" I={self.inputs}" if self.inputs else ""
         of = f"of {self.group} " if self.memory else ""
-        return f"{of}{batch}T={self.seq_len} H={self.hidden}{inputs} {self.kind}".rstrip()
+        label = f"{of}{batch}T={self.seq_len} H={self.hidden}{inputs} {self.kind}".rstrip()
+        return f"{label} (cold)" if self.cold else label
 
 
 # ---- sizes -----------------------------------------------------------------------------------------------------------
@@ -91,6 +93,8 @@ def _paper(quick: bool) -> Iterator[Spec]:
             yield Spec("kappa1", hidden, seq_len, kind=kind)
     for kind in TRAINED:
         yield Spec("kappa1", 100, 784, kind=kind)
+    yield Spec("kappa1", 100, 784, kind=TRAINED[0], cold=True)
+    yield Spec("kappa1", 200, 20, kind="nn.RNN", cold=True)
     yield Spec("kappa1", 128, 300, kind="I+0.02N")
     for kind in ("Gaussian", "nn.RNN", "I+0.02N"):
         yield Spec("kappa2", 100, 784, kind=kind)
@@ -110,6 +114,7 @@ def _paper(quick: bool) -> Iterator[Spec]:
     for kind in ("κ", *OPTIMIZERS):
         for hidden, seq_len in ((8, 1 if kind == "κ" else 3), (100, 784), (200, 20)):
             yield Spec("update", hidden, seq_len, kind=kind)
+    yield Spec("update", 200, 20, kind="PathSGD", cold=True)
     for kind in ("κ⁽¹⁾", "κ⁽¹⁾+κ⁽²⁾", GATED):
         yield Spec("step", 100, 784, 16, 2, kind)
         if not quick:

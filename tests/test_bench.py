@@ -170,6 +170,19 @@ def test_contenders_take_turns():
     assert changes >= 2 * measure.FEWEST - 1
 
 
+def test_before_a_cold_call_other_memory_goes_through_the_caches(monkeypatch):
+    order = []
+
+    class Other:
+        def add_(self, one):
+            order.append("other")
+
+    monkeypatch.setattr(measure, "_other_memory", Other)
+    times = measure.measure({"a": lambda: order.append("a")}, 0.0, from_memory=True)
+    assert len(times["a"]) == measure.FEWEST
+    assert order[-2 * measure.FEWEST :] == ["other", "a"] * measure.FEWEST
+
+
 def result_with(ratio: list[float]) -> dict:
     row = {
         **{"part": "kappa1", "label": "T=5 H=6 nn.RNN", "axes": "", "hidden": 6, "seq_len": 5, "batch": 0},
