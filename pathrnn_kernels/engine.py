@@ -113,6 +113,8 @@ class Engine(Optimizer):
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         own = {id(p) for p in self.net.parameters()}
         given = param_group["params"]
+        if isinstance(given, set):  # without an order: torch says so
+            return super().add_param_group(param_group)
         param_group = {**param_group, "params": [given] if isinstance(given, Tensor) else list(given)}
         # torch's optimisers also take pairs of a name and a parameter.
         if any(id(p[1] if isinstance(p, tuple) else p) not in own for p in param_group["params"]):
@@ -320,7 +322,8 @@ class Engine(Optimizer):
         """A step by Triton's kernels, whose status is asked for later."""
         from .ops.triton.step import path_update_
 
-        check_written(update[0], *update[2:5])
+        written = [w for w, g in zip(*update[:2], strict=True) if g is not None]
+        check_written(written, *update[2:5])
         capturable = self.param_groups[0]["capturable"]
         if _captures(weights[0]) and (not capturable or self.update_every > 1):
             raise RuntimeError(
@@ -352,6 +355,7 @@ class Engine(Optimizer):
     ) -> int:
         names, groups = layout.names, [layout.owners[i] for i in moving]
         check_written([weights[i] for i in moving], *[state.values() for state in states])
+        self._check_states([(names[i], weights[i]) for i in moving], states)
         with torch.no_grad():
             k = self._cached(weights)
             scaled, log_norm = k.scaled, k.log_path_norm
@@ -385,6 +389,16 @@ class Engine(Optimizer):
                 return code
             commit(ok)
         return 0
+
+    def _check_states(self, weights: list[tuple[str, Tensor]], states: list[dict[str, Any]]) -> None:
+        """Before anything is written, what the kernels check for themselves."""
+        for (name, p), state in zip(weights, states, strict=True):
+            for key in self.buffers:
+                if key in state and state[key].shape != p.shape:
+                    raise ValueError(
+                        f"{key} of {name} has shape {tuple(state[key].shape)}; it must be {tuple(p.shape)}: it is "
+                        "another network's"
+                    )
 
     def _cached(self, weights: Sequence[Tensor]) -> Kappa:
         """κ of a former step or of now."""

@@ -63,6 +63,13 @@ class InCoordinates(Engine):
                 state |= {key: zeros_like(p) for key in self.buffers}
         return state
 
+    def _check_states(self, weights: list[tuple[str, Tensor]], states: list[dict[str, Any]]) -> None:
+        super()._check_states(weights, states)
+        for (name, _), state in zip(weights, states, strict=True):
+            missing = {"step", *(self.buffers if name != _OUTPUT_BIAS else ())} - state.keys()
+            if missing:
+                raise KeyError(f"the state of {name} lacks {', '.join(sorted(missing))}: clear it, or load it whole")
+
     def _numbers(self, group: dict[str, Any]) -> tuple[float, ...]:
         lr = group["lr"]
         rate = 0.0 if isinstance(lr, Tensor) else lr
@@ -174,7 +181,7 @@ class PathAdam(InCoordinates):
 
 
 #: Stands for the averages of the output's bias, which has none.
-_NONE = torch.empty(0, device="cpu")
+_NONE = zeros_like(torch.empty(0, device="cpu"))
 
 
 def check_whole(name: str, count: Any) -> None:

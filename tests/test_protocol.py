@@ -140,6 +140,41 @@ def test_weights_that_are_one_number_are_refused_before_others_change(kind, fuse
     assert equal(net, before)
 
 
+@FUSED
+@pytest.mark.parametrize("kind", ("momentum", "adam", "gated"))
+@pytest.mark.parametrize("spoil", ("shape", "absent"))
+def test_state_that_does_not_fit_is_refused_before_weights_change(kind, spoil, fused):
+    net = make()
+    optimizer = KINDS[kind](net, fused=fused)
+    backward(net)
+    optimizer.step()
+    state = optimizer.state[net.head.weight]
+    if spoil == "shape":
+        state[optimizer.buffers[-1]] = torch.zeros(7, dtype=F64)
+    elif kind == "momentum":
+        state.clear()  # its buffer is made anew, as torch's is
+    else:
+        del state[optimizer.buffers[-1]]
+    backward(net, seed=1)
+    before = values(net)
+    if kind == "momentum" and spoil == "absent":
+        optimizer.step()
+        assert optimizer.state[net.head.weight]["momentum_buffer"].any()
+        return
+    with pytest.raises((ValueError, KeyError), match="has shape|no averages|lacks"):
+        optimizer.step()
+    assert equal(net, before)
+
+
+@pytest.mark.parametrize("cls", (pk.PathSGD, pk.PathAdam))
+def test_a_group_without_an_order_is_refused_as_torch_does(cls):
+    net = make()
+    optimizer = cls(net, lr=1e-3)
+    optimizer.param_groups.clear()
+    with pytest.raises(TypeError, match="ordered"):
+        optimizer.add_param_group({"params": set(net.parameters())})
+
+
 # --- tensors without numbers ------------------------------------------------------------------------------------------
 
 
