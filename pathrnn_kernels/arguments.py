@@ -1,10 +1,13 @@
-"""Checks of the optimisers' arguments."""
+"""Checks of arguments that several modules have."""
 
 from __future__ import annotations
 
 import math
 import numbers
 from typing import Any
+
+import torch
+from torch import Tensor
 
 from .feedforward import FeedForward
 from .network import PathNetwork
@@ -18,6 +21,17 @@ def check_net(net: Any) -> None:
             f"net is a {type(net).__name__}; it must be a PathNetwork, as PathNetwork(rnn, head=…), or a FeedForward, "
             "as FeedForward(module, input_shape)"
         )
+
+
+def check_writable(name: str, tensor: Tensor) -> None:
+    """Refuse before anything is written what torch would refuse afterwards; csrc/cpu/path_step.cpp does so, too."""
+    if tensor.is_inference() and not torch.is_inference_mode_enabled():
+        raise RuntimeError(
+            f"{name} was made under torch.inference_mode(), and can be written to there alone: do this there, or clone "
+            "it outside"
+        )
+    if torch._debug_has_internal_overlap(tensor) == 1:
+        raise ValueError(f"{name} has entries that share memory (expanded?): clone it")
 
 
 def check_number(name: str, value: Any, zero: bool) -> None:

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from . import plain
-from .arguments import check_count, check_number
+from .arguments import check_count, check_number, check_writable
 from .feedforward import FeedForward
 from .kappa import KAPPA2_FACTOR, Kappa, Scaled, kappa, kappa_without_waiting, precision
 from .network import PathNetwork
@@ -630,19 +630,14 @@ def zeros_like(p: Tensor) -> Tensor:
         return torch.zeros_like(p, memory_format=torch.preserve_format)
 
 
-def check_written(*lists: Iterable[Any]) -> None:
-    """As the CPU's kernels do for themselves: refuse before anything is written what torch would refuse afterwards."""
-    tensors = [t for each in lists for t in each if isinstance(t, Tensor)]
-    if not torch.is_inference_mode_enabled() and any(t.is_inference() for t in tensors):
-        raise RuntimeError(
-            "a weight or an optimiser's state was made under torch.inference_mode(), and can be written to there "
-            "alone: take the step there, or clone it outside"
-        )
-    if any(torch._debug_has_internal_overlap(t) == 1 for t in tensors):
-        raise RuntimeError(
-            "several entries of a weight or of an optimiser's state are one piece of memory (an expanded tensor?): "
-            "clone() it before the step"
-        )
+def check_written(weights: Iterable[Tensor], *states: Iterable[Any]) -> None:
+    """As the CPU's kernels do for themselves, before anything is written."""
+    for p in weights:
+        check_writable("a weight", p)
+    for state in states:
+        for t in state:
+            if isinstance(t, Tensor):
+                check_writable("an optimiser's state", t)
 
 
 def _recorded() -> bool:

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from .arguments import check_writable
 from .kappa import ldexp
 from .network import PathNetwork
 
@@ -52,8 +53,8 @@ def node_rescale_(net: PathNetwork, alphas: Sequence[Tensor]) -> PathNetwork:
     for name, p in net.named_parameters():
         if name in new and not torch.equal(new[name].isfinite() & (new[name] != 0), p.isfinite() & (p != 0)):
             raise ValueError(f"alphas take an entry of {name} out of the range of {p.dtype}: use milder ones")
-        if torch._debug_has_internal_overlap(p) == 1:
-            raise ValueError(f"{name} has entries that share memory (expanded?), which cannot be rescaled: clone it")
+        if name in new:
+            check_writable(name, p)
     for name, p in net.named_parameters():
         if name in new:
             p.copy_(new[name])

@@ -162,8 +162,8 @@ class Step {
   }
 
   Tensor contiguous(const Tensor& t, bool written) {
-    if (t.is_contiguous() && !t.is_neg()) return t;
-    Tensor copy = t.resolve_neg().contiguous();
+    if (t.is_contiguous() && !t.is_neg() && !t._is_zerotensor()) return t;
+    Tensor copy = t._is_zerotensor() ? at::zeros(t.sizes(), t.options()) : t.resolve_neg().contiguous();
     if (written) copies_.emplace_back(t, copy);
     kept_.push_back(copy);
     return copy;
@@ -555,9 +555,10 @@ class Step {
 // are one piece of memory, afterwards. A lazy clone gets memory of its own.
 void check_written(const Tensor& t, const char* name) {
   TORCH_CHECK(!t.is_inference() || c10::InferenceMode::is_enabled(), name,
-              " was made under torch.inference_mode(), and can be written to there alone: take the step there, or clone "
-              "it outside");
-  at::assert_no_internal_overlap(t);
+              " was made under torch.inference_mode(), and can be written to there alone: do this there, or clone it "
+              "outside");
+  TORCH_CHECK_VALUE(at::has_internal_overlap(t) != at::MemOverlap::Yes, name,
+                    " has entries that share memory (expanded?): clone it");
   t.mutable_data_ptr();
 }
 void check_written(const Arguments& a) {
