@@ -455,7 +455,7 @@ class Engine(Optimizer):
             )
         if status == UNBOUNDED:
             raise FloatingPointError(
-                "γ² overflows in the reference backend, which is not protected: use backend 'cpu' (see explain)"
+                "γ² overflows in the reference backend, which does not rescale: use backend 'cpu' (see explain)"
             )
         name = names[(status - LOST) // 4]
         if status % 4 == UNREACHED % 4:

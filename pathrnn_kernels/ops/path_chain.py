@@ -78,7 +78,7 @@ def path_chain(
     plan: str = "auto",
     bidirectional: bool = False,
 ) -> PathChain:
-    """κ (eqs. (9), (11)) and log γ² (eq. (3)) in one tempered pass, which never overflows.
+    """κ (eqs. (9), (11)) and log γ² (eq. (3)) in one pass with an exponent a vector, which never overflows.
 
     On the CPU a pass in which something underflows is run again in float64, and then in extended range.
 
