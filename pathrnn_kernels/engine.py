@@ -312,7 +312,7 @@ class Engine(Optimizer):
             net.h0 == "ones",
             KAPPA2_FACTOR["exact"] if self.second_term else 0.0,
             min(self.rtol, 1.0),
-            -1,  # as PATHRNN_WORKSPACE_BYTES says
+            -1,  # workspace_bytes by default
             self._first_lags(weights[0]),
         )
 
