@@ -14,7 +14,7 @@ from .rows import CONTEXT, OURS
 RESULT = ROOT / "bench" / "results" / "amd-epyc-2-threads.json"
 
 #: (part, label of the row in the result file, words for a table). Trained weights come first in every table, where the
-#: result file has them: κ of initial ones can be cheaper, since their chains converge or close after a few steps.
+#: result file has them: κ of initial ones can be cheaper, since their chains soon converge or become geometric series.
 TRAINED = (
     ("kappa1", "T=784 H=100 trained adding", "κ⁽¹⁾, H=100 T=784, trained on the adding problem"),
     ("kappa1", "T=784 H=100 trained digits", "… trained on sequential digits"),

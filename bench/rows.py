@@ -1,7 +1,7 @@
 """The rows of `pathrnn bench`: sizes, contenders, the check against the oracle, operations and bytes by formula.
 
 A row's formula counts what its definition must do once, and the bytes that must be read or written once: a kernel that
-needs fewer steps, because its chains come to rest or close, exceeds the roofline of that count.
+needs fewer steps, because its chains converge or become geometric series, exceeds the roofline of that count.
 """
 
 from __future__ import annotations
@@ -233,7 +233,7 @@ def check_rnn(found: Sequence[Tensor], weights: Sequence[Tensor], x: Tensor, cot
 def recurrent(hidden: int, kind: str) -> pk.PathNetwork:
     """A network with nn.RNN's W_hh, or Gaussian, of spectral radius of W̃ about 1, or the identity, or near it.
 
-    With nn.RNN's initialisation κ's chains come to rest after 15 steps; with the identity they grow. Trained weights
+    With nn.RNN's initialisation κ's chains converge after 15 steps; with the identity they grow. Trained weights
     do neither: all steps count.
     """
     net = pk.PathNetwork(pk.ReLURNN(INPUTS, hidden), nn.Linear(hidden, CLASSES))

@@ -314,7 +314,7 @@ class Engine(Optimizer):
             net.h0 == "ones",
             KAPPA2_FACTOR["exact"] if self.second_term else 0.0,
             min(self.rtol, 1.0),
-            -1,  # as PATHRNN_WORKSPACE_BYTES says
+            -1,  # workspace_bytes by default
             self._first_lags(weights[0]),
         )
 
@@ -469,7 +469,7 @@ class Engine(Optimizer):
             )
         if status == UNBOUNDED:
             raise FloatingPointError(
-                "γ² overflows in the reference backend, which is not protected: use backend 'cpu' (see explain)"
+                "γ² overflows in the reference backend, which does not rescale: use backend 'cpu' (see explain)"
             )
         name = names[(status - LOST) // 4]
         if status % 4 == UNREACHED % 4:

@@ -20,7 +20,7 @@ from torch import nn
 from .kappa import Kappa, Scaled
 from .ops.backend import without_numbers
 from .rnn import ReLURNN
-from .squared import WEIGHT_RANGE, Kind, Run, Squared, settled, shifted
+from .squared import WEIGHT_RANGE, Kind, Run, Squared, normalised, shifted
 
 _DTYPES = (torch.float32, torch.float64)
 _LN2 = math.log(2)
@@ -193,7 +193,7 @@ class _Pass:
         self.run = Run(self._refuse)
         self.squares: dict[str, Squared] = {}
         for name, p in parameters.items():
-            root, exponent = settled(p.detach().double().abs(), 0, WEIGHT_RANGE)
+            root, exponent = normalised(p.detach().double().abs(), 0, WEIGHT_RANGE)
             square = root.square().requires_grad_()
             self.squares[name] = Squared(square, 2 * exponent, Kind.EDGE, {name}, self.run)
         #: Qualified name of a module → what was refused in it.
@@ -274,7 +274,7 @@ class _Pass:
             if self.run.aligned and name in output.weights and largest < _LOST:
                 raise FloatingPointError(
                     f"κ of {name} underflows: γ² or another path is so much larger that float64 does not hold both; "
-                    "use milder weights"
+                    "use weights of less unequal size"
                 )
             shift = math.frexp(largest)[1]
             exponent = output.exponent - self.squares[name].exponent + shift

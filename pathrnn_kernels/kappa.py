@@ -231,9 +231,8 @@ def kappa(
             from overflow).
         lags: the ``lags`` of a former call for similar weights: no fewer are tried, which saves tests.
         workspace_bytes: budget for the cached powers of the squared recurrent matrix, ``H²`` numbers each, at least
-            eight; they are formed in chunks above it. The environment variable PATHRNN_WORKSPACE_BYTES, or 16 MiB, by
-            default. Peak memory beside it: ``(2 C + 4) T H + 6 H²`` numbers for C chains, one for every layer and
-            direction; ``2 C + 6`` of a bidirectional network.
+            eight (16 MiB); they are formed in chunks above it. Peak memory beside it: ``(2 C + 4) T H + 6 H²`` numbers
+            for C chains, one for every layer and direction; ``2 C + 6`` of a bidirectional network.
         plan: on a GPU, how the chains run: ``"auto"``, or one that :func:`explain` lists; PATHRNN_PLAN by default.
 
     Raises:

@@ -52,7 +52,7 @@ def node_rescale_(net: PathNetwork, alphas: Sequence[Tensor]) -> PathNetwork:
     new = _rescaled(net, _check_alphas(net, alphas))
     for name, p in net.named_parameters():
         if name in new and not torch.equal(new[name].isfinite() & (new[name] != 0), p.isfinite() & (p != 0)):
-            raise ValueError(f"alphas take an entry of {name} out of the range of {p.dtype}: use milder ones")
+            raise ValueError(f"alphas take an entry of {name} out of the range of {p.dtype}: use factors closer to 1")
         if name in new:
             check_writable(name, p)
     for name, p in net.named_parameters():

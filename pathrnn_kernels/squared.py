@@ -106,7 +106,7 @@ def shifted(value: Tensor, shift: int) -> Tensor:
     return shifted(value * 2.0**part, max(-1022, min(1022, shift - part)))
 
 
-def settled(value: Tensor, exponent: int, limit: int = _RANGE) -> tuple[Tensor, int]:
+def normalised(value: Tensor, exponent: int, limit: int = _RANGE) -> tuple[Tensor, int]:
     """value · 2^exponent as another such pair, if the largest entry is out of 2^±limit."""
     largest = float(value.detach().amax()) if value.numel() else 0.0
     shift = math.frexp(largest)[1] if 0 < largest < math.inf else 0
@@ -148,7 +148,7 @@ def _operand(value: Any, beside: Squared) -> Squared:
         raise _Refused("it takes a weight that is not an attribute of its module")
     if tensor.is_complex():
         raise _Refused("it has a complex constant")
-    weight, exponent = settled(tensor.to(beside.value.device, torch.float64).abs(), 0, WEIGHT_RANGE)
+    weight, exponent = normalised(tensor.to(beside.value.device, torch.float64).abs(), 0, WEIGHT_RANGE)
     return Squared(weight.square(), 2 * exponent, Kind.EDGE, set(), beside.run)
 
 
@@ -159,7 +159,7 @@ def _operands(*values: Any) -> list[Squared]:
 
 def _node(value: Tensor, exponent: int, *sources: Squared) -> Squared:
     weights = set[str]().union(*(source.weights for source in sources))
-    return Squared(*settled(value, exponent), Kind.NODE, weights, sources[0].run)
+    return Squared(*normalised(value, exponent), Kind.NODE, weights, sources[0].run)
 
 
 def _like(value: Tensor, source: Squared) -> Squared:

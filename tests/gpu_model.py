@@ -1,6 +1,6 @@
 """What every kernel of the GPU backends computes, in plain torch: their specification, and the truth in their tests.
 
-Sequences are "tempered rows": ``rows [n, H]`` and int64 ``exponents [n]``, row t standing for rows[t] · 2^exponents[t].
+Sequences are "scaled rows": ``rows [n, H]`` and int64 ``exponents [n]``, row t standing for rows[t] · 2^exponents[t].
 They may be handed to ``ops.gpu`` as a third set of kernels beside those of ``ops.cuda`` and ``ops.triton``.
 """
 

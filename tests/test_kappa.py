@@ -394,14 +394,13 @@ def test_dense_overflows_to_infinity_only_there():
 @pytest.mark.every_isa
 @DTYPES
 @pytest.mark.parametrize("hidden_size, seq_len", ((3, 9), (20, 37), (33, 64), (70, 30)))
-def test_workspace_budgets_agree(hidden_size, seq_len, dtype, threads, monkeypatch):
+def test_workspace_budgets_agree(hidden_size, seq_len, dtype, threads):
     # Spectral radius of W̃ about 1: the last powers count as much as the first.
     net = make(hidden_size, dtype=dtype, h0="ones")
     expected = reference.kappa(doubles(net), seq_len, h0="ones", second_term=True)
     matrix = (hidden_size * (hidden_size + 15)) * dtype.itemsize
     for budget in (0, 1, 4 * matrix, 7 * matrix, 13 * matrix, 1 << 30):
-        monkeypatch.setenv("PATHRNN_WORKSPACE_BYTES", str(budget))
-        found = pk.kappa(net, seq_len, second_term=True, rtol=0)
+        found = pk.kappa(net, seq_len, second_term=True, rtol=0, workspace_bytes=budget)
         check_kappa(found, expected, tolerances.path(dtype, seq_len, hidden_size))
 
 
@@ -618,13 +617,6 @@ def test_unknown_names():
             ValueError, match=r"'weight_hh_l0' is not a parameter of the network; it has rnn.weight_ih_l0"
         ):
             function("weight_hh_l0")
-
-
-@pytest.mark.parametrize("value", ("many", "-1", "1.5", ""))
-def test_bad_workspace_budget(value, monkeypatch):
-    monkeypatch.setenv("PATHRNN_WORKSPACE_BYTES", value)
-    with pytest.raises(ValueError, match=r"(?i)workspace_bytes"):
-        pk.kappa(make(), 3, second_term=True)
 
 
 def test_networks_that_changed_after_construction():

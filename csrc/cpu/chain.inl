@@ -190,7 +190,7 @@ class Workspace {
 inline int64_t result_exponent(int64_t m) { return m == kZeroExponent ? 0 : m - 40; }
 
 // Steps [first, last) of a chain in closed form: row t is Σ_i coefficients[i][t] · basis[i], on the scale of the step's
-// exponent; these rows themselves are not written. A chain at rest is one row with the coefficient 1.
+// exponent; these rows themselves are not written. A chain that has converged is one row with the coefficient 1.
 template <typename T>
 struct Closed {
   static constexpr int kMost = 3;
@@ -334,21 +334,22 @@ struct Chain {
 // later step would too: the rest is copied. With h_0 = 0 and a constant drive this happens whenever the chain
 // converges, since the map is monotone, rounding included, so that its rows only grow.
 template <typename T>
-bool rests(const Chain<T>& c, int64_t step, const T* row, const T* before, int64_t exponent, int64_t exponent_before) {
+bool has_converged(const Chain<T>& c, int64_t step, const T* row, const T* before, int64_t exponent,
+                   int64_t exponent_before) {
   return step > c.drive.constant_from && exponent == exponent_before &&
          std::memcmp(row, before, c.out.row * sizeof(T)) == 0;
 }
 
-// Records that the chain rests from step `rest` on; the row of step `done` stands for the steps after it.
+// Records that the chain has converged at step `at`; the row of step `done` stands for the steps after it.
 template <typename T>
-void settle(const Chain<T>& c, int64_t rest, int64_t done, int64_t steps) {
+void end_converged(const Chain<T>& c, int64_t at, int64_t done, int64_t steps) {
   const int64_t from = c.first + done * c.stride;
   for (int64_t s = done + 1, t = from + c.stride; s < steps; ++s, t += c.stride) {
     if (c.fill) std::copy(c.out[from], c.out[from] + c.out.row, c.out[t]);
     c.out.exponent[t] = c.out.exponent[from];
     c.out.largest[t] = c.out.largest[from];
   }
-  const int64_t begin = c.first + rest * c.stride, end = c.first + (steps - 1) * c.stride;
+  const int64_t begin = c.first + at * c.stride, end = c.first + (steps - 1) * c.stride;
   Closed<T>& closed = *c.out.closed_form;
   closed.first = std::min(begin, end);
   closed.last = std::max(begin, end) + 1;
@@ -388,7 +389,7 @@ class Increments {
   int64_t step() const { return s_; }
   int64_t written() const { return drives_ ? s_ + 1 : 0; }
   // The step from which on increments are too small to be seen, as far as the last ones tell.
-  int64_t rests_after() const {
+  int64_t converges_after() const {
     const double left = high_ < 1 && sums_ ? std::log(0x1p-25 / share_) / std::log(high_) : 0x1p40;
     return s_ + static_cast<int64_t>(std::max(left, 0.0));
   }
@@ -602,18 +603,19 @@ void leap(const Chain<T>& c, const Packed<T>& w, int64_t w_exponent, const Buffe
       tile.c_row = c.stride * ld;
       panel(tile, &product, rows);
     }
-    bool resting = rows == kLeap;
+    bool converged = rows == kLeap;
     for (int64_t r = 0; r < rows; ++r) {
       const int64_t row = t + r * c.stride, previous = row - c.stride;
       finish_step(c.out[row], c.out.exponent[source + r * c.stride] + power_exponent, driven, drive_exponent, ld,
                   c.out.exponent[row], c.out.largest[row]);
-      resting = resting && rests(c, s + r, c.out[row], c.out[previous], c.out.exponent[row], c.out.exponent[previous]);
+      converged = converged && has_converged(c, s + r, c.out[row], c.out[previous], c.out.exponent[row],
+                                             c.out.exponent[previous]);
     }
-    if (resting) return settle(c, s, s + rows - 1, steps);
+    if (converged) return end_converged(c, s, s + rows - 1, steps);
   }
 }
 
-// Steps [done, until) by one thread, W̃ being packed and small enough for its cache; true if the chain comes to rest.
+// Steps [done, until) by one thread, W̃ being packed and small enough for its cache; true if the chain converges.
 template <typename T>
 bool walk(const Chain<T>& c, const Packed<T>& w, int64_t w_exponent, int64_t& done, int64_t until, int64_t steps) {
   for (int64_t t = c.first + done * c.stride; done < until; ++done, t += c.stride) {
@@ -624,19 +626,19 @@ bool walk(const Chain<T>& c, const Packed<T>& w, int64_t w_exponent, int64_t& do
     // The drive's rows run with the output's.
     finish_step(out, exponent + w_exponent, c.drive.data + t * c.drive.row,
                 c.drive.exponent[t * c.drive.exponent_step], c.out.row, c.out.exponent[t], c.out.largest[t]);
-    if (rests(c, done, out, before, c.out.exponent[t], exponent)) {
-      settle(c, done, done, steps);
+    if (has_converged(c, done, out, before, c.out.exponent[t], exponent)) {
+      end_converged(c, done, done, steps);
       return true;
     }
   }
   return false;
 }
 
-// The first steps, all of them if the chain comes to rest or has a closed form: then it returns 0. Otherwise, the steps
-// after which it may rest, as far as can be told, `done` of them being written.
+// The first steps, all of them if the chain converges or has a closed form: then it returns 0. Otherwise, the steps
+// after which it may converge, as far as can be told, `done` of them being written.
 template <typename T>
 int64_t begin_chain(const Chain<T>& c, const Packed<T>& w, int64_t w_exponent, int64_t& done, int64_t steps) {
-  // A chain that converges fast has come to rest at the first of these, mostly, one that converges at all at the second.
+  // A chain that converges fast has done so at the first of these, mostly, one that converges at all at the second.
   constexpr int64_t kLooks[] = {24, 64};
   // Other ways must pay for themselves in the steps that are left.
   const bool closable = !c.fill && c.from_nothing() && steps - kLooks[0] >= w.depth;
@@ -655,7 +657,7 @@ int64_t begin_chain(const Chain<T>& c, const Packed<T>& w, int64_t w_exponent, i
       increments->close();
       return 0;
     }
-    if (!increments->open()) return std::min(increments->rests_after(), steps);
+    if (!increments->open()) return std::min(increments->converges_after(), steps);
   }
   return steps;
 }
@@ -686,7 +688,7 @@ struct Pair {
   T* now;
   T* next;
   int64_t exponent = kZeroExponent;
-  int64_t rest = -1;  // the step at which the chain came to rest
+  int64_t converged_at = -1;  // the step at which the chain converged
 
   // Takes up the chain before step `from`.
   void begin(const Chain<T>& c, int64_t from) {
@@ -702,7 +704,7 @@ struct Pair {
     int64_t largest;
     finish_step(next, before + w_exponent, c.drive.data + t * c.drive.row, c.drive.exponent[t * c.drive.exponent_step],
                 c.out.row, exponent, largest);
-    if (rest < 0 && rests(c, s, next, now, exponent, before)) rest = s;
+    if (converged_at < 0 && has_converged(c, s, next, now, exponent, before)) converged_at = s;
     std::swap(now, next);
     if (!writes) return;
     std::copy(now, now + c.out.row, c.out[t]);
@@ -784,10 +786,12 @@ void chains_shared(const Chain<T>& h, const Chain<T>& d, const Weights<T>& weigh
       }
       own_d.finish(d, s, weight.exponent, team.rank == team.size - 1);
     }
-    moving = (Forward && own_h.rest < 0) || (Backward && own_d.rest < 0);
+    moving = (Forward && own_h.converged_at < 0) || (Backward && own_d.converged_at < 0);
   }
-  if (Forward && team.rank == 0 && own_h.rest >= 0) settle(h, own_h.rest, s - 1, steps);
-  if (Backward && team.rank == team.size - 1 && own_d.rest >= 0) settle(d, own_d.rest, s - 1, steps);
+  if (Forward && team.rank == 0 && own_h.converged_at >= 0) end_converged(h, own_h.converged_at, s - 1, steps);
+  if (Backward && team.rank == team.size - 1 && own_d.converged_at >= 0) {
+    end_converged(d, own_d.converged_at, s - 1, steps);
+  }
   team.wait();
 }
 

@@ -862,7 +862,7 @@ class Kappa2Run {
           most = std::max(most, c[i]);
         }
         // δ at rest is alike at every step; once E is, too, so is the rest of it.
-        const bool rests = closed.count == 1 && at == top && from < at && c[0] == c0 && c[1] < c[0] * 0x1p-60;
+        const bool converged = closed.count == 1 && at == top && from < at && c[0] == c0 && c[1] < c[0] * 0x1p-60;
         at = top;
         if (most > 8 || most < 0.125) {
           const int m = std::ilogb(most);
@@ -871,7 +871,7 @@ class Kappa2Run {
         }
         for (int i = 0; i < e.closed.count; ++i) e.coefficients[i * begin + t] = static_cast<T>(c[i]);
         e.exponent[t] = at;
-        if (rests) {
+        if (converged) {
           for (int i = 0; i < 2; ++i) std::fill_n(e.coefficients.begin() + i * begin, t, static_cast<T>(c[i]));
           std::fill_n(e.exponent.begin(), t, at);
           break;

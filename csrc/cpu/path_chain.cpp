@@ -48,15 +48,7 @@ double pass_bytes(int64_t chains, int64_t directions, int64_t seq_len, int64_t h
 }
 
 // Bytes for cached powers of W̃ where the caller does not say; ops/path_chain.py has the same.
-int64_t workspace_of_environment() {
-  const char* const text = std::getenv("PATHRNN_WORKSPACE_BYTES");
-  if (!text) return 16 << 20;
-  char* end = nullptr;
-  const long long value = std::strtoll(text, &end, 10);
-  TORCH_CHECK_VALUE(*text && !*end && value >= 0, "PATHRNN_WORKSPACE_BYTES is '", text,
-                    "'; it must be a whole number of bytes");
-  return value;
-}
+constexpr int64_t kWorkspaceBytes = 16 << 20;
 
 // The arguments, contiguous: copies live until the kernel is done.
 struct Arguments {
@@ -277,7 +269,7 @@ PathChainResult path_chain_op(
   for (const int64_t lags : first_lags) {
     TORCH_CHECK_VALUE(lags >= 0, "first_lags has ", lags, "; its numbers must be at least 0");
   }
-  if (workspace_bytes == -1) workspace_bytes = workspace_of_environment();
+  if (workspace_bytes == -1) workspace_bytes = kWorkspaceBytes;
   TORCH_CHECK_VALUE(workspace_bytes >= 0, "workspace_bytes is ", workspace_bytes, "; it must be at least 0");
   const Tensor& like = weight_hh[0];
   check_floating(like, "weight_hh_l0");

@@ -695,15 +695,15 @@ class PathChainRun {
     if (first) {
       set_start(c, alone);
       pack(w_h, w.data, 1, H_, alone, square<true>(w, 0));
-      rests_[0] = begin_chain(h, w_h, w.exponent, done_h, T_);
+      converges_[0] = begin_chain(h, w_h, w.exponent, done_h, T_);
     }
     if (last) {
       pack(w_d, w.data, H_, 1, alone, square<false>(w, 0));
-      rests_[1] = begin_chain(d, w_d, w.exponent, done_d, T_);
+      converges_[1] = begin_chain(d, w_d, w.exponent, done_d, T_);
     }
     team.wait();
     bool stepped = true;
-    if (const int64_t log2 = block_log2(rests_[0], rests_[1], team.size)) {
+    if (const int64_t log2 = block_log2(converges_[0], converges_[1], team.size)) {
       const bool lost = FlushDenormals::lost();
       if (first) blocks_.emplace(T_, H_, log2, team.size);
       team.wait();
@@ -714,19 +714,19 @@ class PathChainRun {
       if (stepped && lost) mark_lost();
     }
     if (first) summed_[c] = !stepped;
-    if (stepped && first && rests_[0] > 0) end_chain(h, w_h, w.exponent, done_h, T_);
-    if (stepped && last && rests_[1] > 0) end_chain(d, w_d, w.exponent, done_d, T_);
+    if (stepped && first && converges_[0] > 0) end_chain(h, w_h, w.exponent, done_h, T_);
+    if (stepped && last && converges_[1] > 0) end_chain(d, w_d, w.exponent, done_d, T_);
     lost_[team.rank] |= FlushDenormals::lost();
     FlushDenormals::forget();
     team.wait();
   }
 
   // The best number of steps in a block, its logarithm; 0 if chains that may rest after those steps do as well without.
-  int64_t block_log2(int64_t h_rests, int64_t d_rests, int threads) const {
+  int64_t block_log2(int64_t h_steps, int64_t d_steps, int threads) const {
     // Barriers and the steps already done, and what the model leaves out.
     constexpr double kOverhead = 5e5, kWorth = 0.75;
     const double H = static_cast<double>(H_);
-    const double steps = static_cast<double>(threads > 1 ? std::max(h_rests, d_rests) : h_rests + d_rests);
+    const double steps = static_cast<double>(threads > 1 ? std::max(h_steps, d_steps) : h_steps + d_steps);
     double least = kWorth * H * H * (ChainBlocks<T>::kVector * steps + static_cast<double>(T_) / threads) - kOverhead;
     int64_t best = 0;
     for (int64_t q = 1; q < 12 && (T_ >> q) >= 4; ++q) {
@@ -883,14 +883,14 @@ class PathChainRun {
     T* const out = net_.kappa_ih[c];
     const int64_t same = c - D_;
     if (D_ == 1) return outer(d(c), h_after_first(same), out, H_, kZeroExponent, exponent, team);
-    const Rows<T> own = h_after_first(same), other = turned(h_after_first(opposite(same)), team);
+    const Rows<T> own = h_after_first(same), other = flipped(h_after_first(opposite(same)), team);
     const int64_t own_largest = largest_pair(d(c), own, T_), other_largest = largest_pair(d(c), other, T_);
     outer(d(c), own, out + column(same), D_ * H_, other_largest, exponent, team);
     outer(d(c), other, out + column(opposite(same)), D_ * H_, own_largest, exponent, team);
   }
 
   // T rows in the time of the other direction. The next call overwrites them.
-  Rows<T> turned(const Rows<T>& rows, const Team& team) {
+  Rows<T> flipped(const Rows<T>& rows, const Team& team) {
     team.wait();
     int64_t first, last;
     team.share(T_, first, last);
@@ -1066,7 +1066,7 @@ class PathChainRun {
   std::optional<Kappa2Run<T>> second_;
   std::optional<ChainBlocks<T>> blocks_;
   std::vector<char> summed_;     // per chain: whether κ and the sums are there already
-  std::array<int64_t, 2> rests_;  // of h and δ, as begin_chain tells
+  std::array<int64_t, 2> converges_;  // of h and δ, as begin_chain tells
   T *h_ = nullptr, *d_ = nullptr, *h_drive_ = nullptr, *d_drive_ = nullptr, *left_ = nullptr,
     *right_ = nullptr;
   T *h_other_ = nullptr, *d_other_ = nullptr;  // T rows from the other direction

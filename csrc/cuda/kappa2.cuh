@@ -1,4 +1,4 @@
-// Sums over the steps of tempered rows: what κ is made of once the chains are known. Shapes and meaning of arguments:
+// Sums over the steps of scaled rows: what κ is made of once the chains are known. Shapes and meaning of arguments:
 // the schemas in bindings.cpp; the functions of the same names in tests/gpu_model.py say what is computed.
 // Every sum is taken in an order that shapes and device alone decide, so repeats agree to the last bit.
 #pragma once

@@ -63,7 +63,7 @@ class Rows(NamedTuple):
     def from_row(self, first: int) -> Rows:
         return Rows(self.data[first:], self.exponents[first:])
 
-    def turned(self) -> Rows:
+    def flipped(self) -> Rows:
         return Rows(self.data.flip(0), self.exponents.flip(0))
 
 
@@ -444,7 +444,7 @@ class _Pass:
         layer, own = divmod(chain, self.directions)
         first = (layer - 1) * self.directions
         rows = [h[first + e].from_row(1) for e in range(self.directions)]
-        return [r if e == own else r.turned() for e, r in enumerate(rows)]
+        return [r if e == own else r.flipped() for e, r in enumerate(rows)]
 
     def driven_from_below(self, h: list[Rows], chain: int) -> Rows:
         largest = self.net.largest_of(0, chain)
@@ -459,7 +459,7 @@ class _Pass:
             above = (layer + 1) * self.directions + e
             block = self.net.weight_ih[above].chunk(self.directions, 1)[own]
             part = self.mix(d[above], block, self.net.largest_of(0, above), True)
-            parts.append(part if e == own else part.turned())
+            parts.append(part if e == own else part.flipped())
         return self.total(parts)
 
     def mix(self, rows: Rows, weight: Tensor, largest: Tensor, transposed: bool) -> Rows:

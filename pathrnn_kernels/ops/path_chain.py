@@ -5,7 +5,6 @@ On the CPU one C++ op; on a GPU the kernels of a backend in the order of gpu.py.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -16,7 +15,7 @@ from .backend import check_devices, direct, extension_problem, operator
 from .plan import choose as choose_plan
 from .plan import describe
 
-#: Bytes that the cached powers of W̃ may take; PATHRNN_WORKSPACE_BYTES overrides.
+#: Bytes that the cached powers of W̃ may take where the caller does not say; csrc/cpu/path_chain.cpp has the same.
 WORKSPACE_BYTES = 16 << 20
 
 
@@ -78,7 +77,7 @@ def path_chain(
     plan: str = "auto",
     bidirectional: bool = False,
 ) -> PathChain:
-    """κ (eqs. (9), (11)) and log γ² (eq. (3)) in one tempered pass, which never overflows.
+    """κ (eqs. (9), (11)) and log γ² (eq. (3)) in one pass with an exponent a vector, which never overflows.
 
     On the CPU a pass in which something underflows is run again in float64, and then in extended range.
 
@@ -97,7 +96,7 @@ def path_chain(
         second_factor: f > 0 adds κ⁽²⁾ = f · W̃ ⊙ S to κ of every weight_hh (``reference.kappa2``).
         rtol: truncation error allowed in κ, relative, entry by entry; 0 sums all lags.
         first_lags: per chain, how many lags a former call needed: no fewer are tried.
-        workspace_bytes: budget for cached powers of W̃; PATHRNN_WORKSPACE_BYTES or 16 MiB by default.
+        workspace_bytes: budget for cached powers of W̃; 16 MiB by default.
         backend: ``"cpu"``, ``"cuda"`` or ``"triton"``.
         plan: on a GPU, how the chains run (plan.py); ``"auto"`` heeds PATHRNN_PLAN.
         bidirectional: whether every layer has a reverse direction, too.
@@ -108,7 +107,7 @@ def path_chain(
             for an answer, log γ² is nan instead) a weight that is nan or infinite.
     """
     if workspace_bytes is None:
-        workspace_bytes = _workspace_bytes()
+        workspace_bytes = WORKSPACE_BYTES
     weights = (weight_ih, weight_hh, bias_ih, bias_hh, head_weight, head_bias, embedding_weight)
     options: tuple[Any, ...] = (
         seq_len,
@@ -180,16 +179,7 @@ def _check(
             raise ValueError(f"{name} has shape {list(tensor.shape)}; it must be {list(shape)}")
 
 
-def _workspace_bytes() -> int:
-    text = os.environ.get("PATHRNN_WORKSPACE_BYTES")
-    if text is None:
-        return WORKSPACE_BYTES
-    if not text.isdecimal():
-        raise ValueError(f"PATHRNN_WORKSPACE_BYTES is {text!r}; it must be a whole number of bytes")
-    return int(text)
-
-
-#: The op itself, of the CPU alone; ``workspace_bytes`` is -1 for what PATHRNN_WORKSPACE_BYTES says.
+#: The op itself, of the CPU alone; ``workspace_bytes`` is -1 for WORKSPACE_BYTES.
 _op = operator("path_chain")
 path_chain_on_cpu = direct("path_chain")
 

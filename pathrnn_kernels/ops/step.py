@@ -14,8 +14,8 @@ averages of the gradient and of its square, and steps.
 shortened to the radius, if it is longer, and written.
 
 path_update_ is given κ, path_chain's result. path_step_ runs that pass itself; ``lags``, int64 [chains], are what a
-former step's κ⁽²⁾ needed, and become what this one did; ``workspace_bytes`` is -1 for what
-PATHRNN_WORKSPACE_BYTES says.
+former step's κ⁽²⁾ needed, and become what this one did; ``workspace_bytes`` is -1 for
+16 MiB.
 
 Both return a status, 0 once the step is taken or left out; with any other, nothing has changed. On a GPU triton/step.py
 has path_update_, whose status is a tensor there.

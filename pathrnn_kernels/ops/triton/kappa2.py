@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .launch import on_device
-from .tempered import (
+from .scaled import (
     HALF_ZERO,
     ZERO,
     centre,
@@ -203,9 +203,7 @@ def filtered(
     """
     count, hidden = rows.shape
     if hidden > HIDDEN_LIMIT:
-        raise ValueError(
-            f"filtered serves hidden sizes up to {HIDDEN_LIMIT}, not {hidden}; use rtol=0 or backend 'cuda'"
-        )
+        raise ValueError(f"κ⁽²⁾ serves hidden sizes up to {HIDDEN_LIMIT}, not {hidden}; use rtol=0 or backend 'cuda'")
     out, out_exponents = torch.empty_like(rows), torch.empty_like(exponents)
     block = triton.next_power_of_2(hidden)
     with on_device(rows):

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from . import interpreted
 from .launch import on_device
-from .tempered import (
+from .scaled import (
     ZERO,
     centre,
     either,
@@ -235,7 +235,9 @@ def shape(hidden: int, itemsize: int, plan: str, blocks: int) -> Shape:
             f"plan 'grid' serves hidden sizes up to {HIDDEN_LIMIT}, not {hidden}; use backend 'cuda' or 'cpu'"
         )
     if blocks > 1 and interpreted():
-        raise ValueError(f"interpreted programs run one after another and cannot meet: use blocks=1, not {blocks}")
+        raise ValueError(
+            f"blocks is {blocks}, but interpreted programs run in turn and cannot synchronise: use blocks=1"
+        )
     if resident <= RESIDENT_BYTES:
         return Shape(block, rows, 0, min(max(resident >> 12, block >> 9, 1), 16))
     rows = min(rows, 32)

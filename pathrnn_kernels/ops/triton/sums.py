@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .launch import on_device
-from .tempered import (
+from .scaled import (
     HALF_ZERO,
     ZERO,
     centre,

@@ -82,7 +82,7 @@ def test_streamed(hidden, flags, monkeypatch):
     check_chains(chain(hidden, 3, F32, **flags))
 
 
-@pytest.mark.skipif(DEVICE == "cpu", reason="interpreted programs run one after another and cannot meet")
+@pytest.mark.skipif(DEVICE == "cpu", reason="interpreted programs run one after another and cannot synchronise")
 @pytest.mark.parametrize("hidden, blocks", ((17, 2), (130, 5), (600, 40), (2100, 64)))
 def test_programs_meet(hidden, blocks):
     for flags in (LAST, VARYING):

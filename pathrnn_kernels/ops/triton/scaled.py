@@ -1,4 +1,4 @@
-"""What the kernels of tempered rows share: powers of two, by bits, and how programs full of numbers are launched.
+"""What the kernels of scaled rows share: powers of two, by bits, and how programs full of numbers are launched.
 
 By bits they are exact, and alike on every device, where a device's exp2 need not be.
 """
