@@ -33,7 +33,7 @@ COLOURS = (
 
 
 def _colour(name: str, names: Sequence[str]) -> str:
-    return "black" if name == OURS else COLOURS[names.index(name)]
+    return "black" if name == OURS else COLOURS[names.index(name) % len(COLOURS)]
 
 
 def draw(result: dict[str, Any], stem: Path) -> list[Path]:
