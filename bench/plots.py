@@ -14,7 +14,7 @@ from .report import TITLES, number
 from .rows import CONTEXT, OURS
 
 BARS = ("kappa1", "kappa2", "path_norm", "forward", "backward", "step")
-#: Without tab10's grey, which is the roofline's; enough for every baseline there is.
+#: Without tab10's grey, which is the roofline's; enough for every baseline of these parts.
 COLOURS = (
     "tab:blue",
     "tab:orange",
@@ -33,12 +33,12 @@ COLOURS = (
 
 
 def _colour(name: str, names: Sequence[str]) -> str:
-    return "black" if name == OURS else COLOURS[names.index(name) % len(COLOURS)]
+    return "black" if name == OURS else COLOURS[names.index(name)]
 
 
 def draw(result: dict[str, Any], stem: Path) -> list[Path]:
     """Writes the pictures whose rows the result has beside ``stem``; returns their paths."""
-    names = sorted({name for row in result["rows"] for name in row["figures"]} - {OURS})
+    names = sorted({name for row in result["rows"] if row["part"] in BARS for name in row["figures"]} - {OURS})
     figures = {"speedups": _speedups(result, names)}
     for axis in "THB":
         figures[f"cost-{axis}"] = _cost(result, axis, names)

@@ -145,7 +145,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
                                                           embedding, seq_len, last_only, ones_h0, kappa1, second_factor,
                                                           rtol, first_lags, workspace_bytes, bidirectional);
                           }));
-  m.def("path_chain_ways",
+  m.def("path_chain_ways", torch::wrap_pybind_function_no_gil(
         [](const Tensors& weight_ih, const Tensors& weight_hh, const Tensors& bias_ih, const Tensors& bias_hh,
            const Optional& head_weight, const Optional& head_bias, const Optional& embedding, int64_t seq_len,
            bool last_only, bool ones_h0, bool bidirectional) {
@@ -156,7 +156,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
           const int64_t ends = (head_weight ? head_weight->numel() : 0) + (embedding ? embedding->numel() : 0);
           const int threads = pathrnn::path_chain_threads(chains, seq_len, weight_hh[0].size(0), false, ends);
           return std::make_pair(ways, threads);
-        },
+        }),
         "How the chains of κ⁽¹⁾ go: a Way of ops.h with its number for each of h, then of δ; and by how many threads.");
   m.def("path_step_",
         torch::wrap_pybind_function_no_gil(

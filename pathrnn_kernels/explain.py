@@ -10,7 +10,7 @@ from torch import nn
 
 from .kappa import precision
 from .network import PathNetwork
-from .ops.backend import ENVIRONMENT, choose, refusals
+from .ops.backend import ENVIRONMENT, choose, refusals, without_numbers
 from .ops.plan import Plan, describe, plans
 from .ops.plan import choose as choose_plan
 from .rnn import ReLURNN
@@ -99,6 +99,8 @@ def explain(
 
 
 def _chains(net: PathNetwork, seq_len: int) -> tuple[str, ...]:
+    if any(map(without_numbers, net.weights().values())):
+        return ()
     from . import _C
 
     weights = {name: p.detach().to(precision(p.dtype)) for name, p in net.weights().items()}
@@ -107,6 +109,8 @@ def _chains(net: PathNetwork, seq_len: int) -> tuple[str, ...]:
         names = (f"rnn.{kind}_{ending}" for ending in net.endings)
         return [weights[name] for name in names if name in weights]
 
+    if not all(p.isfinite().all() for p in weights.values()):
+        return ("a weight is not finite, and κ is not to be had",)
     ways, threads = _C.path_chain_ways(
         of_chains("weight_ih"),
         of_chains("weight_hh"),
@@ -118,7 +122,7 @@ def _chains(net: PathNetwork, seq_len: int) -> tuple[str, ...]:
         seq_len,
         net.outputs == "last",
         net.h0 == "ones",
-        any(ending.endswith("_reverse") for ending in net.endings),
+        net.rnn.bidirectional,
     )
     words = (
         "{0} steps",

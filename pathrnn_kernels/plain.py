@@ -146,8 +146,7 @@ def sgd(
         quotients = [_quotient(w, unscaled, one, eps, (norm, norm_exponent)) for w in weights]
         total, exponent = _total([_squares(w.gradient.double() * unscaled) for w in weights])
         scales = [(torch.ones_like(q), 2 * (e - w.shift)) for w, (q, e) in zip(weights, quotients, strict=True)]
-        squares = [_squares(q, scale_) for (q, _), scale_ in zip(quotients, scales, strict=True)]
-        divided, divided_exponent = _total(squares)
+        divided, divided_exponent = _total([_squares(q, s) for (q, _), s in zip(quotients, scales, strict=True)])
         found = (total.log() + (exponent - divided_exponent).double() * math.log(2) - divided.log()) / 2
         bad = ~(total.isfinite() & divided.isfinite())
         statuses.append(torch.where(constant.isnan() & bad, NO_CONSTANT, 0))
@@ -173,13 +172,14 @@ def sgd(
         firsts.append(None if w.first is None else first)
         deltas.append(d)
         rates.append(rate)
-    squares = [_squares(d, w.divisor) for d, w in zip(deltas, weights, strict=True)]
+    share = torch.ones_like(norm), torch.zeros_like(norm_exponent)
     if bounded:
+        squares = [_squares(d, w.divisor) for d, w in zip(deltas, weights, strict=True)]
         # No length, though the gradients are finite.
         for i, w in enumerate(weights):
             lost[i] |= ~squares[i][0].isfinite() & w.gradient.isfinite().all()
+        share = _share(squares, rates, (norm, norm_exponent), radius)  # type: ignore[arg-type]
     statuses.append(_status(weights, lost, LOST))
-    share = _share(squares, rates, (norm, norm_exponent), radius)
 
     def commit(ok: Tensor) -> None:
         for w, delta, rate, first in zip(weights, deltas, rates, firsts, strict=True):
@@ -210,11 +210,9 @@ def given(weights: Sequence[Weight], log_path_norm: Tensor, radius: float) -> De
     return torch.where(norm[0].isfinite(), 0, UNBOUNDED), commit
 
 
-def _share(squares: Sequence[Numbers], rates: Sequence[Tensor], norm: Numbers, radius: float | None) -> Numbers:
+def _share(squares: Sequence[Numbers], rates: Sequence[Tensor], norm: Numbers, radius: float) -> Numbers:
     """What the radius leaves of a step: 1 of one that is no longer, or of a network without a path."""
     one, zero = torch.ones_like(norm[0]), torch.zeros_like(norm[1])
-    if not radius:
-        return one, zero
     split = [_split(rate) for rate in rates]
     total, exponent = _total([(m * r * r, e + 2 * x) for (m, e), (r, x) in zip(squares, split, strict=True)])
     root, root_exponent = _root(*_normal(total / norm[0], exponent - norm[1]))

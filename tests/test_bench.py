@@ -309,6 +309,16 @@ def test_pages_show_the_committed_results_and_what_is_refused(page):
     assert readme.updated(page) == page.read_text(encoding="utf-8"), "type: python -m bench.readme"
 
 
+def test_the_committed_results_can_be_drawn(tmp_path):
+    """All of them: a full run ends with its pictures."""
+    pytest.importorskip("matplotlib")
+    from bench import plots
+
+    found = plots.draw(json.loads(readme.RESULT.read_text(encoding="utf-8")), tmp_path / "all")
+    assert [path.name for path in found] == ["all-speedups.png", "all-cost-T.png", "all-cost-H.png", "all-cost-B.png"]
+    assert all(path.stat().st_size > 10_000 for path in found)
+
+
 def test_tables_lead_with_trained_weights():
     result = report.load(readme.RESULT)
     [row] = [row for row in result["rows"] if (row["part"], row["label"]) == ("kappa1", "T=784 H=100 nn.RNN")]

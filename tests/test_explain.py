@@ -3,6 +3,7 @@ import sys
 import pytest
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import pathrnn_kernels as pk
 from pathrnn_kernels.ops import backend, plan
@@ -111,3 +112,14 @@ def test_without_a_length_nothing_is_said_of_the_chains():
     assert pk.explain(net).chains == ()
     net(torch.zeros(4, 1, 2))
     assert [line.split()[0] for line in pk.explain(net).chains] == ["T", "l0:", "l0_reverse:", "l1:", "l1_reverse:"]
+
+
+def test_a_network_without_a_kappa_is_explained():
+    net = pk.PathNetwork(pk.ReLURNN(2, 3), nn.Linear(3, 1))
+    with torch.no_grad():
+        net.head.weight[0, 0] = float("nan")
+    found = pk.explain(net, seq_len=5)
+    assert found.backend == "cpu" and found.chains == ("a weight is not finite, and κ is not to be had",)
+    with FakeTensorMode():
+        fake = pk.PathNetwork(pk.ReLURNN(2, 3), nn.Linear(3, 1))
+    assert pk.explain(fake, seq_len=5).chains == ()

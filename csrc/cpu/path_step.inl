@@ -357,9 +357,10 @@ void sgd_apply(const StepWeight<T>& w, const SgdRule& rule, int64_t first, int64
   }
 }
 
-// 1/sqrt(κ) of a run, without `exponent`, and 0 on no path; padded with 1. It is finite, so that 0 times it is 0.
+// The largest 1/sqrt(κ): finite, so that 0 times it is 0.
 constexpr double kFarthest = 0x1p1000;
 
+// 1/sqrt(κ) of a run, without `exponent`, and 0 on no path; padded with 1.
 template <typename T, typename U>
 void gather_units(const StepWeight<T>& w, int64_t i, int64_t n, U* out) {
   const Vec<U> zero{};

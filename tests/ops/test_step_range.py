@@ -21,15 +21,16 @@ pytestmark = [
 
 EXACT = Context(prec=50, Emax=MAX_EMAX, Emin=MIN_EMIN)
 TWO = Decimal(2)
+UNITS = 4  # exponents of units are up to twice that
 
 
 def power(n):
     return EXACT.power(TWO, int(n))
 
 
-def case_of(seed, dtype, size=0, spread=0, tiny=0, huge=False):
-    """κ around 2^size with entries 2^±spread, gradients around 2^-tiny; ``huge`` weights stay in range."""
-    case = Case(1, 1, 3, 2, 2, dtype=dtype, units=20, entries=spread > 0, seed=seed, size=size)
+def case_of(seed, dtype, size=0, spread=0, tiny=0):
+    """κ around 2^size, entries down to 2^(-2 spread) of it, gradients around 2^-tiny, some weights 0."""
+    case = Case(1, 1, 3, 2, 2, dtype=dtype, units=UNITS, entries=spread > 0, seed=seed, size=size)
     generator = torch.Generator().manual_seed(seed)
     for i, e in enumerate(case.entry_exponents):
         if spread:  # none above 0, as the chains give them
@@ -42,6 +43,8 @@ def case_of(seed, dtype, size=0, spread=0, tiny=0, huge=False):
     case.scaled = [tuple(s) for s in scaled]
     for g in case.gradients:
         g.mul_(2.0**-tiny)
+    for w in case.weights[:4]:  # not the head's, of whose paths γ² is
+        w.view(-1)[:: 1 + seed % 2] = 0
     return case
 
 
@@ -68,8 +71,8 @@ def at(tensor, r, c):
 
 
 def smallest(dtype):
-    """What is lost below the range in canonical coordinates: units are within 2^±20, two of them to a weight."""
-    return torch.finfo(dtype).smallest_normal * 2.0**40
+    """What is lost below the range in canonical coordinates: two units to a weight, and two such numbers added."""
+    return torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps * 2.0 ** (2 * UNITS + 1)
 
 
 def update(how, case, rule, numbers, state=((), (), ()), scale="none", eps=0.0, radius=0.0):
