@@ -11,11 +11,14 @@ import argparse
 import contextlib
 import dataclasses
 import json
+import multiprocessing
+import os
 import re
 import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -230,6 +233,14 @@ def compile_for(launch: Launch, label: str, target: str) -> Result:
     return Result(launch.name, label, target, compiled.metadata.num_warps, compiled.metadata.shared, **usage)
 
 
+#: What is to be compiled. Workers are forked with it, for kernels cannot be sent to them.
+_jobs: list[tuple[Launch, str, str]] = []
+
+
+def _compile(place: int) -> Result:
+    return compile_for(*_jobs[place])
+
+
 def _nvidia(cubin: bytes) -> dict[str, Any]:
     tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
@@ -262,9 +273,10 @@ def main() -> int:
     print(f"Triton {triton.__version__}, torch {torch.__version__}")
     row = "{:<14} {:<29}{:<8}{:>6}{:>8}{:>11}{:>9}{:>8}"
     print(row.format("kernel", "case", "target", "warps", "shared", "registers", "scalar", "spills"))
-    for label, launch in launches(arguments.only):
-        for target in arguments.targets:
-            result = dataclasses.asdict(compile_for(launch, label, target))
+    _jobs[:] = [(launch, label, target) for label, launch in launches(arguments.only) for target in arguments.targets]
+    with ProcessPoolExecutor(os.cpu_count(), multiprocessing.get_context("fork")) as pool:
+        for compiled in pool.map(_compile, range(len(_jobs))):
+            result = dataclasses.asdict(compiled)
             results.append(result)
             print(row.format(*("" if value is None else value for value in result.values())), flush=True)
     if arguments.json:
