@@ -316,8 +316,13 @@ def test_a_trial_has_the_settings_it_names_and_a_result_file(tmp_path, monkeypat
     state = torch.load(tmp_path / "runs" / "one" / training.CHECKPOINT, weights_only=True)
     assert state["optimizer"]["param_groups"][0]["power"] == 2.0
     assert len(state["mean"]) == len(state["network"])
+    assert tried.main(["two", "task=adding", *small, "optimizer=adam"]) == 0
     capsys.readouterr()
-    assert tried.main([]) == 0 and "| one | 4 |" in capsys.readouterr().out
+    assert tried.main([]) == 0
+    out = capsys.readouterr().out
+    assert "| one | 4 |" in out and "| two | 4 |" in out
+    pictures = [path.name for path in (tmp_path / "results").glob("*.png")]
+    assert pictures == ([] if options else ["adding-4-b2-4.png"])
 
 
 def test_the_exact_distance_is_that_of_all_paths_and_the_balance_undoes_rescaling():

@@ -2,7 +2,8 @@
 
 ``python -m bench.paper.tried NAME task=smnist optimizer=path-gated data=DIR lr=30.0 warmup=200 …`` trains under
 ``runs/tried/NAME``, goes on where it was stopped, and writes ``bench/results/paper/tried/NAME.json``; without
-arguments it prints the table of what these files hold.
+arguments it prints the table of what these files hold, and draws the best run of every optimiser where two or more had
+the same task, batch and number of steps.
 """
 
 from __future__ import annotations
@@ -13,18 +14,32 @@ import math
 import platform
 import subprocess
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 import pathrnn_kernels
-from pathrnn_kernels.training import CHECKPOINT, Config, Record, Run, TrainingError, atomic_write, evaluate, train
+from pathrnn_kernels.training import (
+    CHECKPOINT,
+    Config,
+    Record,
+    Run,
+    TrainingError,
+    atomic_write,
+    evaluate,
+    extra,
+    train,
+)
 
 from .running import options
 from .systems import SYSTEMS
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 ROOT = Path(__file__).resolve().parents[2]
 RUNS, RESULTS = ROOT / "runs" / "tried", ROOT / "bench" / "results" / "paper" / "tried"
@@ -125,21 +140,76 @@ def _finite(record: Record) -> dict[str, float | None]:
     return {name: value if math.isfinite(value) else None for name, value in record.items()}
 
 
-def table(folder: Path) -> str:
-    """Markdown, a row a result file."""
+Result = dict[str, Any]
+
+
+def read(folder: Path) -> list[Result]:
+    """The result files of a folder, by name."""
+    return [json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("*.json"))]
+
+
+def _measured(result: Result) -> list[Record]:
+    return [record for record in result["history"] if "held_out" in record]
+
+
+def table(results: Sequence[Result]) -> str:
+    """Markdown, a row a result."""
     lines = ["| run | steps | held-out error | of averaged weights | hours |", "|---|---|---|---|---|"]
-    for path in sorted(folder.glob("*.json")):
-        result = json.loads(path.read_text(encoding="utf-8"))
-        last: Record = next((record for record in reversed(result["history"]) if "held_out" in record), {})
+    for result in results:
+        last: Record = next(reversed(_measured(result)), {})
         error = "diverged" if result["outcome"] == "diverged" else f"{last['held_out']:.4g}"
         averaged = f"{last['averaged']:.4g}" if "averaged" in last else ""
         lines.append(f"| {result['name']} | {result['steps']:,} | {error} | {averaged} | {result['hours']:.2g} |")
     return "\n".join(lines)
 
 
+def rivals(results: Sequence[Result]) -> dict[str, list[Result]]:
+    """Of every task, batch and number of steps the run with the lowest last error of each optimiser, best first; where
+    there is more than one.
+    """
+    groups: dict[str, dict[str, list[Result]]] = {}
+    for result in results:
+        c = result["config"]
+        if result["outcome"] == "finished" and not c.get("prototype") and _measured(result):
+            kind = c["task"] + ("-permuted" if c["permuted"] else "") + (f"-{c['length']}" if c["length"] else "")
+            group = groups.setdefault(f"{kind}-b{c['batch_size']}-{c['steps']}", {})
+            group.setdefault(c.get("system") or c["optimizer"], []).append(result)
+    best = {name: [min(runs, key=_last_error) for runs in group.values()] for name, group in groups.items()}
+    return {name: sorted(runs, key=_last_error) for name, runs in best.items() if len(runs) > 1}
+
+
+def _last_error(result: Result) -> float:
+    return _measured(result)[-1]["held_out"] or 0.0
+
+
+def curves(results: Sequence[Result]) -> Figure:
+    """Training loss and held-out error over steps."""
+    figure: Figure = extra("matplotlib.figure", "the learning curves").Figure(figsize=(10, 4.2), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    for result in results:
+        config, losses = result["config"], [r for r in result["history"] if r.get("loss") is not None]
+        label = f"{config.get('system') or config['optimizer']}, lr {config['lr']:g}"
+        left.plot([r["step"] for r in losses], [r["loss"] for r in losses], label=label)
+        measured = _measured(result)
+        right.plot([r["step"] for r in measured], [r["held_out"] for r in measured], marker=".", label=label)
+    left.set_ylabel("training loss")
+    right.set_ylabel(f"held-out {results[0]['error']}")
+    for axes in (left, right):
+        axes.set_xlabel("optimiser steps")
+        axes.grid(alpha=0.3)
+    right.legend()
+    first = results[0]
+    figure.suptitle(f"{first['title']}; batches of {first['config']['batch_size']}", fontsize=10)
+    return figure
+
+
 def main(arguments: list[str]) -> int:
     if not arguments:
-        print(table(RESULTS))
+        results = read(RESULTS)
+        print(table(results))
+        for name, best in rivals(results).items():
+            with atomic_write(RESULTS / f"{name}.png") as file:
+                curves(best).savefig(file, format="png", dpi=110)
         return 0
     name, *pairs = arguments
     given: dict[str, Any] = {}
