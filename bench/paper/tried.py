@@ -193,6 +193,9 @@ def curves(results: Sequence[Result]) -> Figure:
         measured = _measured(result)
         right.plot([r["step"] for r in measured], [r["held_out"] for r in measured], marker=".", label=label)
     left.set_ylabel("training loss")
+    # An explosion must not flatten the rest.
+    usual = [r["loss"] for result in results for r in result["history"] if r.get("loss") is not None]
+    left.set_ylim(0, 1.2 * sorted(usual)[int(0.95 * len(usual))])
     right.set_ylabel(f"held-out {results[0]['error']}")
     for axes in (left, right):
         axes.set_xlabel("optimiser steps")
