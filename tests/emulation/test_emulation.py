@@ -68,7 +68,8 @@ def run_case(tmp_path_factory):
     library = folder / "mistakes.so"
     flags = ["-std=c++17", "-fPIC", f"-I{CUDA}", f"-I{HERE}", *FLAGS, *SEEN, "-o", str(folder / "mistakes.o")]
     subprocess.run([compiler(), *flags, "-c", str(HERE / "mistakes.cpp")], check=True)
-    subprocess.run([compiler(), "-shared", str(folder / "mistakes.o"), str(engine(folder)), "-o", str(library)], check=True)
+    objects = [str(folder / "mistakes.o"), str(engine(folder))]
+    subprocess.run([compiler(), "-shared", *objects, "-o", str(library)], check=True)
     run = ctypes.CDLL(str(library)).run_case
     run.restype = ctypes.c_char_p
 
