@@ -236,7 +236,7 @@ __global__ void __launch_bounds__(kCanonicalThreads) make_canonical(Canonical<T>
   }
   for (int offset = kWarp / 2; offset > 0; offset /= 2) most = max(most, __shfl_xor_sync(kAllLanes, most, offset));
   if (threadIdx.x % kWarp == 0) atomic_max_bits(a.largest + blockIdx.y, most);
-  if (lost) *a.lost = true;
+  if (lost) mark(a.lost);
 }
 
 }  // namespace pathrnn

@@ -9,7 +9,8 @@
 //   cluster   on_rank(pointer, rank), cluster_sync(); rank and size are the kernel's own arithmetic on blockIdx
 //   grid      group_sync(counter, blocks, round): a barrier of some blocks of a cooperative launch; load_published
 //             reads what other blocks wrote before it; atomic_max on global memory, and atomic_max_bits, which takes
-//             magnitude_bits: as integers those are ordered as magnitudes are, nan above all
+//             magnitude_bits: as integers those are ordered as magnitudes are, nan above all; mark(flag), which any
+//             number of threads may do at once
 //   shared    SharedMemory memory; Shared<T> a = memory.take<T>(n);  n entries, uninitialised, aligned to 16 bytes.
 //             shared_bytes<T>(n) is what it takes. Shared<T> is T* to CUDA: a[i], a + i, load, store, atomic_max; no
 //             references or plain pointers into it, and T(a[i]) where a type is deduced from it. T has a multiple of 4
@@ -83,7 +84,9 @@ void store(Shared<T> p, const Pack<T>& v) {
   p.write(v);
 }
 inline void atomic_max(Shared<int> p, int v) { p.atomic_max(v); }
-inline void atomic_max(int* p, int v) { *p = max(*p, v); }
+inline void atomic_max(int* p, int v) {
+  emulation::atomically(p, [v](int now) { return max(now, v); });
+}
 inline int64_t magnitude_bits(float x) {
   int32_t bits;
   memcpy(&bits, &x, sizeof bits);
@@ -96,18 +99,23 @@ inline int64_t magnitude_bits(double x) {
 }
 template <typename T>
 void atomic_max_bits(T* p, int64_t bits) {
-  if (magnitude_bits(*p) < bits) memcpy(p, &bits, sizeof *p);
+  emulation::atomically(p, [bits](T now) {
+    if (magnitude_bits(now) < bits) memcpy(&now, &bits, sizeof now);
+    return now;
+  });
+}
+
+inline void mark(bool* flag) {
+  emulation::atomically(flag, [](bool) { return true; });
 }
 
 using emulation::cluster_sync;
-using emulation::group_sync;
+using emulation::load_published;
 using emulation::on_rank;
 using emulation::warp_max;
 
-template <typename T>
-T load_published(const T* p) {
-  return *p;
-}
+inline void arrive(unsigned long long* counter) { emulation::add_one(counter, true); }
+inline unsigned long long arrived(const unsigned long long* counter) { return emulation::look(counter, true); }
 
 #else
 
@@ -165,18 +173,16 @@ __device__ inline void cluster_sync() {
 #endif
 }
 
-// The barrier number `round` = 1, 2, … of a group of blocks that share a counter, zero at the start.
-__device__ inline void group_sync(unsigned long long* counter, unsigned blocks, unsigned long long round) {
-  __syncthreads();
-  if (threadIdx.x + threadIdx.y + threadIdx.z == 0) {
-    // Release and acquire at the scope of the device: what the block wrote before is seen by the others after.
-    asm volatile("red.release.gpu.global.add.u64 [%0], 1;" ::"l"(counter) : "memory");
-    unsigned long long arrived;
-    do {
-      asm volatile("ld.acquire.gpu.global.u64 %0, [%1];" : "=l"(arrived) : "l"(counter) : "memory");
-    } while (arrived < blocks * round);
-  }
-  __syncthreads();
+__device__ inline void mark(bool* flag) { asm volatile("st.relaxed.gpu.global.u8 [%0], %1;" ::"l"(flag), "r"(1)); }
+
+// Release and acquire at the scope of the device.
+__device__ inline void arrive(unsigned long long* counter) {
+  asm volatile("red.release.gpu.global.add.u64 [%0], 1;" ::"l"(counter) : "memory");
+}
+__device__ inline unsigned long long arrived(const unsigned long long* counter) {
+  unsigned long long count;
+  asm volatile("ld.acquire.gpu.global.u64 %0, [%1];" : "=l"(count) : "l"(counter) : "memory");
+  return count;
 }
 
 // From the level-2 cache, which all multiprocessors share.
@@ -186,6 +192,18 @@ __device__ T load_published(const T* p) {
 }
 
 #endif
+
+// The barrier number `round` = 1, 2, … of a group of blocks that share a counter, zero at the start. What a block wrote
+// before is seen by the others after.
+__device__ inline void group_sync(unsigned long long* counter, unsigned blocks, unsigned long long round) {
+  __syncthreads();
+  if (threadIdx.x + threadIdx.y + threadIdx.z == 0) {
+    arrive(counter);
+    while (arrived(counter) < blocks * round) {
+    }
+  }
+  __syncthreads();
+}
 
 // Numbers with exponents of their own: the row t of a sequence stands for rows[t] · 2^exponents[t].
 

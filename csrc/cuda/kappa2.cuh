@@ -89,7 +89,7 @@ __global__ void __launch_bounds__(kSumThreads) sum_rows(RowSums<T> first, RowSum
       total += part;
     }
     const T sum = scaled(total, up);
-    if (some && (total < faint<T>() || sum < power_of_two<T>(Format<T>::min_exponent))) *lost = true;
+    if (some && (total < faint<T>() || sum < power_of_two<T>(Format<T>::min_exponent))) mark(lost);
     a.sum[column] = sum;
   }
 }
@@ -327,7 +327,7 @@ class PairTile {
       for (int v = 0; v < kMicro; ++v) {
         if (j(u) >= hidden_ || k(v) >= hidden_) continue;
         const T sum = scaled(sums_[u][v], top_ - exponent);
-        if (gridDim.y == 1 && p_.loses(sum, j(u), k(v))) *p_.lost = true;
+        if (gridDim.y == 1 && p_.loses(sum, j(u), k(v))) mark(p_.lost);
         sums[j(u) * p_.hidden + k(v)] = sum;
       }
     }
@@ -357,7 +357,7 @@ __global__ void __launch_bounds__(kPairThreads) add_slices(PairSums<T> p, int64_
 #pragma unroll 8
   for (int64_t slice = 0; slice < slices; ++slice) sum += p.sums[slice * count + n];
   result[n] = sum;
-  if (p.loses(sum, n / p.hidden, n % p.hidden)) *p.lost = true;
+  if (p.loses(sum, n / p.hidden, n % p.hidden)) mark(p.lost);
 }
 
 // ---- filtered -------------------------------------------------------------------------------------------------------

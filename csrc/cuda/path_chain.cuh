@@ -96,7 +96,7 @@ __global__ void __launch_bounds__(kColumnThreads)
     sum = sum_column(w, rows, columns, column, blockIdx.y, gridDim.y, [](T v) { return v; });
   }
   if (threadIdx.x < kColumns && column < columns) sums[blockIdx.y * columns + column] = sum;
-  if (faded) *lost = true;
+  if (faded) mark(lost);
 }
 
 // ---- ends -----------------------------------------------------------------------------------------------------------
@@ -199,7 +199,7 @@ __global__ void __launch_bounds__(kColumnThreads, 1) sum_ends(Ends<T> a) {
     const bool of_weight = block < a.drive_blocks + a.head_blocks;
     lost = of_weight ? sum_head(a.head, block - a.drive_blocks, Format<T>::centre) : sum_head(a.head_bias, 0, 0);
   }
-  if (lost) *a.lost = true;
+  if (lost) mark(a.lost);
 }
 
 // ---- finish ---------------------------------------------------------------------------------------------------------
@@ -537,7 +537,7 @@ __global__ void __launch_bounds__(kChainThreads, 1) run_chains(Chains<T> a) {
       break;
     }
   }
-  if (lost) *a.lost = true;
+  if (lost) mark(a.lost);
 }
 
 }  // namespace pathrnn

@@ -2,6 +2,7 @@
 
 import ctypes
 import functools
+import subprocess
 from pathlib import Path
 
 import torch
@@ -10,11 +11,23 @@ from torch.utils import cpp_extension
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
 CUDA = ROOT / "csrc" / "cuda"
-WARNINGS = ("-Wall", "-Wextra", "-Wno-unused-parameter", "-Wno-unknown-pragmas")
+FLAGS = ("-DPATHRNN_EMULATE", "-O2", "-g0", "-Wall", "-Wextra", "-Wno-unused-parameter", "-Wno-unknown-pragmas")
+#: A call before every load and store, which the engine takes: nothing is linked with gcc's own sanitizer.
+SEEN = ("-fsanitize=thread", "--param=tsan-instrument-func-entry-exit=0")
 
 
 def compiler() -> str:
     return cpp_extension.get_cxx_compiler()
+
+
+def engine(folder: Path) -> Path:
+    """The object file of cuda_emulation.cpp, compiled if it is older than that."""
+    made = folder / "cuda_emulation.o"
+    sources = [HERE / name for name in ("cuda_emulation.cpp", "cuda_emulation.h")]
+    if not made.exists() or made.stat().st_mtime < max(source.stat().st_mtime for source in sources):
+        command = [compiler(), "-std=c++17", "-fPIC", *FLAGS, "-c", str(sources[0]), "-o", str(made)]
+        subprocess.run(command, check=True)
+    return made
 
 
 def library() -> Path:
@@ -39,7 +52,7 @@ def load() -> None:
         raise RuntimeError(extension_problem())
     folder = library().parent
     folder.mkdir(parents=True, exist_ok=True)
-    sources = [str(HERE / "cuda_emulation.cpp")]
+    sources = []
     for kernel in sorted(CUDA.glob("*.cu")):
         # By its name a .cu would be handed to nvcc.
         source = folder / f"{kernel.stem}_emulated.cpp"
@@ -51,7 +64,8 @@ def load() -> None:
         name="pathrnn_emulation",
         sources=sources,
         extra_include_paths=[str(ROOT / "csrc"), str(CUDA), str(HERE)],
-        extra_cflags=["-DPATHRNN_EMULATE", "-O2", "-g0", *WARNINGS],
+        extra_cflags=[*FLAGS, *SEEN],
+        extra_ldflags=[str(engine(folder))],
         build_directory=str(folder),
         is_python_module=False,
     )

@@ -1,14 +1,17 @@
-// The engine of cuda_emulation.h: fibers, barriers, and a shadow of shared memory.
+// The engine of cuda_emulation.h: fibers, barriers, and a shadow of memory that knows who used it. The only file that is
+// compiled without -fsanitize=thread.
 #include "cuda_emulation.h"
 
 #include <sys/mman.h>
 
 #include <cstdlib>
+#include <map>
 #include <memory>
 #include <numeric>
 #include <random>
 #include <sstream>
 #include <stdexcept>
+#include <unordered_map>
 #include <vector>
 
 #if !defined(__x86_64__) && !defined(__aarch64__)
@@ -109,14 +112,12 @@ static Stack prepare(char* low, int64_t bytes, void (*entry)()) {
 
 namespace emulation {
 
-thread_local Thread* current = nullptr;
-thread_local dim3 block_dim, grid_dim;
+thread_local Now now;
 
 namespace {
 
 constexpr int64_t kStackBytes = 64 << 10, kGuardBytes = 64 << 10;
 constexpr unsigned kLanes = 32;
-constexpr uint8_t kMany = 255;
 
 enum class Wait { none, block, warp, cluster, group };
 
@@ -124,6 +125,7 @@ struct Block;
 
 struct Fiber : Thread {
   Stack stack;
+  const char* stack_low;
   Block* in;
   unsigned index;  // in its block
   bool done = false;
@@ -134,9 +136,11 @@ struct Fiber : Thread {
   unsigned mask = 0;
   uint64_t value = 0, result = 0;
   int argument = 0, width = 0;
-  // In group_sync:
-  unsigned long long* counter = nullptr;
-  unsigned long long target = 0;
+  // The counter that it looked at last:
+  const unsigned long long* counter = nullptr;
+  unsigned long long seen = 0;
+  // Since the block's last barrier: the number of its own __syncwarps, and how many of each lane's it comes after.
+  uint32_t known[kLanes] = {}, time = 1;
 
   unsigned lane() const { return index % kLanes; }
   unsigned warp() const { return index / kLanes; }
@@ -146,27 +150,66 @@ struct Cluster {
   std::vector<Block*> blocks;
   unsigned arrived = 0;
   Place here{};
-  uint32_t epoch = 1;  // barriers passed
 };
+
+// For every block that runs together with this one, an epoch.
+using Clock = std::vector<uint32_t>;
+void join(Clock& to, const Clock& from) {
+  for (size_t i = 0; i < from.size(); ++i) to[i] = std::max(to[i], from[i]);
+}
 
 struct Block {
   std::vector<Fiber*> fibers;
   Cluster* cluster;
-  unsigned rank;
+  unsigned rank, index;  // in the grid
   unsigned arrived = 0;
   int votes = 0, result = 0;
   Place here{};
-  uint32_t epoch = 1;
+  uint32_t epoch = 1;     // barriers passed
+  Clock known, acquired;  // up to which epoch it comes after the others; and will, from its next barrier on
 };
 
-// What happened to a word of shared memory last.
-struct Uses {
-  uint32_t epoch, cluster_epoch;
-  uint8_t block, warp;  // kMany: several
-  bool any, atomic;
+// When a word was used, by some lanes of a warp, or by several warps between the same barriers of their block.
+struct Use {
+  uint32_t block, epoch, time, lanes;  // no lanes: not used
+  bool several;
+  uint8_t warp;
 };
 struct Word {
-  Uses written, read;
+  bool initialised;
+  Use written;
+  // Unordered ones; of more than two blocks, the last.
+  Use atomic[2], read[2];
+};
+
+// Words by address, nothing at first.
+class Shadow {
+ public:
+  Word& at(uintptr_t word) {
+    Line& line = lines_[word / kWords % kLines];
+    if (!line.page || line.number != word / kWords) {
+      std::unique_ptr<Page>& page = pages_[word / kWords];
+      if (!page) page.reset(new Page());
+      line = {word / kWords, page.get()};
+    }
+    return line.page->words[word % kWords];
+  }
+  void clear() {
+    pages_.clear();
+    std::fill(lines_, lines_ + kLines, Line{});
+  }
+
+ private:
+  static constexpr uintptr_t kWords = 64, kLines = 64;
+  struct Page {
+    Word words[kWords];
+  };
+  struct Line {
+    uintptr_t number;
+    Page* page;
+  };
+  std::unordered_map<uintptr_t, std::unique_ptr<Page>> pages_;
+  Line lines_[kLines] = {};
 };
 
 struct Machine {
@@ -179,13 +222,15 @@ struct Machine {
   std::vector<Cluster> clusters;
   std::unique_ptr<char[]> memory;
   char* shared;  // aligned
-  std::vector<Word> words;
+  int64_t all_shared;
+  Shadow shared_words, global_words;
+  std::map<const void*, Clock> released;  // by counter
   std::string error;
   Stack scheduler;
 };
 thread_local Machine* machine = nullptr;
 
-Fiber& me() { return *static_cast<Fiber*>(current); }
+Fiber& me() { return *static_cast<Fiber*>(const_cast<Thread*>(now.running)); }
 
 std::string text(const Place& p) {
   const char* slash = strrchr(p.file, '/');
@@ -210,11 +255,7 @@ void meet(Place& agreed, unsigned arrived, Place here, const char* what) {
 }
 
 void entry() {
-  try {
-    (*machine->kernel)();
-  } catch (const std::exception& e) {
-    machine->error = e.what();
-  }
+  (*machine->kernel)();
   me().done = true;
   pause();
 }
@@ -234,7 +275,7 @@ char* stack(size_t i) {
 }
 
 bool ready(const Fiber& f) {
-  return !f.done && (f.wait == Wait::none || (f.wait == Wait::group && *f.counter >= f.target));
+  return !f.done && (f.wait == Wait::none || (f.wait == Wait::group && *f.counter != f.seen));
 }
 
 [[noreturn]] void report_deadlock() {
@@ -257,32 +298,37 @@ bool ready(const Fiber& f) {
     else if (f.wait == Wait::warp) out << "waits for its warp at " << text(f.here);
     else if (f.wait == Wait::block) out << "waits for its block at " << text(f.here);
     else if (f.wait == Wait::cluster) out << "waits for its cluster at " << text(f.here);
-    else out << "waits for other blocks at " << text(f.here) << ": " << *f.counter << " of " << f.target << " arrived";
+    else out << "waits for other blocks at " << text(f.here) << ": " << *f.counter << " arrived";
   }
   throw std::runtime_error(out.str());
 }
 
 // Blocks [first, last) of the grid, alive at the same time.
 void run_together(Machine& m, int64_t first, int64_t last, unsigned cluster, std::mt19937* order) {
-  const int64_t count = last - first, threads = int64_t{block_dim.x} * block_dim.y * block_dim.z;
+  const int64_t count = last - first, threads = int64_t{now.block_dim.x} * now.block_dim.y * now.block_dim.z;
   m.fibers.assign(count * threads, {});
   m.blocks.assign(count, {});
   m.clusters.assign(count / cluster, {});
-  m.words.assign(count * m.stride / 4, {});
+  m.shared_words.clear();
+  m.released.clear();
   for (int64_t b = 0; b < count; ++b) {
     Block& block = m.blocks[b];
     block.cluster = &m.clusters[b / cluster];
     block.cluster->blocks.push_back(&block);
     block.rank = static_cast<unsigned>(b % cluster);
-    const auto i = static_cast<unsigned>(first + b);
+    const auto i = block.index = static_cast<unsigned>(first + b);
+    block.known.resize(count);
+    block.acquired.resize(count);
     for (int64_t t = 0; t < threads; ++t) {
       Fiber& f = m.fibers[b * threads + t];
       block.fibers.push_back(&f);
       f.in = &block;
       f.index = static_cast<unsigned>(t);
-      f.thread = {f.index % block_dim.x, f.index / block_dim.x % block_dim.y, f.index / block_dim.x / block_dim.y};
-      f.block = {i % grid_dim.x, i / grid_dim.x % grid_dim.y, i / grid_dim.x / grid_dim.y};
+      const dim3 size = now.block_dim, grid = now.grid_dim;
+      f.thread = {f.index % size.x, f.index / size.x % size.y, f.index / size.x / size.y};
+      f.block = {i % grid.x, i / grid.x % grid.y, i / grid.x / grid.y};
       // Stacks begin at different distances from a page, or all would share the same few lines of the caches.
+      f.stack_low = stack(b * threads + t);
       f.stack = prepare(stack(b * threads + t), kStackBytes - t % 64 * 192, entry);
     }
   }
@@ -296,6 +342,8 @@ void run_together(Machine& m, int64_t first, int64_t last, unsigned cluster, std
       warps.push_back({block.fibers[t], block.fibers[t] + std::min<int64_t>(kLanes, threads - t)});
     }
   }
+  int lanes[kLanes];
+  std::iota(lanes, lanes + kLanes, 0);
   for (bool alive = true; alive;) {
     bool progress = false;
     alive = false;
@@ -303,11 +351,14 @@ void run_together(Machine& m, int64_t first, int64_t last, unsigned cluster, std
     for (const Warp& warp : warps) {
       for (bool again = true; again;) {
         again = false;
-        for (Fiber* f = warp.first; f < warp.last; ++f) {
-          if (!ready(*f)) continue;
+        if (order) std::shuffle(lanes, lanes + kLanes, *order);
+        for (const int lane : lanes) {
+          Fiber* const f = warp.first + lane;
+          if (f >= warp.last || !ready(*f)) continue;
           f->wait = Wait::none;
-          current = f;
+          now.running = f;
           pathrnn_switch(&m.scheduler, f->stack);
+          now.running = nullptr;
           again = progress = true;
           if (!m.error.empty()) throw std::runtime_error(m.error);
         }
@@ -320,8 +371,13 @@ void run_together(Machine& m, int64_t first, int64_t last, unsigned cluster, std
 
 }  // namespace
 
+// Leaves the kernel for good: a call before a load or store, as compilers see it, throws nothing.
 void fail(const std::string& what) {
-  throw std::runtime_error(machine->name + ": " + text(me()) + " " + what);
+  Fiber& f = me();
+  now.running = nullptr;
+  machine->error = machine->name + ": " + text(f) + " " + what;
+  pathrnn_switch(&f.stack, machine->scheduler);
+  __builtin_unreachable();
 }
 
 // For tests that count.
@@ -350,10 +406,10 @@ void run(const std::string& name, dim3 grid, dim3 block, int64_t shared_bytes, u
   m.kernel = &kernel;
   const int64_t together = cooperative ? blocks : cluster;
   m.memory.reset(new char[together * m.stride + 16]);
+  m.all_shared = together * m.stride;
   m.shared = m.memory.get() + (16 - reinterpret_cast<uintptr_t>(m.memory.get()) % 16) % 16;
   machine = &m;
-  block_dim = block;
-  grid_dim = grid;
+  now = {nullptr, block, grid};
 
   const char* seed = std::getenv("PATHRNN_EMULATION_SEED");
   std::mt19937 order(seed ? static_cast<unsigned>(std::atoi(seed)) : 0);
@@ -377,6 +433,7 @@ Votes block_sync(bool vote, Place here) {
     b.arrived = 0;
     b.votes = 0;
     ++b.epoch;
+    join(b.known, b.acquired);
     for (Fiber* other : b.fibers) other->wait = Wait::none;
   }
   return {b.result, static_cast<int>(b.fibers.size())};
@@ -393,23 +450,43 @@ void cluster_sync(Place here) {
     return;
   }
   c.arrived = 0;
-  ++c.epoch;
+  Clock all = f.in->known;
+  for (const Block* b : c.blocks) {
+    join(all, b->known);
+    all[b - machine->blocks.data()] = b->epoch;
+  }
   for (Block* b : c.blocks) {
+    b->known = all;
     ++b->epoch;
     for (Fiber* other : b->fibers) other->wait = Wait::none;
   }
 }
 
-void group_sync(unsigned long long* counter, unsigned blocks, unsigned long long round, Place here) {
-  if (!machine->cooperative && blocks > 1) fail("waits for other blocks in a launch that is not cooperative");
-  block_sync(false, here);
+void add_one(unsigned long long* counter, bool release) {
+  access(counter, sizeof *counter, Access::atomic);
+  ++*counter;
+  if (!release) return;
+  // What the block wrote before its last barrier; a thread's own writes since then are left out.
+  const Block& b = *me().in;
+  Clock& clock = machine->released[counter];
+  clock.resize(b.known.size());
+  join(clock, b.known);
+  uint32_t& own = clock[&b - machine->blocks.data()];
+  own = std::max(own, b.epoch - 1);
+}
+
+unsigned long long look(const unsigned long long* counter, bool acquire, Place here) {
   Fiber& f = me();
-  if (f.index == 0) ++*counter;
-  f.wait = Wait::group;
-  f.here = here;
+  if (f.counter == counter && f.seen == *counter) {
+    if (!machine->cooperative) fail("waits for other blocks in a launch that is not cooperative");
+    f.wait = Wait::group;
+    f.here = here;
+    pause();
+  }
   f.counter = counter;
-  f.target = blocks * round;
-  pause();
+  f.seen = *counter;
+  if (acquire) join(f.in->acquired, machine->released[counter]);
+  return f.seen;
 }
 
 // Where a lane's shuffle reads, itself where the source lies outside its segment.
@@ -451,6 +528,21 @@ uint64_t warp(WarpOp op, unsigned mask, uint64_t value, int argument, int width,
   }
 
   // The last to come.
+  if (op == WarpOp::sync) {
+    uint32_t all[kLanes] = {};
+    for (unsigned lane = 0; lane < lanes; ++lane) {
+      if (!taking_part(lane)) continue;
+      const Fiber& other = *b.fibers[first + lane];
+      for (unsigned i = 0; i < kLanes; ++i) all[i] = std::max(all[i], other.known[i]);
+      all[lane] = other.time;
+    }
+    for (unsigned lane = 0; lane < lanes; ++lane) {
+      if (!taking_part(lane)) continue;
+      Fiber& other = *b.fibers[first + lane];
+      std::copy(all, all + kLanes, other.known);
+      ++other.time;
+    }
+  }
   uint64_t ballot = 0;
   int most = INT32_MIN;
   for (unsigned lane = 0; lane < lanes; ++lane) {
@@ -493,39 +585,140 @@ int64_t rank_distance(unsigned rank) {
   return (int64_t{rank} - int64_t{b.rank}) * machine->stride;
 }
 
-// Whether two uses of a word, by other warps, lie between the same barriers.
-static bool together(const Uses& before, const Uses& now) {
-  if (!before.any) return false;
-  if (before.block != now.block) return before.cluster_epoch == now.cluster_epoch;
-  return before.warp != now.warp && before.epoch == now.epoch;
-}
-static void record(Uses& last, const Uses& now) {
-  const bool several = together(last, now) && last.atomic == now.atomic;
-  const uint8_t block = several && last.block != now.block ? kMany : now.block;
-  last = now;
-  last.block = block;
-  if (several) last.warp = kMany;
+namespace {
+
+// Whether a use comes before whatever thread f does now.
+bool before(const Use& use, const Fiber& f) {
+  const Block& b = *f.in;
+  if (use.block != b.index) {
+    const size_t other = use.block - machine->blocks.front().index;
+    return other < b.known.size() && use.epoch <= b.known[other];
+  }
+  if (use.epoch != b.epoch) return true;
+  if (use.several || use.warp != f.warp()) return false;
+  for (unsigned lane = 0; lane < kLanes; ++lane) {
+    if ((use.lanes >> lane & 1) && lane != f.lane() && f.known[lane] < use.time) return false;
+  }
+  return true;
 }
 
-void check(const char* at, int64_t bytes, Access access) {
+void add(Use (&uses)[2], const Use& use, const Fiber& f) {
+  for (Use& other : uses) {
+    if (!other.lanes || other.block != use.block || other.epoch != use.epoch) continue;
+    if (other.warp != use.warp) other.several = true;
+    else if (other.time == use.time) other.lanes |= use.lanes;
+    else other.time = use.time, other.lanes = use.lanes;  // what was earlier is mostly before it, or else forgotten
+    return;
+  }
+  Use& slot = !uses[0].lanes || before(uses[0], f) ? uses[0] : uses[1];
+  slot = use;
+}
+
+std::string name(const Use& use) {
+  if (use.several) return "several threads of block " + std::to_string(use.block);
+  return "thread " + std::to_string(use.warp * kLanes + __builtin_ctz(use.lanes)) + " of block " +
+         std::to_string(use.block);
+}
+
+void access_word(Word& w, Access kind, const Fiber& f, const char* memory) {
+  const auto check_order = [&](const Use& use, const char* did) {
+    if (!use.lanes || before(use, f)) return;
+    const char* does = kind == Access::write ? "writes " : kind == Access::atomic ? "updates " : "reads ";
+    fail(std::string(does) + memory + " memory that " + name(use) + did + ", and nothing orders the two");
+  };
+  check_order(w.written, " writes");
+  if (kind != Access::atomic) {
+    for (const Use& use : w.atomic) check_order(use, " updates");
+  }
+  const Use use{f.in->index, f.in->epoch, f.time, 1u << f.lane(), false, static_cast<uint8_t>(f.warp())};
+  if (kind == Access::read || kind == Access::published) {
+    const auto elsewhere = [&](const Use& last) { return last.lanes && last.block != use.block; };
+    if (kind == Access::read && memory[0] == 'g' &&
+        (elsewhere(w.written) || elsewhere(w.atomic[0]) || elsewhere(w.atomic[1]))) {
+      fail("reads with a plain load what another block wrote; use load_published");
+    }
+    add(w.read, use, f);
+    return;
+  }
+  for (const Use& read : w.read) check_order(read, " reads");
+  if (kind == Access::atomic) {
+    add(w.atomic, use, f);
+  } else {
+    w = {w.initialised, use, {}, {}};
+  }
+}
+
+}  // namespace
+
+void access(const void* at, int64_t bytes, Access kind) {
   const Fiber& f = me();
-  const Block& b = *f.in;
-  Uses now{b.epoch, b.cluster->epoch, static_cast<uint8_t>(b.rank), static_cast<uint8_t>(f.warp()), true,
-           access == Access::atomic};
+  const auto first = reinterpret_cast<uintptr_t>(at);
+  for (uintptr_t word = first / 4; word <= (first + bytes - 1) / 4; ++word) {
+    access_word(machine->global_words.at(word), kind, f, "global");
+  }
+}
+
+void check(const char* at, int64_t bytes, Access kind) {
+  const Fiber& f = me();
   const int64_t first = (at - machine->shared) / 4;
   for (int64_t i = first; i < first + bytes / 4; ++i) {
-    Word& w = machine->words[i];
-    if (access != Access::write && !w.written.any) fail("reads shared memory that nobody has written");
-    if (together(w.written, now) && !(w.written.atomic && now.atomic)) {
-      fail("uses shared memory that another warp writes, with no barrier in between");
-    }
-    if (access == Access::read) {
-      record(w.read, now);
-    } else {
-      if (together(w.read, now)) fail("writes shared memory that another warp reads, with no barrier in between");
-      record(w.written, now);
-    }
+    Word& w = machine->shared_words.at(i);
+    if (kind != Access::write && !w.initialised) fail("reads shared memory that nobody has written");
+    w.initialised = true;
+    access_word(w, kind, f, "shared");
   }
 }
 
 }  // namespace emulation
+
+// What -fsanitize=thread calls before loads and stores, in kernels and in the host code beside them. A thread's stack is
+// its own; shared memory tells by itself; threadIdx and its like are no memory.
+static void seen(const void* at, int64_t bytes, emulation::Access kind) {
+  using namespace emulation;
+  if (!now.running) return;
+  const Fiber& f = me();
+  const auto inside = [p = static_cast<const char*>(at)](const void* from, int64_t size) {
+    const auto* low = static_cast<const char*>(from);
+    return p >= low && p < low + size;
+  };
+  if (inside(f.stack_low, kStackBytes) || inside(&f, sizeof f) || inside(&now, sizeof now)) return;
+  if (inside(machine->shared, machine->all_shared)) return;
+  access(at, bytes, kind);
+}
+
+extern "C" {
+#define PATHRNN_SEEN(n)                                                                                   \
+  void __tsan_read##n(const void* at) { seen(at, n, emulation::Access::read); }                           \
+  void __tsan_write##n(void* at) { seen(at, n, emulation::Access::write); }                               \
+  void __tsan_unaligned_read##n(const void* at) { seen(at, n, emulation::Access::read); }                 \
+  void __tsan_unaligned_write##n(void* at) { seen(at, n, emulation::Access::write); }
+PATHRNN_SEEN(1)
+PATHRNN_SEEN(2)
+PATHRNN_SEEN(4)
+PATHRNN_SEEN(8)
+PATHRNN_SEEN(16)
+void __tsan_read_range(const void* at, size_t bytes) { seen(at, static_cast<int64_t>(bytes), emulation::Access::read); }
+void __tsan_write_range(void* at, size_t bytes) { seen(at, static_cast<int64_t>(bytes), emulation::Access::write); }
+void __tsan_init() {}
+void __tsan_func_entry(void*) {}
+void __tsan_func_exit() {}
+void __tsan_vptr_read(void**) {}
+void __tsan_vptr_update(void**, void*) {}
+// Atomics of the host code; kernels use none of C++.
+#define PATHRNN_ATOMIC(bits, T)                                                                             \
+  T __tsan_atomic##bits##_load(const volatile T* p, int) { return __atomic_load_n(p, __ATOMIC_SEQ_CST); }    \
+  void __tsan_atomic##bits##_store(volatile T* p, T v, int) { __atomic_store_n(p, v, __ATOMIC_SEQ_CST); }    \
+  T __tsan_atomic##bits##_exchange(volatile T* p, T v, int) { return __atomic_exchange_n(p, v, __ATOMIC_SEQ_CST); } \
+  T __tsan_atomic##bits##_fetch_add(volatile T* p, T v, int) { return __atomic_fetch_add(p, v, __ATOMIC_SEQ_CST); } \
+  T __tsan_atomic##bits##_fetch_sub(volatile T* p, T v, int) { return __atomic_fetch_sub(p, v, __ATOMIC_SEQ_CST); } \
+  int __tsan_atomic##bits##_compare_exchange_strong(volatile T* p, T* was, T v, int, int) {                 \
+    return __atomic_compare_exchange_n(p, was, v, false, __ATOMIC_SEQ_CST, __ATOMIC_SEQ_CST);               \
+  }                                                                                                         \
+  int __tsan_atomic##bits##_compare_exchange_weak(volatile T* p, T* was, T v, int, int) {                   \
+    return __atomic_compare_exchange_n(p, was, v, true, __ATOMIC_SEQ_CST, __ATOMIC_SEQ_CST);                \
+  }
+PATHRNN_ATOMIC(8, uint8_t)
+PATHRNN_ATOMIC(32, uint32_t)
+PATHRNN_ATOMIC(64, uint64_t)
+void __tsan_atomic_thread_fence(int) { __atomic_thread_fence(__ATOMIC_SEQ_CST); }
+}

@@ -90,6 +90,26 @@ __global__ void atomics(int*, int* out) {
   if (threadIdx.x == 0) *out = most[0];
 }
 
+// Lanes hand a number on in shared memory.
+__global__ void lanes_in_turn(int*, int* out) {
+  SharedMemory memory;
+  Shared<int> sum = memory.take<int>(1);
+  const int lane = threadIdx.x;
+  if (lane == 0) sum[0] = 0;
+  for (int turn = 0; turn < kWarp; ++turn) {
+    __syncwarp();
+    if (lane == turn) sum[0] += turn;
+  }
+  __syncwarp();
+  if (lane == 0) *out = sum[0];
+}
+
+// Any number of threads of any blocks.
+__global__ void marks(int*, int* out) {
+  mark(reinterpret_cast<bool*>(out));
+  atomic_max(out + 1, blockIdx.x * blockDim.x + threadIdx.x);
+}
+
 // The mistakes.
 __global__ void exits_before_barrier(int*, int*) {
   if (threadIdx.x == 5) return;
@@ -106,21 +126,21 @@ __global__ void barrier_in_lane_loop(int*, int*) {
   for (unsigned i = 0; i <= threadIdx.x / 32; ++i) __syncthreads();
 }
 __global__ void lane_misses_shuffle(int*, int* out) {
-  if (threadIdx.x != 3) *out = __shfl_xor_sync(kAllLanes, 1, 1);
+  if (threadIdx.x != 3) out[threadIdx.x] = __shfl_xor_sync(kAllLanes, 1, 1);
 }
 __global__ void shuffle_from_outside_mask(int*, int* out) {
-  if (threadIdx.x < 16) *out = __shfl_sync(0xffffu, 1, 20);
+  if (threadIdx.x < 16) out[threadIdx.x] = __shfl_sync(0xffffu, 1, 20);
 }
-__global__ void not_in_mask(int*, int* out) { *out = __shfl_sync(1u, 1, 0); }
+__global__ void not_in_mask(int*, int* out) { out[threadIdx.x] = __shfl_sync(1u, 1, 0); }
 __global__ void parted_shuffles(int*, int* out) {
-  if (threadIdx.x % 2) *out = __shfl_xor_sync(kAllLanes, 1, 1);
-  else *out = __shfl_xor_sync(kAllLanes, 1, 1);
+  if (threadIdx.x % 2) out[threadIdx.x] = __shfl_xor_sync(kAllLanes, 1, 1);
+  else out[threadIdx.x] = __shfl_xor_sync(kAllLanes, 1, 1);
 }
 __global__ void beyond_end(int*, int*) {
   SharedMemory memory;
   Shared<int> a = memory.take<int>(3), b = memory.take<int>(4);
-  b[0] = 1;
-  a[threadIdx.x % 4] = 1;
+  if (threadIdx.x == 0) b[0] = 1;
+  a[threadIdx.x] = 1;
 }
 __global__ void before_start(int*, int* out) {
   SharedMemory memory;
@@ -145,6 +165,8 @@ __global__ void unaligned(int*, int*) {
 __global__ void reads_without_barrier(int*, int* out) {
   SharedMemory memory;
   Shared<int> a = memory.take<int>(64);
+  a[threadIdx.x] = 0;
+  __syncthreads();
   a[threadIdx.x] = 1;
   out[threadIdx.x] = a[63 - threadIdx.x];
 }
@@ -161,12 +183,98 @@ __global__ void two_writers(int*, int*) {
   Shared<int> a = memory.take<int>(1);
   a[0] = threadIdx.x;
 }
+__global__ void lanes_without_syncwarp(int*, int* out) {
+  SharedMemory memory;
+  Shared<int> a = memory.take<int>(32);
+  a[threadIdx.x] = 0;
+  __syncwarp();
+  a[threadIdx.x] = 1;
+  if (threadIdx.x > 0) out[threadIdx.x] = a[threadIdx.x - 1];
+}
+__global__ void lanes_of_two_halves(int*, int* out) {
+  SharedMemory memory;
+  Shared<int> a = memory.take<int>(32);
+  a[threadIdx.x] = 0;
+  __syncwarp();
+  a[threadIdx.x] = 1;
+  __syncwarp(threadIdx.x / 16 ? 0xffff0000 : 0x0000ffff);
+  if (threadIdx.x > 0) out[threadIdx.x] = a[threadIdx.x - 1];
+}
+__global__ void shuffle_for_a_barrier(int*, int*) {
+  SharedMemory memory;
+  Shared<int> a = memory.take<int>(1);
+  if (threadIdx.x == 31) a[0] = 1;
+  int v = threadIdx.x == 31 ? int(a[0]) : 0;
+  v = __shfl_sync(kAllLanes, v, 31);
+  if (threadIdx.x == 0) a[0] = v + 1;
+}
+__global__ void global_without_barrier(int*, int* out) {
+  out[threadIdx.x] = 1;
+  if (out[63 - threadIdx.x] == 2) out[0] = 1;
+}
+__global__ void global_without_syncwarp(int*, int* out) {
+  out[threadIdx.x] = __shfl_sync(kAllLanes, 1, 0);
+  if (out[31 - threadIdx.x] == 2) out[0] = 1;
+}
+__global__ void blocks_write_one_word(int*, int* out) {
+  if (threadIdx.x == 0) out[0] = 1;
+}
+// Each chain of two blocks meets by itself.
+__global__ void chains_share_a_word(int blocks, unsigned long long* counters, int* out) {
+  const int chain = blockIdx.x / blocks;
+  group_sync(counters + chain, blocks, 1);
+  if (blockIdx.x % blocks == 0 && threadIdx.x == 0) out[0] = chain;
+}
+__global__ void atomic_and_plain_in_global(int*, int* out) {
+  if (threadIdx.x > 0) return;
+  if (blockIdx.x == 0) atomic_max(out, 1);
+  else out[1] = out[0];
+}
+// Every thread of a block writes, the blocks meet, and every thread reads what one of another block wrote: with plain
+// loads, or in a meeting that lacks one thing.
+struct Meeting {
+  bool block_first, release, acquire, block_last, published;
+};
+__device__ void exchange(unsigned long long* counter, int blocks, Meeting has, int* out) {
+  const int t = threadIdx.x, threads = blockDim.x, other = (blockIdx.x + 1) % blocks;
+  out[blockIdx.x * threads + t] = t;
+  if (has.block_first) __syncthreads();
+  if (t == 0) {
+    emulation::add_one(counter, has.release);
+    while (emulation::look(counter, has.acquire) < static_cast<unsigned long long>(blocks)) {
+    }
+  }
+  if (has.block_last) __syncthreads();
+  const int* from = out + other * threads + threads - 1 - t;
+  out[blocks * threads + blockIdx.x * threads + t] = has.published ? load_published(from) : *from;
+}
+#define EXCHANGE(name, ...)                                                  \
+  __global__ void name(int blocks, unsigned long long* counters, int* out) { \
+    exchange(counters, blocks, {__VA_ARGS__}, out);                          \
+  }
+EXCHANGE(exchanges, true, true, true, true, true)
+EXCHANGE(arrives_before_its_block, false, true, true, true, true)
+EXCHANGE(arrives_without_release, true, false, true, true, true)
+EXCHANGE(looks_without_acquire, true, true, false, true, true)
+EXCHANGE(goes_on_before_its_block, true, true, true, false, true)
+EXCHANGE(plain_load, true, true, true, true, false)
+__global__ void plain_load_of_atomic(int blocks, unsigned long long* counters, int* out) {
+  if (threadIdx.x == 0) atomic_max(out, static_cast<int>(blockIdx.x));
+  group_sync(counters, blocks, 1);
+  if (*out != blocks - 1) out[1] = 1;
+}
+__global__ void warp_leaves_barrier(int*, int*) {
+  if (threadIdx.x / kWarp == 1) return;
+  __syncthreads();
+}
 __global__ void cluster_without_barrier(int blocks, int* out) {
   SharedMemory memory;
   Shared<int> a = memory.take<int>(1);
+  if (threadIdx.x == 0) a[0] = 0;
+  cluster_sync();
   if (threadIdx.x == 0) a[0] = 1;
   __syncthreads();  // of one block only
-  out[blockIdx.x] = on_rank(a, (blockIdx.x + 1) % blocks)[0];
+  if (threadIdx.x == 0) out[blockIdx.x] = on_rank(a, (blockIdx.x + 1) % blocks)[0];
 }
 __global__ void rank_beyond_cluster(int blocks, int* out) {
   SharedMemory memory;
@@ -196,10 +304,10 @@ struct Case {
   {#kernel, [](int* out) { emulation::run(#kernel, grid, block, bytes, 1, false, [=] { kernel(nullptr, out); }); }}
 #define CLUSTER(kernel, grid, cluster) \
   {#kernel, [](int* out) { emulation::run(#kernel, grid, 64, 16, cluster, false, [=] { kernel(cluster, out); }); }}
-#define GROUP(kernel, grid, blocks, cooperative)                                                   \
+#define GROUP(kernel, grid, block, blocks, cooperative)                                            \
   [](int* out) {                                                                                   \
     unsigned long long counters[2] = {};                                                           \
-    emulation::run(#kernel, grid, 64, 0, 1, cooperative, [&] { kernel(blocks, counters, out); }); \
+    emulation::run(#kernel, grid, block, 0, 1, cooperative, [&] { kernel(blocks, counters, out); }); \
   }
 
 const Case cases[] = {
@@ -207,9 +315,12 @@ const Case cases[] = {
     PLAIN(votes, 1, 64, 0),
     PLAIN(half_warps, 1, 32, 0),
     CLUSTER(ring, 8, 4),
-    {"relay", GROUP(relay, 6, 3, true)},
+    {"relay", GROUP(relay, 6, 64, 3, true)},
     PLAIN(numbers, 1, 1, 32),
     PLAIN(atomics, 1, 256, 4),
+    PLAIN(lanes_in_turn, 1, 32, 4),
+    PLAIN(marks, 4, 64, 0),
+    {"exchanges", GROUP(exchanges, 2, 32, 2, true)},
     PLAIN(exits_before_barrier, 1, 64, 0),
     PLAIN(parted_barriers, 1, 64, 0),
     PLAIN(barrier_in_lane_loop, 1, 64, 0),
@@ -217,7 +328,7 @@ const Case cases[] = {
     PLAIN(shuffle_from_outside_mask, 1, 32, 0),
     PLAIN(not_in_mask, 1, 32, 0),
     PLAIN(parted_shuffles, 1, 32, 0),
-    PLAIN(beyond_end, 1, 64, 64),
+    PLAIN(beyond_end, 1, 4, 64),
     PLAIN(before_start, 1, 1, 64),
     PLAIN(takes_too_much, 1, 1, 64),
     PLAIN(never_written, 1, 1, 64),
@@ -225,11 +336,26 @@ const Case cases[] = {
     PLAIN(reads_without_barrier, 1, 64, 256),
     PLAIN(writes_without_barrier, 1, 64, 256),
     PLAIN(two_writers, 1, 64, 4),
+    PLAIN(lanes_without_syncwarp, 1, 32, 128),
+    PLAIN(lanes_of_two_halves, 1, 32, 128),
+    PLAIN(shuffle_for_a_barrier, 1, 32, 4),
+    PLAIN(global_without_barrier, 1, 64, 0),
+    PLAIN(global_without_syncwarp, 1, 32, 0),
+    PLAIN(blocks_write_one_word, 2, 32, 0),
+    {"chains_share_a_word", GROUP(chains_share_a_word, 4, 32, 2, true)},
+    PLAIN(atomic_and_plain_in_global, 2, 32, 0),
+    {"arrives_before_its_block", GROUP(arrives_before_its_block, 2, 32, 2, true)},
+    {"arrives_without_release", GROUP(arrives_without_release, 2, 32, 2, true)},
+    {"looks_without_acquire", GROUP(looks_without_acquire, 2, 32, 2, true)},
+    {"goes_on_before_its_block", GROUP(goes_on_before_its_block, 2, 32, 2, true)},
+    {"plain_load", GROUP(plain_load, 2, 32, 2, true)},
+    {"plain_load_of_atomic", GROUP(plain_load_of_atomic, 2, 32, 2, true)},
+    PLAIN(warp_leaves_barrier, 1, 64, 0),
     CLUSTER(cluster_without_barrier, 2, 2),
     CLUSTER(rank_beyond_cluster, 2, 2),
     CLUSTER(leaves_cluster, 2, 2),
-    {"leaves_group", GROUP(leaves_group, 2, 2, true)},
-    {"group_not_cooperative", GROUP(relay, 2, 2, false)},
+    {"leaves_group", GROUP(leaves_group, 2, 64, 2, true)},
+    {"group_not_cooperative", GROUP(relay, 2, 64, 2, false)},
     PLAIN(atomic_and_plain, 1, 64, 4),
     {"too_many_threads", [](int* out) { emulation::run("votes", 1, 1025, 0, 1, false, [=] { votes(nullptr, out); }); }},
 };

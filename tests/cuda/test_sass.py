@@ -1,0 +1,66 @@
+"""sass.py finds what it looks for, in listings of a few lines."""
+
+import pytest
+import sass
+
+BLOCK = "_ZN7pathrnn10run_chainsIfLNS_9ChainPlanE0EEEvNS_6ChainsIT_EE"
+STEPS = {
+    "block": ["LDG.E R4, desc[UR8][R2.64]", "LDS.128 R8, [R6]", "BAR.SYNC.DEFER_BLOCKING 0x0"],
+    "cluster": ["PRMT R8, R59, 0x654, R4", "ST.E desc[UR6][R8.64], R2", "UCGABAR_ARV", "UCGABAR_WAIT"],
+    "grid": [
+        "LDG.E R4, desc[UR8][R2.64]",
+        "BAR.SYNC.DEFER_BLOCKING 0x0",
+        "@P0 MEMBAR.ALL.GPU",
+        "@P0 REDG.E.ADD.64.STRONG.GPU desc[UR8][R6.64], R8",
+        "LDG.E.64.STRONG.GPU R8, desc[UR8][R6.64]",
+        "CCTL.IVALL",
+        "BAR.SYNC.DEFER_BLOCKING 0x0",
+        "LDG.E.STRONG.GPU R35, desc[UR8][R10.64]",
+        "LDG.E.STRONG.GPU R6, desc[UR8][R6.64]",
+    ],
+}
+
+
+def complaints(plan, step, architecture=90):
+    """Of a kernel that makes such steps, in the form of cuobjdump."""
+    body = ["S2R R3, SR_TID.X", *step, "@!P0 BRA 0x10", "EXIT"]
+    lines = [f"        /*{16 * i:04x}*/    {text} ;    /* 0x0000 */\n    /* 0x0000 */" for i, text in enumerate(body)]
+    name = BLOCK.replace("PlanE0", f"PlanE{sass.PLANS.index(plan)}")
+    return sass.complaints(architecture, "\n".join([f"\t\tFunction : {name}", *lines]))
+
+
+@pytest.mark.parametrize("plan", STEPS)
+def test_nothing_is_said_of_right_code(plan):
+    assert complaints(plan, STEPS[plan]) == []
+
+
+@pytest.mark.parametrize("plan", STEPS)
+def test_whatever_is_missing_is_noticed(plan):
+    """Each instruction that a step cannot do without."""
+    needless = ("LDG.E R4", "LDS", "ST.E", "BAR.SYNC") if plan == "grid" else ("LDG.E R4", "LDS", "ST.E")
+    for i, text in enumerate(STEPS[plan]):
+        if not text.startswith(needless):
+            assert complaints(plan, STEPS[plan][:i] + STEPS[plan][i + 1 :]), text
+
+
+@pytest.mark.parametrize(
+    "plan, added, said",
+    (
+        ("block", "MEMBAR.ALL.GPU", "a fence of the whole GPU"),
+        ("block", "CCTL.IVALL", "a fence of the whole GPU"),
+        ("block", "LDG.E.CONSTANT R4, desc[UR8][R2.64]", "a non-coherent load"),
+        ("grid", "LDG.E R4, desc[UR8][R2.64]", "a plain load of what other blocks wrote"),
+        ("grid", "LD.E.64 R4, desc[UR8][R2.64]", "a plain load of what other blocks wrote"),
+    ),
+)
+def test_what_should_not_be_there_is_noticed(plan, added, said):
+    (found,) = complaints(plan, [*STEPS[plan], added])
+    assert said in found and added in found
+
+
+def test_a_long_step_is_noticed():
+    assert "instructions a step" in complaints("block", STEPS["block"] * 200)[0]
+
+
+def test_clusters_are_not_asked_of_architectures_without_them():
+    assert complaints("cluster", ["NOP"], 80) == [] and complaints("cluster", ["NOP"], 90) != []
