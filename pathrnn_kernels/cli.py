@@ -53,6 +53,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (TrainingError, DataError, OSError, ImportError) as error:
         print(f"pathrnn: {error}", file=sys.stderr)
         return _FAILED
+    except (MemoryError, RuntimeError) as error:
+        if not isinstance(error, (MemoryError, torch.OutOfMemoryError)) and "allocate memory" not in str(error):
+            raise
+        print(f"pathrnn: the memory does not suffice; use a smaller network or batch ({error})", file=sys.stderr)
+        return _FAILED
 
 
 def further_commands() -> importlib.metadata.EntryPoints:
@@ -82,7 +87,7 @@ def _parser(further: Sequence[str]) -> Parser:
     adding = _task(tasks, "adding", "sum the two marked numbers of a sequence")
     adding.add_argument("--length", type=int, metavar="T", help="steps of a sequence (100)")
     adding.add_argument("--markers", choices=MARKERS, help="one marker in each half (halves), or any two steps")
-    adding.add_argument("--train-size", type=int, metavar="N", help="train on N fixed sequences (fresh ones)")
+    adding.add_argument("--train-size", type=int, metavar="N", help="train on N fixed sequences (0: fresh ones)")
     smnist = _task(tasks, "smnist", "name a digit that is read pixel by pixel")
     smnist.add_argument(
         "--mnist",

@@ -8,10 +8,11 @@ from dataclasses import dataclass, field
 import torch
 from torch import nn
 
+from .arguments import check_count
 from .kappa import precision
 from .network import PathNetwork
 from .ops.backend import ENVIRONMENT, choose, refusals, without_numbers
-from .ops.plan import Plan, describe, plans
+from .ops.plan import Plan, check_plan, describe, plans
 from .ops.plan import choose as choose_plan
 from .rnn import ReLURNN
 
@@ -61,7 +62,7 @@ def explain(
         plan: as for :func:`kappa`.
 
     Raises:
-        TypeError: ``rnn_or_net`` is none of these.
+        TypeError: ``rnn_or_net`` is none of these, or ``seq_len`` no integer.
         ValueError: ``backend`` or ``plan``, or PATHRNN_BACKEND or PATHRNN_PLAN, is not a name of one, or the plan does
             not serve.
 
@@ -75,6 +76,9 @@ def explain(
         raise TypeError(
             f"rnn_or_net is a {type(rnn_or_net).__name__}; it must be a ReLURNN, torch.nn.RNN or PathNetwork"
         )
+    if seq_len is not None:
+        check_count("seq_len", seq_len)
+    check_plan(plan)
     weight = next(rnn_or_net.parameters())
     served = weight.device, precision(weight.dtype)
     reasons = refusals(*served)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import math
 import numbers
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -260,7 +260,7 @@ def kappa(
         raise ValueError(f"kappa2 is {kappa2!r}; use one of {', '.join(map(repr, KAPPA2_FACTOR))}")
     if not isinstance(second_term, bool):
         raise TypeError(f"second_term is {second_term!r}; it must be True or False")
-    if not isinstance(rtol, numbers.Real) or not 0 <= rtol < math.inf:
+    if isinstance(rtol, bool) or not isinstance(rtol, numbers.Real) or not 0 <= rtol < math.inf:
         raise ValueError(f"rtol is {rtol!r}; it must be a finite number, at least 0")
     if workspace_bytes is not None and (
         isinstance(workspace_bytes, bool)
@@ -336,6 +336,7 @@ def _at_once(net: PathNetwork, seq_len: int, second_term: bool, rtol: float) -> 
         or torch.is_autocast_enabled("cpu")
         or transformed()
         or not _PLAIN.issuperset(map(type, weights))
+        or _tied(weights)
     ):
         return None
     layout = _layout_by_names(net.endings, tuple(parameters))
@@ -537,10 +538,17 @@ def _choose(net: PathNetwork, parameters: dict[str, Tensor], backend: str) -> st
             f"backend {backend!r} does not serve κ and γ² inside torch.func's transforms (grad, vmap, jvp): call "
             "it outside of them, as both depend on weights alone, or use backend='reference'"
         )
-    if backend == "reference" or not _PLAIN.issuperset(map(type, parameters.values())):
-        net.check_parameters()  # the kernels check plain tensors for themselves
+    plain = _PLAIN.issuperset(map(type, parameters.values()))
+    if backend == "reference" or not plain or _tied(parameters.values()):
+        net.check_parameters()  # the kernels check the rest of plain tensors for themselves
+    if backend == "reference" or not plain:
         _check_finite(parameters)
     return backend
+
+
+def _tied(weights: Collection[Tensor]) -> bool:
+    """Whether some of these plain tensors may be one: network.check_parameters knows."""
+    return len({p.data_ptr() for p in weights}) < len(weights)
 
 
 class _Layout(NamedTuple):

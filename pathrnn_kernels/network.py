@@ -8,6 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from .ops.backend import transformed, without_numbers
 from .rnn import ReLURNN
 
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -57,10 +58,6 @@ class PathNetwork(nn.Module):
     ) -> None:
         super().__init__()
         _check_modules(rnn, head, embedding)
-        if outputs not in ("all", "last"):
-            raise ValueError(f'outputs is {outputs!r}; use "all" (a loss at every step) or "last" (at the last step)')
-        if h0 not in ("zeros", "ones"):
-            raise ValueError(f'h0 is {h0!r}; use "zeros" or "ones"')
         self.rnn = rnn
         self.register_module("head", head)
         self.register_module("embedding", embedding)
@@ -71,6 +68,26 @@ class PathNetwork(nn.Module):
         directions = ("", "_reverse") if rnn.bidirectional else ("",)
         #: How the names of the weights of every direction of every layer end, in the order of the state dict.
         self.endings = tuple(f"l{i}{direction}" for i in range(rnn.num_layers) for direction in directions)
+
+    @property
+    def outputs(self) -> Literal["all", "last"]:
+        return self._outputs
+
+    @outputs.setter
+    def outputs(self, outputs: Literal["all", "last"]) -> None:
+        if outputs not in ("all", "last"):
+            raise ValueError(f'outputs is {outputs!r}; use "all" (a loss at every step) or "last" (at the last step)')
+        self._outputs = outputs
+
+    @property
+    def h0(self) -> Literal["zeros", "ones"]:
+        return self._h0
+
+    @h0.setter
+    def h0(self, h0: Literal["zeros", "ones"]) -> None:
+        if h0 not in ("zeros", "ones"):
+            raise ValueError(f'h0 is {h0!r}; use "zeros" or "ones"')
+        self._h0 = h0
 
     def weights(self) -> dict[str, Tensor]:
         """The parameters by name, as ``named_parameters`` gives them, at a fraction of its cost: κ wants them often."""
@@ -107,12 +124,12 @@ class PathNetwork(nn.Module):
                     "matrices: leave the network out of fully_shard and tensor parallelism, and train it with "
                     "DistributedDataParallel"
                 )
-            if id(p) in seen:
+            if (place := _place(p)) in seen:
                 raise ValueError(
-                    f"{name} and {seen[id(p)]} are one tied parameter; κ of a tied parameter couples both places, "
+                    f"{name} and {seen[place]} are one tied parameter; κ of a tied parameter couples both places, "
                     "which is not supported: untie them, or leave that module out of the network"
                 )
-            seen[id(p)] = name
+            seen[place] = name
             if p.dtype not in _DTYPES:
                 raise TypeError(f"{name} has dtype {p.dtype}; use one of {', '.join(map(str, _DTYPES))}")
             if first is None:
@@ -151,6 +168,11 @@ class PathNetwork(nn.Module):
             return None
         return rnn.steps.longest or rnn.last_seq_len
 
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        super().zero_grad(set_to_none)
+        if isinstance(self.rnn, ReLURNN):
+            self.rnn.steps.begin_anew()  # T of gradients that are 0 is nobody's
+
     def forward(self, x: Tensor) -> Tensor:
         """Outputs of the network.
 
@@ -171,6 +193,11 @@ class PathNetwork(nn.Module):
 
     def extra_repr(self) -> str:
         return f"outputs={self.outputs!r}, h0={self.h0!r}"
+
+
+def _place(p: Tensor) -> int:
+    """What tied parameters share: their memory, where they have any."""
+    return id(p) if transformed() or without_numbers(p) else p.data_ptr() or id(p)
 
 
 def _check_modules(rnn: object, head: object, embedding: object) -> None:

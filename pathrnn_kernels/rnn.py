@@ -168,6 +168,10 @@ class ReLURNN(nn.RNNBase):
                     self.register_parameter(f"{name}_l{i}{direction}", p)
         self.reset_parameters()
 
+    # What help and errors say of the class.
+    __init__.__wrapped__ = _init  # type: ignore[attr-defined]
+    _init.__qualname__ = __init__.__qualname__
+
     def reset_parameters(self) -> None:
         """U(-1/√H, 1/√H), drawn in nn.RNN's order, so that one seed gives both modules the same weights."""
         bound = 1 / math.sqrt(self.hidden_size)
@@ -215,6 +219,7 @@ class ReLURNN(nn.RNNBase):
             h_n: in h_0's layout, the state of every layer at each sequence's own end; of the other direction, which
                 begins with h_0 at that end, at the start.
 
+        y is kept for the backward pass: changed in place before it, torch raises a RuntimeError, as on a GPU.
         The gradient of x is exactly zero in the padding. ``last_seq_len`` becomes T, or the longest of the lengths; in
         compiled code T alone.
 
@@ -365,20 +370,29 @@ class ReLURNN(nn.RNNBase):
         if rnn.nonlinearity != "relu":
             raise ValueError(f'rnn has nonlinearity {rnn.nonlinearity!r}; only "relu" converts')
         result = cls(*_sizes(rnn), **_options(rnn))
-        result.load_state_dict(rnn.state_dict())
-        return result.train(rnn.training)
+        return _like(rnn, result)
 
     def to_torch(self) -> nn.RNN:
         """A ``torch.nn.RNN`` with copies of this module's weights."""
         input_size, hidden_size, num_layers, *options = _sizes(self)
         result = nn.RNN(input_size, hidden_size, num_layers, "relu", *options, **_options(self))
-        result.load_state_dict(self.state_dict())
-        return result.train(self.training)
+        return _like(self, result)
 
     def extra_repr(self) -> str:
         text = f"{self.input_size}, {self.hidden_size}"
         defaults = {"num_layers": 1, "bias": True, "batch_first": False, "dropout": 0.0, "bidirectional": False}
         return text + "".join(f", {k}={getattr(self, k)}" for k, v in defaults.items() if getattr(self, k) != v)
+
+
+_Module = TypeVar("_Module", bound=nn.Module)
+
+
+def _like(source: nn.Module, result: _Module) -> _Module:
+    """``result`` with the weights of a module of the same parameters, frozen where they are, and in its mode."""
+    result.load_state_dict(source.state_dict())
+    for p, own in zip(result.parameters(), source.parameters(), strict=True):
+        p.requires_grad_(own.requires_grad)
+    return result.train(source.training)
 
 
 _Optional = TypeVar("_Optional", Tensor, Tensor | None)

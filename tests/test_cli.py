@@ -251,3 +251,9 @@ def test_python_m_is_the_command(tmp_path):
     command = [sys.executable, "-m", "pathrnn_kernels", "train"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 2 and message(done.stderr).startswith("the following arguments are required")
+
+
+def test_too_large_a_network_is_a_sentence(tmp_path, capsys):
+    assert cli.main(["train", "adding", "--hidden-size", "99999999", "--out", str(tmp_path / "run")]) == 1
+    error = capsys.readouterr().err
+    assert error.startswith("pathrnn: the memory does not suffice; use a smaller network or batch")

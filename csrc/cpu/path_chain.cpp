@@ -29,7 +29,7 @@ std::string suffix(int64_t chain, int64_t directions) {
 std::string tensor_name(int64_t index, int64_t chains, int64_t directions, bool bias, bool head, bool head_bias) {
   static const char* const kinds[] = {"weight_ih", "weight_hh", "bias_ih", "bias_hh"};
   const int64_t per_chain = bias ? 4 : 2;
-  if (index < per_chain * chains) return kinds[index % per_chain] + suffix(index / per_chain, directions);
+  if (index < per_chain * chains) return std::string("rnn.") + kinds[index % per_chain] + suffix(index / per_chain, directions);
   index -= per_chain * chains;
   if (head && index-- == 0) return "head.weight";
   if (head_bias && index-- == 0) return "head.bias";
@@ -272,11 +272,11 @@ PathChainResult path_chain_op(
   if (workspace_bytes == -1) workspace_bytes = kWorkspaceBytes;
   TORCH_CHECK_VALUE(workspace_bytes >= 0, "workspace_bytes is ", workspace_bytes, "; it must be at least 0");
   const Tensor& like = weight_hh[0];
-  check_floating(like, "weight_hh_l0");
-  TORCH_CHECK_VALUE(like.dim() == 2 && like.size(0) == like.size(1) && like.size(0) > 0, "weight_hh_l0 has shape ",
+  check_floating(like, "rnn.weight_hh_l0");
+  TORCH_CHECK_VALUE(like.dim() == 2 && like.size(0) == like.size(1) && like.size(0) > 0, "rnn.weight_hh_l0 has shape ",
                     like.sizes(), "; it must be [H, H]");
   const int64_t hidden = like.size(0);
-  TORCH_CHECK_VALUE(weight_ih[0].dim() == 2 && weight_ih[0].size(1) > 0, "weight_ih_l0 has shape ",
+  TORCH_CHECK_VALUE(weight_ih[0].dim() == 2 && weight_ih[0].size(1) > 0, "rnn.weight_ih_l0 has shape ",
                     weight_ih[0].sizes(), "; it must be [H, I]");
   const int64_t input = weight_ih[0].size(1);
 
@@ -307,17 +307,17 @@ PathChainResult path_chain_op(
   arguments.workspace_bytes = workspace_bytes;
   const auto checked = [&](const Tensor& t, const std::string& name, at::IntArrayRef shape) {
     check_shape(t, name.c_str(), shape);
-    check_like(t, name.c_str(), like, "weight_hh_l0");
+    check_like(t, name.c_str(), like, "rnn.weight_hh_l0");
     return t.contiguous();
   };
   for (int64_t c = 0; c < chains; ++c) {
     const std::string end = suffix(c, directions);
     const int64_t inputs = c < directions ? input : directions * hidden;
-    arguments.weight_ih.push_back(checked(weight_ih[c], "weight_ih" + end, {hidden, inputs}));
-    arguments.weight_hh.push_back(checked(weight_hh[c], "weight_hh" + end, {hidden, hidden}));
+    arguments.weight_ih.push_back(checked(weight_ih[c], "rnn.weight_ih" + end, {hidden, inputs}));
+    arguments.weight_hh.push_back(checked(weight_hh[c], "rnn.weight_hh" + end, {hidden, hidden}));
     if (!bias_ih.empty()) {
-      arguments.bias_ih.push_back(checked(bias_ih[c], "bias_ih" + end, {hidden}));
-      arguments.bias_hh.push_back(checked(bias_hh[c], "bias_hh" + end, {hidden}));
+      arguments.bias_ih.push_back(checked(bias_ih[c], "rnn.bias_ih" + end, {hidden}));
+      arguments.bias_hh.push_back(checked(bias_hh[c], "rnn.bias_hh" + end, {hidden}));
     }
   }
   if (head_weight) {

@@ -563,7 +563,13 @@ void check_written(const Tensor& t, const char* name) {
 }
 void check_written(const Arguments& a) {
   for (size_t i = 0; i < a.weights.size(); ++i) {
-    if (a.gradients[i]) check_written(a.weights[i], "a weight");
+    if (!a.gradients[i]) continue;
+    check_written(a.weights[i], "a weight");
+    for (size_t j = 0; j < i; ++j) {
+      const bool one = a.gradients[j] && a.weights[i].const_data_ptr() == a.weights[j].const_data_ptr();
+      TORCH_CHECK_VALUE(!one || a.weights[i].numel() == 0, "two weights, of shapes ", a.weights[j].sizes(), " and ",
+                        a.weights[i].sizes(), ", are one piece of memory (tied?): untie them");
+    }
   }
   for (const TensorList state : {a.first, a.second, a.counts}) {
     for (const Tensor& t : state) check_written(t, "an optimiser's state");

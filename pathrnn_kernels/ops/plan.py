@@ -143,24 +143,34 @@ def cluster_sizes(device: Device, hidden: int, itemsize: int) -> list[int]:
     return [n for n in CLUSTER_SIZES if block_bytes(hidden, n, itemsize) <= device.shared_bytes]
 
 
+def check_plan(plan: str) -> tuple[str, str]:
+    """The plan asked for, "auto" giving way to PATHRNN_PLAN, and its number of blocks, or "".
+
+    Raises:
+        ValueError: an unknown plan.
+    """
+    if plan == "auto":
+        plan = os.environ.get(ENVIRONMENT, "auto")
+    name, colon, count = plan.partition(":") if isinstance(plan, str) else ("", "", "")
+    counted = name in ("cluster", "grid") and count.isdecimal() and int(count) > 0
+    if name not in ("auto", *PLANS) or (colon and not counted):
+        raise ValueError(
+            f"plan is {plan!r}; use one of {', '.join(map(repr, ('auto', *PLANS)))}, or 'grid:4' or 'cluster:4' for "
+            "that many blocks a chain"
+        )
+    return name, count
+
+
 def choose(backend: str, device: Device, hidden: int, seq_len: int, itemsize: int, plan: str = "auto") -> Plan:
     """The cheapest plan, or the one asked for: "grid", or "grid:4" for that many blocks a chain.
 
     Raises:
         ValueError: an unknown plan, or one that does not serve, with every reason.
     """
-    if plan == "auto":
-        plan = os.environ.get(ENVIRONMENT, "auto")
+    name, count = check_plan(plan)
     found = plans(backend, device, hidden, seq_len, itemsize)
-    if plan == "auto":
+    if name == "auto":
         return min((p for p in found.values() if isinstance(p, Plan)), key=lambda p: p.microseconds)
-    name, colon, count = plan.partition(":")
-    counted = name in ("cluster", "grid") and count.isdecimal() and int(count) > 0
-    if name not in found or (colon and not counted):
-        raise ValueError(
-            f"plan is {plan!r}; use one of {', '.join(map(repr, ('auto', *PLANS)))}, or 'grid:4' or 'cluster:4' for "
-            "that many blocks a chain"
-        )
     wanted = found[name]
     if name == "cluster" and count and int(count) not in cluster_sizes(device, hidden, itemsize):
         wanted = wanted if isinstance(wanted, str) else _refusal_of_size(device, hidden, itemsize, int(count))

@@ -163,7 +163,7 @@ def load_idx(folder: Path) -> tuple[Digits, Digits]:
     not; ``train-images.idx3-ubyte`` is accepted too.
     """
     if not folder.is_dir():
-        raise FileNotFoundError(f"the data folder {folder} does not exist; {_WHERE}")
+        raise FileNotFoundError(f"there is no data folder {folder}; {_WHERE}")
     train, test = (
         Digits(_idx(folder, f"{part}-images", 3), _idx(folder, f"{part}-labels", 1)) for part in ("train", "t10k")
     )

@@ -164,7 +164,7 @@ _FILE = f"it should be a text in UTF-8 of at least 100 characters, {_INSTEAD}"
 def ptb(folder: Path) -> Text:
     """Penn Treebank, of ptb.{train,valid,test}.txt: sentences without the spaces around them, each with its newline."""
     if not folder.is_dir():
-        raise FileNotFoundError(f"the data folder {folder} does not exist; {_PTB}")
+        raise FileNotFoundError(f"there is no data folder {folder}; {_PTB}")
     parts = {part: folder / f"ptb.{part}.txt" for part in Text._fields}
     for path in parts.values():
         if not path.is_file():
