@@ -25,7 +25,7 @@ def engine(folder: Path) -> Path:
     made = folder / "cuda_emulation.o"
     sources = [HERE / name for name in ("cuda_emulation.cpp", "cuda_emulation.h")]
     if not made.exists() or made.stat().st_mtime < max(source.stat().st_mtime for source in sources):
-        command = [compiler(), "-std=c++17", "-fPIC", *FLAGS, "-c", str(sources[0]), "-o", str(made)]
+        command = [compiler(), "-std=c++20", "-fPIC", *FLAGS, "-c", str(sources[0]), "-o", str(made)]
         subprocess.run(command, check=True)
     return made
 

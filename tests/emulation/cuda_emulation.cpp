@@ -112,7 +112,7 @@ static Stack prepare(char* low, int64_t bytes, void (*entry)()) {
 
 namespace emulation {
 
-thread_local Now now;
+constinit thread_local Now now;
 
 namespace {
 
@@ -196,20 +196,20 @@ class Shadow {
   }
   void clear() {
     pages_.clear();
-    std::fill(lines_, lines_ + kLines, Line{});
+    lines_.assign(kLines, {});
   }
 
  private:
-  static constexpr uintptr_t kWords = 64, kLines = 64;
+  static constexpr uintptr_t kWords = 128, kLines = 1024;
   struct Page {
     Word words[kWords];
   };
   struct Line {
-    uintptr_t number;
-    Page* page;
+    uintptr_t number = 0;
+    Page* page = nullptr;
   };
   std::unordered_map<uintptr_t, std::unique_ptr<Page>> pages_;
-  Line lines_[kLines] = {};
+  std::vector<Line> lines_ = std::vector<Line>(kLines);
 };
 
 struct Machine {

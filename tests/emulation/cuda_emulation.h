@@ -54,10 +54,10 @@ struct Thread {
   dim3 thread, block;
 };
 struct Now {
-  const Thread* running;  // null outside kernels
+  const Thread* running = nullptr;  // null outside kernels
   dim3 block_dim, grid_dim;
 };
-extern thread_local Now now;
+extern constinit thread_local Now now;
 
 // A place in the source: all threads that meet in a barrier come from the same one.
 struct Place {

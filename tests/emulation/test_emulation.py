@@ -66,7 +66,7 @@ MISTAKES = {
 def run_case(tmp_path_factory):
     folder = tmp_path_factory.mktemp("emulation")
     library = folder / "mistakes.so"
-    flags = ["-std=c++17", "-fPIC", f"-I{CUDA}", f"-I{HERE}", *FLAGS, *SEEN, "-o", str(folder / "mistakes.o")]
+    flags = ["-std=c++20", "-fPIC", f"-I{CUDA}", f"-I{HERE}", *FLAGS, *SEEN, "-o", str(folder / "mistakes.o")]
     subprocess.run([compiler(), *flags, "-c", str(HERE / "mistakes.cpp")], check=True)
     objects = [str(folder / "mistakes.o"), str(engine(folder))]
     subprocess.run([compiler(), "-shared", *objects, "-o", str(library)], check=True)
