@@ -311,7 +311,7 @@ class Step {
   static bool all_finite(const StepWeight<T>& w) {
     return std::all_of(w.gradient, w.gradient + w.size, [](T g) { return std::isfinite(g); });
   }
-  int64_t lost(size_t v) const { return sizeof(T) < sizeof(double) && !wide_ ? kNarrow : kLost + 4 * moving_[v]; }
+  int64_t lost(size_t v) const { return narrow() ? kNarrow : kLost + 4 * moving_[v]; }
   // A square that is not finite is no length, unless of gradients that are not either: torch's optimisers take those.
   int64_t refused(const std::vector<StepSums>& sums) const {
     for (size_t v = 0; v < views_.size(); ++v) {
@@ -329,49 +329,9 @@ class Step {
     if (!given && no_path && (a_.scale == 1 || a_.radius > 0) && pulled()) return kNoPath;
     if (!std::isfinite(norm.mantissa)) return kUnbounded;
     wide_ |= a_.eps > 0;
-    const double unscaled = a_.grad_scale ? 1 / scalar(*a_.grad_scale) : 1;
     std::vector<SgdRule> rules(views_.size());
     const auto set = [&](const Number& scale) {
-      for (size_t v = 0; v < views_.size(); ++v) {
-        SgdRule& rule = rules[v];
-        rule = SgdRule{};
-        rule.bounded = a_.radius > 0;
-        if (given) {
-          rule.given = true;
-          rule.rate = -1;
-          rule.factor = 1;
-          rule.more = 1;
-          continue;
-        }
-        const double* const n = numbers(v);
-        Number divisor{1, views_[v].exponent};
-        rule.kappa_share = {1, 0};
-        if (a_.eps > 0 && norm.mantissa > 0) {
-          const Number share = norm * Number{a_.eps, 0};
-          divisor.exponent = std::max(divisor.exponent, share.exponent);
-          rule.kappa_share.exponent = views_[v].exponent - divisor.exponent;
-          rule.damping = {share.mantissa, share.exponent - divisor.exponent};
-        }
-        rule.quotient = (scale * Number{n[4] != 0 ? -unscaled : unscaled, 0} / divisor).normal();
-        // In one factor where it can do no harm: nothing leaves the range in between that comes back.
-        if (std::abs(rule.quotient.exponent) <= kModerate) {
-          rule.before = power(std::max<int64_t>(rule.quotient.exponent, 0));
-          rule.after = rule.quotient.mantissa * power(std::min<int64_t>(rule.quotient.exponent, 0));
-        } else {
-          rule.quotient.split(rule.before, rule.after);
-        }
-        rule.exact = views_[v].entry_exponents || std::abs(rule.quotient.exponent) > kFar ||
-                     rule.kappa_share.exponent < -kFar || rule.damping.exponent < -kFar;
-        rule.rate = rate(v);
-        // A float would not hold it beside a gradient: 0 times infinity is no step of 0.
-        wide_ |= rule.exact || !rule.quotient.moderate(kModerate) || !Number{rule.rate, 0}.moderate(kModerate);
-        rule.momentum = n[1];
-        rule.decay = n[2];
-        rule.nesterov = n[3] != 0;
-        rule.limit = limit_;
-        rule.factor = views_[v].first ? 1 : -rule.rate;
-        rule.more = 1;
-      }
+      for (size_t v = 0; v < views_.size(); ++v) rules[v] = sgd_rule(v, scale, norm);
     };
     Number scale{1, 0};
     double constant = std::numeric_limits<double>::quiet_NaN();
@@ -394,30 +354,76 @@ class Step {
     });
     const std::vector<StepSums> sums = gather(all, parts);
     if (const int64_t status = refused(sums); status != kDone) return status;
-    if (a_.radius > 0 && !no_path) {
-      Number square;
-      for (size_t v = 0; v < views_.size(); ++v) {
-        square = square + sums[v].square * Number{1, views_[v].exponent};
-      }
-      const Number length = (square / norm).normal().root() / Number{a_.radius, 0};
-      // nan, from a gradient that is not finite, compares false: torch's own optimisers let it through too.
-      if (std::isfinite(length.mantissa) && length.value() > 1) {
-        for (size_t v = 0; v < views_.size(); ++v) {
-          SgdRule& rule = rules[v];
-          const Number factor = (Number{rule.factor, 0}.normal() / length).normal();
-          if (sizeof(T) < sizeof(double) && !wide_ && !factor.moderate(kModerate)) return kNarrow;
-          rule.shortened = true;
-          if (factor.moderate(kFar)) rule.factor = factor.value();
-          else factor.split(rule.factor, rule.more);
-        }
-      }
-    }
+    if (a_.radius > 0 && !no_path && !shorten(rules, sums, norm)) return kNarrow;
     over(all, [&](int64_t, const Tile& tile) {
       kernel.sgd_apply[wide_](views_[tile.weight], rules[tile.weight], tile.first, tile.last);
     });
     if (a_.scale == 2 && std::isfinite(constant)) *a_.constant->mutable_data_ptr<double>() = constant;
     return kDone;
   }
+
+  double unscaled() const { return a_.grad_scale ? 1 / scalar(*a_.grad_scale) : 1; }
+
+  // Of the v-th weight; notes where it needs float64.
+  SgdRule sgd_rule(size_t v, const Number& scale, const Number& norm) {
+    SgdRule rule{};
+    rule.bounded = a_.radius > 0;
+    rule.more = 1;
+    if (a_.rule == "given") {
+      rule.given = true;
+      rule.rate = -1;
+      rule.factor = 1;
+      return rule;
+    }
+    const double* const n = numbers(v);
+    const int64_t exponent = views_[v].exponent;
+    Number divisor{1, exponent};
+    rule.kappa_share = {1, 0};
+    if (a_.eps > 0 && norm.mantissa > 0) {
+      const Number share = norm * Number{a_.eps, 0};
+      divisor.exponent = std::max(divisor.exponent, share.exponent);
+      rule.kappa_share.exponent = exponent - divisor.exponent;
+      rule.damping = {share.mantissa, share.exponent - divisor.exponent};
+    }
+    Number& quotient = rule.quotient;
+    quotient = (scale * Number{n[4] != 0 ? -unscaled() : unscaled(), 0} / divisor).normal();
+    // In one factor where it can do no harm: nothing leaves the range in between that comes back.
+    if (std::abs(quotient.exponent) <= kModerate) {
+      rule.before = power(std::max<int64_t>(quotient.exponent, 0));
+      rule.after = quotient.mantissa * power(std::min<int64_t>(quotient.exponent, 0));
+    } else {
+      quotient.split(rule.before, rule.after);
+    }
+    rule.exact = views_[v].entry_exponents || std::abs(quotient.exponent) > kFar ||
+                 rule.kappa_share.exponent < -kFar || rule.damping.exponent < -kFar;
+    rule.rate = rate(v);
+    // A float would not hold it beside a gradient: 0 times infinity is no step of 0.
+    wide_ |= rule.exact || !quotient.moderate(kModerate) || !Number{rule.rate, 0}.moderate(kModerate);
+    rule.momentum = n[1];
+    rule.decay = n[2];
+    rule.nesterov = n[3] != 0;
+    rule.limit = limit_;
+    rule.factor = views_[v].first ? 1 : -rule.rate;
+    return rule;
+  }
+
+  // To the trust radius. False where a float does not hold the factor.
+  bool shorten(std::vector<SgdRule>& rules, const std::vector<StepSums>& sums, const Number& norm) const {
+    Number square;
+    for (size_t v = 0; v < views_.size(); ++v) square = square + sums[v].square * Number{1, views_[v].exponent};
+    const Number length = (square / norm).normal().root() / Number{a_.radius, 0};
+    // nan, from a gradient that is not finite, compares false: torch's own optimisers let it through too.
+    if (!(std::isfinite(length.mantissa) && length.value() > 1)) return true;
+    for (SgdRule& rule : rules) {
+      const Number factor = (Number{rule.factor, 0}.normal() / length).normal();
+      if (narrow() && !factor.moderate(kModerate)) return false;
+      rule.shortened = true;
+      if (factor.moderate(kFar)) rule.factor = factor.value();
+      else factor.split(rule.factor, rule.more);
+    }
+    return true;
+  }
+  bool narrow() const { return sizeof(T) < sizeof(double) && !wide_; }
 
   // log(‖g‖ / ‖g/κ‖); infinity where either is 0, for then no step is taken that could fix it; nan where it is none.
   double first_constant(const std::vector<SgdRule>& rules) {
@@ -450,7 +456,6 @@ class Step {
     }
     if (norm.mantissa == 0) return pulled() ? kNoPath : kDone;
     if (!std::isfinite(norm.mantissa)) return kUnbounded;
-    const double unscaled = a_.grad_scale ? 1 / scalar(*a_.grad_scale) : 1;
     const std::vector<Tile> all = tiles(bias);
     std::vector<StepSums> parts(all.size());
     const auto& kernel = kernels<T>();
@@ -474,28 +479,9 @@ class Step {
     std::vector<bool> near(views_.size(), true);  // a step beyond the limit is out of the question
     for (size_t v = 0; moves && v < views_.size(); ++v) {
       if (static_cast<int64_t>(v) == bias) continue;
-      const double* const n = numbers(v);
-      CoordinateRule& rule = rules[v];
-      const double steps = count(v) + 1;
-      const Number root = Number{1, -views_[v].exponent}.root();  // of κ's scale: 1/sqrt(κ) = root / sqrt(kappa)
-      const Number quotient = (root / length).normal();
-      quotient.split(rule.before, rule.after);
-      if (n[7] != 0) rule.before = -rule.before;
-      rule.beta1 = n[1];
-      rule.beta2 = n[2];
-      rule.correction = 1 / (1 - std::pow(n[2], steps));
-      rule.power = n[3];
-      rule.eps = n[4];
-      const double share = std::min(1.0, steps / std::max(n[6], 1.0));
-      const Number longest = norm.root() * root * Number{rate(v) * share / std::sqrt(static_cast<double>(views_[v].size)), 0};
-      rule.rate = longest.normal().value();
-      rule.limit = limit_;
-      if (sizeof(T) < sizeof(double) && !wide_ && !(quotient.moderate(2 * kModerate) && longest.moderate(kModerate))) {
-        return kNarrow;
-      }
+      if (!set_coordinate_rule(v, norm, length, rules[v])) return kNarrow;
       // What is added to the largest number that there is must be some 2^26 times smaller than it to be lost in rounding.
-      const double most = std::abs(rule.rate) * sums[v].largest_unit * power(2 * spread_);
-      near[v] = most <= limit_ * 0x1p-26;
+      near[v] = std::abs(rules[v].rate) * sums[v].largest_unit * power(2 * spread_) <= limit_ * 0x1p-26;
     }
     for (const Tile& tile : all) {
       const auto apply = kernel.coordinate_apply[wide_];
@@ -503,7 +489,7 @@ class Step {
         return lost(tile.weight);
       }
     }
-    if (bias >= 0) move_bias(bias, unscaled);
+    if (bias >= 0) move_bias(bias);
     if (!moves) return kDone;
     for (size_t v = 0; v < views_.size(); ++v) {
       if (static_cast<int64_t>(v) != bias) ++count(v);
@@ -514,16 +500,36 @@ class Step {
     return kDone;
   }
 
+  // Of the v-th weight. False where a float does not hold it.
+  bool set_coordinate_rule(size_t v, const Number& norm, const Number& length, CoordinateRule& rule) {
+    const double* const n = numbers(v);
+    const double steps = count(v) + 1;
+    const Number root = Number{1, -views_[v].exponent}.root();  // of κ's scale: 1/sqrt(κ) = root / sqrt(kappa)
+    const Number quotient = (root / length).normal();
+    quotient.split(rule.before, rule.after);
+    if (n[7] != 0) rule.before = -rule.before;
+    rule.beta1 = n[1];
+    rule.beta2 = n[2];
+    rule.correction = 1 / (1 - std::pow(n[2], steps));
+    rule.power = n[3];
+    rule.eps = n[4];
+    const double share = std::min(1.0, steps / std::max(n[6], 1.0));
+    const Number longest = norm.root() * root * Number{rate(v) * share / std::sqrt(static_cast<double>(views_[v].size)), 0};
+    rule.rate = longest.normal().value();
+    rule.limit = limit_;
+    return !narrow() || (quotient.moderate(2 * kModerate) && longest.moderate(kModerate));
+  }
+
   float& count(int64_t v) { return *a_.counts[v].mutable_data_ptr<float>(); }
 
   // The output's bias by eq. (8) as it stands, no entry of g/κ counting for more than 1.
-  void move_bias(int64_t v, double unscaled) {
+  void move_bias(int64_t v) {
     const StepWeight<T>& w = views_[v];
-    const double kappa = Number{static_cast<double>(*w.kappa), w.exponent}.value(), step = rate(v);
+    const double kappa = Number{static_cast<double>(*w.kappa), w.exponent}.value(), step = rate(v), scale = unscaled();
     std::vector<double> quotient(w.size);
     bool finite = true;
     for (int64_t i = 0; i < w.size; ++i) {
-      quotient[i] = static_cast<double>(w.gradient[i]) * unscaled / kappa;
+      quotient[i] = static_cast<double>(w.gradient[i]) * scale / kappa;
       finite &= std::isfinite(quotient[i]);
     }
     const double sign = numbers(v)[7] != 0 ? -1 : 1;
