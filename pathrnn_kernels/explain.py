@@ -130,7 +130,7 @@ def _chains(net: PathNetwork, seq_len: int) -> tuple[str, ...]:
     )
     words = (
         "{0} steps",
-        "{0} steps, then at rest",
+        "{0} steps, then converged",
         "{0} steps, then in closed form",
         "blocks of {0} steps",
     )
