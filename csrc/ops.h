@@ -50,7 +50,7 @@ struct ReluRnnBackward {
 // so nothing overflows. It all runs in canonical coordinates, w 2^((d_source - d_target) / 2) in place of w, whose even
 // unit exponents d follow a rescaling of the units by powers of two (Theorem 1), so that the arithmetic never meets it.
 // An entry is lost where it still lies too far below the largest of its vector, or a weight's square below that of its
-// matrix, for the dtype; `lost` says so, for a caller that can use a wider one.
+// matrix, for the dtype; `underflowed` says so, for a caller that can use a wider one.
 template <typename T>
 struct PathChain {
   // A layer has D = 1 or 2 directions. A reverse one runs from step T to step 1; in its own time it is a chain like any
@@ -79,7 +79,7 @@ struct PathChain {
   std::vector<int64_t*> entry_exponents;  // as `exponents`, of each κ's shape; in extended range alone, else empty
   double* log_path_norm = nullptr;       // natural logarithm of γ², -inf for 0
   int64_t* ways = nullptr;               // per chain of h, then of δ: a Way and its number
-  bool* lost = nullptr;                  // whether a result may be wrong because something underflowed
+  bool* underflowed = nullptr;           // whether a result may be wrong because something underflowed
 
   // κ⁽²⁾ = factor · W̃ ⊙ S is added to kappa_hh unless the factor is zero, S[j, k] = Σ_n (W̃^n)[k, j] Σ_t δ_{t+n+2}[j] h_t[k]
   // over the lags n = 0 … T-2 (eq. (11), index corrected). Lags are summed until the rest is known to within `rtol` of κ,
@@ -151,9 +151,9 @@ struct StepSums {
 // Rows of the batch that a thread of relu_rnn takes at least; at least half a register tile of every instruction set.
 constexpr int64_t kRowGroup = 3;
 
-// How a chain went, with a number: by single steps, all of them; until it came to rest, or to a closed form, after that
+// How a chain went, with a number: by single steps, all of them; until it had converged, or had a closed form, after that
 // many; both chains in blocks of that many steps.
-enum Way : int64_t { kSteps, kRest, kClosedForm, kBlocks };
+enum Way : int64_t { kSteps, kConverged, kClosedForm, kBlocks };
 
 // The exponent of a zero: below every other, yet two of them add up without overflow.
 constexpr int64_t kZeroExponent = -(int64_t{1} << 40);

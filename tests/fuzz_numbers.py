@@ -15,7 +15,7 @@ signs, count as 2 sqrt(n) (tolerances.path). So κ and γ² are within
 
     R = u (2 T + (T + L + 2)(n' + 4)),  n' = n up to 16, else min(n, 2 sqrt(n) + 8),
 
-besides the closed forms of the two chains, which chain.inl allows a relative error of 2^-24 (float32) and 2^-40
+besides the closed forms of the two chains, which closed_form.inl allows a relative error of 2^-24 (float32) and 2^-40
 (float64) each; a quotient of two such numbers is within twice that. The oracle's own roundings come on top.
 """
 

@@ -141,11 +141,11 @@ struct Path {
     std::vector<int64_t> exponents(3 * layers + 2), units(layers * hidden), lags(layers);
     std::vector<double> bounds(layers);
     double log_path_norm;
-    bool lost;
+    bool underflowed;
     net.exponents = exponents.data();
     net.unit_exponents = units.data();
     net.log_path_norm = &log_path_norm;
-    net.lost = &lost;
+    net.underflowed = &underflowed;
     net.second_factor = factor;
     net.rtol = rtol;
     net.workspace_bytes = workspace;

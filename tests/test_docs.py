@@ -96,8 +96,8 @@ WALKS = {
         "Where to find it",
         (
             "reference.py: kappa2_certified",
-            "kappa2.inl: perron_certifies",
-            "kappa2.inl: ratios_certify",
+            "kappa2_rank_one.inl: certifies",
+            "kappa2_geometric.inl: certifies",
             "gpu.py: _Perron",
         ),
     ),

@@ -15,44 +15,42 @@
 template <typename T>
 class BlockRows {
  public:
-  BlockRows(T* data, int64_t rows, int64_t ld) : exponent_(rows, kZeroExponent), largest_(rows, kZeroExponent) {
-    rows_ = {data, exponent_.data(), largest_.data(), ld, &none_};
-  }
+  BlockRows(T* data, int64_t rows, int64_t ld) : memory_(1, rows, ld, data), rows_(memory_[0]) {}
   BlockRows(const BlockRows&) = delete;
   const Rows<T>& rows() const { return rows_; }
 
   void set(int64_t to, const T* row, int64_t exponent) {
     std::copy(row, row + rows_.row, rows_[to]);
     const T most = *std::max_element(row, row + rows_.row);
-    largest_[to] = magnitude(most);
-    exponent_[to] = most > T(0) ? exponent : kZeroExponent;
+    rows_.largest[to] = magnitude(most);
+    rows_.exponent[to] = most > T(0) ? exponent : kZeroExponent;
   }
   void clear(int64_t to) { std::fill(rows_[to], rows_[to] + rows_.row, T(0)); }
   // Row `to` = w · row `from` + drive.
   void step(const Packed<T>& w, int64_t w_exponent, int64_t from, const T* drive, int64_t drive_exponent, int64_t to) {
     matrix_vector(w, rows_[from], rows_[to]);
-    finish_step(rows_[to], exponent_[from] + w_exponent, drive, drive_exponent, rows_.row, exponent_[to], largest_[to]);
+    finish_step(rows_[to], rows_.exponent[from] + w_exponent, drive, drive_exponent, rows_.row, rows_.exponent[to],
+                rows_.largest[to]);
   }
   // Row `to` = Σ of rows [first, last).
   void sum(int64_t first, int64_t last, int64_t to, T* scratch) {
     clear(to);
-    exponent_[to] = kZeroExponent;
+    rows_.exponent[to] = kZeroExponent;
     int64_t own;
-    if (!sum_rows(rows_, first, last, rows_.row, scratch, own)) mark_lost();
-    finish_step(rows_[to], kZeroExponent, scratch, own, rows_.row, exponent_[to], largest_[to]);
+    if (!sum_rows(rows_, first, last, rows_.row, scratch, own)) mark_underflow();
+    finish_step(rows_[to], kZeroExponent, scratch, own, rows_.row, rows_.exponent[to], rows_.largest[to]);
   }
   // out += times · Σ of rows [first, last).
   void add_to(T* out, int64_t& exponent, int64_t first, int64_t last, T times, T* scratch) const {
     int64_t own, largest;
-    if (!sum_rows(rows_, first, last, rows_.row, scratch, own)) mark_lost();
+    if (!sum_rows(rows_, first, last, rows_.row, scratch, own)) mark_underflow();
     for (int64_t k = 0; k < rows_.row; ++k) scratch[k] *= times;
     finish_step(out, exponent, scratch, own, rows_.row, exponent, largest);
   }
 
  private:
-  std::vector<int64_t> exponent_, largest_;
-  Closed<T> none_;
-  Rows<T> rows_;
+  Sequences<T> memory_;
+  const Rows<T> rows_;
 };
 
 template <typename T>
@@ -80,7 +78,7 @@ class ChainBlocks {
         scratch_d_(memory_.take(2 * ld_)),
         left_(memory_.take(left_size(H_))),
         tops_(2 * threads),
-        lost_(2 * threads) {
+        underflowed_(2 * threads) {
     for (int64_t n = 1; n < H_; n *= 2) ++bits_;
   }
 
@@ -109,7 +107,7 @@ class ChainBlocks {
     chains(h, d, w_h, w_d, w_exponent, last_only, sums, s, team);
     if (!products(s, team)) return false;
     finish(s, kappa, kappa_exponent, team);
-    return none_lost(s, team);
+    return none_underflowed(s, team);
   }
 
  private:
@@ -131,60 +129,35 @@ class ChainBlocks {
   bool all_powers(const Packed<T>& w, int64_t w_exponent, State& s, const Team& team) {
     int64_t first, last;
     team.share(H_, first, last);
-    for (int64_t p = 0; p < w.panels(); ++p) {
-      for (int64_t k = first; k < last; ++k) {
-        const T* row = w.begin(p) + k * w.row(p);
-        std::copy(row, row + w.row(p), power(0) + k * ld_ + p * w.panel);
-      }
-    }
+    unpack(w, first, last, power(0), ld_);
     s.exponents[0] = w_exponent;
     for (int64_t i = 0;; ++i) {
       if (!agree(power(i), s.tops[i], s, team)) return false;
       if (i == q_) return true;
       const int64_t shift = kTop - 2 * s.tops[i] - bits_;
       const Product<T> square{power(i) + first * ld_, ld_, 1, power(i), ld_, H_};
-      multiply(&square, 1, power(i + 1), shift, first, last);
+      panels(&square, 1, power(i + 1) + first * ld_, ld_, last - first, ld_, power_of_two<T>(shift));
       s.exponents[i + 1] = 2 * s.exponents[i] - shift;
     }
   }
 
-  // Rows [first, last) of out = 2^shift · Σ products.
-  void multiply(const Product<T>* products, int count, T* out, int64_t shift, int64_t first, int64_t last) const {
-    for (int64_t column = 0; column < ld_; column += kPanel<T>) {
-      Product<T> parts[2];
-      for (int i = 0; i < count; ++i) {
-        parts[i] = products[i];
-        parts[i].b += column;
-      }
-      Tile<T> t{};
-      t.num_products = count;
-      t.columns = std::min(kPanel<T>, ld_ - column);
-      t.c = out + first * ld_ + column;
-      t.c_row = ld_;
-      t.alpha = power_of_two<T>(shift);
-      panel(t, parts, last - first);
-    }
-  }
-
   // When it returns, all rows of the matrix are there, and all threads know a power of two above its entries. False if
-  // there is none, or if a thread has lost something.
+  // there is none, or if something underflowed in a thread.
   bool agree(const T* matrix, int64_t& top, State& s, const Team& team) {
     int64_t first, last;
     team.share(H_, first, last);
-    Vec<T> most{};
-    for (int64_t at = first * ld_; at < last * ld_; at += Simd<T>::width) most = maximum<T>(most, load(matrix + at));
     const auto tops = tops_.begin() + s.parity * team.size;
-    tops[team.rank] = magnitude(largest_lane<T>(most));
-    const bool held = none_lost(s, team);
+    tops[team.rank] = magnitude(matrix + first * ld_, (last - first) * ld_);
+    const bool held = none_underflowed(s, team);
     top = *std::max_element(tops, tops + team.size) + 1;
     return held && top > kZeroExponent / 2;
   }
-  bool none_lost(State& s, const Team& team) {
-    const auto lost = lost_.begin() + s.parity * team.size;
+  bool none_underflowed(State& s, const Team& team) {
+    const auto underflowed = underflowed_.begin() + s.parity * team.size;
     s.parity ^= 1;
-    lost[team.rank] = FlushDenormals::lost();
+    underflowed[team.rank] = FlushDenormals::underflowed();
     team.wait();
-    return std::find(lost, lost + team.size, 1) == lost + team.size;
+    return std::find(underflowed, underflowed + team.size, 1) == underflowed + team.size;
   }
 
   void chains(const Chain<T>& h, const Chain<T>& d, const Packed<T>& w_h, const Packed<T>& w_d, int64_t w_exponent,
@@ -268,7 +241,7 @@ class ChainBlocks {
       const int64_t shift = kTop - s.top - s.tops[i] - bits_ - 1;
       const Product<T> both[] = {{power(i) + first * ld_, ld_, 1, from, ld_, H_},
                                  {from + first * ld_, ld_, 1, power(i), ld_, H_}};
-      multiply(both, 2, to, shift, first, last);
+      panels(both, 2, to + first * ld_, ld_, last - first, ld_, power_of_two<T>(shift));
       s.exponent += s.exponents[i] - shift;
       std::swap(from, to);
     }
@@ -281,7 +254,7 @@ class ChainBlocks {
     int64_t first, last;
     team.share(H_, first, last);
     const PairSum<T> sum(d_.rows().from(start), h_.rows().from(start), count, first, last, left_ + left_size(first), nullptr);
-    if (sum.drops) mark_lost();
+    if (sum.drops) mark_underflow();
     const int64_t exponent = sum.count ? sum.largest - kCentre<T> : kZeroExponent;
     sum.multiply(out + first * ld_, ld_, last - first, ld_, power_of_two<T>(sum.exponent - exponent));
     return exponent;
@@ -300,7 +273,7 @@ class ChainBlocks {
       }
       // What is left is that of the other, on the result's scale.
       const T* const held = kappa + j * H_;
-      if ((b == T(0) && !covers(held, small, H_)) || (a == T(0) && !covers(held, large, H_))) mark_lost();
+      if ((b == T(0) && !covers(held, small, H_)) || (a == T(0) && !covers(held, large, H_))) mark_underflow();
     }
   }
 
@@ -313,5 +286,5 @@ class ChainBlocks {
   BlockRows<T> h_, d_;
   T *scratch_h_, *scratch_d_, *left_;
   std::vector<int64_t> tops_;  // by thread, twice
-  std::vector<char> lost_;
+  std::vector<char> underflowed_;
 };

@@ -2,12 +2,35 @@
 #include "tile.inl"
 // Each needs those before it.
 static_assert(kTileRows / 2 <= kRowGroup, "a row group fills half a tile");
+#include "workspace.inl"
+
 #include "relu_rnn.inl"
+
+// path_chain: numbers, the network in canonical coordinates, its chains, sums over time, κ⁽²⁾, all together.
+#include "lanes.inl"
+#include "rows.inl"
+#include "network.inl"
+#include "canonical.inl"
+#include "boundary.inl"
+#include "matrix_vector.inl"
 #include "chain.inl"
+#include "closed_form.inl"
+#include "chain_steps.inl"
+#include "chain_shared.inl"
+#include "support.inl"
+#include "pair_sum.inl"
 #include "chain_blocks.inl"
+#include "drives.inl"
+#include "path_chain_results.inl"
+#include "kappa2_powers.inl"
+#include "kappa2_lags.inl"
+#include "kappa2_scan.inl"
+#include "kappa2_rank_one.inl"
+#include "kappa2_geometric.inl"
 #include "kappa2.inl"
 #include "path_chain.inl"
 #include "path_chain_exact.inl"
+
 #include "path_step.inl"
 
 template <typename T>

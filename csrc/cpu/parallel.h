@@ -19,7 +19,7 @@
 namespace pathrnn {
 
 // Vanishing h and δ turn denormal, which costs up to 5x: results are flushed to zero for the life of this object, on
-// this thread, and operands too unless `operands` is false. `lost` says whether anything
+// this thread, and operands too unless `operands` is false. `underflowed` says whether anything
 // was since then or since `forget`.
 class FlushDenormals {
  public:
@@ -29,7 +29,7 @@ class FlushDenormals {
   }
   ~FlushDenormals() { _mm_setcsr(saved_); }
   // A result underflowed, or an operand was denormal.
-  static bool lost() { return _mm_getcsr() & 0x12; }
+  static bool underflowed() { return _mm_getcsr() & 0x12; }
   static void forget() { _mm_setcsr(_mm_getcsr() & ~0x3fu); }
 
  private:
@@ -41,7 +41,7 @@ class FlushDenormals {
     asm volatile("msr fpsr, %0" ::"r"(uint64_t{0}));
   }
   ~FlushDenormals() { asm volatile("msr fpcr, %0" ::"r"(saved_)); }
-  static bool lost() {
+  static bool underflowed() {
     uint64_t status;
     asm volatile("mrs %0, fpsr" : "=r"(status));
     return status & ((1u << 3) | (1u << 7));
@@ -52,7 +52,7 @@ class FlushDenormals {
   uint64_t saved_;
 #else
   explicit FlushDenormals(bool = true) {}
-  static bool lost() { return false; }
+  static bool underflowed() { return false; }
   static void forget() {}
 #endif
 };

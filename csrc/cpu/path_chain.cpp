@@ -25,28 +25,6 @@ std::string suffix(int64_t chain, int64_t directions) {
   return "_l" + std::to_string(chain / directions) + (chain % directions ? "_reverse" : "");
 }
 
-// The name of the tensor that the kernel found not to be finite: its index in the order of the weights by chain.
-std::string tensor_name(int64_t index, int64_t chains, int64_t directions, bool bias, bool head, bool head_bias) {
-  static const char* const kinds[] = {"weight_ih", "weight_hh", "bias_ih", "bias_hh"};
-  const int64_t per_chain = bias ? 4 : 2;
-  if (index < per_chain * chains) return std::string("rnn.") + kinds[index % per_chain] + suffix(index / per_chain, directions);
-  index -= per_chain * chains;
-  if (head && index-- == 0) return "head.weight";
-  if (head_bias && index-- == 0) return "head.bias";
-  return "embedding.weight";
-}
-
-// What a pass takes beside its results, at most: the rows of h and δ, of drives between layers and of one product, with
-// their exponents and coefficients; packed and cached matrices, or the powers of blocks of time; copies of the weights.
-double pass_bytes(int64_t chains, int64_t directions, int64_t seq_len, int64_t hidden, bool second,
-                  int64_t workspace_bytes, double weights, double itemsize) {
-  const double row = static_cast<double>(hidden + 16) * itemsize, matrix = row * hidden;
-  const double rows = 2.0 * chains + (chains > directions ? 2 * directions : 0) + (second ? 2 : 1);
-  const double powers = std::min(static_cast<double>(seq_len) * matrix, std::max<double>(workspace_bytes, 8 * matrix));
-  return seq_len * (rows * row + chains * 4.0 * (sizeof(int64_t) + itemsize)) + 4 * matrix +
-         (second ? 6 * matrix + powers : 16 * matrix) + weights * itemsize;
-}
-
 // Bytes for cached powers of W̃ where the caller does not say; ops/path_chain.py has the same.
 constexpr int64_t kWorkspaceBytes = 16 << 20;
 
@@ -72,6 +50,28 @@ struct Arguments {
     return result;
   }
 };
+
+// The name of the tensor that the kernel found not to be finite: its index in the order of the weights by chain.
+std::string tensor_name(int64_t index, const Arguments& a) {
+  static const char* const kinds[] = {"weight_ih", "weight_hh", "bias_ih", "bias_hh"};
+  const int64_t per_chain = a.bias_ih.empty() ? 2 : 4;
+  if (index < per_chain * a.chains) return std::string("rnn.") + kinds[index % per_chain] + suffix(index / per_chain, a.directions);
+  index -= per_chain * a.chains;
+  if (a.head_weight.defined() && index-- == 0) return "head.weight";
+  if (a.head_bias.defined() && index-- == 0) return "head.bias";
+  return "embedding.weight";
+}
+
+// What a pass takes beside its results, at most: the rows of h and δ, of drives between layers and of one product, with
+// their exponents and coefficients; packed and cached matrices, or the powers of blocks of time; copies of the weights.
+double pass_bytes(const Arguments& a, double weights, double itemsize) {
+  const double row = static_cast<double>(a.hidden + 16) * itemsize, matrix = row * a.hidden, chains = a.chains;
+  const bool second = a.second_factor > 0;
+  const double rows = 2 * chains + (a.chains > a.directions ? 2 * a.directions : 0) + (second ? 2 : 1);
+  const double powers = std::min(static_cast<double>(a.seq_len) * matrix, std::max<double>(a.workspace_bytes, 8 * matrix));
+  return a.seq_len * (rows * row + chains * 4.0 * (sizeof(int64_t) + itemsize)) + 4 * matrix +
+         (second ? 6 * matrix + powers : 16 * matrix) + weights * itemsize;
+}
 
 // What the op returns, κ in the dtype of the pass that made it.
 struct Results {
@@ -103,7 +103,7 @@ struct Results {
 };
 
 template <typename T>
-PathChain<T> network(const Arguments& a, const Results& out, bool& lost) {
+PathChain<T> network(const Arguments& a, const Results& out, bool& underflowed) {
   PathChain<T> net;
   net.num_layers = a.chains / a.directions;
   net.directions = a.directions;
@@ -142,19 +142,19 @@ PathChain<T> network(const Arguments& a, const Results& out, bool& lost) {
   net.lags = out.lags.mutable_data_ptr<int64_t>();
   net.bounds = out.bounds.mutable_data_ptr<double>();
   net.ways = a.ways;
-  net.lost = &lost;
+  net.underflowed = &underflowed;
   return net;
 }
 
-// One pass in the dtype T; whether something was lost. `bad`: the index of a tensor that is not finite, or -1.
+// One pass in the dtype T; whether something underflowed. `bad`: the index of a tensor that is not finite, or -1.
 template <typename T>
 bool pass(const Arguments& a, const Results& out, int64_t& bad) {
-  bool lost = false;
-  const PathChain<T> net = network<T>(a, out, lost);
+  bool underflowed = false;
+  const PathChain<T> net = network<T>(a, out, underflowed);
   const int threads = path_chain_threads(a.chains, a.seq_len, a.hidden, a.second_factor > 0,
                                          a.outputs * a.hidden + a.vocabulary * a.input);
   allocating("path_chain", [&] { bad = kernels<T>().path_chain(net, threads); });
-  return lost;
+  return underflowed;
 }
 
 // κ of a wider pass in the weights' dtype: with its tensor's exponent where the dtype holds all entries beside the
@@ -196,7 +196,7 @@ void narrow(const Results& wide, Results& out) {
   out.bounds = wide.bounds;
 }
 
-// What the op returns in place of `lost`: which arithmetic the results are of.
+// What the op returns in place of `underflowed`: which arithmetic the results are of.
 enum Arithmetic : int8_t { kOwn = 0, kDouble = 1, kExtended = 2 };
 
 // The narrowest arithmetic that a pass is tried in: PATHRNN_ARITHMETIC, the weights' dtype by default.
@@ -213,12 +213,12 @@ Arithmetic first_arithmetic() {
 
 // In extended range: mantissas with an exponent each, in place of unit exponents.
 void extended(const Arguments& a, Results& out) {
-  bool lost = false;
+  bool underflowed = false;
   const Tensor units = out.unit_exponents.clone();
   for (size_t i = 0; i < out.kappa.size(); ++i) {
     out.entry_exponents[i] = at::zeros(out.kappa[i].sizes(), out.exponents.options());
   }
-  PathChain<double> net = network<double>(a, out, lost);
+  PathChain<double> net = network<double>(a, out, underflowed);
   for (const Tensor& t : out.entry_exponents) net.entry_exponents.push_back(t.mutable_data_ptr<int64_t>());
   const double hidden = static_cast<double>(a.hidden);
   const double work = static_cast<double>(a.chains * a.seq_len) * hidden * hidden * (a.second_factor > 0 ? hidden : 1);
@@ -240,46 +240,46 @@ void extended(const Arguments& a, Results& out) {
   }
 }
 
-}  // namespace
-
-PathChainResult path_chain_op(
-    at::TensorList weight_ih, at::TensorList weight_hh, at::TensorList bias_ih, at::TensorList bias_hh,
-    const optional<Tensor>& head_weight, const optional<Tensor>& head_bias, const optional<Tensor>& embedding,
-    int64_t seq_len, bool last_only, bool ones_h0, bool kappa1, double second_factor, double rtol,
-    at::IntArrayRef first_lags, int64_t workspace_bytes, bool bidirectional, int64_t* ways) {
-  const int64_t chains = static_cast<int64_t>(weight_hh.size()), directions = bidirectional ? 2 : 1;
-  const std::string unit = bidirectional ? "direction" : "layer", units = unit + "s";
-  TORCH_CHECK_VALUE(chains > 0, "weight_hh is empty; give one matrix a ", unit);
-  TORCH_CHECK_VALUE(chains % directions == 0, "weight_hh has ", chains,
+// The options, and the lists, which say how many chains there are.
+void check_options(const Arguments& a, at::TensorList weight_ih, at::TensorList weight_hh, at::TensorList bias_ih,
+                   at::TensorList bias_hh) {
+  const std::string unit = a.directions > 1 ? "direction" : "layer", units = unit + "s";
+  TORCH_CHECK_VALUE(a.chains > 0, "weight_hh is empty; give one matrix a ", unit);
+  TORCH_CHECK_VALUE(a.chains % a.directions == 0, "weight_hh has ", a.chains,
                     " tensors; give one a direction, two a layer");
-  TORCH_CHECK_VALUE(static_cast<int64_t>(weight_ih.size()) == chains, "weight_ih has ", weight_ih.size(),
-                    " tensors for ", chains, " ", units, "; give one a ", unit);
+  TORCH_CHECK_VALUE(static_cast<int64_t>(weight_ih.size()) == a.chains, "weight_ih has ", weight_ih.size(),
+                    " tensors for ", a.chains, " ", units, "; give one a ", unit);
   for (const auto* biases : {&bias_ih, &bias_hh}) {
     TORCH_CHECK_VALUE(biases->size() == bias_ih.size() && (biases->empty() || biases->size() == weight_hh.size()),
-                      "bias_ih and bias_hh have ", bias_ih.size(), " and ", bias_hh.size(), " tensors for ", chains,
+                      "bias_ih and bias_hh have ", bias_ih.size(), " and ", bias_hh.size(), " tensors for ", a.chains,
                       " ", units, "; give one a ", unit, " in both, or none");
   }
-  TORCH_CHECK_VALUE(seq_len >= 1, "seq_len is ", seq_len, "; it must be at least 1");
-  TORCH_CHECK_VALUE(second_factor >= 0 && second_factor <= 1e6, "second_factor is ", second_factor,
+  TORCH_CHECK_VALUE(a.seq_len >= 1, "seq_len is ", a.seq_len, "; it must be at least 1");
+  TORCH_CHECK_VALUE(a.second_factor >= 0 && a.second_factor <= 1e6, "second_factor is ", a.second_factor,
                     "; it must be a number between 0 and 1e6");
-  TORCH_CHECK_VALUE(second_factor == 0 || kappa1, "second_factor is ", second_factor, " without kappa1; ask for both");
-  TORCH_CHECK_VALUE(rtol >= 0 && rtol <= 1, "rtol is ", rtol, "; it must be a number between 0 and 1");
-  TORCH_CHECK_VALUE(first_lags.empty() || static_cast<int64_t>(first_lags.size()) == chains, "first_lags has ",
-                    first_lags.size(), " numbers for ", chains, " ", units, "; give one a ", unit, ", or none");
-  for (const int64_t lags : first_lags) {
+  TORCH_CHECK_VALUE(a.second_factor == 0 || a.kappa1, "second_factor is ", a.second_factor,
+                    " without kappa1; ask for both");
+  TORCH_CHECK_VALUE(a.rtol >= 0 && a.rtol <= 1, "rtol is ", a.rtol, "; it must be a number between 0 and 1");
+  TORCH_CHECK_VALUE(a.first_lags.empty() || static_cast<int64_t>(a.first_lags.size()) == a.chains, "first_lags has ",
+                    a.first_lags.size(), " numbers for ", a.chains, " ", units, "; give one a ", unit, ", or none");
+  for (const int64_t lags : a.first_lags) {
     TORCH_CHECK_VALUE(lags >= 0, "first_lags has ", lags, "; its numbers must be at least 0");
   }
-  if (workspace_bytes == -1) workspace_bytes = kWorkspaceBytes;
-  TORCH_CHECK_VALUE(workspace_bytes >= 0, "workspace_bytes is ", workspace_bytes, "; it must be at least 0");
+  TORCH_CHECK_VALUE(a.workspace_bytes >= 0, "workspace_bytes is ", a.workspace_bytes, "; it must be at least 0");
+}
+
+// The weights, once the memory for the pass is known to be there.
+void take_weights(Arguments& a, at::TensorList weight_ih, at::TensorList weight_hh, at::TensorList bias_ih,
+                  at::TensorList bias_hh, const optional<Tensor>& head_weight, const optional<Tensor>& head_bias,
+                  const optional<Tensor>& embedding) {
   const Tensor& like = weight_hh[0];
   check_floating(like, "rnn.weight_hh_l0");
   TORCH_CHECK_VALUE(like.dim() == 2 && like.size(0) == like.size(1) && like.size(0) > 0, "rnn.weight_hh_l0 has shape ",
                     like.sizes(), "; it must be [H, H]");
-  const int64_t hidden = like.size(0);
+  a.hidden = like.size(0);
   TORCH_CHECK_VALUE(weight_ih[0].dim() == 2 && weight_ih[0].size(1) > 0, "rnn.weight_ih_l0 has shape ",
                     weight_ih[0].sizes(), "; it must be [H, I]");
-  const int64_t input = weight_ih[0].size(1);
-
+  a.input = weight_ih[0].size(1);
   double copied = 0;
   for (const at::TensorList list : {weight_ih, weight_hh, bias_ih, bias_hh}) {
     for (const Tensor& t : list) copied += t.is_contiguous() ? 0 : static_cast<double>(t.numel());
@@ -287,75 +287,60 @@ PathChainResult path_chain_op(
   for (const optional<Tensor>* t : {&head_weight, &head_bias, &embedding}) {
     copied += !*t || (*t)->is_contiguous() ? 0 : static_cast<double>((*t)->numel());
   }
-  check_memory(pass_bytes(chains, directions, seq_len, hidden, second_factor > 0, workspace_bytes, copied,
-                          like.element_size()),
-               "path_chain");
-
-  Arguments arguments{};
-  arguments.chains = chains;
-  arguments.directions = directions;
-  arguments.input = input;
-  arguments.hidden = hidden;
-  arguments.seq_len = seq_len;
-  arguments.last_only = last_only;
-  arguments.ones_h0 = ones_h0;
-  arguments.kappa1 = kappa1;
-  arguments.ways = ways;
-  arguments.second_factor = second_factor;
-  arguments.rtol = rtol;
-  arguments.first_lags = first_lags.vec();
-  arguments.workspace_bytes = workspace_bytes;
+  check_memory(pass_bytes(a, copied, like.element_size()), "path_chain");
   const auto checked = [&](const Tensor& t, const std::string& name, at::IntArrayRef shape) {
     check_shape(t, name.c_str(), shape);
     check_like(t, name.c_str(), like, "rnn.weight_hh_l0");
     return t.contiguous();
   };
-  for (int64_t c = 0; c < chains; ++c) {
-    const std::string end = suffix(c, directions);
-    const int64_t inputs = c < directions ? input : directions * hidden;
-    arguments.weight_ih.push_back(checked(weight_ih[c], "rnn.weight_ih" + end, {hidden, inputs}));
-    arguments.weight_hh.push_back(checked(weight_hh[c], "rnn.weight_hh" + end, {hidden, hidden}));
-    if (!bias_ih.empty()) {
-      arguments.bias_ih.push_back(checked(bias_ih[c], "rnn.bias_ih" + end, {hidden}));
-      arguments.bias_hh.push_back(checked(bias_hh[c], "rnn.bias_hh" + end, {hidden}));
-    }
+  for (int64_t c = 0; c < a.chains; ++c) {
+    const std::string end = suffix(c, a.directions);
+    const int64_t inputs = c < a.directions ? a.input : a.directions * a.hidden;
+    a.weight_ih.push_back(checked(weight_ih[c], "rnn.weight_ih" + end, {a.hidden, inputs}));
+    a.weight_hh.push_back(checked(weight_hh[c], "rnn.weight_hh" + end, {a.hidden, a.hidden}));
+    if (bias_ih.empty()) continue;
+    a.bias_ih.push_back(checked(bias_ih[c], "rnn.bias_ih" + end, {a.hidden}));
+    a.bias_hh.push_back(checked(bias_hh[c], "rnn.bias_hh" + end, {a.hidden}));
   }
   if (head_weight) {
     TORCH_CHECK_VALUE(head_weight->dim() == 2 && head_weight->size(0) > 0, "head.weight has shape ",
-                      head_weight->sizes(), "; it must be [O, ", bidirectional ? "2 H]" : "H]");
-    arguments.outputs = head_weight->size(0);
-    arguments.head_weight = checked(*head_weight, "head.weight", {arguments.outputs, directions * hidden});
+                      head_weight->sizes(), "; it must be [O, ", a.directions > 1 ? "2 H]" : "H]");
+    a.outputs = head_weight->size(0);
+    a.head_weight = checked(*head_weight, "head.weight", {a.outputs, a.directions * a.hidden});
   }
   if (head_bias) {
     TORCH_CHECK_VALUE(head_weight, "head.bias is given without head.weight; give both");
-    arguments.head_bias = checked(*head_bias, "head.bias", {arguments.outputs});
+    a.head_bias = checked(*head_bias, "head.bias", {a.outputs});
   }
   if (embedding) {
     TORCH_CHECK_VALUE(embedding->dim() == 2 && embedding->size(0) > 0, "embedding.weight has shape ",
                       embedding->sizes(), "; it must be [V, I]");
-    arguments.vocabulary = embedding->size(0);
-    arguments.embedding = checked(*embedding, "embedding.weight", {arguments.vocabulary, input});
+    a.vocabulary = embedding->size(0);
+    a.embedding = checked(*embedding, "embedding.weight", {a.vocabulary, a.input});
   }
+}
 
-  Results results(arguments, like.scalar_type());
+// In the narrowest arithmetic that loses nothing.
+PathChainResult compute(const Arguments& a) {
+  const Tensor& like = a.weight_hh[0];
+  Results results(a, like.scalar_type());
   Arithmetic arithmetic = kOwn;
   int64_t bad = -1;
   const bool is_double = like.scalar_type() == at::kDouble;
-  bool lost = is_double ? pass<double>(arguments, results, bad) : pass<float>(arguments, results, bad);
-  TORCH_CHECK_VALUE(bad < 0, tensor_name(bad, chains, directions, !bias_ih.empty(), head_weight.has_value(),
-                                         head_bias.has_value()),
+  bool underflowed = is_double ? pass<double>(a, results, bad) : pass<float>(a, results, bad);
+  TORCH_CHECK_VALUE(bad < 0, tensor_name(bad, a),
                     " has a nan or infinite entry; κ and γ² need finite weights: restore them, or lower the step size");
-  lost = lost || first_arithmetic() > (is_double ? kDouble : kOwn);
-  if (lost) {
-    const Arguments wide = is_double ? arguments : arguments.wide();
+  underflowed = underflowed || first_arithmetic() > (is_double ? kDouble : kOwn);
+  if (underflowed) {
+    const Arguments wide = is_double ? a : a.wide();
     Results found(wide, at::kDouble);
     if (is_double) {
       found.unit_exponents = results.unit_exponents;
     } else {
       arithmetic = kDouble;
-      lost = pass<double>(wide, found, bad) || first_arithmetic() == kExtended;
+      underflowed = pass<double>(wide, found, bad) || first_arithmetic() == kExtended;
     }
-    if (lost) {
+    if (underflowed) {
       arithmetic = kExtended;
       extended(wide, found);
     }
@@ -366,6 +351,30 @@ PathChainResult path_chain_op(
   *which.mutable_data_ptr<int8_t>() = arithmetic;
   return {results.kappa, results.exponents, results.unit_exponents, results.entry_exponents, results.log_path_norm,
           results.lags, results.bounds, which};
+}
+
+}  // namespace
+
+PathChainResult path_chain_op(
+    at::TensorList weight_ih, at::TensorList weight_hh, at::TensorList bias_ih, at::TensorList bias_hh,
+    const optional<Tensor>& head_weight, const optional<Tensor>& head_bias, const optional<Tensor>& embedding,
+    int64_t seq_len, bool last_only, bool ones_h0, bool kappa1, double second_factor, double rtol,
+    at::IntArrayRef first_lags, int64_t workspace_bytes, bool bidirectional, int64_t* ways) {
+  Arguments a{};
+  a.chains = static_cast<int64_t>(weight_hh.size());
+  a.directions = bidirectional ? 2 : 1;
+  a.seq_len = seq_len;
+  a.last_only = last_only;
+  a.ones_h0 = ones_h0;
+  a.kappa1 = kappa1;
+  a.second_factor = second_factor;
+  a.rtol = rtol;
+  a.first_lags = first_lags.vec();
+  a.workspace_bytes = workspace_bytes == -1 ? kWorkspaceBytes : workspace_bytes;
+  a.ways = ways;
+  check_options(a, weight_ih, weight_hh, bias_ih, bias_hh);
+  take_weights(a, weight_ih, weight_hh, bias_ih, bias_hh, head_weight, head_bias, embedding);
+  return compute(a);
 }
 
 int path_chain_threads(int64_t chains, int64_t seq_len, int64_t hidden, bool second_term, int64_t ends) {

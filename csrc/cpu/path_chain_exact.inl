@@ -2,8 +2,6 @@
 // underflows, whatever the weights. Nothing but eqs. (3), (9) and (11), step by step, all lags summed; all terms are
 // non-negative, so every entry is right to the roundings of its paths.
 
-typedef int64_t Integers __attribute__((vector_size(kVectorBytes)));
-
 // Where numbers lie: mantissa 0 with exponent kZeroExponent, or a mantissa in [1, 2).
 struct Numbers {
   double* m;
@@ -45,37 +43,25 @@ struct NumberMatrix {
 class NumberSum {
  public:
   NumberSum() = default;
-  explicit NumberSum(Numbers start) {
-    std::memcpy(&m_, start.m, sizeof(m_));
-    std::memcpy(&e_, start.e, sizeof(e_));
-  }
-  void add(const Vec<double>& m, const Integers& e) {
-    const Integers top = e_ > e ? e_ : e;
-    m_ = m_ * scale(e_ - top) + m * scale(e - top);
+  explicit NumberSum(Numbers start) : m_(load(start.m)), e_(load(start.e)) {}
+  void add(const Vec<double>& m, const Vec<int64_t>& e) {
+    const Vec<int64_t> top = e_ > e ? e_ : e;
+    // Zero below the normal numbers: beside it stands a term of at least one.
+    m_ = m_ * powers_of_two(e_ - top) + m * powers_of_two(e - top);
     e_ = top;
   }
-  void store(Numbers out) const {
-    Integers bits;
-    std::memcpy(&bits, &m_, sizeof(bits));
-    const Integers exponent = e_ + (bits >> 52) - 1023;
+  void write(Numbers out) const {
+    Vec<int64_t> bits = bits_of<double>(m_);
+    const Vec<int64_t> exponent = e_ + (bits >> 52) - 1023;
     bits = (bits & ((int64_t{1} << 52) - 1)) | (int64_t{1023} << 52);
-    const Integers zero = m_ == 0.0;
-    bits = zero ? Integers{} : bits;
-    const Integers result = zero ? Integers{} + kZeroExponent : exponent;
-    std::memcpy(out.m, &bits, sizeof(bits));
-    std::memcpy(out.e, &result, sizeof(result));
+    const Vec<int64_t> zero = m_ == 0.0;
+    store(out.m, from_bits<double>(zero ? Vec<int64_t>{} : bits));
+    store(out.e, zero ? Vec<int64_t>{} + kZeroExponent : exponent);
   }
 
  private:
-  // 2^n, n ≤ 0; zero below the normal numbers: beside it stands a term of at least one.
-  static Vec<double> scale(const Integers& n) {
-    const Integers bits = n < -1022 ? Integers{} : (n + 1023) << 52;
-    Vec<double> result;
-    std::memcpy(&result, &bits, sizeof(result));
-    return result;
-  }
   Vec<double> m_;
-  Integers e_;
+  Vec<int64_t> e_;
 };
 
 // out += Σ_k x[k * step] b[k], of rows b[k], `ld` apart, the first `columns`.
@@ -92,25 +78,20 @@ inline void add_products(Numbers x, int64_t step, int64_t depth, Numbers b, int6
       const Numbers row = b + (k * ld + n);
 #pragma GCC unroll 4
       for (int64_t v = 0; v < vectors; ++v) {
-        Integers exponent;
-        std::memcpy(&exponent, row.e + v * width, sizeof(exponent));
-        sums[v].add(m * load(row.m + v * width), exponent + e);
+        sums[v].add(m * load(row.m + v * width), load(row.e + v * width) + e);
       }
     }
 #pragma GCC unroll 4
-    for (int64_t v = 0; v < vectors; ++v) sums[v].store(out + n + v * width);
+    for (int64_t v = 0; v < vectors; ++v) sums[v].write(out + n + v * width);
   }
 }
 
 // out += a ⊙ b.
 inline void add_each(Numbers a, Numbers b, int64_t n, Numbers out) {
   for (int64_t k = 0; k < n; k += Simd<double>::width) {
-    Integers ea, eb;
-    std::memcpy(&ea, a.e + k, sizeof(ea));
-    std::memcpy(&eb, b.e + k, sizeof(eb));
     NumberSum sum(out + k);
-    sum.add(load(a.m + k) * load(b.m + k), ea + eb);
-    sum.store(out + k);
+    sum.add(load(a.m + k) * load(b.m + k), load(a.e + k) + load(b.e + k));
+    sum.write(out + k);
   }
 }
 

@@ -13,13 +13,6 @@ inline Vec<U> all(double value) {
   return Vec<U>{} + static_cast<U>(value);
 }
 
-inline double power_of_two(int64_t exponent) {  // within ±1022
-  const uint64_t bits = static_cast<uint64_t>(exponent + 1023) << 52;
-  double result;
-  std::memcpy(&result, &bits, sizeof(result));
-  return result;
-}
-
 // Calls f(row, column, j, m) for the pieces [i + j, i + j + m) of entries [i, i + n) that lie in one row.
 template <typename F>
 inline void for_rows(int64_t columns, int64_t i, int64_t n, const F& f) {
@@ -54,7 +47,7 @@ void shift(const StepWeight<T>& w, int64_t i, int64_t n, const In* in, Out* out)
     const int64_t r = w.row ? w.row[row] : 0;
     for (int64_t q = 0; q < m; ++q) {
       const int64_t e = std::clamp<int64_t>(r + (w.column ? w.column[column + q] : 0), -1000, 1000);
-      to[q] = static_cast<Out>(static_cast<double>(from[q]) * power_of_two(down ? -e : e));
+      to[q] = static_cast<Out>(static_cast<double>(from[q]) * power_of_two<double>(down ? -e : e));
     }
   });
 }
@@ -155,13 +148,9 @@ void add_squares(const U* a, const U* b, int64_t end, Squares& squares) {
   }
   if constexpr (single) {
     Vec<double> wide{};
-    typedef U Part __attribute__((vector_size(sizeof(U) * part)));
     for (int64_t j = 0; j < end; j += part) {
-      Part x, y;
-      std::memcpy(&x, b + j, sizeof(x));
-      const Vec<double> v = __builtin_convertvector(x, Vec<double>);
-      if (a) std::memcpy(&y, a + j, sizeof(y));
-      wide += a ? v * v * __builtin_convertvector(y, Vec<double>) : v * v;
+      const Vec<double> v = load_wide(b + j);
+      wide += a ? v * v * load_wide(a + j) : v * v;
     }
     for (int64_t l = 0; l < part; ++l) squares.near += wide[l];
   } else {
@@ -186,23 +175,16 @@ void add_lengths(const StepWeight<T>& w, int64_t i, int64_t n, const U* kappa, c
 template <typename U>
 class Largest {
  public:
-  void add(const Vec<U>& x) {
-    const Bits size = reinterpret_cast<Bits>(x) & kNoSign;
-    lanes_ = size > lanes_ ? size : lanes_;
-  }
+  void add(const Vec<U>& x) { lanes_ = maximum(bits_of<U>(x) & std::numeric_limits<Int<U>>::max(), lanes_); }
   double value() const {
-    Integer most = lanes_[0];
-    for (int64_t l = 1; l < Simd<U>::width; ++l) most = std::max(most, static_cast<Integer>(lanes_[l]));
+    const Int<U> most = largest_lane(lanes_);
     U result;
     std::memcpy(&result, &most, sizeof(U));
     return static_cast<double>(result);
   }
 
  private:
-  using Integer = std::conditional_t<sizeof(U) == 4, int32_t, int64_t>;
-  typedef Integer Bits __attribute__((vector_size(kVectorBytes)));
-  static constexpr Integer kNoSign = std::numeric_limits<Integer>::max();
-  Bits lanes_{};
+  Ints<U> lanes_{};
 };
 
 // Whether a finite gradient's step is too large in the weight's own coordinates.
@@ -278,7 +260,7 @@ void descent(const StepWeight<T>& w, const SgdRule& rule, int64_t i, int64_t n, 
   sums.pulled |= pulls.value() != 0;
   sums.paths |= paths.value() > 0;
   for (int64_t j = 0; n != end && j < n; ++j) sums.paths |= kappa[j] > U(0);
-  const double most = steps.value() * power_of_two(std::clamp<int64_t>(w.most_down, -1000, 1000));
+  const double most = steps.value() * power_of_two<double>(std::clamp<int64_t>(w.most_down, -1000, 1000));
   if (rule.exact || !(most <= rule.limit)) {
     sums.lost |= lost_entries(w, rule.limit, i, n, step);
   }

@@ -1,30 +1,6 @@
 // relu_rnn, the recurrence. Every thread takes some rows of the batch through all steps, which needs no barrier; when
 // rows are fewer than threads, the threads of one row group split the columns and meet once a step.
 
-// Depth of one pass over a packed panel: 512 rows of 64 floats stay in the second-level cache with the rows of A.
-constexpr int64_t kDepthBlock = 512;
-
-// One step of `rows` rows: c = activation(Σ extra + A · W + start), blocked over the depth of W.
-template <typename T>
-void step(Tile<T> t, const T* a, int64_t a_row, const Packed<T>& weight, int64_t p, const Product<T>* extra,
-          int64_t rows) {
-  const Activation activation = t.activation;
-  const int64_t depth = weight.depth;
-  t.columns = weight.width(p);
-  for (int64_t k = 0; k < depth; k += kDepthBlock) {
-    Product<T> products[2];
-    int64_t count = 0;
-    if (k == 0 && extra) products[count++] = *extra;
-    products[count++] = {a + k, a_row, 1, weight.begin(p) + k * weight.row(p), weight.row(p),
-                         std::min(kDepthBlock, depth - k)};
-    t.num_products = count;
-    t.activation = k + kDepthBlock >= depth ? activation : Activation::none;
-    panel(t, products, rows);
-    t.start = t.c;
-    t.start_row = t.c_row;
-  }
-}
-
 // How a team covers [batch rows] x [weight panels].
 struct Grid {
   int64_t row_first, row_last, panel_first, panel_last;
@@ -60,7 +36,7 @@ template <typename T>
 void relu_rnn_forward(const ReluRnnForward<T>& p, int threads) {
   const int64_t T_ = p.seq_len, B = p.batch, H = p.hidden, I = p.input;
   std::vector<Barrier> barriers(threads);
-  std::vector<T, Aligned<T>> packed_hh(Packed<T>::size(H, H)), packed_ih(p.x ? Packed<T>::size(I, H) : 0);
+  Buffer<T> packed_hh(Packed<T>::size(H, H)), packed_ih(p.x ? Packed<T>::size(I, H) : 0);
   const Packed<T> weight{packed_hh.data(), H, H, kPanel<T>}, input{packed_ih.data(), I, H, kPanel<T>};
   const auto copy = [](T w) { return w; };
   run_team(threads, [&](const Team& team) {
@@ -136,7 +112,7 @@ class WeightGradients {
         row[I] = T(1);
       }
     }
-    const auto copy = [&](std::vector<T, Aligned<T>>& to, const T* from) {
+    const auto copy = [&](Buffer<T>& to, const T* from) {
       for (int64_t r = 0; r < rows_; ++r) std::copy(from + (b + r) * H, from + (b + r + 1) * H, to.data() + r * ld_);
     };
     if (first == 0 && p_.h_0) copy(h_0_, p_.h_0);
@@ -191,15 +167,48 @@ class WeightGradients {
 
   const ReluRnnBackward<T>& p_;
   int64_t rows_, ld_, ldx_, steps_;
-  std::vector<T, Aligned<T>> hh_, ih_, x_, h_0_, h_1_, ring_;
+  Buffer<T> hh_, ih_, x_, h_0_, h_1_, ring_;
   std::vector<Product<T>> products_;
 };
+
+// delta of step t (t = -1: the gradient of h_0), rows from b on in one panel: of `going_on` rows whose delta of the step
+// after is `later`, and of `ending` rows, to which nothing comes from there; grad_h_n arrives instead, by the same gate.
+template <typename T>
+[[gnu::always_inline]] inline void backward_panel(const ReluRnnBackward<T>& p, const Packed<T>& weight, int64_t n, int64_t t,
+                                                  int64_t b, T* delta, const T* later, int64_t going_on, int64_t ending) {
+  const int64_t H = p.hidden, column = n * weight.panel;
+  Tile<T> out{};
+  out.c = delta + column;
+  out.c_row = H;
+  if (t >= 0) {
+    const int64_t offset = (p.first[t] + b) * H + column;
+    out.activation = Activation::mask;
+    out.gate = p.y + offset;
+    out.gate_row = H;
+    out.start = p.grad_y ? p.grad_y + offset : nullptr;
+    out.start_row = H;
+  }
+  if (going_on > 0) step(out, later, H, weight, n, static_cast<const Product<T>*>(nullptr), going_on);
+  if (ending == 0) return;
+  const int64_t skipped = going_on * H;
+  out.c += skipped;
+  out.gate += skipped;
+  if (out.start) out.start += skipped;
+  out.columns = weight.width(n);
+  panel(out, static_cast<Product<T>*>(nullptr), ending);
+  for (int64_t i = 0; p.grad_h_n && i < ending; ++i) {
+    for (int64_t j = 0; j < out.columns; ++j) {
+      const int64_t at = i * H + j;
+      if (!(out.gate[at] <= T(0))) out.c[at] += p.grad_h_n[b * H + column + skipped + at];
+    }
+  }
+}
 
 template <typename T>
 void relu_rnn_backward(const ReluRnnBackward<T>& p, int threads) {
   const int64_t T_ = p.seq_len, B = p.batch, H = p.hidden;
   std::vector<Barrier> barriers(threads);
-  std::vector<T, Aligned<T>> packed_hh(Packed<T>::size(H, H));
+  Buffer<T> packed_hh(Packed<T>::size(H, H));
   const Packed<T> weight{packed_hh.data(), H, H, kPanel<T>};
   std::vector<std::unique_ptr<WeightGradients<T>>> shares;
   run_team(threads, [&](const Team& team) {
@@ -219,34 +228,9 @@ void relu_rnn_backward(const ReluRnnBackward<T>& p, int threads) {
     int64_t going_on = 0;  // rows of the step after t
     for (int64_t t = T_ - 1; t >= (p.grad_h_0 ? -1 : 0); --t) {
       const int64_t rows_now = t < 0 ? rows : grid.rows_of(p.rows[t]), ending = rows_now - going_on;
+      T *const now = t < 0 ? p.grad_h_0 + b * H : delta(t), *const later = going_on > 0 ? delta(t + 1) : nullptr;
       for (int64_t n = grid.panel_first; n < grid.panel_last; ++n) {
-        const int64_t column = n * weight.panel;
-        Tile<T> out{};
-        out.c = (t < 0 ? p.grad_h_0 + b * H : delta(t)) + column;
-        out.c_row = H;
-        if (t >= 0) {
-          const int64_t offset = (p.first[t] + b) * H + column;
-          out.activation = Activation::mask;
-          out.gate = p.y + offset;
-          out.gate_row = H;
-          out.start = p.grad_y ? p.grad_y + offset : nullptr;
-          out.start_row = H;
-        }
-        if (going_on > 0) step(out, delta(t + 1), H, weight, n, static_cast<const Product<T>*>(nullptr), going_on);
-        if (ending == 0) continue;
-        // To rows that end here nothing comes from a later step; grad_h_n arrives instead, through the same gate.
-        const int64_t skipped = going_on * H;
-        out.c += skipped;
-        out.gate += skipped;
-        if (out.start) out.start += skipped;
-        out.columns = weight.width(n);
-        panel(out, static_cast<Product<T>*>(nullptr), ending);
-        for (int64_t i = 0; p.grad_h_n && i < ending; ++i) {
-          for (int64_t j = 0; j < out.columns; ++j) {
-            const int64_t at = i * H + j;
-            if (!(out.gate[at] <= T(0))) out.c[at] += p.grad_h_n[b * H + column + skipped + at];
-          }
-        }
+        backward_panel(p, weight, n, t, b, now, later, going_on, ending);
       }
       going_on = rows_now;
       if (grid.barrier) grid.barrier->wait();

@@ -136,6 +136,31 @@ void panel(Tile<T> t, Product<T>* products, int64_t rows) {
   }
 }
 
+// out = alpha · Σ of one or two products, [rows, columns] in rows of `row`; each panel is given to f(columns, out) at once.
+template <typename T, typename F>
+void panels(const Product<T>* products, int64_t count, T* out, int64_t row, int64_t rows, int64_t columns, T alpha,
+              const F& f) {
+  for (int64_t column = 0; column < columns; column += kPanel<T>) {
+    Product<T> parts[2];
+    for (int64_t i = 0; i < count; ++i) {
+      parts[i] = products[i];
+      parts[i].b += column;
+    }
+    Tile<T> t{};
+    t.num_products = count;
+    t.columns = std::min(kPanel<T>, columns - column);
+    t.c = out + column;
+    t.c_row = row;
+    t.alpha = alpha;
+    panel(t, parts, rows);
+    f(t.columns, t.c);
+  }
+}
+template <typename T>
+void panels(const Product<T>* products, int64_t count, T* out, int64_t row, int64_t rows, int64_t columns, T alpha) {
+  panels(products, count, out, row, rows, columns, alpha, [](int64_t, T*) {});
+}
+
 // A matrix [depth, columns] copied into panels of `panel` columns, each contiguous by rows and padded with zeros to
 // whole vectors, so that a tile streams it.
 template <typename T>
@@ -177,5 +202,49 @@ void pack(const Packed<T>& dst, const T* src, int64_t row, int64_t column, const
       }
       for (int64_t k = k0; k < k1; ++k) std::fill(out + k * stride + width, out + (k + 1) * stride, T(0));
     }
+  }
+}
+// Rows [first, last) of a packed matrix, `ld` apart, padding included.
+template <typename T>
+void unpack(const Packed<T>& w, int64_t first, int64_t last, T* out, int64_t ld) {
+  for (int64_t p = 0; p < w.panels(); ++p) {
+    for (int64_t k = first; k < last; ++k) {
+      const T* row = w.begin(p) + k * w.row(p);
+      std::copy(row, row + w.row(p), out + k * ld + p * w.panel);
+    }
+  }
+}
+
+// Depth of one pass over a packed panel: 512 rows of 64 floats stay in the second-level cache with the rows of A.
+constexpr int64_t kDepthBlock = 512;
+
+// One step of `rows` rows: c = activation(Σ extra + A · W + start), blocked over the depth of W.
+template <typename T>
+void step(Tile<T> t, const T* a, int64_t a_row, const Packed<T>& weight, int64_t p, const Product<T>* extra,
+          int64_t rows) {
+  const Activation activation = t.activation;
+  const int64_t depth = weight.depth;
+  t.columns = weight.width(p);
+  for (int64_t k = 0; k < depth; k += kDepthBlock) {
+    Product<T> products[2];
+    int64_t count = 0;
+    if (k == 0 && extra) products[count++] = *extra;
+    products[count++] = {a + k, a_row, 1, weight.begin(p) + k * weight.row(p), weight.row(p),
+                         std::min(kDepthBlock, depth - k)};
+    t.num_products = count;
+    t.activation = k + kDepthBlock >= depth ? activation : Activation::none;
+    panel(t, products, rows);
+    t.start = t.c;
+    t.start_row = t.c_row;
+  }
+}
+// out = a · W, [rows, columns of W] in rows of `row`.
+template <typename T>
+void multiply_packed(const T* a, int64_t a_row, const Packed<T>& weight, T* out, int64_t row, int64_t rows) {
+  for (int64_t p = 0; p < weight.panels(); ++p) {
+    Tile<T> t{};
+    t.c = out + p * weight.panel;
+    t.c_row = row;
+    step(t, a, a_row, weight, p, static_cast<const Product<T>*>(nullptr), rows);
   }
 }
