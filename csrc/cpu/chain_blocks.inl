@@ -58,27 +58,7 @@ class ChainBlocks {
  public:
   // Of T steps in blocks of 2^log2, one at least.
   ChainBlocks(int64_t seq_len, int64_t hidden, int64_t log2, int threads)
-      : H_(hidden),
-        ld_(padded<T>(hidden)),
-        q_(log2),
-        n_(int64_t{1} << log2),
-        N_(seq_len >> log2),
-        r_(seq_len - (N_ << log2)),
-        low_(2 * n_ + r_),
-        count_(low_ + N_ + 3),
-        memory_((q_ + 4) * H_ * ld_ + 2 * Packed<T>::size(H_, H_) + 2 * (count_ + 2) * ld_ + padded<T>(left_size(H_))),
-        powers_(memory_.take((q_ + 1) * H_ * ld_)),
-        sum_{memory_.take(H_ * ld_), memory_.take(H_ * ld_)},
-        rest_(memory_.take(H_ * ld_)),
-        packed_h_{memory_.take(Packed<T>::size(H_, H_)), H_, H_, kVectorRow * Simd<T>::width},
-        packed_d_{memory_.take(Packed<T>::size(H_, H_)), H_, H_, kVectorRow * Simd<T>::width},
-        h_(memory_.take(count_ * ld_), count_, ld_),
-        d_(memory_.take(count_ * ld_), count_, ld_),
-        scratch_h_(memory_.take(2 * ld_)),
-        scratch_d_(memory_.take(2 * ld_)),
-        left_(memory_.take(left_size(H_))),
-        tops_(2 * threads),
-        underflowed_(2 * threads) {
+      : H_(hidden), q_(log2), N_(seq_len >> log2), r_(seq_len - (N_ << log2)), tops_(2 * threads), underflowed_(2 * threads) {
     for (int64_t n = 1; n < H_; n *= 2) ++bits_;
   }
 
@@ -277,14 +257,17 @@ class ChainBlocks {
     }
   }
 
-  int64_t H_, ld_, q_, n_, N_, r_, low_, count_, bits_ = 0;
-  Workspace<T, 2> memory_;
-  T* powers_;
-  T* sum_[2];
-  T* rest_;
-  Packed<T> packed_h_, packed_d_;  // of n steps at once
-  BlockRows<T> h_, d_;
-  T *scratch_h_, *scratch_d_, *left_;
+  T* matrix(int64_t count = 1) { return memory_.take(count * H_ * ld_); }
+  T* rows(int64_t count) { return memory_.take(count * ld_); }
+
+  const int64_t H_, q_, N_, r_, ld_ = padded<T>(H_), n_ = int64_t{1} << q_, low_ = 2 * n_ + r_, count_ = low_ + N_ + 3;
+  int64_t bits_ = 0;
+  Workspace<T, 2> memory_{(q_ + 6) * H_ * ld_ + 2 * (count_ + 2) * ld_ + padded<T>(left_size(H_))};
+  T *const powers_ = matrix(q_ + 1), *const sum_[2] = {matrix(), matrix()}, *const rest_ = matrix();
+  const Packed<T> packed_h_{matrix(), H_, H_, kVectorRow * Simd<T>::width};  // of n steps at once
+  const Packed<T> packed_d_{matrix(), H_, H_, kVectorRow * Simd<T>::width};
+  BlockRows<T> h_{rows(count_), count_, ld_}, d_{rows(count_), count_, ld_};
+  T *const scratch_h_ = rows(2), *const scratch_d_ = rows(2), *const left_ = memory_.take(left_size(H_));
   std::vector<int64_t> tops_;  // by thread, twice
   std::vector<char> underflowed_;
 };

@@ -40,7 +40,10 @@ class Drives {
       mix_up(n_.opposite(below), h_other_[0]);
       add_flipped(after_first, h_other_[0], team);
     }
-    add_bias(boundary_.bias[c], after_first, team);
+    const Scaled<T>& bias = boundary_.bias[c];
+    if (bias.exponent != kZeroExponent) {
+      add(after_first, team, [&](int64_t) { return std::pair<const T*, int64_t>(bias.data.data(), bias.exponent); });
+    }
     team.wait();
     // Row t of the drive belongs to step t - 1. What the other direction reaches last comes first here: never constant.
     const Closed<T> end = *h_[below].closed_form;
@@ -100,24 +103,20 @@ class Drives {
     team.wait();
   }
 
-  // drive += other, T rows of the opposite direction, whose time runs against the drive's.
-  void add_flipped(const Rows<T>& drive, const Rows<T>& other, const Team& team) {
+  // drive_t += row · 2^exponent, other(t) being the row with its exponent.
+  template <typename F>
+  void add(const Rows<T>& drive, const Team& team, const F& other) {
     int64_t first, last;
     team.share(n_.T_, first, last);
     for (int64_t t = first; t < last; ++t) {
-      const int64_t s = n_.T_ - 1 - t;
-      finish_step(drive[t], drive.exponent[t], other[s], other.exponent[s], ld_, drive.exponent[t], drive.largest[t]);
+      const auto [row, exponent] = other(t);
+      finish_step(drive[t], drive.exponent[t], row, exponent, ld_, drive.exponent[t], drive.largest[t]);
     }
     team.wait();
   }
-  void add_bias(const Scaled<T>& b, const Rows<T>& drive, const Team& team) {
-    if (b.exponent == kZeroExponent) return;
-    int64_t first, last;
-    team.share(n_.T_, first, last);
-    for (int64_t t = first; t < last; ++t) {
-      finish_step(drive[t], drive.exponent[t], b.data.data(), b.exponent, ld_, drive.exponent[t], drive.largest[t]);
-    }
-    team.wait();
+  // Rows of the opposite direction, whose time runs against the drive's.
+  void add_flipped(const Rows<T>& drive, const Rows<T>& other, const Team& team) {
+    add(drive, team, [&, last = n_.T_ - 1](int64_t t) { return std::pair<const T*, int64_t>(other[last - t], other.exponent[last - t]); });
   }
 
   // Of the direction's rows, and of those from the other one. Drives run with their chain's rows: h has T + 1 of them, its

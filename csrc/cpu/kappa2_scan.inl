@@ -22,7 +22,8 @@ struct Scan {
 
 // Entries [j0, j0 + own) of row t, near the centre, and their exponent: the rest of the row may be far larger.
 template <typename T>
-int64_t own_part(const Rows<T>& rows, const Closed<T>& closed, int64_t t, int64_t j0, int64_t own, Buffer<T>& out) {
+[[gnu::always_inline]] inline int64_t own_part(const Rows<T>& rows, const Closed<T>& closed, int64_t t, int64_t j0, int64_t own,
+                                               Buffer<T>& out) {
   std::fill(out.begin(), out.end(), T(0));
   if (rows.exponent[t] == kZeroExponent) return kZeroExponent;
   const bool is_closed = closed.holds(t);

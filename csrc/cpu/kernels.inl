@@ -3,9 +3,7 @@
 // Each needs those before it.
 static_assert(kTileRows / 2 <= kRowGroup, "a row group fills half a tile");
 #include "workspace.inl"
-
 #include "relu_rnn.inl"
-
 // path_chain: numbers, the network in canonical coordinates, its chains, sums over time, κ⁽²⁾, all together.
 #include "lanes.inl"
 #include "rows.inl"
@@ -30,7 +28,6 @@ static_assert(kTileRows / 2 <= kRowGroup, "a row group fills half a tile");
 #include "kappa2.inl"
 #include "path_chain.inl"
 #include "path_chain_exact.inl"
-
 #include "path_step.inl"
 
 template <typename T>

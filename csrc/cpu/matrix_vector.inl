@@ -18,14 +18,11 @@ void vector_panel(const T* a, const T* b, int64_t depth, T* out) {
 #pragma GCC unroll 8
   for (int v = 0; v < Vectors; ++v) store(out + v * width, acc[v]);
 }
-template <typename T, int... V>
-constexpr std::array<void (*)(const T*, const T*, int64_t, T*), sizeof...(V)> vector_table(
-    std::integer_sequence<int, V...>) {
-  return {{&vector_panel<T, V + 1>...}};
-}
 template <typename T>
 void matrix_vector(const Packed<T>& w, const T* a, T* out) {
-  constexpr auto table = vector_table<T>(std::make_integer_sequence<int, kVectorRow>());
+  constexpr auto table = []<int... V>(std::integer_sequence<int, V...>) {
+    return std::array{&vector_panel<T, V + 1>...};
+  }(std::make_integer_sequence<int, kVectorRow>());
   for (int64_t p = 0; p < w.panels(); ++p) {
     table[w.row(p) / Simd<T>::width - 1](a, w.begin(p), w.depth, out + p * w.panel);
   }

@@ -30,14 +30,15 @@ constexpr int64_t kWorkspaceBytes = 16 << 20;
 
 // The arguments, contiguous: copies live until the kernel is done.
 struct Arguments {
-  int64_t chains, directions, input, hidden, outputs = 0, vocabulary = 0, seq_len;
+  int64_t chains, directions, seq_len;
   bool last_only, ones_h0, kappa1;
   double second_factor, rtol;
   std::vector<int64_t> first_lags;
   int64_t workspace_bytes;
-  std::vector<Tensor> weight_ih, weight_hh, bias_ih, bias_hh;
-  Tensor head_weight, head_bias, embedding;  // undefined where not given
   int64_t* ways;
+  int64_t input = 0, hidden = 0, outputs = 0, vocabulary = 0;
+  std::vector<Tensor> weight_ih{}, weight_hh{}, bias_ih{}, bias_hh{};
+  Tensor head_weight{}, head_bias{}, embedding{};  // undefined where not given
 
   Arguments wide() const {
     Arguments result = *this;
@@ -360,18 +361,9 @@ PathChainResult path_chain_op(
     const optional<Tensor>& head_weight, const optional<Tensor>& head_bias, const optional<Tensor>& embedding,
     int64_t seq_len, bool last_only, bool ones_h0, bool kappa1, double second_factor, double rtol,
     at::IntArrayRef first_lags, int64_t workspace_bytes, bool bidirectional, int64_t* ways) {
-  Arguments a{};
-  a.chains = static_cast<int64_t>(weight_hh.size());
-  a.directions = bidirectional ? 2 : 1;
-  a.seq_len = seq_len;
-  a.last_only = last_only;
-  a.ones_h0 = ones_h0;
-  a.kappa1 = kappa1;
-  a.second_factor = second_factor;
-  a.rtol = rtol;
-  a.first_lags = first_lags.vec();
-  a.workspace_bytes = workspace_bytes == -1 ? kWorkspaceBytes : workspace_bytes;
-  a.ways = ways;
+  if (workspace_bytes == -1) workspace_bytes = kWorkspaceBytes;
+  Arguments a{static_cast<int64_t>(weight_hh.size()), bidirectional ? 2 : 1, seq_len, last_only, ones_h0, kappa1,
+              second_factor, rtol, first_lags.vec(), workspace_bytes, ways};
   check_options(a, weight_ih, weight_hh, bias_ih, bias_hh);
   take_weights(a, weight_ih, weight_hh, bias_ih, bias_hh, head_weight, head_bias, embedding);
   return compute(a);

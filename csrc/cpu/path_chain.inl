@@ -6,13 +6,6 @@ class PathChainRun {
   PathChainRun(const PathChain<T>& net, int threads)
       : net_(net), threads_(threads), canonical_(n_, threads), boundary_(n_, canonical_, threads),
         results_(n_, canonical_, boundary_, h_, d_, drives_, threads), underflowed_(threads, 0), finite_(threads, 1) {
-    if (shared_) {
-      scratch_.resize(SharedRows<T>::size(ld_, threads, 4));
-      if (closes_) wide_scratch_.resize(SharedRows<double>::size(ld_, threads, 6));
-    } else {
-      packed_h_.resize(Packed<T>::size(H_, H_));
-      packed_d_.resize(Packed<T>::size(H_, H_));
-    }
     if (net.second_factor > 0) second_.emplace(T_, H_, net.workspace_bytes, threads);
   }
 
@@ -220,8 +213,9 @@ class PathChainRun {
   Drives<T> drives_{n_, canonical_, boundary_, h_, d_};
   PathChainResults<T> results_;
   Buffer<T> zeros_ = Buffer<T>(ld_, T(0)), coefficients_ = Buffer<T>(4 * n_.C * (T_ + 1));
-  Buffer<T> packed_h_, packed_d_, scratch_;
-  Buffer<double> wide_scratch_;
+  Buffer<T> packed_h_ = Buffer<T>(shared_ ? 0 : Packed<T>::size(H_, H_)), packed_d_ = Buffer<T>(packed_h_.size());
+  Buffer<T> scratch_ = Buffer<T>(shared_ ? SharedRows<T>::size(ld_, threads_, 4) : 0);
+  Buffer<double> wide_scratch_ = Buffer<double>(closes_ ? SharedRows<double>::size(ld_, threads_, 6) : 0);
   std::optional<Kappa2Run<T>> second_;
   std::optional<ChainBlocks<T>> blocks_;
   std::array<int64_t, 2> converges_;  // of h and δ, as begin_chain tells

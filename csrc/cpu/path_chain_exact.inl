@@ -97,18 +97,7 @@ inline void add_each(Numbers a, Numbers b, int64_t n, Numbers out) {
 
 class PathChainExact {
  public:
-  explicit PathChainExact(const PathChain<double>& net)
-      : net_(net),
-        T_(net.seq_len),
-        H_(net.hidden),
-        D_(net.directions),
-        C_(net.num_layers * net.directions),
-        backward_(!net.kappa_hh.empty()),
-        one_(1, 1),
-        input_(1, net.input),
-        d_sum_(backward_ ? C_ : 0, net.hidden),
-        h_sum_(D_, net.hidden),
-        head_(D_, net.hidden) {
+  explicit PathChainExact(const PathChain<double>& net) : net_(net) {
     set_number(one_[0], 1, 0);
     for (int64_t c = 0; c < C_; ++c) {
       const int64_t parts = c < D_ ? 1 : D_, inputs = c < D_ ? net.input : H_, row = parts * inputs;
@@ -329,9 +318,9 @@ class PathChainExact {
   }
 
   const PathChain<double>& net_;
-  int64_t T_, H_, D_, C_;
-  bool backward_;
-  NumberMatrix one_, input_, d_sum_, h_sum_, head_;
+  const int64_t T_ = net_.seq_len, H_ = net_.hidden, D_ = net_.directions, C_ = net_.num_layers * D_;
+  const bool backward_ = !net_.kappa_hh.empty();
+  NumberMatrix one_{1, 1}, input_{1, net_.input}, d_sum_{backward_ ? C_ : 0, H_}, h_sum_{D_, H_}, head_{D_, H_};
   std::vector<NumberMatrix> up_, down_, forward_hh_, backward_hh_, h_, d_;
 };
 

@@ -100,12 +100,11 @@ class PathChainResults {
 
   // Σ_t h_t of the top layer, both directions on one exponent.
   int64_t head_kappa() {
-    std::vector<int64_t> largest;
+    int64_t top = kZeroExponent;
     for (int64_t e = 0; e < n_.D; ++e) {
       const int64_t m = magnitude(*std::max_element(h_sum(e), h_sum(e) + n_.H));
-      largest.push_back(m == kZeroExponent ? m : m + h_sum_exponent_[e]);
+      if (m != kZeroExponent) top = std::max(top, m + h_sum_exponent_[e]);
     }
-    const int64_t top = *std::max_element(largest.begin(), largest.end());
     const int64_t result = result_exponent(top);
     for (int64_t e = 0; e < n_.D; ++e) {
       // In two halves: the scale may be out of range where the entries are not.

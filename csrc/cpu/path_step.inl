@@ -24,6 +24,12 @@ inline void for_rows(int64_t columns, int64_t i, int64_t n, const F& f) {
   }
 }
 
+// e of an entry.
+template <typename T>
+inline int64_t exponent_at(const StepWeight<T>& w, int64_t row, int64_t column) {
+  return (w.row ? w.row[row] : 0) + (w.column ? w.column[column] : 0);
+}
+
 // out = in · 2^e, or in · 2^-e: into canonical coordinates and back.
 template <bool down, typename U, typename T, typename In, typename Out>
 void shift(const StepWeight<T>& w, int64_t i, int64_t n, const In* in, Out* out) {
@@ -44,9 +50,8 @@ void shift(const StepWeight<T>& w, int64_t i, int64_t n, const In* in, Out* out)
       }
       return;
     }
-    const int64_t r = w.row ? w.row[row] : 0;
     for (int64_t q = 0; q < m; ++q) {
-      const int64_t e = std::clamp<int64_t>(r + (w.column ? w.column[column + q] : 0), -1000, 1000);
+      const int64_t e = std::clamp<int64_t>(exponent_at(w, row, column + q), -1000, 1000);
       to[q] = static_cast<Out>(static_cast<double>(from[q]) * power_of_two<double>(down ? -e : e));
     }
   });
@@ -72,13 +77,12 @@ const U* gather_kappa(const StepWeight<T>& w, int64_t i, int64_t n, U* out) {
   return out;
 }
 
+// In κ's coordinates, padded with 0: a gradient scales as 1/weight does.
 template <typename T, typename U>
 void gather_gradient(const StepWeight<T>& w, int64_t i, int64_t n, Run<U>& run) {
-  // κ's coordinates: a gradient scales as 1/weight does.
   shift<true, U>(w, i, n, w.gradient + i, run.gradient);
   std::fill(run.gradient + n, run.gradient + padded<U>(n), U(0));
 }
-
 template <typename T, typename U>
 void gather_weight(const StepWeight<T>& w, int64_t i, int64_t n, Run<U>& run) {
   shift<false, U>(w, i, n, w.weight + i, run.weight);
@@ -101,7 +105,7 @@ void add_step(const StepWeight<T>& w, int64_t i, int64_t n, const U* x, Out* wei
       for (int64_t q = 0; q < m; ++q) to[q] = static_cast<Out>(static_cast<U>(to[q]) + from[q] * r);
     } else {
       for (int64_t q = 0; q < m; ++q) {
-        const int64_t e = (w.row ? w.row[row] : 0) + (w.column ? w.column[column + q] : 0);
+        const int64_t e = exponent_at(w, row, column + q);
         to[q] = static_cast<Out>(static_cast<double>(to[q]) + Number{static_cast<double>(from[q]), -e}.value());
       }
     }
@@ -202,8 +206,7 @@ template <typename T, typename U>
 void exact_descent(const StepWeight<T>& w, const SgdRule& rule, int64_t i, int64_t n, const Run<U>& run, U* step) {
   for_entries(w, i, n, [&](int64_t j, int64_t at) {
     Number divisor = entry_kappa(w, at) * rule.kappa_share;
-    const int64_t row = (i + j) / w.columns, column = (i + j) % w.columns;
-    const int64_t e = (w.row ? w.row[row] : 0) + (w.column ? w.column[column] : 0);
+    const int64_t e = exponent_at(w, (i + j) / w.columns, (i + j) % w.columns);
     if (rule.damping.mantissa != 0) divisor = divisor + rule.damping * Number{1, -2 * e};
     const double g = static_cast<double>(w.gradient[i + j]);
     double d = g - g;
@@ -513,7 +516,7 @@ void norm_gradient_exactly(const StepWeight<T>& w, const Number& factor, int64_t
   for_rows(w.columns, i, n, [&](int64_t row, int64_t column, int64_t j, int64_t m) {
     for (int64_t q = 0; q < m; ++q) {
       const int64_t at = row * w.row_stride + (column + q) * w.column_stride;
-      const int64_t e = (w.row ? w.row[row] : 0) + (w.column ? w.column[column + q] : 0);
+      const int64_t e = exponent_at(w, row, column + q);
       // κ scales as 1/weight² does.
       int64_t exponent = factor.exponent + 2 * e + (w.entry_exponents ? w.entry_exponents[at] : 0);
       const double product = split(static_cast<double>(w.weight[i + j + q]), exponent) *

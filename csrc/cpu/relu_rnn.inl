@@ -83,18 +83,7 @@ class WeightGradients {
   // Rows that are multiplied at a time: with y's rows they fill about half of a second-level cache at H = 256.
   static constexpr int64_t kRows = 256;
 
-  WeightGradients(const ReluRnnBackward<T>& p, int64_t rows)
-      : p_(p),
-        rows_(rows),
-        ld_(padded<T>(p.hidden)),
-        ldx_(padded<T>(p.input + 1)),
-        steps_(std::max<int64_t>(1, kRows / std::max<int64_t>(rows, 1))),
-        hh_(p.hidden * ld_, T(0)),
-        ih_(p.hidden * ldx_, T(0)),
-        x_(steps_ * rows * ldx_, T(0)),
-        h_0_(p.h_0 ? rows * ld_ : 0, T(0)),
-        h_1_(p.first[0] > 0 ? rows * ld_ : 0, T(0)),
-        ring_(p.delta ? 0 : (steps_ + 1) * rows * p.hidden) {}
+  WeightGradients(const ReluRnnBackward<T>& p, int64_t rows) : p_(p), rows_(rows) {}
 
   int64_t steps() const { return steps_; }
   // Where delta of step t lies when the caller does not want it.
@@ -165,9 +154,14 @@ class WeightGradients {
     }
   }
 
+  static Buffer<T> zeros(int64_t n) { return Buffer<T>(n, T(0)); }
+
   const ReluRnnBackward<T>& p_;
-  int64_t rows_, ld_, ldx_, steps_;
-  Buffer<T> hh_, ih_, x_, h_0_, h_1_, ring_;
+  const int64_t rows_, ld_ = padded<T>(p_.hidden), ldx_ = padded<T>(p_.input + 1);
+  const int64_t steps_ = std::max<int64_t>(1, kRows / std::max<int64_t>(rows_, 1));
+  Buffer<T> hh_ = zeros(p_.hidden * ld_), ih_ = zeros(p_.hidden * ldx_), x_ = zeros(steps_ * rows_ * ldx_);
+  Buffer<T> h_0_ = zeros(p_.h_0 ? rows_ * ld_ : 0), h_1_ = zeros(p_.first[0] > 0 ? rows_ * ld_ : 0);
+  Buffer<T> ring_ = Buffer<T>(p_.delta ? 0 : (steps_ + 1) * rows_ * p_.hidden);
   std::vector<Product<T>> products_;
 };
 

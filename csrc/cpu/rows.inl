@@ -85,7 +85,7 @@ inline void mark_underflow() {
 
 // v · 2^shift, of whole vectors; in two factors, which are returned, as one may be out of range.
 template <typename T>
-std::pair<T, T> scale(T* v, int64_t n, int64_t shift) {
+[[gnu::always_inline]] inline std::pair<T, T> scale(T* v, int64_t n, int64_t shift) {
   const T s1 = power_of_two<T>(shift / 2), s2 = power_of_two<T>(shift - shift / 2);
   for (int64_t k = 0; shift != 0 && k < n; k += Simd<T>::width) store(v + k, load(v + k) * s1 * s2);
   return {s1, s2};

@@ -103,17 +103,14 @@ void tile(const Tile<T>& t) {
 template <typename T>
 using TileFunction = void (*)(const Tile<T>&);
 
-template <typename T, int Rows, int... V>
-constexpr std::array<TileFunction<T>, sizeof...(V)> tile_row(std::integer_sequence<int, V...>) {
-  return {{&tile<T, Rows, V + 1>...}};
-}
-template <typename T, int... R>
-constexpr std::array<std::array<TileFunction<T>, kTileVectors>, sizeof...(R)> tile_table(
-    std::integer_sequence<int, R...>) {
-  return {{tile_row<T, R + 1>(std::make_integer_sequence<int, kTileVectors>())...}};
-}
+template <typename T, int Rows>
+constexpr auto tile_row = []<int... V>(std::integer_sequence<int, V...>) {
+  return std::array<TileFunction<T>, sizeof...(V)>{&tile<T, Rows, V + 1>...};
+}(std::make_integer_sequence<int, kTileVectors>());
 template <typename T>
-constexpr auto tiles = tile_table<T>(std::make_integer_sequence<int, kTileRows>());
+constexpr auto tiles = []<int... R>(std::integer_sequence<int, R...>) {
+  return std::array{tile_row<T, R + 1>...};
+}(std::make_integer_sequence<int, kTileRows>());
 
 // The panel width of matrix products: columns that one tile covers.
 template <typename T>
@@ -136,10 +133,11 @@ void panel(Tile<T> t, Product<T>* products, int64_t rows) {
   }
 }
 
+constexpr auto kNothing = [](auto...) {};
 // out = alpha · Σ of one or two products, [rows, columns] in rows of `row`; each panel is given to f(columns, out) at once.
-template <typename T, typename F>
+template <typename T, typename F = decltype(kNothing)>
 void panels(const Product<T>* products, int64_t count, T* out, int64_t row, int64_t rows, int64_t columns, T alpha,
-              const F& f) {
+            const F& f = kNothing) {
   for (int64_t column = 0; column < columns; column += kPanel<T>) {
     Product<T> parts[2];
     for (int64_t i = 0; i < count; ++i) {
@@ -155,10 +153,6 @@ void panels(const Product<T>* products, int64_t count, T* out, int64_t row, int6
     panel(t, parts, rows);
     f(t.columns, t.c);
   }
-}
-template <typename T>
-void panels(const Product<T>* products, int64_t count, T* out, int64_t row, int64_t rows, int64_t columns, T alpha) {
-  panels(products, count, out, row, rows, columns, alpha, [](int64_t, T*) {});
 }
 
 // A matrix [depth, columns] copied into panels of `panel` columns, each contiguous by rows and padded with zeros to
