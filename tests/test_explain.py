@@ -101,7 +101,12 @@ def test_a_gpu_backend_comes_with_its_plan(monkeypatch):
 
 @pytest.mark.parametrize(
     ("noise", "steps", "words"),
-    [(None, 3, "h by 3 steps; δ by 3 steps"), (None, 784, "then converged"), (0.02, 784, "blocks of"), (0.0, 784, "then converged")],
+    [
+        (None, 3, "h by 3 steps; δ by 3 steps"),
+        (None, 784, "then converged"),
+        (0.02, 784, "blocks of"),
+        (0.0, 784, "then converged"),
+    ],
 )
 def test_on_the_cpu_how_the_chains_go(noise, steps, words):
     """At nn.RNN's initialisation they end early; near the identity, as in training, nothing ends them."""

@@ -12,6 +12,7 @@ import ast
 import json
 import math
 import platform
+import statistics
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -193,12 +194,15 @@ def curves(results: Sequence[Result]) -> Figure:
         measured = _measured(result)
         right.plot([r["step"] for r in measured], [r["held_out"] for r in measured], marker=".", label=label)
     left.set_ylabel("training loss")
-    # An explosion must not flatten the rest.
-    usual = [r["loss"] for result in results for r in result["history"] if r.get("loss") is not None]
-    left.set_ylim(0, 1.2 * sorted(usual)[int(0.95 * len(usual))])
     right.set_ylabel(f"held-out {results[0]['error']}")
     for axes in (left, right):
         axes.set_xlabel("optimiser steps")
+        # An explosion must not flatten the rest.
+        lines = [line.get_ydata() for line in axes.get_lines()]
+        top, low = 1.5 * statistics.median(max(y[0], y[-1]) for y in lines), min(map(min, lines))
+        if low < top / 30:
+            axes.set_yscale("log")
+        axes.set_ylim(0.9 * low, min(top, 1.05 * max(map(max, lines))))
         axes.grid(alpha=0.3)
     right.legend()
     first = results[0]

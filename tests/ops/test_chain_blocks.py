@@ -1,4 +1,4 @@
-"""κ⁽¹⁾ of one layer whose chains neither converge nor have a closed form: blocks of time (csrc/cpu/chain_blocks.inl)."""
+"""κ⁽¹⁾ of one layer whose chains neither converge nor have a closed form: blocks of time (chain_blocks.inl)."""
 
 import pytest
 import tolerances

@@ -413,7 +413,7 @@ def test_weights_that_are_not_finite(value):
     for layer in (0, 1):
         parameters = network(num_layers=2)
         parameters[f"rnn.weight_hh_l{layer}"][3, 1] = value
-        with pytest.raises(ValueError, match=f"^weight_hh_l{layer} has a nan or infinite entry"):
+        with pytest.raises(ValueError, match=f"^rnn.weight_hh_l{layer} has a nan or infinite entry"):
             ops.path_chain(**arguments(parameters, 9))
 
 

@@ -109,14 +109,22 @@ OPTIONS = (
 )
 
 
-@dtypes
+def with_dtypes(cases):
+    """Each with both; interpreted, where a case takes seconds, with one and the other in turn."""
+    if DEVICE == "cpu":
+        return [(*case, dtype) for case, dtype in zip(cases, itertools.cycle((F32, F64)), strict=False)]
+    return [(*case, dtype) for case in cases for dtype in (F32, F64)]
+
+
 @pytest.mark.parametrize(
-    "network, scale, options",
-    [(name, *OPTIONS[3]) for name in NETWORKS]
-    + [(name, *option) for name, option in zip(itertools.cycle(NETWORKS), OPTIONS, strict=False)],
+    "network, scale, options, dtype",
+    with_dtypes(
+        [(name, *OPTIONS[3]) for name in NETWORKS]
+        + [(name, *option) for name, option in zip(itertools.cycle(NETWORKS), OPTIONS, strict=False)]
+    ),
     ids=str,
 )
-def test_path_sgd(network, dtype, scale, options):
+def test_path_sgd(network, scale, options, dtype):
     size = 30 if dtype == F32 and scale == "none" else 200
     momentum, radius, eps = options.get("momentum", 0.0), options.get("radius", 0.0), options.get("eps", 0.0)
     lr = 2.0 ** (size - 10) if scale == "none" else 1e-3
@@ -209,13 +217,12 @@ def test_many_programs(monkeypatch, rule):
 # --- path coordinates -------------------------------------------------------------------------------------------------
 
 
-@dtypes
 @pytest.mark.parametrize(
-    "network, numbers",
-    [(name, COORDINATES[0]) for name in NETWORKS] + [("embedding", numbers) for numbers in COORDINATES[1:]],
+    "network, numbers, dtype",
+    with_dtypes([(name, COORDINATES[0]) for name in NETWORKS] + [("embedding", n) for n in COORDINATES[1:]]),
     ids=str,
 )
-def test_steps_in_path_coordinates(network, dtype, numbers):
+def test_steps_in_path_coordinates(network, numbers, dtype):
     cases = [build(network, dtype) for _ in range(3)]
     states = [fresh(case) for case in cases]
     for _ in range(2 + int(numbers[5])):
