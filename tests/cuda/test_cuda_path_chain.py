@@ -18,8 +18,12 @@ pytestmark = pytest.mark.usefixtures("poisoned")
 
 F32, F64, I64 = torch.float32, torch.float64, torch.int64
 DTYPES = pytest.mark.parametrize("dtype", (F32, F64), ids=("float32", "float64"))
-HIDDEN = pytest.mark.parametrize("hidden", (1, 3, 17, 100, 130))
-SIZES = pytest.mark.parametrize("hidden, steps", ((1, 1), (1, 7), (3, 2), (17, 40), (100, 7), (130, 2)))
+HIDDEN = pytest.mark.parametrize("hidden", (1, 3, 17, pytest.param(100, marks=pytest.mark.slow), 130))
+SIZES = pytest.mark.parametrize(
+    "hidden, steps", ((1, 1), (1, 7), (3, 2), (17, 40), pytest.param(100, 7, marks=pytest.mark.slow), (130, 2))
+)
+    "hidden, steps", ((1, 1), (1, 7), (3, 2), (17, 40), pytest.param(100, 7, marks=pytest.mark.slow), (130, 2))
+)
 #: Blocks of a chain: slices that divide nothing, one block, more blocks than rows.
 SOME_PLANS = pytest.mark.parametrize("plan", [("block", 1), ("cluster", 3), ("grid", 2)], ids=str)
 PLANS = pytest.mark.parametrize(
@@ -302,7 +306,7 @@ def test_chains_that_come_to_rest(plan, last_only, dtype):
 
 
 @SOME_PLANS
-@pytest.mark.parametrize("seed", range(30))
+@pytest.mark.parametrize("seed", [*range(8), *(pytest.param(n, marks=pytest.mark.slow) for n in range(8, 30))])
 def test_what_is_lost_is_said(seed, plan):
     """Weights over many orders of magnitude: float32 either equals float64 or says that it lost something."""
     torch.manual_seed(seed)
