@@ -15,8 +15,6 @@ DTYPES = pytest.mark.parametrize("dtype", (F32, F64), ids=("float32", "float64")
 SIZES = pytest.mark.parametrize(
     "hidden, steps", ((1, 1), (1, 7), (3, 2), (17, 40), pytest.param(100, 7, marks=pytest.mark.slow), (130, 2))
 )
-    "hidden, steps", ((1, 1), (1, 7), (3, 2), (17, 40), pytest.param(100, 7, marks=pytest.mark.slow), (130, 2))
-)
 #: Exponents: of the same size, so that every row counts, or so far apart that only the rows with the largest do.
 NEAR, FAR = (-3, 0, 2, 5), (-(10**6), 0, 10**6)
 

@@ -22,8 +22,6 @@ HIDDEN = pytest.mark.parametrize("hidden", (1, 3, 17, pytest.param(100, marks=py
 SIZES = pytest.mark.parametrize(
     "hidden, steps", ((1, 1), (1, 7), (3, 2), (17, 40), pytest.param(100, 7, marks=pytest.mark.slow), (130, 2))
 )
-    "hidden, steps", ((1, 1), (1, 7), (3, 2), (17, 40), pytest.param(100, 7, marks=pytest.mark.slow), (130, 2))
-)
 #: Blocks of a chain: slices that divide nothing, one block, more blocks than rows.
 SOME_PLANS = pytest.mark.parametrize("plan", [("block", 1), ("cluster", 3), ("grid", 2)], ids=str)
 PLANS = pytest.mark.parametrize(

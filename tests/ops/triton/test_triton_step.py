@@ -111,7 +111,7 @@ OPTIONS = (
 
 
 def with_dtypes(cases):
-    """Each with both; interpreted, where a case takes seconds, with one and the other in turn, most in the long tail."""
+    """Each with both; interpreted, where a case takes seconds, with one in turn, most of them in the long tail."""
     if DEVICE == "cpu":
         alternating = [(*case, dtype) for case, dtype in zip(cases, itertools.cycle((F32, F64)), strict=False)]
         return [pytest.param(*case, marks=[SLOW] if n % 4 else []) for n, case in enumerate(alternating)]
