@@ -1,6 +1,5 @@
-// Every kernel in one instruction set: the body of a namespace in isa_*.cpp.
+// Every kernel in one instruction set: the body of a namespace in isa_*.cpp. Each file needs those before it.
 #include "tile.inl"
-// Each needs those before it.
 static_assert(kTileRows / 2 <= kRowGroup, "a row group fills half a tile");
 #include "workspace.inl"
 #include "relu_rnn.inl"
