@@ -165,6 +165,22 @@ def test_parameters_that_are_tied_later_are_refused_by_whatever_takes_kappa(tie)
             assert all(torch.equal(p, q) for p, q in zip(net.parameters(), before, strict=True))
 
 
+@pytest.mark.parametrize("fused", (True, False))
+@pytest.mark.parametrize("make", (pk.PathSGD, pk.PathAdam))
+def test_weights_that_come_to_share_memory_between_two_steps_are_refused(make, fused):
+    """The parameters are the same ones, so that what was checked of them at the first step still stands."""
+    net = pk.PathNetwork(pk.ReLURNN(4, 4), torch.nn.Linear(4, 7), torch.nn.Embedding(7, 4))
+    optimizer = make(net, lr=0.1, seq_len=3, fused=fused)
+    for p in net.parameters():
+        p.grad = torch.ones_like(p)
+    optimizer.step()
+    _tie_memory(net)
+    before = [p.clone() for p in net.parameters()]
+    with pytest.raises(ValueError, match="tied"):
+        optimizer.step()
+    assert all(torch.equal(p, q) for p, q in zip(net.parameters(), before, strict=True))
+
+
 def test_weights_that_share_one_allocation_are_not_tied():
     net = pk.PathNetwork(pk.ReLURNN(3, 3), torch.nn.Linear(3, 3))
     expected = pk.kappa(net, 5).dense("head.weight")

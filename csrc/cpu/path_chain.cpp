@@ -56,7 +56,9 @@ struct Arguments {
 std::string tensor_name(int64_t index, const Arguments& a) {
   static const char* const kinds[] = {"weight_ih", "weight_hh", "bias_ih", "bias_hh"};
   const int64_t per_chain = a.bias_ih.empty() ? 2 : 4;
-  if (index < per_chain * a.chains) return std::string("rnn.") + kinds[index % per_chain] + suffix(index / per_chain, a.directions);
+  if (index < per_chain * a.chains) {
+    return std::string("rnn.") + kinds[index % per_chain] + suffix(index / per_chain, a.directions);
+  }
   index -= per_chain * a.chains;
   if (a.head_weight.defined() && index-- == 0) return "head.weight";
   if (a.head_bias.defined() && index-- == 0) return "head.bias";
