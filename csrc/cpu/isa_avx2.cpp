@@ -16,7 +16,7 @@
 namespace pathrnn {
 namespace {
 constexpr int64_t kVectorBytes = 32;
-constexpr int kTileRows = 4, kTileVectors = 3;  // 12 of 16 registers hold sums
+constexpr int kTileSums = 12, kTileVectors = 3;  // of 16 registers
 #include "simd.inl"
 
 // Lane i is on where n > i.

@@ -16,7 +16,7 @@
 namespace pathrnn {
 namespace {
 constexpr int64_t kVectorBytes = 64;
-constexpr int kTileRows = 6, kTileVectors = 4;  // 24 of 32 registers hold sums
+constexpr int kTileSums = 24, kTileVectors = 4;  // of 32 registers
 #include "simd.inl"
 
 inline Vec<float> load_lanes(const float* p, int64_t n) {

@@ -5,10 +5,10 @@ namespace pathrnn {
 namespace {
 #if defined(__aarch64__)
 constexpr int64_t kVectorBytes = 16;
-constexpr int kTileRows = 6, kTileVectors = 4;  // 24 of 32 registers hold sums
+constexpr int kTileSums = 24, kTileVectors = 4;  // of 32 registers
 #else
 constexpr int64_t kVectorBytes = 16;
-constexpr int kTileRows = 6, kTileVectors = 2;  // 12 of 16 registers hold sums
+constexpr int kTileSums = 12, kTileVectors = 2;  // of 16 registers
 #endif
 #include "simd.inl"
 

@@ -1,6 +1,6 @@
 // Every kernel in one instruction set: the body of a namespace in isa_*.cpp. Each file needs those before it.
 #include "tile.inl"
-static_assert(kTileRows / 2 <= kRowGroup, "a row group fills half a tile");
+static_assert(tile_rows(kTileVectors) / 2 <= kRowGroup, "a row group fills half a tile");
 #include "workspace.inl"
 #include "relu_rnn.inl"
 // path_chain: numbers, the network in canonical coordinates, its chains, sums over time, κ⁽²⁾, all together.

@@ -1,5 +1,5 @@
 // Register tiles: C = epilogue(A · B), in GCC/Clang vector extensions, compiled once for every instruction set.
-// Included by isa_*.cpp inside a namespace of its own, with kVectorBytes, kTileRows, kTileVectors and, for the ends of
+// Included by isa_*.cpp inside a namespace of its own, with kVectorBytes, kTileSums, kTileVectors and, for the ends of
 // rows, load_lanes and store_lanes defined.
 
 template <typename T>
@@ -103,14 +103,19 @@ void tile(const Tile<T>& t) {
 template <typename T>
 using TileFunction = void (*)(const Tile<T>&);
 
-template <typename T, int Rows>
-constexpr auto tile_row = []<int... V>(std::integer_sequence<int, V...>) {
-  return std::array<TileFunction<T>, sizeof...(V)>{&tile<T, Rows, V + 1>...};
-}(std::make_integer_sequence<int, kTileVectors>());
+constexpr int kTileRows = 8;  // of any tile
+// The most rows that a tile of so many vectors has: where vectors are few, rows make up for them, so that enough sums are
+// under way to hide the latency of a product.
+constexpr int tile_rows(int64_t vectors) { return std::min<int>(kTileSums / static_cast<int>(vectors), kTileRows); }
+
+template <typename T, int Vectors>
+constexpr auto tile_column = []<int... R>(std::integer_sequence<int, R...>) {
+  return std::array<TileFunction<T>, kTileRows>{&tile<T, R + 1, Vectors>...};
+}(std::make_integer_sequence<int, tile_rows(Vectors)>());
 template <typename T>
-constexpr auto tiles = []<int... R>(std::integer_sequence<int, R...>) {
-  return std::array{tile_row<T, R + 1>...};
-}(std::make_integer_sequence<int, kTileRows>());
+constexpr auto tiles = []<int... V>(std::integer_sequence<int, V...>) {
+  return std::array{tile_column<T, V + 1>...};
+}(std::make_integer_sequence<int, kTileVectors>());
 
 // The panel width of matrix products: columns that one tile covers.
 template <typename T>
@@ -120,10 +125,11 @@ constexpr int64_t kPanel = kTileVectors * Simd<T>::width;
 template <typename T>
 void panel(Tile<T> t, Product<T>* products, int64_t rows) {
   const int64_t vectors = padded<T>(t.columns) / Simd<T>::width;
-  for (int64_t left = (rows + kTileRows - 1) / kTileRows; left > 0; --left) {
+  const int64_t most = tile_rows(vectors);
+  for (int64_t left = (rows + most - 1) / most; left > 0; --left) {
     const int64_t height = (rows + left - 1) / left;
     t.products = products;
-    tiles<T>[height - 1][vectors - 1](t);
+    tiles<T>[vectors - 1][height - 1](t);
     rows -= height;
     for (int64_t p = 0; p < t.num_products; ++p) products[p].a += height * products[p].a_row;
     t.c += height * t.c_row;
