@@ -38,7 +38,7 @@ class InCoordinates(Engine):
         net.check_parameters()
         for name, value in (("lr", lr), ("bias_lr", bias_lr)):
             if not isinstance(value, Tensor):
-                check_number(name, value, zero=False)
+                check_number(name, value, zero=True)
         if not isinstance(betas, tuple | list) or len(betas) != 2 or not all(map(_is_share, betas)):
             raise ValueError(f"betas is {betas!r}; it must be two numbers, each at least 0 and below 1")
         parameters = net.weights()

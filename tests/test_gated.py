@@ -229,11 +229,22 @@ def test_a_scheduler_scales_both_rates():
     assert [group["lr"] for group in optimizer.param_groups] == [1.0, 0.25]
 
 
+@pytest.mark.parametrize(("optimizer", "options"), [(pk.GatedPathSGD, {"hold": 0}), (pk.PathAdam, {})])
+def test_rates_of_zero_gather_statistics_and_move_nothing(optimizer, options):
+    """Where a scheduler's warm-up begins; torch's optimisers take it, too."""
+    optimizer = optimizer(make(), lr=0.0, bias_lr=0.0, **options)
+    before = values(optimizer.net)
+    backward(optimizer.net)
+    optimizer.step()
+    assert all(torch.equal(p, before[name]) for name, p in optimizer.net.named_parameters())
+    assert optimizer.state[optimizer.net.rnn.weight_hh_l0]["exp_avg"].any()
+
+
 @pytest.mark.parametrize(
     ("options", "error", "words"),
     [
         ({"net": nn.Linear(2, 2)}, TypeError, "net is a Linear"),
-        ({"lr": 0}, ValueError, "lr is 0"),
+        ({"lr": -0.1}, ValueError, "lr is -0.1"),
         ({"lr": "1"}, TypeError, "lr is '1'"),
         ({"power": math.nan}, ValueError, "power is nan"),
         ({"bias_lr": -1.0}, ValueError, "bias_lr is -1.0"),
