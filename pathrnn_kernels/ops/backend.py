@@ -138,11 +138,28 @@ def constant_when_traced(function: _Function) -> _Function:
     return function
 
 
-def check_devices(*tensors: Tensor | None) -> None:
-    """For fake kernels, which a meta tensor among others calls instead of the real one: TypeError if devices differ."""
-    devices = {tensor.device for tensor in tensors if tensor is not None}
+def check_devices(*arguments: Any) -> None:
+    """TypeError if tensors among an op's arguments, or in lists of them, are on different devices."""
+    parts = [part for given in arguments for part in (given if isinstance(given, (list, tuple)) else (given,))]
+    devices = {part.device for part in parts if isinstance(part, Tensor)}
     if len(devices) > 1:
         raise TypeError(f"the tensors are on {', '.join(sorted(map(str, devices)))}: move all of them to one device")
+
+
+def fake(name: str, check: bool = True) -> Callable[[_Function], _Function]:
+    """Registers an op's fake kernel, which a meta tensor among others calls instead of the real one; devices are
+    compared before it, unless it does so itself."""
+
+    def register(function: _Function) -> _Function:
+        def checked(*arguments: Any, **named: Any) -> Any:
+            check_devices(*arguments, *named.values())
+            return function(*arguments, **named)
+
+        if _problem is None:
+            torch.library.register_fake(f"pathrnn::{name}")(checked if check else function)
+        return function
+
+    return register
 
 
 def _refusal_of_cuda(device: torch.device, op: str) -> str | None:

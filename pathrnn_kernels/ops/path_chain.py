@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .backend import check_devices, direct, extension_problem, operator
+from .backend import direct, fake, operator
 from .plan import choose as choose_plan
 from .plan import describe
 
@@ -183,51 +183,37 @@ def _check(
 _op = operator("path_chain")
 path_chain_on_cpu = direct("path_chain")
 
-if extension_problem() is None:
 
-    @torch.library.register_fake("pathrnn::path_chain")
-    def _(  # type: ignore[no-untyped-def]
-        weight_ih,
-        weight_hh,
-        bias_ih,
-        bias_hh,
-        head_weight,
-        head_bias,
-        embedding_weight,
-        seq_len,
-        last_only,
-        ones_h0,
-        kappa1,
-        second_factor,
-        rtol,
-        first_lags,
-        workspace_bytes,
-        bidirectional=False,
-    ):
-        check_devices(*weight_ih, *weight_hh, *bias_ih, *bias_hh, head_weight, head_bias, embedding_weight)
-        like = weight_hh[0]
-        hidden, directions = like.shape[0], 2 if bidirectional else 1
-        factors = []
-        if kappa1:
-            for c, weight in enumerate(weight_ih):
-                dense = c >= directions or embedding_weight is not None
-                factors.append(like.new_empty(hidden, weight.shape[1] if dense else 1))
-                factors.append(like.new_empty(hidden, hidden))
-                if bias_ih:
-                    factors.append(like.new_empty(hidden))
-            if head_weight is not None:
-                factors.append(like.new_empty(1, directions * hidden))
-            if head_bias is not None:
-                factors.append(like.new_empty(1))
-            if embedding_weight is not None:
-                factors.append(like.new_empty(1, embedding_weight.shape[1]))
-        return (
-            factors,
-            like.new_empty(len(factors), dtype=torch.int64),
-            like.new_empty(len(weight_hh), hidden, dtype=torch.int64),
-            [like.new_empty(0, dtype=torch.int64) for _ in factors],
-            like.new_empty((), dtype=torch.float64),
-            like.new_empty(len(weight_hh), dtype=torch.int64),
-            like.new_empty(len(weight_hh), dtype=torch.float64),
-            like.new_empty((), dtype=torch.int8),
-        )
+@fake("path_chain")
+def _(weight_ih, weight_hh, bias_ih, bias_hh, head_weight, head_bias, embedding_weight, *rest):  # type: ignore[no-untyped-def]
+    kappa1, bidirectional = rest[3], len(rest) > 8 and rest[8]
+    like = weight_hh[0]
+    hidden, directions = like.shape[0], 2 if bidirectional else 1
+    factors = []
+    if kappa1:
+        for c, weight in enumerate(weight_ih):
+            dense = c >= directions or embedding_weight is not None
+            factors.append(like.new_empty(hidden, weight.shape[1] if dense else 1))
+            factors.append(like.new_empty(hidden, hidden))
+            if bias_ih:
+                factors.append(like.new_empty(hidden))
+        if head_weight is not None:
+            factors.append(like.new_empty(1, directions * hidden))
+        if head_bias is not None:
+            factors.append(like.new_empty(1))
+        if embedding_weight is not None:
+            factors.append(like.new_empty(1, embedding_weight.shape[1]))
+
+    def integers(*shape):  # type: ignore[no-untyped-def]
+        return like.new_empty(shape, dtype=torch.int64)
+
+    return (
+        factors,
+        integers(len(factors)),
+        integers(len(weight_hh), hidden),
+        [integers(0) for _ in factors],
+        like.new_empty((), dtype=torch.float64),
+        integers(len(weight_hh)),
+        like.new_empty(len(weight_hh), dtype=torch.float64),
+        like.new_empty((), dtype=torch.int8),
+    )

@@ -18,7 +18,7 @@ from .backend import (
     check_devices,
     choose,
     constant_when_traced,
-    extension_problem,
+    fake,
     operator,
     refusals,
     transformed,
@@ -209,22 +209,22 @@ def _packed(
 
 _op = operator("relu_rnn")
 
-if extension_problem() is None:
 
-    @torch.library.register_fake("pathrnn::relu_rnn")
-    def _(x, h_0, weight_ih, weight_hh, bias_ih, bias_hh, lengths=None, reverse=False):  # type: ignore[no-untyped-def]
-        check_devices(x, h_0, weight_ih, weight_hh, bias_ih, bias_hh)
-        hidden = weight_hh.shape[0]
-        return x.new_empty(*x.shape[:-1], hidden), x.new_empty(_batch(x, lengths), hidden)
+@fake("relu_rnn", check=False)  # lengths may be on any device
+def _(x, h_0, weight_ih, weight_hh, bias_ih, bias_hh, lengths=None, reverse=False):  # type: ignore[no-untyped-def]
+    check_devices(x, h_0, weight_ih, weight_hh, bias_ih, bias_hh)
+    hidden = weight_hh.shape[0]
+    return x.new_empty(*x.shape[:-1], hidden), x.new_empty(_batch(x, lengths), hidden)
 
-    @torch.library.register_fake("pathrnn::relu_rnn_backward")
-    def _(  # type: ignore[no-untyped-def]
-        grad_y, grad_h_n, x, h_0, weight_ih, weight_hh, bias_ih, bias_hh, y, needs, lengths=None, reverse=False
-    ):
-        check_devices(grad_y, grad_h_n, x, h_0, weight_ih, weight_hh, bias_ih, bias_hh, y)
-        hidden = y.shape[-1]
-        shapes = (x.shape, (_batch(x, lengths), hidden), weight_ih.shape, weight_hh.shape, (hidden,))
-        return tuple(y.new_empty(shape if need else (0,)) for shape, need in zip(shapes, needs, strict=True))
+
+@fake("relu_rnn_backward", check=False)
+def _(  # type: ignore[no-untyped-def]
+    grad_y, grad_h_n, x, h_0, weight_ih, weight_hh, bias_ih, bias_hh, y, needs, lengths=None, reverse=False
+):
+    check_devices(grad_y, grad_h_n, x, h_0, weight_ih, weight_hh, bias_ih, bias_hh, y)
+    hidden = y.shape[-1]
+    shapes = (x.shape, (_batch(x, lengths), hidden), weight_ih.shape, weight_hh.shape, (hidden,))
+    return tuple(y.new_empty(shape if need else (0,)) for shape, need in zip(shapes, needs, strict=True))
 
 
 def _batch(x: Tensor, lengths: Tensor | None) -> int:

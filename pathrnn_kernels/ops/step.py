@@ -28,7 +28,7 @@ from __future__ import annotations
 
 import torch
 
-from .backend import check_devices, direct, extension_problem, operator
+from .backend import direct, fake, operator
 
 path_update_ = operator("path_update_")
 path_step_ = direct("path_step_")
@@ -37,15 +37,13 @@ path_norm_gradients = operator("path_norm_gradients")
 #: What a status means; those of one weight add 4 times its place in ``weights``.
 NO_PATH, NO_CONSTANT, UNBOUNDED, LOST, UNREACHED = 1, 2, 3, 4, 5
 
-if extension_problem() is None:
 
-    @torch.library.register_fake("pathrnn::path_update_")
-    @torch.library.register_fake("pathrnn::path_step_")
-    def _(weights, gradients, first, second, counts, constant, *rest):  # type: ignore[no-untyped-def]
-        check_devices(*weights, *gradients, *first, *second)
-        return 0
+@fake("path_update_")
+@fake("path_step_")
+def _(*_):  # type: ignore[no-untyped-def]
+    return 0
 
-    @torch.library.register_fake("pathrnn::path_norm_gradients")
-    def _(weights, *rest):  # type: ignore[no-untyped-def]
-        check_devices(*weights)
-        return [torch.empty_like(w, memory_format=torch.contiguous_format) for w in weights]
+
+@fake("path_norm_gradients")
+def _(weights, *_):  # type: ignore[no-untyped-def]
+    return [torch.empty_like(w, memory_format=torch.contiguous_format) for w in weights]
