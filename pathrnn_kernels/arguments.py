@@ -1,26 +1,44 @@
-"""Checks of arguments that several modules have."""
+"""Checks of arguments, in sentences that are alike everywhere: the argument, its value, the remedy."""
 
 from __future__ import annotations
 
 import math
 import numbers
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .feedforward import FeedForward
-from .network import PathNetwork
+_Error = type[Exception]
 
 
-def check_net(net: Any) -> None:
-    if isinstance(net, PathNetwork):
-        net.check_parameters()
-    elif not isinstance(net, FeedForward):
-        raise TypeError(
-            f"net is a {type(net).__name__}; it must be a PathNetwork, as PathNetwork(rnn, head=…), or a FeedForward, "
-            "as FeedForward(module, input_shape)"
-        )
+def check_number(name: str, value: Any, zero: bool, error: _Error = TypeError) -> None:
+    """``error`` is that of a value of another type."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise error(f"{name} is {value!r}; it must be a number")
+    if not 0 <= float(value) < math.inf or (value == 0 and not zero):
+        raise ValueError(f"{name} is {value}; it must be finite and {'at least 0' if zero else 'positive'}")
+
+
+def check_count(name: str, value: Any, least: int = 1, below: float = math.inf, error: _Error = TypeError) -> None:
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
+        raise error(f"{name} is {value!r}; it must be {'a positive' if least == 1 else 'an'} integer")
+    if not least <= int(value) < below:
+        beyond = "" if int(value) < least else f" and below {below}"
+        raise ValueError(f"{name} is {value}; it must be at least {least}{beyond}")
+
+
+def check_flags(**flags: Any) -> None:
+    for name, value in flags.items():
+        if not isinstance(value, bool):
+            raise TypeError(f"{name} is {value!r}; it must be True or False")
+
+
+def check_choice(name: str, value: Any, choices: Iterable[str], show: Callable[[str], str] = repr) -> None:
+    """``show``: as a program writes them, or, with ``str``, as a command line does."""
+    if value not in (allowed := tuple(choices)):
+        raise ValueError(f"{name} is {value!r}; use one of {', '.join(map(show, allowed))}")
 
 
 def check_writable(name: str, tensor: Tensor) -> None:
@@ -32,26 +50,3 @@ def check_writable(name: str, tensor: Tensor) -> None:
         )
     if torch._debug_has_internal_overlap(tensor) == 1:
         raise ValueError(f"{name} has entries that share memory (expanded?): clone it")
-
-
-def check_number(name: str, value: Any, zero: bool) -> None:
-    if isinstance(value, bool) or not isinstance(value, numbers.Real):
-        raise TypeError(f"{name} is {value!r}; it must be a number")
-    if not 0 <= float(value) < math.inf or (value == 0 and not zero):
-        raise ValueError(f"{name} is {value}; it must be finite and {'at least 0' if zero else 'positive'}")
-
-
-def check_count(name: str, value: Any) -> None:
-    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
-        raise TypeError(f"{name} is {value!r}; it must be a positive integer")
-    if value < 1:
-        raise ValueError(f"{name} is {value}; it must be at least 1")
-
-
-def check_no_steps(second_term: Any, seq_len: Any) -> None:
-    """Of the options of a FeedForward."""
-    for name, given, absent in (("second_term", second_term, False), ("seq_len", seq_len, None)):
-        if given != absent:
-            raise ValueError(
-                f"{name} is {given!r}, but net is a FeedForward, which has no steps and whose κ⁽²⁾ is 0: leave it out"
-            )

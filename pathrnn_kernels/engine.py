@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from . import plain
-from .arguments import check_count, check_number, check_writable
+from .arguments import check_count, check_flags, check_number, check_writable
 from .feedforward import FeedForward
 from .kappa import KAPPA2_FACTOR, Kappa, Scaled, kappa, kappa_without_waiting, precision
 from .network import PathNetwork
@@ -75,14 +75,10 @@ class Engine(Optimizer):
         capturable: bool,
         differentiable: bool,
     ) -> None:
-        if not isinstance(second_term, bool):
-            raise TypeError(f"second_term is {second_term!r}; it must be True or False")
+        check_flags(second_term=second_term, maximize=maximize, capturable=capturable, differentiable=differentiable)
         check_number("rtol", rtol, zero=True)
         if seq_len is not None:
             check_count("seq_len", seq_len)
-        for name, value in (("maximize", maximize), ("capturable", capturable), ("differentiable", differentiable)):
-            if not isinstance(value, bool):
-                raise TypeError(f"{name} is {value!r}; it must be True or False")
         for name, choice in (("foreach", foreach), ("fused", fused)):
             if choice not in (None, True, False):
                 raise TypeError(f"{name} is {choice!r}; it must be True, False or None")

@@ -6,10 +6,10 @@ from typing import Any
 
 from torch import Tensor
 
-from .arguments import check_number
+from .arguments import check_count, check_number
 from .engine import SWITCHES
 from .network import PathNetwork
-from .path_adam import InCoordinates, check_whole
+from .path_adam import InCoordinates
 
 
 class GatedPathSGD(InCoordinates):
@@ -81,7 +81,7 @@ class GatedPathSGD(InCoordinates):
     ) -> None:
         check_number("power", power, zero=False)
         for name, count in (("hold", hold), ("warmup", warmup)):
-            check_whole(name, count)
+            check_count(name, count, 0, error=ValueError)
         super().__init__(
             net,
             lr,

@@ -8,12 +8,12 @@ head's included, are set to zero. Each returns its argument, and repeats itself 
 from __future__ import annotations
 
 import math
-import numbers
 from typing import TypeVar
 
 import torch
 from torch import Generator, Tensor, nn
 
+from .arguments import check_number
 from .network import PathNetwork
 from .rnn import ReLURNN
 
@@ -136,5 +136,4 @@ def _non_recurrent(net: ReLURNN | nn.RNN | PathNetwork) -> list[tuple[str, Tenso
 
 def _check(**values: float) -> None:
     for name, value in values.items():
-        if isinstance(value, bool) or not isinstance(value, numbers.Real) or not 0 <= value < math.inf:
-            raise ValueError(f"{name} is {value!r}; it must be a finite number, at least 0")
+        check_number(name, value, zero=True, error=ValueError)

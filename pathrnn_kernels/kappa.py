@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import math
-import numbers
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -13,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from . import ops
+from .arguments import check_choice, check_count, check_flags, check_number
 from .network import PathNetwork
 from .ops.backend import choose, environment, extension_problem, transformed, without_numbers
 from .ops.step import path_norm_gradients
@@ -256,18 +256,11 @@ def kappa(
             return kappa(
                 net, seq_len, second_term, kappa2, rtol, backend, lags=lags, workspace_bytes=workspace_bytes, plan=plan
             )
-    if not isinstance(kappa2, str) or kappa2 not in KAPPA2_FACTOR:
-        raise ValueError(f"kappa2 is {kappa2!r}; use one of {', '.join(map(repr, KAPPA2_FACTOR))}")
-    if not isinstance(second_term, bool):
-        raise TypeError(f"second_term is {second_term!r}; it must be True or False")
-    if isinstance(rtol, bool) or not isinstance(rtol, numbers.Real) or not 0 <= rtol < math.inf:
-        raise ValueError(f"rtol is {rtol!r}; it must be a finite number, at least 0")
-    if workspace_bytes is not None and (
-        isinstance(workspace_bytes, bool)
-        or not isinstance(workspace_bytes, numbers.Integral)
-        or not 0 <= workspace_bytes < 2**63
-    ):
-        raise ValueError(f"workspace_bytes is {workspace_bytes!r}; it must be a whole number of bytes, or None")
+    check_choice("kappa2", kappa2, KAPPA2_FACTOR)
+    check_flags(second_term=second_term)
+    check_number("rtol", rtol, zero=True, error=ValueError)
+    if workspace_bytes is not None:
+        check_count("workspace_bytes", workspace_bytes, 0, 2**63)
     parameters = _weights(net)
     shapes = {name: p.shape for name, p in parameters.items()}
     layout = _layout(net.endings, *_options(parameters))
@@ -371,8 +364,7 @@ def _first_lags(lags: Mapping[str, int] | None, names: tuple[str, ...]) -> list[
     for name, count in lags.items():
         if name not in names:
             raise ValueError(f"lags has {name!r}, which is not a recurrent weight; these are {', '.join(names)}")
-        if isinstance(count, bool) or not isinstance(count, numbers.Integral) or not 0 <= count < 2**31:
-            raise ValueError(f"lags[{name!r}] is {count!r}; it must be a whole number, at least 0")
+        check_count(f"lags[{name!r}]", count, 0, 2**31)
     return [int(lags.get(name, 0)) for name in names]
 
 
@@ -523,10 +515,7 @@ def _autocasts(net: PathNetwork) -> bool:
 def _check(net: PathNetwork, seq_len: int) -> int:
     if not isinstance(net, PathNetwork):
         raise TypeError(f"net is a {type(net).__name__}; it must be a PathNetwork: PathNetwork(rnn, head=…)")
-    if isinstance(seq_len, bool) or not isinstance(seq_len, numbers.Integral):
-        raise TypeError(f"seq_len is {seq_len!r}; it must be a positive integer")
-    if not 1 <= seq_len < 2**31:
-        raise ValueError(f"seq_len is {seq_len}; it must be at least 1, and less than 2**31")
+    check_count("seq_len", seq_len, below=2**31)
     return int(seq_len)
 
 

@@ -184,10 +184,5 @@ class PathAdam(InCoordinates):
 _NONE = zeros_like(torch.empty(0, device="cpu"))
 
 
-def check_whole(name: str, count: Any) -> None:
-    if isinstance(count, bool) or not isinstance(count, numbers.Integral) or count < 0:
-        raise ValueError(f"{name} is {count!r}; it must be an integer, at least 0")
-
-
 def _is_share(value: Any) -> bool:
     return isinstance(value, numbers.Real) and not isinstance(value, bool) and 0 <= float(value) < 1

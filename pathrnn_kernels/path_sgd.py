@@ -8,11 +8,28 @@ from typing import Any, Literal
 from torch import Tensor
 
 from . import plain
-from .arguments import check_count, check_net, check_no_steps, check_number
+from .arguments import check_choice, check_count, check_number
 from .engine import SCALES, SWITCHES, Engine, Layout, zeros_like
 from .feedforward import FeedForward
 from .kappa import Scaled
 from .network import PathNetwork
+
+
+def _check_net(net: Any, second_term: Any, seq_len: Any) -> None:
+    if isinstance(net, PathNetwork):
+        net.check_parameters()
+    elif not isinstance(net, FeedForward):
+        raise TypeError(
+            f"net is a {type(net).__name__}; it must be a PathNetwork, as PathNetwork(rnn, head=…), or a FeedForward, "
+            "as FeedForward(module, input_shape)"
+        )
+    else:
+        for name, given, absent in (("second_term", second_term, False), ("seq_len", seq_len, None)):
+            if given != absent:
+                raise ValueError(
+                    f"{name} is {given!r}, but net is a FeedForward, which has no steps and whose κ⁽²⁾ is 0: leave it "
+                    "out"
+                )
 
 
 class PathSGD(Engine):
@@ -66,20 +83,17 @@ class PathSGD(Engine):
         capturable: bool = False,
         differentiable: bool = False,
     ) -> None:
-        check_net(net)
+        _check_net(net, second_term, seq_len)
         for name, value in (("lr", lr), ("momentum", momentum), ("weight_decay", weight_decay)):
             if not isinstance(value, Tensor):
                 check_number(name, value, zero=True)
-        if not isinstance(scale, str) or scale not in SCALES:
-            raise ValueError(f"scale is {scale!r}; use one of {', '.join(map(repr, SCALES))}")
+        check_choice("scale", scale, SCALES)
         check_number("eps", eps, zero=True)
         if trust_radius is not None:
             check_number("trust_radius", trust_radius, zero=False)
         check_count("update_every", update_every)
         if nesterov and momentum == 0:
             raise ValueError("nesterov is True without momentum: give momentum, such as 0.9")
-        if isinstance(net, FeedForward):
-            check_no_steps(second_term, seq_len)
         self.scale = scale
         self.eps = eps
         self.trust_radius = trust_radius

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import math
-import numbers
 import warnings
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from .arguments import check_writable
+from .arguments import check_count, check_number, check_writable
 from .kappa import ldexp
 from .network import PathNetwork
 
@@ -88,10 +87,8 @@ def balance_(net: PathNetwork, tol: float = 1e-6, max_iterations: int = 10_000) 
         True
     """
     _check_net(net)
-    if isinstance(tol, bool) or not isinstance(tol, numbers.Real) or not 0 < tol < math.inf:
-        raise ValueError(f"tol is {tol!r}; it must be a positive number")
-    if isinstance(max_iterations, bool) or not isinstance(max_iterations, numbers.Integral) or max_iterations < 1:
-        raise ValueError(f"max_iterations is {max_iterations!r}; it must be a positive integer")
+    check_number("tol", tol, zero=False, error=ValueError)
+    check_count("max_iterations", max_iterations, error=ValueError)
     for name, p in net.named_parameters():
         if not p.isfinite().all():
             raise ValueError(f"{name} has nan or infinite entries; a network must be finite to be balanced")

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
 from . import ops
+from .arguments import check_count, check_flags
 from .ops.backend import constant_when_traced, transformed
 from .steps import Steps
 
@@ -129,15 +130,10 @@ class ReLURNN(nn.RNNBase):
         if nonlinearity != "relu":
             raise ValueError(f'nonlinearity is {nonlinearity!r}; it can only be "relu", for others use torch.nn.RNN')
         for name, size in (("input_size", input_size), ("hidden_size", hidden_size), ("num_layers", num_layers)):
-            if isinstance(size, bool) or not isinstance(size, numbers.Integral):
-                raise TypeError(f"{name} is {size!r}; it must be a positive integer")
-            if size < 1:
-                raise ValueError(f"{name} is {size}; it must be at least 1")
+            check_count(name, size)
             if size > _MOST[name]:
                 raise ValueError(f"{name} is {size}; it must be at most {_MOST[name]}")
-        for name, flag in (("bias", bias), ("batch_first", batch_first), ("bidirectional", bidirectional)):
-            if not isinstance(flag, bool):
-                raise TypeError(f"{name} is {flag!r}; it must be True or False")
+        check_flags(bias=bias, batch_first=batch_first, bidirectional=bidirectional)
         if isinstance(dropout, bool) or not isinstance(dropout, numbers.Real):
             raise TypeError(f"dropout is {dropout!r}; it must be a number in [0, 1]")
         if not 0 <= dropout <= 1:

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from . import init
+from .arguments import check_choice, check_count, check_flags
 from .engine import SCALES
 from .gated import GatedPathSGD
 from .network import PathNetwork
@@ -192,9 +193,9 @@ class Config:
     @classmethod
     def of(cls, task: str, optimizer: str | None = None, **given: Any) -> Config:
         """The configuration with everything that is not given taken from ``DEFAULT_OPTIMIZERS`` and ``DEFAULTS``."""
-        _one_of("task", task, TASKS)
+        check_choice("task", task, TASKS, str)
         optimizer = DEFAULT_OPTIMIZERS[task] if optimizer is None else optimizer
-        _one_of("optimizer", optimizer, OPTIMIZERS)
+        check_choice("optimizer", optimizer, OPTIMIZERS, str)
         unknown = sorted(given.keys() - {f.name for f in fields(cls)})
         if unknown:
             raise TypeError(f"{unknown[0]} is not an option of a run; use {', '.join(f.name for f in fields(cls))}")
@@ -210,20 +211,19 @@ class Config:
         return config
 
     def __post_init__(self) -> None:
-        _one_of("task", self.task, TASKS)
-        _one_of("optimizer", self.optimizer, OPTIMIZERS)
-        _one_of("scale", self.scale, tuple(SCALES))
-        _one_of("schedule", self.schedule, SCHEDULES)
-        for name in ("steps", "hidden_size", "batch_size", "update_every", "log_every", "eval_every"):
-            _integer(name, getattr(self, name), 1, None)
-        _integer("seed", self.seed, 0, 2**31)
-        for name in ("train_size", "embedding_size"):
-            _integer(name, getattr(self, name), 0, None)
+        choices = {"task": TASKS, "optimizer": OPTIMIZERS, "scale": SCALES, "schedule": SCHEDULES}
         if self.task == "adding":
-            _integer("length", self.length, 2, None)
-            _one_of("markers", self.markers, MARKERS)
-        elif self.task in _TEXT:
-            _integer("length", self.length, 1, None)
+            choices["markers"] = MARKERS
+        for name, allowed in choices.items():
+            check_choice(name, getattr(self, name), allowed, str)
+        for name in ("steps", "hidden_size", "batch_size", "update_every", "log_every", "eval_every"):
+            check_count(name, getattr(self, name))
+        for name in ("train_size", "embedding_size"):
+            check_count(name, getattr(self, name), 0)
+        check_count("seed", self.seed, 0, 2**31)
+        if self.task != "smnist":
+            check_count("length", self.length, 2 if self.task == "adding" else 1)
+        if self.task in _TEXT:
             titles = charlm.CORPORA if self.task == "charlm" else wordlm.CORPORA
             check_corpus(self.corpus, self.data or None, titles)
         for name in ("lr", "clip", "trust_radius"):
@@ -232,9 +232,7 @@ class Config:
                 raise ValueError(f"{name} is {value!r}; it must be a number above 0")
         if self.lr == math.inf:
             raise ValueError("lr is inf; it must be finite")
-        for name in ("second_term", "permuted"):
-            if not isinstance(getattr(self, name), bool):
-                raise TypeError(f"{name} is {getattr(self, name)!r}; it must be True or False")
+        check_flags(second_term=self.second_term, permuted=self.permuted)
         foreign = {name: neutral for name, (tasks, neutral) in _TASK_ONLY.items() if self.task not in tasks}
         for absent, owner in (
             (foreign, f"the task {self.task}"),
@@ -248,18 +246,6 @@ class Config:
 
 def _defaults(task: str, optimizer: str) -> dict[str, Any]:
     return {**DEFAULTS[task], **DEFAULTS[optimizer], **DEFAULTS.get(f"{task} {optimizer}", {})}
-
-
-def _one_of(name: str, value: Any, allowed: tuple[str, ...]) -> None:
-    if value not in allowed:
-        raise ValueError(f"{name} is {value!r}; use one of {', '.join(allowed)}")
-
-
-def _integer(name: str, value: Any, least: int, bound: int | None) -> None:
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name} is {value!r}; it must be an integer, at least {least}")
-    if value < least or (bound is not None and value >= bound):
-        raise ValueError(f"{name} is {value}; it must be at least {least}" + (f" and below {bound}" if bound else ""))
 
 
 @dataclass(frozen=True)

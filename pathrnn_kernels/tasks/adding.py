@@ -7,6 +7,8 @@ from collections.abc import Iterator
 import torch
 from torch import Generator, Tensor, nn
 
+from ..arguments import check_choice, check_count
+
 MARKERS = ("halves", "any")
 
 _HELD_OUT_SIZE = 2000
@@ -38,14 +40,9 @@ class Adding:
     held_out_size = _HELD_OUT_SIZE
 
     def __init__(self, seq_len: int, markers: str = "halves", train_size: int = 0) -> None:
-        if isinstance(seq_len, bool) or not isinstance(seq_len, int):
-            raise TypeError(f"seq_len is {seq_len!r}; it must be an integer, at least 2")
-        if seq_len < 2:
-            raise ValueError(f"seq_len is {seq_len}; the adding problem needs at least 2 steps to mark")
-        if markers not in MARKERS:
-            raise ValueError(f"markers is {markers!r}; use one of {', '.join(map(repr, MARKERS))}")
-        if isinstance(train_size, bool) or not isinstance(train_size, int) or train_size < 0:
-            raise ValueError(f"train_size is {train_size!r}; it must be a number of sequences, or 0 for fresh ones")
+        check_count("seq_len", seq_len, 2)  # steps to mark
+        check_choice("markers", markers, MARKERS)
+        check_count("train_size", train_size, 0)
         self.seq_len = seq_len
         self.markers = markers
         self.title = f"adding problem, T = {seq_len}" + (f", {train_size:,} sequences" if train_size else "")

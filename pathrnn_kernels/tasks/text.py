@@ -16,6 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Generator, Tensor, nn
 
+from ..arguments import check_choice, check_count
 from .data import DataError, installed_folder
 
 #: Parallel streams that held-out text is cut into, and how much of one is read at once at most.
@@ -63,10 +64,7 @@ class LanguageModel:
     carries = True
 
     def __init__(self, corpus: Corpus, seq_len: int, one_hot: bool, unit: str, title: str) -> None:
-        if isinstance(seq_len, bool) or not isinstance(seq_len, int):
-            raise TypeError(f"seq_len is {seq_len!r}; it must be an integer, at least 1")
-        if seq_len < 1:
-            raise ValueError(f"seq_len is {seq_len}; it must be at least 1")
+        check_count("seq_len", seq_len)
         for part in ("train", "valid", "test"):
             if len(getattr(corpus, part)) < 2:
                 raise DataError(f"the {part} text of {title} has fewer than two {unit}s: nothing to predict")
@@ -131,8 +129,7 @@ def _streams(text: Tensor) -> tuple[Tensor, Tensor]:
 
 def check_corpus(corpus: str, data: str | Path | None, titles: dict[str, str]) -> None:
     """Refuse an unknown corpus, one that wants a path without it, and speeches with one."""
-    if corpus not in titles:
-        raise ValueError(f"corpus is {corpus!r}; use one of {', '.join(titles)}")
+    check_choice("corpus", corpus, titles, str)
     if corpus.startswith("sotu"):
         if data is not None:
             raise ValueError(
