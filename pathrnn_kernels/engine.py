@@ -44,6 +44,24 @@ class _Pending(NamedTuple):
     dtype: torch.dtype
 
 
+class Moving(NamedTuple):
+    """The weights of a step, all of the network's, with their gradients; ``places``: of those that have one."""
+
+    layout: Layout
+    weights: list[Tensor]
+    gradients: list[Tensor | None]
+    places: list[int]
+
+    def entries(self, k: Kappa, weights: Sequence[Tensor], *own: Sequence[Any]) -> list[plain.Weight]:
+        """Of those that move, which are to be found in ``weights``: numbers, rates and what state there is."""
+        layout, scaled = self.layout, k.scaled
+        return [
+            plain.Weight(i, layout.is_recurrent(i), weights[i], g, scaled[layout.names[i]], *of)  # type: ignore[arg-type]
+            for i, of in zip(self.places, zip(*own, strict=True), strict=True)
+            if (g := self.gradients[i]) is not None
+        ]
+
+
 class Engine(Optimizer):
     """An optimiser of a network alone, whose step is one call."""
 
@@ -188,16 +206,16 @@ class Engine(Optimizer):
         moving = self._moving()
         if moving is None:
             return
-        layout, weights, gradients, places = moving
-        states = self._states(layout, weights, places)
+        layout, weights, _, places = moving
+        states = self._states(moving)
         cached = self._kappa
         if without_numbers(weights[0]) and not _recorded():
             gradients_used(self.net)
             status = 0
         elif (served := self._served(layout, weights[0])) is not None:
-            status = self._call(served, layout, weights, gradients, places, states)
+            status = self._call(served, moving, states)
         else:
-            status = self._in_plain_torch(layout, weights, gradients, places, states)
+            status = self._in_plain_torch(moving, states)
         if status:
             self._kappa = cached
             self._refuse(status, layout.names, weights[0].dtype)
@@ -206,8 +224,8 @@ class Engine(Optimizer):
                 self.state[weights[i]] = state
         self._taken()
 
-    def _moving(self) -> tuple[Layout, list[Tensor], list[Tensor | None], list[int]] | None:
-        """Layout, weights, their gradients, and the places of those that have one; None if none has."""
+    def _moving(self) -> Moving | None:
+        """None if no weight has a gradient."""
         names, weights = self._weights()
         layout = self._layout
         if layout is None or not layout.fits(weights, self.param_groups):
@@ -219,7 +237,7 @@ class Engine(Optimizer):
         for i in places:
             if gradients[i].layout is not torch.strided:  # type: ignore[union-attr]
                 raise ValueError(f"the gradient of {names[i]} is sparse; use nn.Embedding(…, sparse=False)")
-        return (layout, weights, gradients, places) if places else None
+        return Moving(layout, weights, gradients, places) if places else None
 
     def _taken(self) -> None:
         """A step has been: what is kept for the next."""
@@ -232,8 +250,9 @@ class Engine(Optimizer):
         found = dict(self.net.named_parameters()) if isinstance(self.net, FeedForward) else self.net.weights()
         return list(found), list(found.values())
 
-    def _states(self, layout: Layout, weights: list[Tensor], places: list[int]) -> list[dict[str, Any]]:
-        return [self._state(layout.names[i], weights[i], layout.owners[i]) for i in places]
+    def _states(self, moving: Moving) -> list[dict[str, Any]]:
+        layout = moving.layout
+        return [self._state(layout.names[i], moving.weights[i], layout.owners[i]) for i in moving.places]
 
     def _state(self, name: str, p: Tensor, group: dict[str, Any]) -> dict[str, Any]:
         """Of one weight, created where it has none; it becomes the optimiser's once the step is taken."""
@@ -270,17 +289,10 @@ class Engine(Optimizer):
         self._lags = self._lags.to(like.device)
         return self._lags
 
-    def _call(
-        self,
-        served: str,
-        layout: Layout,
-        weights: list[Tensor],
-        gradients: list[Tensor | None],
-        moving: list[int],
-        states: list[dict[str, Any]],
-    ) -> int:
+    def _call(self, served: str, moving: Moving, states: list[dict[str, Any]]) -> int:
+        layout, weights, gradients, places = moving
         net = self.net
-        rows = [layout.owners[i] for i in (moving if layout.several else moving[:1])]
+        rows = [layout.owners[i] for i in (places if layout.several else places[:1])]
         rates: list[Tensor] = []
         if any(isinstance(group["lr"], Tensor) for group in rows):
             rates = [_tensor(group["lr"], weights[0]) for group in rows]
@@ -300,7 +312,7 @@ class Engine(Optimizer):
             self.__dict__.get("found_inf"),
         )
         if served == "triton":
-            return self._launch(update, layout.names, weights)
+            return self._launch(update, moving)
         if self.update_every > 1:
             return path_update_(*update, *raw(self._cached(weights), net))
         return path_step_(
@@ -314,12 +326,12 @@ class Engine(Optimizer):
             self._first_lags(weights[0]),
         )
 
-    def _launch(self, update: tuple[Any, ...], names: Sequence[str], weights: list[Tensor]) -> int:
+    def _launch(self, update: tuple[Any, ...], moving: Moving) -> int:
         """A step by Triton's kernels, whose status is asked for later."""
         from .ops.triton.step import path_update_
 
-        written = [w for w, g in zip(*update[:2], strict=True) if g is not None]
-        check_written(written, *update[2:5])
+        weights = moving.weights
+        check_written([weights[i] for i in moving.places], *update[2:5])
         capturable = self.param_groups[0]["capturable"]
         if _captures(weights[0]) and (not capturable or self.update_every > 1):
             raise RuntimeError(
@@ -329,7 +341,7 @@ class Engine(Optimizer):
         with torch.no_grad():
             status = path_update_(*update, *raw(self._cached(weights), self.net))  # type: ignore[call-arg]
             if not capturable:
-                self._pending = _Pending(*_to_host(status), names, weights[0].dtype)
+                self._pending = _Pending(*_to_host(status), moving.layout.names, weights[0].dtype)
         return 0
 
     def _settle(self) -> None:
@@ -341,42 +353,18 @@ class Engine(Optimizer):
         if status := int(pending.status):
             self._refuse(status, pending.names, pending.dtype)
 
-    def _in_plain_torch(
-        self,
-        layout: Layout,
-        weights: list[Tensor],
-        gradients: list[Tensor | None],
-        moving: list[int],
-        states: list[dict[str, Any]],
-    ) -> int:
-        names, groups = layout.names, [layout.owners[i] for i in moving]
-        check_written([weights[i] for i in moving], *[state.values() for state in states])
-        self._check_states([(names[i], weights[i]) for i in moving], states)
+    def _in_plain_torch(self, moving: Moving, states: list[dict[str, Any]]) -> int:
+        layout, weights, _, places = moving
+        groups = [layout.owners[i] for i in places]
+        check_written([weights[i] for i in places], *[state.values() for state in states])
+        self._check_states([(layout.names[i], weights[i]) for i in places], states)
         with torch.no_grad():
             k = self._cached(weights)
-            scaled, log_norm = k.scaled, k.log_path_norm
-            ends = getattr(self.net, "endings", ())
-            recurrent = {f"rnn.weight_hh_{ending}" for ending in ends}
-            entries = []
-            for i, group, state in zip(moving, groups, states, strict=True):
-                first, second = (*(state.get(key) for key in self.buffers), None, None)[:2]
-                entries.append(
-                    plain.Weight(
-                        i,
-                        names[i] in recurrent,
-                        weights[i],
-                        gradients[i],  # type: ignore[arg-type]
-                        scaled[names[i]],
-                        self._numbers(group),
-                        group["lr"],
-                        first,
-                        second,
-                        state.get("step"),
-                    )
-                )
+            keys = (*self.buffers, "")[:2]
+            state = [[of.get(key) for of in states] for key in (*keys, "step")]
+            entries = moving.entries(k, weights, [*map(self._numbers, groups)], [g["lr"] for g in groups], *state)
             scale, found_inf = self.__dict__.get("grad_scale"), self.__dict__.get("found_inf")
-            unscaled = 1.0 if scale is None else 1 / scale
-            status, commit = self._decide(names, weights, scaled, log_norm, entries, unscaled)
+            status, commit = self._decide(moving, k, entries, 1.0 if scale is None else 1 / scale)
             ok = status == 0
             if found_inf is not None:
                 ok &= found_inf == 0
@@ -414,7 +402,7 @@ class Engine(Optimizer):
             lags = self._first_lags(weights[0])
             tried: dict[str, int] | None = None
             if lags is not None:
-                tried = dict(zip(self._recurrent(), lags.sub(1).clamp_(min=0).tolist(), strict=True))
+                tried = dict(zip(self.net.recurrent, lags.sub(1).clamp_(min=0).tolist(), strict=True))
             k = kappa(self.net, seq_len, self.second_term, rtol=self.rtol, lags=tried)
             if lags is not None:
                 # Where all lags were summed there is nothing to start from.
@@ -422,9 +410,6 @@ class Engine(Optimizer):
                 lags.copy_(torch.where(found < seq_len - 1, found, 0))
         self._kappa = k
         return k
-
-    def _recurrent(self) -> list[str]:
-        return [f"rnn.weight_hh_{ending}" for ending in self.net.endings]
 
     def _constant_on(self, like: Tensor) -> Tensor | None:
         if self.scale != "first_step":
@@ -436,21 +421,18 @@ class Engine(Optimizer):
         return self._constant
 
     def _numbers(self, group: dict[str, Any]) -> tuple[float, ...]:
-        """The rule's, lr first; 0 for one that is a tensor."""
+        """The rule's (ops/step.py); 0 for a rate that is a tensor."""
+        lr = group["lr"]
+        return (0.0 if isinstance(lr, Tensor) else lr, *self._own_numbers(group), float(group["maximize"]))
+
+    def _own_numbers(self, group: dict[str, Any]) -> tuple[float, ...]:
+        """Between the rate and ``maximize``."""
         raise NotImplementedError
 
     def _lists(self, states: list[dict[str, Any]]) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
         raise NotImplementedError
 
-    def _decide(
-        self,
-        names: Sequence[str],
-        weights: list[Tensor],
-        scaled: dict[str, Scaled],
-        log_norm: Tensor,
-        entries: list[plain.Weight],
-        unscaled: Tensor | float,
-    ) -> plain.Decided:
+    def _decide(self, moving: Moving, k: Kappa, entries: list[plain.Weight], unscaled: Tensor | float) -> plain.Decided:
         raise NotImplementedError
 
     def _refuse(self, status: int, names: Sequence[str], dtype: torch.dtype) -> NoReturn:
@@ -493,7 +475,7 @@ class Engine(Optimizer):
         return {**super().state_dict(), "path": self._path()}
 
     def _path(self) -> dict[str, Any]:
-        lags = {} if self._lags is None else dict(zip(self._recurrent(), self._lags.tolist(), strict=True))
+        lags = {} if self._lags is None else dict(zip(self.net.recurrent, self._lags.tolist(), strict=True))
         return {
             **self._settings(),
             "steps": self._steps,
@@ -546,7 +528,7 @@ class Engine(Optimizer):
         def commit() -> None:
             self._steps, self._kappa, self._lags, self._constant, self._pending = steps, found, None, None, None
             if lags:
-                counts = [lags.get(name, 0) for name in self._recurrent()]
+                counts = [lags.get(name, 0) for name in self.net.recurrent]
                 self._lags = torch.tensor(counts, dtype=torch.int64, device=weights[0].device)
             if constant is not None:
                 self._constant = torch.tensor(constant, dtype=torch.float64, device=weights[0].device)
@@ -601,6 +583,9 @@ class Layout:
         self.several = len(groups) > 1
         #: What ops/step.py has of a PathNetwork.
         self.structure = net.structure if isinstance(net, PathNetwork) else None
+
+    def is_recurrent(self, i: int) -> bool:
+        return self.structure is not None and self.names[i].startswith("rnn.weight_hh")
 
     @staticmethod
     def _key(weights: list[Tensor], groups: list[dict[str, Any]]) -> list[int]:
@@ -661,7 +646,7 @@ def raw(k: Kappa, net: PathNetwork) -> tuple[list[Tensor], Tensor, Tensor, list[
     if k._chain is not None:
         return (*k._chain[:4], k.log_path_norm)  # type: ignore[return-value]
     each = [s for name, s in k.scaled.items() if ".bias_hh_" not in name]  # both biases have one
-    hidden = [k.scaled[f"rnn.weight_hh_{ending}"] for ending in net.endings]
+    hidden = [k.scaled[name] for name in net.recurrent]
     size = len(hidden[0].mantissa)
     none = torch.zeros(size, dtype=torch.int64, device=hidden[0].mantissa.device)
     units = torch.stack([none if s.columns is None else s.columns for s in hidden])
@@ -731,15 +716,15 @@ def sequence_length(net: PathNetwork, seq_len: int | None) -> int | None:
     found = net.last_seq_len
     if found is None:
         _check_zero(
-            [p.grad for p in net.parameters() if p.grad is not None],
+            net.parameters(),
             "seq_len is None and the network's RNN has recorded no forward pass (torch.nn.RNN records none): "
             "run one before the step, or give the optimiser its seq_len",
         )
     elif found == 1 and net.h0 == "zeros":
         weights = net.weights()
-        for name in (f"rnn.weight_hh_{ending}" for ending in net.endings):
+        for name in net.recurrent:
             _check_zero(
-                [g for g in (weights[name].grad,) if g is not None],
+                [weights[name]],
                 f"κ of {name} is 0, for T is 1, but its gradient is not: give the optimiser seq_len=, the steps of "
                 'whole sequences; where states are passed on without their graph, PathNetwork(…, h0="ones") has κ > 0',
             )
@@ -753,7 +738,7 @@ def gradients_used(net: PathNetwork | FeedForward) -> None:
         rnn.steps.begin_anew()
 
 
-def _check_zero(gradients: Sequence[Tensor], error: str) -> None:
-    """A ValueError unless they are; a device is waited for."""
-    if any(gradient.any() for gradient in gradients):
+def _check_zero(weights: Iterable[Tensor], error: str) -> None:
+    """A ValueError unless their gradients are; a device is waited for."""
+    if any(p.grad is not None and p.grad.any() for p in weights):
         raise ValueError(error)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from torch import Tensor
 
 from .arguments import check_count, check_number
@@ -97,6 +95,3 @@ class GatedPathSGD(InCoordinates):
             capturable=capturable,
             differentiable=differentiable,
         )
-
-    def _shape_of_step(self, group: dict[str, Any]) -> tuple[float, ...]:
-        return group["power"], 0.0, group["hold"], group["warmup"]

@@ -68,6 +68,7 @@ class PathNetwork(nn.Module):
         directions = ("", "_reverse") if rnn.bidirectional else ("",)
         #: How the names of the weights of every direction of every layer end, in the order of the state dict.
         self.endings = tuple(f"l{i}{direction}" for i in range(rnn.num_layers) for direction in directions)
+        self.recurrent = tuple(f"rnn.weight_hh_{ending}" for ending in self.endings)
 
     @property
     def outputs(self) -> Literal["all", "last"]:

@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 from . import plain
 from .arguments import check_number
 from .bases import Step, Together, check_base
-from .engine import SCALES, Layout, check_written, gradients_used, raw
+from .engine import SCALES, Moving, check_written, gradients_used, raw
 from .feedforward import FeedForward
 from .network import PathNetwork
 from .ops.backend import without_numbers
@@ -276,32 +276,26 @@ class _Ends(PathSGD):
         moving = self._moving()
         if moving is None:
             return {}
-        layout, weights, gradients, places = moving
-        check_written([weights[i] for i in places])
+        weights = moving.weights
+        check_written([weights[i] for i in moving.places])
         written = list(weights)  # a step of -1 from zeros
-        for i in places:
+        for i in moving.places:
             written[i] = torch.zeros_like(weights[i])
         # A step of no length is forbidden where γ² is 0; else a quotient may be as long as it likes.
         radius = 0.0 if self.trust_radius is None else math.inf
-        self._write("sgd", (-1.0, 0.0, 0.0, 0.0, 0.0), radius, layout, weights, written, gradients)
-        return {weights[i]: written[i] for i in places}
+        self._write("sgd", (-1.0, 0.0, 0.0, 0.0, 0.0), radius, moving, written)
+        return {weights[i]: written[i] for i in moving.places}
 
     def write(self, after: dict[Tensor, Tensor]) -> None:
         """Move the weights to where another optimiser's step ends, or towards it as far as the radius allows."""
         assert self._layout is not None and self.trust_radius is not None
         weights = self._weights()[1]
-        self._write("given", (), self.trust_radius, self._layout, weights, weights, [after.get(p) for p in weights])
+        steps = [after.get(p) for p in weights]
+        places = [i for i, step in enumerate(steps) if step is not None]
+        self._write("given", (), self.trust_radius, Moving(self._layout, weights, steps, places), weights)
 
-    def _write(
-        self,
-        rule: str,
-        given: tuple[float, ...],
-        radius: float,
-        layout: Layout,
-        weights: list[Tensor],
-        written: list[Tensor],
-        gradients: Sequence[Tensor | None],
-    ) -> None:
+    def _write(self, rule: str, given: tuple[float, ...], radius: float, moving: Moving, written: list[Tensor]) -> None:
+        layout, weights, gradients, places = moving
         if without_numbers(weights[0]):
             gradients_used(self.net)
             return
@@ -319,12 +313,7 @@ class _Ends(PathSGD):
 
                 status = int(launch(*update, *options))  # type: ignore[call-arg]
         else:
-            recurrent = [f"rnn.weight_hh_{ending}" for ending in getattr(self.net, "endings", ())]
-            entries = [
-                plain.Weight(i, name in recurrent, written[i], g, k.scaled[name], given, -1.0)
-                for i, (name, g) in enumerate(zip(layout.names, gradients, strict=True))
-                if g is not None
-            ]
+            entries = moving.entries(k, written, [given] * len(places), [-1.0] * len(places))
             if rule == "given":
                 decided, commit = plain.given(entries, k.log_path_norm, radius)
             else:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import numbers
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -11,8 +10,8 @@ from torch import Tensor
 
 from . import plain
 from .arguments import check_number
-from .engine import SWITCHES, Engine, zeros_like
-from .kappa import Scaled
+from .engine import SWITCHES, Engine, Moving, zeros_like
+from .kappa import Kappa
 from .network import PathNetwork
 
 _OUTPUT_BIAS = "head.bias"
@@ -51,10 +50,6 @@ class InCoordinates(Engine):
             groups.append({"params": [parameters[_OUTPUT_BIAS]], "lr": bias_lr})
         super().__init__(net, groups, {"lr": lr, "betas": tuple(betas), **defaults}, **keywords)
 
-    def _shape_of_step(self, group: dict[str, Any]) -> tuple[float, ...]:
-        """power, eps, hold and warmup."""
-        raise NotImplementedError
-
     def _state(self, name: str, p: Tensor, group: dict[str, Any]) -> dict[str, Any]:
         state: dict[str, Any] = self.state.get(p, {})
         if not state:
@@ -70,10 +65,9 @@ class InCoordinates(Engine):
             if missing:
                 raise KeyError(f"the state of {name} lacks {', '.join(sorted(missing))}: clear it, or load it whole")
 
-    def _numbers(self, group: dict[str, Any]) -> tuple[float, ...]:
-        lr = group["lr"]
-        rate = 0.0 if isinstance(lr, Tensor) else lr
-        return (rate, *group["betas"], *self._shape_of_step(group), float(group["maximize"]))
+    def _own_numbers(self, group: dict[str, Any]) -> tuple[float, ...]:
+        shape = group.get("power", 1.0), group.get("eps", 0.0), group.get("hold", 0), group.get("warmup", 0)
+        return (*group["betas"], *shape)
 
     def _lists(self, states: list[dict[str, Any]]) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
         step = states[0]["step"]
@@ -87,21 +81,14 @@ class InCoordinates(Engine):
             "no path; use a wider dtype, or lessen the growth of the other paths"
         )
 
-    def _decide(
-        self,
-        names: Sequence[str],
-        weights: list[Tensor],
-        scaled: dict[str, Scaled],
-        log_norm: Tensor,
-        entries: list[plain.Weight],
-        unscaled: Tensor | float,
-    ) -> plain.Decided:
+    def _decide(self, moving: Moving, k: Kappa, entries: list[plain.Weight], unscaled: Tensor | float) -> plain.Decided:
+        names, weights = moving.layout.names, moving.weights
         bias = next((entry for entry in entries if names[entry.place] == _OUTPUT_BIAS), None)
         head = None
         if _OUTPUT_BIAS in names:
             i = names.index("head.weight")
-            head = plain.Weight(i, False, weights[i], weights[i], scaled[names[i]], (), 0.0)
-        return plain.coordinates([e for e in entries if e is not bias], head, bias, log_norm, unscaled)
+            head = plain.Weight(i, False, weights[i], weights[i], k.scaled[names[i]], (), 0.0)
+        return plain.coordinates([e for e in entries if e is not bias], head, bias, k.log_path_norm, unscaled)
 
 
 class PathAdam(InCoordinates):
@@ -175,9 +162,6 @@ class PathAdam(InCoordinates):
             capturable=capturable,
             differentiable=differentiable,
         )
-
-    def _shape_of_step(self, group: dict[str, Any]) -> tuple[float, ...]:
-        return 1.0, group["eps"], 0, 0
 
 
 #: Stands for the averages of the output's bias, which has none.

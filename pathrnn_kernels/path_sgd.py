@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any, Literal
 
 from torch import Tensor
 
 from . import plain
 from .arguments import check_choice, check_count, check_number
-from .engine import SCALES, SWITCHES, Engine, Layout, zeros_like
+from .engine import SCALES, SWITCHES, Engine, Moving, zeros_like
 from .feedforward import FeedForward
-from .kappa import Scaled
+from .kappa import Kappa
 from .network import PathNetwork
 
 
@@ -112,10 +111,10 @@ class PathSGD(Engine):
             differentiable=differentiable,
         )
 
-    def _states(self, layout: Layout, weights: list[Tensor], places: list[int]) -> list[dict[str, Any]]:
+    def _states(self, moving: Moving) -> list[dict[str, Any]]:
         if all(group["momentum"] == 0 for group in self.param_groups):
-            return [{}] * len(places)
-        return super()._states(layout, weights, places)
+            return [{}] * len(moving.places)
+        return super()._states(moving)
 
     def _state(self, name: str, p: Tensor, group: dict[str, Any]) -> dict[str, Any]:
         if group["momentum"] == 0:
@@ -125,10 +124,8 @@ class PathSGD(Engine):
             return {**state, "momentum_buffer": zeros_like(p)}
         return state
 
-    def _numbers(self, group: dict[str, Any]) -> tuple[float, ...]:
-        lr = group["lr"]
-        rate = 0.0 if isinstance(lr, Tensor) else lr
-        return rate, group["momentum"], group["weight_decay"], float(group["nesterov"]), float(group["maximize"])
+    def _own_numbers(self, group: dict[str, Any]) -> tuple[float, ...]:
+        return group["momentum"], group["weight_decay"], float(group["nesterov"])
 
     def _lists(self, states: list[dict[str, Any]]) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
         if not any(states):
@@ -139,17 +136,9 @@ class PathSGD(Engine):
             first = [none if buffer is None else buffer for buffer in first]
         return first, [], []  # type: ignore[return-value]
 
-    def _decide(
-        self,
-        names: Sequence[str],
-        weights: list[Tensor],
-        scaled: dict[str, Scaled],
-        log_norm: Tensor,
-        entries: list[plain.Weight],
-        unscaled: Tensor | float,
-    ) -> plain.Decided:
-        constant = self._constant_on(weights[0])
-        return plain.sgd(entries, log_norm, self.scale, self.eps, self.trust_radius, constant, unscaled)
+    def _decide(self, moving: Moving, k: Kappa, entries: list[plain.Weight], unscaled: Tensor | float) -> plain.Decided:
+        constant = self._constant_on(moving.weights[0])
+        return plain.sgd(entries, k.log_path_norm, self.scale, self.eps, self.trust_radius, constant, unscaled)
 
     def _settings(self) -> dict[str, Any]:
         return {"base": "SGD", "scale": self.scale, **super()._settings()}

@@ -17,15 +17,51 @@ from torch import Tensor
 from .kappa import Scaled, ldexp, power_of_e
 from .ops.step import LOST, NO_CONSTANT, NO_PATH, UNBOUNDED, UNREACHED
 
-#: Tensors m and e of numbers m 2^e, of any size.
-Numbers = tuple[Tensor, Tensor]
+
+@dataclass(frozen=True)
+class Number:
+    """Numbers m 2^e of any size, as csrc/cpu/number.h has them."""
+
+    m: Tensor
+    e: Tensor
+
+    @staticmethod
+    def of(x: Tensor) -> Number:
+        """Mantissas in [1/2, 1), 0, or not finite."""
+        mantissa, exponent = torch.frexp(x)
+        usual = x.isfinite()
+        return Number(torch.where(usual, mantissa, x), torch.where(usual, exponent.long(), 0))
+
+    def __mul__(self, other: Number) -> Number:
+        return Number(self.m * other.m, self.e + other.e)
+
+    def __truediv__(self, other: Number) -> Number:
+        return Number(self.m / other.m, self.e - other.e)
+
+    def normal(self) -> Number:
+        own = Number.of(self.m)
+        return Number(own.m, own.e + self.e)
+
+    def root(self) -> Number:
+        odd = self.e & 1
+        return Number((self.m * (1 + odd)).sqrt(), (self.e - odd) // 2)
+
+    def sum(self) -> Number:
+        own = self.normal()
+        most = torch.where(own.m != 0, own.e, -(1 << 40)).amax()
+        return Number(ldexp(own.m, (own.e - most).clamp(min=-3000)).sum(), most)
+
+    def squares(self, factor: Number | None = None) -> Number:
+        """Σ factor x²."""
+        own = self.normal()
+        return (own * own if factor is None else own * own * factor).sum()
+
+    def value(self) -> Tensor:
+        return ldexp(self.m, self.e)
 
 
-def _split(x: Tensor) -> Numbers:
-    """Mantissas in [1/2, 1), 0, or not finite."""
-    mantissa, exponent = torch.frexp(x)
-    usual = x.isfinite()
-    return torch.where(usual, mantissa, x), torch.where(usual, exponent.long(), 0)
+def _total(parts: Sequence[Number]) -> Number:
+    return Number(torch.stack([part.m for part in parts]), torch.stack([part.e for part in parts])).sum()
 
 
 @dataclass
@@ -48,11 +84,9 @@ class Weight:
         own = self.kappa._replace(exponent=torch.zeros_like(self.kappa.exponent), entries=None)
         #: Of the powers of two that bring the weight to these coordinates.
         self.shift = own.exponents() // 2 if any(part is not None for part in parts) else own.exponent
-        mantissa, exponents = _split(self.kappa.mantissa.double())
-        if self.kappa.entries is not None:
-            exponents = exponents + self.kappa.entries
-        #: In these coordinates.
-        self.divisor: Numbers = mantissa, exponents + self.kappa.exponent
+        entries = 0 if self.kappa.entries is None else self.kappa.entries
+        #: κ in these coordinates.
+        self.divisor = Number(self.kappa.mantissa.double(), self.kappa.exponent + entries).normal()
 
     def up(self, x: Tensor) -> Tensor:
         return ldexp(x.double(), self.shift)
@@ -64,42 +98,29 @@ class Weight:
         return (self.gradient != 0).any()
 
     def unreached(self) -> Tensor:
-        return self.pulled() & ~(self.divisor[0] > 0).any() if self.recurrent else torch.zeros_like(self.pulled())
+        return self.pulled() & ~(self.divisor.m > 0).any() if self.recurrent else torch.zeros_like(self.pulled())
+
+    def unit(self) -> Number:
+        """1/sqrt(κ); 0 on no path."""
+        root = self.divisor.root()
+        return Number(torch.where(root.m > 0, 1 / root.m, 0.0), -root.e)
+
+    def quotient(self, unscaled: Tensor | float, factor: Number, eps: float, norm: Number) -> Number:
+        """factor g/(κ + eps γ²)."""
+        kappa, exponents = self.divisor.m, self.divisor.e
+        if eps > 0:
+            damping = torch.where(norm.m > 0, eps * norm.m, 0.0)
+            own = norm.e - 2 * self.shift  # γ² is one number, whatever the coordinates
+            most = torch.where(damping > 0, torch.where(kappa > 0, torch.maximum(exponents, own), own), exponents)
+            kappa, exponents = ldexp(kappa, exponents - most) + ldexp(damping, own - most), most
+        kappa = torch.where(kappa == 0, torch.inf, kappa)  # on no path: no step
+        gradient = Number.of(self.gradient.double())
+        scaled = Number(gradient.m * unscaled * factor.m, gradient.e - self.shift + factor.e)
+        return scaled / Number(kappa, exponents)
 
 
 #: What was decided, a status and how to write it, under a mask.
 Decided = tuple[Tensor, Callable[[Tensor], None]]
-
-
-def _sum(numbers: Numbers) -> Numbers:
-    mantissas, more = _split(numbers[0])
-    exponents = numbers[1] + more
-    most = torch.where(mantissas != 0, exponents, -(1 << 40)).amax()
-    return ldexp(mantissas, (exponents - most).clamp(min=-3000)).sum(), most
-
-
-def _total(parts: Sequence[Numbers]) -> Numbers:
-    return _sum((torch.stack([m for m, _ in parts]), torch.stack([e for _, e in parts])))
-
-
-def _squares(x: Tensor, factor: Numbers | None = None) -> Numbers:
-    """Σ factor x²."""
-    mantissas, exponents = _split(x)
-    squares, exponents = mantissas.square(), 2 * exponents
-    if factor is not None:
-        squares, exponents = squares * factor[0], exponents + factor[1]
-    return _sum((squares, exponents))
-
-
-def _root(mantissa: Tensor, exponent: Tensor) -> Numbers:
-    odd = exponent & 1
-    return (mantissa * (1 + odd)).sqrt(), (exponent - odd) // 2
-
-
-def _unit(w: Weight) -> Numbers:
-    """1/sqrt(κ); 0 on no path."""
-    mantissa, exponent = _root(*w.divisor)
-    return torch.where(mantissa > 0, 1 / mantissa, 0.0), -exponent
 
 
 def _first(*statuses: Tensor) -> Tensor:
@@ -127,63 +148,56 @@ def sgd(
     constant: Tensor | None,
     unscaled: Tensor | float,
 ) -> Decided:
-    norm, norm_exponent = power_of_e(log_path_norm)
-    no_path, pulled = norm == 0, torch.stack([w.pulled() for w in weights]).any()
+    norm = Number(*power_of_e(log_path_norm))
+    no_path, pulled = norm.m == 0, torch.stack([w.pulled() for w in weights]).any()
     bounded = bool(radius)  # 0, as the op has it, is none
     needs_paths = scale == "path_norm" or bounded
     statuses = [
         torch.where(no_path & pulled & needs_paths, NO_PATH, 0),
-        torch.where(norm.isfinite(), 0, UNBOUNDED),
+        torch.where(norm.m.isfinite(), 0, UNBOUNDED),
         _status(weights, [w.unreached() for w in weights], UNREACHED),
     ]
-    factor, factor_exponent = torch.ones_like(norm), torch.zeros_like(norm_exponent)
+    factor = one = Number(torch.ones_like(norm.m), torch.zeros_like(norm.e))
     if scale == "path_norm":
-        factor, factor_exponent = torch.where(no_path, factor, norm), norm_exponent
+        factor = Number(torch.where(no_path, one.m, norm.m), norm.e)
     fixed = constant
     if scale == "first_step":
         assert constant is not None
-        one = torch.ones_like(norm), torch.zeros_like(norm_exponent)
-        quotients = [_quotient(w, unscaled, one, eps, (norm, norm_exponent)) for w in weights]
-        total, exponent = _total([_squares(w.gradient.double() * unscaled) for w in weights])
-        scales = [(torch.ones_like(q), 2 * (e - w.shift)) for w, (q, e) in zip(weights, quotients, strict=True)]
-        divided, divided_exponent = _total([_squares(q, s) for (q, _), s in zip(quotients, scales, strict=True)])
-        found = (total.log() + (exponent - divided_exponent).double() * math.log(2) - divided.log()) / 2
-        bad = ~(total.isfinite() & divided.isfinite())
+        quotients = [w.quotient(unscaled, one, eps, norm) for w in weights]
+        total = _total([Number.of(w.gradient.double() * unscaled).squares() for w in weights])
+        divided = _total([Number(q.m, q.e - w.shift).squares() for w, q in zip(weights, quotients, strict=True)])
+        found = (total.m.log() + (total.e - divided.e).double() * math.log(2) - divided.m.log()) / 2
+        bad = ~(total.m.isfinite() & divided.m.isfinite())
         statuses.append(torch.where(constant.isnan() & bad, NO_CONSTANT, 0))
-        none = (total == 0) | (divided == 0) | bad
+        none = (total.m == 0) | (divided.m == 0) | bad
         fixed = torch.where(constant.isnan() & ~none, found, constant)
-        factor, factor_exponent = power_of_e(torch.where(fixed.isnan(), 0.0, fixed))
+        factor = Number(*power_of_e(torch.where(fixed.isnan(), 0.0, fixed)))
 
-    deltas: list[Tensor] = []
-    rates: list[Tensor] = []  # that are not in delta yet
+    steps: list[Number] = []
     firsts: list[Tensor | None] = []
     lost: list[Tensor] = []
     for w in weights:
         _, momentum, decay, nesterov, maximize = w.numbers
-        q, exponents = _quotient(w, unscaled, (factor, factor_exponent), eps, (norm, norm_exponent))
-        d = ldexp(q, exponents)
+        d = w.quotient(unscaled, factor, eps, norm).value()
         lost.append((w.gradient.isfinite() & ~(w.down(d).abs() <= torch.finfo(w.weight.dtype).max)).any())
         d = (-d if maximize else d) + (decay * w.up(w.weight) if decay else 0)
-        rate = torch.as_tensor(-w.rate, dtype=torch.float64, device=norm.device)
-        if w.first is not None:
-            first = momentum * w.up(w.first) + d
-            d = rate * (d + momentum * first if nesterov else first)
-            rate = torch.ones_like(norm)
-        firsts.append(None if w.first is None else first)
-        deltas.append(d)
-        rates.append(rate)
-    share = torch.ones_like(norm), torch.zeros_like(norm_exponent)
+        firsts.append(None if w.first is None else momentum * w.up(w.first) + d)
+        if (first := firsts[-1]) is not None:
+            d = d + momentum * first if nesterov else first
+        rate = torch.as_tensor(-w.rate, dtype=torch.float64, device=norm.m.device)
+        steps.append(Number.of(d) * Number.of(rate))
+    share = one
     if bounded:
-        squares = [_squares(d, w.divisor) for d, w in zip(deltas, weights, strict=True)]
+        squares = [step.squares(w.divisor) for step, w in zip(steps, weights, strict=True)]
         # No length, though the gradients are finite.
         for i, w in enumerate(weights):
-            lost[i] |= ~squares[i][0].isfinite() & w.gradient.isfinite().all()
-        share = _share(squares, rates, (norm, norm_exponent), radius)  # type: ignore[arg-type]
+            lost[i] |= ~squares[i].m.isfinite() & w.gradient.isfinite().all()
+        share = _share(squares, norm, radius)  # type: ignore[arg-type]
     statuses.append(_status(weights, lost, LOST))
 
     def commit(ok: Tensor) -> None:
-        for w, delta, rate, first in zip(weights, deltas, rates, firsts, strict=True):
-            _keep(w.weight, w.down(w.up(w.weight) + _shortened(delta, rate, share)), ok)
+        for w, step, first in zip(weights, steps, firsts, strict=True):
+            _keep(w.weight, w.down(w.up(w.weight) + (step * share).value()), ok)
             if first is not None:
                 _keep(w.first, w.down(first), ok)  # type: ignore[arg-type]
         if constant is not None and fixed is not constant:
@@ -194,74 +208,44 @@ def sgd(
 
 def given(weights: Sequence[Weight], log_path_norm: Tensor, radius: float) -> Decided:
     """Of a step that another optimiser has taken: ``gradient`` is the weight after it."""
-    norm = power_of_e(log_path_norm)
-    deltas = [w.up(w.gradient) - w.up(w.weight) for w in weights]
-    one = torch.ones_like(norm[0])
-    squares = [_squares(d, w.divisor) for d, w in zip(deltas, weights, strict=True)]
-    share = _share(squares, [one for _ in weights], norm, radius)
-    whole = (share[0] == 1) & (share[1] == 0)
+    norm = Number(*power_of_e(log_path_norm))
+    steps = [Number.of(w.up(w.gradient) - w.up(w.weight)) for w in weights]
+    share = _share([step.squares(w.divisor) for step, w in zip(steps, weights, strict=True)], norm, radius)
 
     def commit(ok: Tensor) -> None:
-        for w, delta in zip(weights, deltas, strict=True):
+        for w, step in zip(weights, steps, strict=True):
             # To the bit, where it is not shortened.
-            shortened = w.down(w.up(w.weight) + _shortened(delta, one, share)).to(w.weight.dtype)
-            _keep(w.weight, torch.where(whole, w.gradient, shortened), ok)
+            shortened = w.down(w.up(w.weight) + (step * share).value()).to(w.weight.dtype)
+            _keep(w.weight, torch.where(share.value() == 1, w.gradient, shortened), ok)
 
-    return torch.where(norm[0].isfinite(), 0, UNBOUNDED), commit
+    return torch.where(norm.m.isfinite(), 0, UNBOUNDED), commit
 
 
-def _share(squares: Sequence[Numbers], rates: Sequence[Tensor], norm: Numbers, radius: float) -> Numbers:
+def _share(squares: Sequence[Number], norm: Number, radius: float) -> Number:
     """What the radius leaves of a step: 1 of one that is no longer, or of a network without a path."""
-    one, zero = torch.ones_like(norm[0]), torch.zeros_like(norm[1])
-    split = [_split(rate) for rate in rates]
-    total, exponent = _total([(m * r * r, e + 2 * x) for (m, e), (r, x) in zip(squares, split, strict=True)])
-    root, root_exponent = _root(*_normal(total / norm[0], exponent - norm[1]))
+    root = (_total(squares) / norm).normal().root()
     # nan, from a gradient that is not finite, compares false: torch's own optimisers let it through too.
-    longer = (ldexp(root / radius, root_exponent) > 1) & root.isfinite() & (norm[0] != 0)
-    return torch.where(longer, radius / root, one), torch.where(longer, -root_exponent, zero)
-
-
-def _normal(mantissa: Tensor, exponent: Tensor) -> Numbers:
-    mantissa, more = _split(mantissa)
-    return mantissa, exponent + more
-
-
-def _shortened(delta: Tensor, rate: Tensor, share: Numbers) -> Tensor:
-    mantissas, exponents = _split(delta)
-    own, more = _split(rate)
-    return ldexp(mantissas * (own * share[0]), exponents + more + share[1])
-
-
-def _quotient(w: Weight, unscaled: Tensor | float, factor: Numbers, eps: float, norm: Numbers) -> Numbers:
-    """factor g/(κ + eps γ²)."""
-    divisor, own = w.divisor
-    if eps > 0:
-        share = torch.where(norm[0] > 0, eps * norm[0], 0.0)
-        exponents = norm[1] - 2 * w.shift  # γ² is one number, whatever the coordinates
-        most = torch.where(share > 0, torch.where(divisor > 0, torch.maximum(own, exponents), exponents), own)
-        divisor, own = ldexp(divisor, own - most) + ldexp(share, exponents - most), most
-    divisor = torch.where(divisor == 0, torch.inf, divisor)  # on no path: no step
-    gradient, exponents = _split(w.gradient.double())
-    return gradient * unscaled * factor[0] / divisor, exponents - w.shift + factor[1] - own
+    longer = (ldexp(root.m / radius, root.e) > 1) & root.m.isfinite() & (norm.m != 0)
+    return Number(torch.where(longer, radius / root.m, 1.0), torch.where(longer, -root.e, 0))
 
 
 def coordinates(
     weights: Sequence[Weight], head: Weight | None, bias: Weight | None, log_path_norm: Tensor, unscaled: Tensor | float
 ) -> Decided:
     """``head``: the head's weight, of whose paths γ² is, where it has a bias; ``bias``: that, where it moves."""
-    norm, norm_exponent = power_of_e(log_path_norm)
+    norm = Number(*power_of_e(log_path_norm))
     if head is not None:
-        norm, norm_exponent = _squares(head.up(head.weight), head.divisor)
+        norm = Number.of(head.up(head.weight)).squares(head.divisor)
     everything = [*weights, *([bias] if bias is not None else [])]
     pulled = torch.stack([w.pulled() for w in everything]).any()
     statuses = [
-        torch.where((norm == 0) & pulled, NO_PATH, 0),
-        torch.where(norm.isfinite(), 0, UNBOUNDED),
+        torch.where((norm.m == 0) & pulled, NO_PATH, 0),
+        torch.where(norm.m.isfinite(), 0, UNBOUNDED),
         *([_status(weights, [w.unreached() for w in weights], UNREACHED)] if weights else []),
     ]
-    going = torch.ones_like(norm, dtype=torch.bool)
+    going = torch.ones_like(norm.m, dtype=torch.bool)
     if bias is not None:
-        quotient = bias.gradient.double() * unscaled / ldexp(*bias.divisor)
+        quotient = bias.gradient.double() * unscaled / bias.divisor.value()
         fine = quotient.isfinite().all()
         sign = -1.0 if bias.numbers[7] else 1.0
         moved = bias.weight.double() - bias.rate * sign * quotient.clamp(-1, 1)
@@ -270,17 +254,15 @@ def coordinates(
         going = bias.count + 1 > held
     moves: list[tuple[Tensor, Tensor, Tensor]] = []
     if weights:
-        units = [_unit(w) for w in weights]
-        gradients = [w.down(w.gradient) * unit[0] for w, unit in zip(weights, units, strict=True)]
-        length, length_exponent = _root(
-            *_total([_squares(g, (torch.ones_like(g), 2 * u[1])) for g, u in zip(gradients, units, strict=True)])
-        )
-        going = going & (length > 0) & length.isfinite()
-        root, root_exponent = _root(norm, norm_exponent)
-        for w, g, (unit, exponents) in zip(weights, gradients, units, strict=True):
+        units = [w.unit() for w in weights]
+        gradients = [Number(w.down(w.gradient) * unit.m, unit.e) for w, unit in zip(weights, units, strict=True)]
+        length = _total([g.squares() for g in gradients]).root()
+        going = going & (length.m > 0) & length.m.isfinite()
+        root = norm.root()
+        for w, gradient, unit in zip(weights, gradients, units, strict=True):
             _, beta1, beta2, power, eps, _, warmup, maximize = w.numbers
             assert w.first is not None and w.second is not None and w.count is not None
-            g = ldexp(g / length, exponents - length_exponent)
+            g = (gradient / length).value()
             g = -g if maximize else g
             m = w.first.double() + (1 - beta1) * (g - w.first.double())
             v = beta2 * w.second.double() + (1 - beta2) * g * g
@@ -288,7 +270,7 @@ def coordinates(
             denominator = (v / (1 - beta2**steps)).sqrt()
             ratio = torch.where(denominator > 0, m.abs() / (denominator + eps), 0.0).clamp(max=1)
             rate = w.rate * (steps / max(warmup, 1)).clamp(max=1) / w.weight.numel() ** 0.5
-            step = ldexp(rate * (ratio**power).copysign(m) * unit * root, exponents + root_exponent)
+            step = ldexp(rate * (ratio**power).copysign(m) * unit.m * root.m, unit.e + root.e)
             moves.append((w.down(w.up(w.weight) - step), m, v))
         lost = [
             going
