@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from .arguments import check_count
-from .kappa import precision
+from .kappa import arguments, precision
 from .network import PathNetwork
 from .ops.backend import ENVIRONMENT, choose, refusals, without_numbers
 from .ops.plan import Plan, check_plan, describe, plans
@@ -109,25 +109,9 @@ def _chains(net: PathNetwork, seq_len: int) -> tuple[str, ...]:
 
     weights = {name: p.detach().to(precision(p.dtype)) for name, p in net.weights().items()}
 
-    def of_chains(kind: str) -> list[torch.Tensor]:
-        names = (f"rnn.{kind}_{ending}" for ending in net.endings)
-        return [weights[name] for name in names if name in weights]
-
     if not all(p.isfinite().all() for p in weights.values()):
         return ("a weight is not finite, and κ is not to be had",)
-    ways, threads = _C.path_chain_ways(
-        of_chains("weight_ih"),
-        of_chains("weight_hh"),
-        of_chains("bias_ih"),
-        of_chains("bias_hh"),
-        weights.get("head.weight"),
-        weights.get("head.bias"),
-        weights.get("embedding.weight"),
-        seq_len,
-        net.outputs == "last",
-        net.h0 == "ones",
-        net.rnn.bidirectional,
-    )
+    ways, threads = _C.path_chain_ways(*arguments(net, weights, seq_len), net.rnn.bidirectional)  # type: ignore[call-arg]
     words = (
         "{0} steps",
         "{0} steps, then converged",

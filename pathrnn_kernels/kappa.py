@@ -99,11 +99,9 @@ class Kappa:
     _log_scales: dict[str, float] = field(default_factory=dict, repr=False)
 
     @classmethod
-    def from_chain(
-        cls, chain: ops.PathChain, layout: _Layout, directions: int, shapes: Mapping[str, torch.Size] | list[torch.Size]
-    ) -> Kappa:
-        scaled = functools.partial(_scaled, chain, layout, directions)
-        lags = layout.kinds[1], chain.lags
+    def from_chain(cls, chain: ops.PathChain, layout: _Layout, shapes: list[torch.Size]) -> Kappa:
+        scaled = functools.partial(_scaled, chain, layout)
+        lags = layout.recurrent, chain.lags
         return cls(chain, scaled, chain.log_path_norm, lags, chain.bounds, chain.arithmetic, shapes)
 
     @classmethod
@@ -262,9 +260,8 @@ def kappa(
     if workspace_bytes is not None:
         check_count("workspace_bytes", workspace_bytes, 0, 2**63)
     parameters = _weights(net)
-    shapes = {name: p.shape for name, p in parameters.items()}
-    layout = _layout(net.endings, *_options(parameters))
-    first_lags = _first_lags(lags, layout.kinds[1])
+    layout = _layout_of(net, parameters)
+    first_lags = _first_lags(lags, layout.recurrent)
 
     backend = _choose(net, parameters, backend)
     if backend == "reference":
@@ -275,14 +272,14 @@ def kappa(
             copies = {name: p.detach().clone() for name, p in parameters.items()}
             factors = reference.kappa(copies, seq_len, net.outputs, net.h0, second_term, kappa2)
             log_norm = reference.path_norm(copies, seq_len, net.outputs, net.h0).double().log()
-        all_lags = dict.fromkeys(layout.kinds[1], seq_len - 1 if second_term else 0)
+        all_lags = dict.fromkeys(layout.recurrent, seq_len - 1 if second_term else 0)
+        shapes = {name: p.shape for name, p in parameters.items()}
         one = torch.tensor(0, device=log_norm.device)
         return Kappa.of({name: Scaled(factor, one) for name, factor in factors.items()}, log_norm, shapes, all_lags)
 
     chain = _launch(
         net,
         parameters,
-        layout,
         seq_len,
         backend=backend,
         plan=plan,
@@ -291,8 +288,7 @@ def kappa(
         first_lags=first_lags,
         workspace_bytes=workspace_bytes,
     )
-
-    return Kappa.from_chain(chain, layout, net.num_directions, shapes)
+    return Kappa.from_chain(chain, layout, [p.shape for p in parameters.values()])
 
 
 def kappa_without_waiting(net: PathNetwork, seq_len: int, second_term: bool) -> Kappa:
@@ -302,12 +298,11 @@ def kappa_without_waiting(net: PathNetwork, seq_len: int, second_term: bool) -> 
     seq_len = _check(net, seq_len)
     with torch.autocast(_device_type(net), enabled=False):
         parameters = _weights(net)
-        layout = _layout(net.endings, *_options(parameters))
         factor = KAPPA2_FACTOR["exact"] if second_term else 0.0
         backend = _choose(net, parameters, "auto")
-        chain = _pass(net, parameters, layout, seq_len, backend=backend, second_factor=factor)
+        chain = _pass(net, parameters, seq_len, backend=backend, second_factor=factor)
     chain.log_path_norm.masked_fill_(chain.arithmetic < 0, math.nan)
-    return Kappa.from_chain(chain, layout, net.num_directions, {name: p.shape for name, p in parameters.items()})
+    return Kappa.from_chain(chain, _layout_of(net, parameters), [p.shape for p in parameters.values()])
 
 
 def _at_once(net: PathNetwork, seq_len: int, second_term: bool, rtol: float) -> Kappa | None:
@@ -332,28 +327,17 @@ def _at_once(net: PathNetwork, seq_len: int, second_term: bool, rtol: float) -> 
         or _tied(weights)
     ):
         return None
-    layout = _layout_by_names(net.endings, tuple(parameters))
-    per_chain, ends = layout.per_chain, layout.ends
-    n = per_chain * len(net.endings)
-    bidirectional = net._modules["rnn"].bidirectional  # type: ignore[union-attr]
     chain = ops.path_chain_on_cpu(
-        weights[0:n:per_chain],
-        weights[1:n:per_chain],
-        weights[2:n:per_chain] if per_chain == 4 else [],
-        weights[3:n:per_chain] if per_chain == 4 else [],
-        *[None if i is None else weights[i] for i in ends],
-        seq_len,
-        net.outputs == "last",
-        net.h0 == "ones",
+        *arguments(net, parameters, seq_len),
         True,
         KAPPA2_FACTOR["exact"] if second_term else 0.0,
         min(rtol, 1.0),
         (),
         -1,
-        bidirectional,
+        net._modules["rnn"].bidirectional,  # type: ignore[union-attr]
     )
-    directions = 2 if bidirectional else 1
-    return Kappa.from_chain(ops.PathChain._make(chain), layout, directions, [p.shape for p in weights])
+    layout = _layout_of(net, parameters)
+    return Kappa.from_chain(ops.PathChain._make(chain), layout, [p.shape for p in weights])
 
 
 def _first_lags(lags: Mapping[str, int] | None, names: tuple[str, ...]) -> list[int]:
@@ -421,10 +405,9 @@ class _Norm(torch.autograd.Function):
     ) -> Tensor:
         need = any(ctx.needs_input_grad)
         parameters = dict(zip(names, values, strict=True))
-        layout = _layout(net.endings, *_options(parameters))
-        chain = _launch(net, parameters, layout, seq_len, backend=backend, kappa1=need)
+        chain = _launch(net, parameters, seq_len, backend=backend, kappa1=need)
         if need:
-            ctx.chain, ctx.layout, ctx.logarithm = chain, layout, logarithm
+            ctx.chain, ctx.layout, ctx.logarithm = chain, _layout_of(net, parameters), logarithm
             ctx.structure = net.structure
             ctx.save_for_backward(*values)
         result = chain.log_path_norm if logarithm else chain.log_path_norm.exp()
@@ -441,7 +424,7 @@ class _Norm(torch.autograd.Function):
                 list(weights), *ctx.structure, grad, logarithm, *chain[:4], chain.log_path_norm
             )
         else:
-            scaled = _scaled(chain, ctx.layout, 2 if ctx.structure[1] else 1)
+            scaled = _scaled(chain, ctx.layout)
             log_norm = chain.log_path_norm if logarithm else None
             with torch.no_grad():
                 gradients = [
@@ -541,58 +524,60 @@ def _tied(weights: Collection[Tensor]) -> bool:
 
 
 class _Layout(NamedTuple):
-    """Where the parameters stand in the op's arguments and results."""
+    """Where the weights of a network stand in the op's arguments and results."""
 
-    #: Names of weight_ih, weight_hh, bias_ih, bias_hh, by layers and in each layer by directions.
-    kinds: tuple[tuple[str, ...], ...]
-    #: Parameter name, in the order of ``named_parameters`` → index in ``PathChain.kappa1``.
-    places: dict[str, int]
+    recurrent: tuple[str, ...]
+    #: Parameter name → the place of its κ, the chain whose units its rows are, and the chains whose units its columns
+    #: are; None where they are no units.
+    places: dict[str, tuple[int, int | None, slice | None]]
     #: Weights of a chain.
     per_chain: int
     #: Places of the head's weight and bias and of the embedding among the weights; None where there is none.
-    ends: tuple[int | None, int | None, int | None]
+    ends: tuple[int | None, ...]
 
 
-def _options(parameters: Mapping[str, Any]) -> tuple[bool, bool, bool, bool]:
-    names = ("rnn.bias_ih_l0", "head.weight", "head.bias", "embedding.weight")
-    bias, head, head_bias, embedding = (name in parameters for name in names)
-    return bias, head, head_bias, embedding
+def _layout_of(net: PathNetwork, parameters: Mapping[str, Tensor]) -> _Layout:
+    return _layout(net.recurrent, net.num_directions, tuple(parameters))
 
 
 @functools.cache
-def _layout(endings: tuple[str, ...], bias: bool, head: bool, head_bias: bool, embedding: bool) -> _Layout:
-    kinds = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
-    names = tuple(
-        tuple(f"rnn.{kind}_{ending}" for ending in endings) if bias or kind.startswith("weight") else ()
-        for kind in kinds
-    )
-    per_chain = 3 if bias else 2  # both biases have one κ
-    places = {
-        f"rnn.{kind}_{ending}": per_chain * c + min(k, 2)
-        for c, ending in enumerate(endings)
-        for k, kind in enumerate(kinds if bias else kinds[:2])
-    }
-    count = per_chain * len(endings)
-    for name, given in (("head.weight", head), ("head.bias", head_bias), ("embedding.weight", embedding)):
-        if given:
-            places[name] = count
-            count += 1
-    ordered = list(places)
+def _layout(recurrent: tuple[str, ...], directions: int, names: tuple[str, ...]) -> _Layout:
+    chains = len(recurrent)
+    per_chain = 4 if "rnn.bias_ih_l0" in names else 2
+    biases = per_chain // 4  # both have one κ
+    places: dict[str, tuple[int, int | None, slice | None]] = {}
+    for i, name in enumerate(names):
+        c, kind = divmod(i, per_chain)
+        layer = c - c % directions  # its first chain; of the head, beyond the last
+        below = slice(layer - directions, layer) if layer > 0 else None
+        if c < chains:
+            places[name] = i - c * biases - (kind == 3), c, (below, slice(c, c + 1), None, None)[kind]
+        else:
+            places[name] = i - chains * biases, None, slice(chains - directions, chains) if "head.w" in name else None
     ends = ("head.weight", "head.bias", "embedding.weight")
-    weight, own_bias, table = (ordered.index(name) if name in places else None for name in ends)
-    return _Layout(names, places, 4 if bias else 2, (weight, own_bias, table))
+    return _Layout(recurrent, places, per_chain, tuple(names.index(name) if name in places else None for name in ends))
 
 
-@functools.cache
-def _layout_by_names(endings: tuple[str, ...], names: tuple[str, ...]) -> _Layout:
-    return _layout(endings, *_options(dict.fromkeys(names)))
+def arguments(net: PathNetwork, parameters: Mapping[str, Tensor], seq_len: int) -> Any:
+    """Of ``ops.path_chain``, those that a network and T are."""
+    layout, weights = _layout_of(net, parameters), [*parameters.values()]
+    step = layout.per_chain
+    n = step * len(layout.recurrent)
+    return (
+        weights[0:n:step],
+        weights[1:n:step],
+        weights[2:n:step] if step == 4 else [],
+        weights[3:n:step] if step == 4 else [],
+        *[None if i is None else weights[i] for i in layout.ends],
+        seq_len,
+        net.outputs == "last",
+        net.h0 == "ones",
+    )
 
 
-def _launch(
-    net: PathNetwork, parameters: dict[str, Tensor], layout: _Layout, seq_len: int, **options: Any
-) -> ops.PathChain:
+def _launch(net: PathNetwork, parameters: dict[str, Tensor], seq_len: int, **options: Any) -> ops.PathChain:
     """The pass, in a wider arithmetic where one loses something."""
-    found = _pass(net, parameters, layout, seq_len, **options)
+    found = _pass(net, parameters, seq_len, **options)
     weight = parameters["rnn.weight_hh_l0"]
     if without_numbers(weight):
         return found
@@ -603,32 +588,16 @@ def _launch(
         return found
     wide = {name: p.detach().double() for name, p in parameters.items()}
     if weight.dtype == torch.float32:
-        found = _pass(net, wide, layout, seq_len, **options)
+        found = _pass(net, wide, seq_len, **options)
         if found.to_host()[1] >= 0:
             return _narrowed(found, weight)._replace(arithmetic=torch.ones_like(found.arithmetic))
     # What float64 loses, the CPU alone can compute.
     host = {name: p.cpu() for name, p in wide.items()}
-    return _narrowed(_pass(net, host, layout, seq_len, **options | {"backend": "cpu", "plan": "auto"}), weight)
+    return _narrowed(_pass(net, host, seq_len, **options | {"backend": "cpu", "plan": "auto"}), weight)
 
 
-def _pass(
-    net: PathNetwork, parameters: dict[str, Tensor], layout: _Layout, seq_len: int, **options: Any
-) -> ops.PathChain:
-    weight_ih, weight_hh, bias_ih, bias_hh = ([parameters[name] for name in names] for names in layout.kinds)
-    return ops.path_chain(
-        weight_ih,
-        weight_hh,
-        bias_ih,
-        bias_hh,
-        parameters.get("head.weight"),
-        parameters.get("head.bias"),
-        parameters.get("embedding.weight"),
-        seq_len,
-        net.outputs == "last",
-        net.h0 == "ones",
-        bidirectional=net.rnn.bidirectional,
-        **options,
-    )
+def _pass(net: PathNetwork, parameters: dict[str, Tensor], seq_len: int, **options: Any) -> ops.PathChain:
+    return ops.path_chain(*arguments(net, parameters, seq_len), bidirectional=net.rnn.bidirectional, **options)  # type: ignore[misc]
 
 
 def _narrowed(chain: ops.PathChain, like: Tensor) -> ops.PathChain:
@@ -645,30 +614,18 @@ def _narrowed(chain: ops.PathChain, like: Tensor) -> ops.PathChain:
     return ops.PathChain(*map(move, chain._replace(kappa=kappa, entry_exponents=entries)))
 
 
-def _scaled(chain: ops.PathChain, layout: _Layout, directions: int) -> dict[str, Scaled]:
+def _scaled(chain: ops.PathChain, layout: _Layout) -> dict[str, Scaled]:
     """κ of every parameter with its exponents."""
-    exponents, entries = chain.exponents.unbind(), chain.entry_exponents
-    units = chain.unit_exponents
-    layers = units.reshape(-1, directions * units.shape[1])  # as the columns of the weights above see them
-    rows: dict[str, Tensor] = {}
-    columns: dict[str, Tensor] = {}
-    for kind, names in enumerate(layout.kinds):
-        for c, name in enumerate(names):
-            rows[name] = -units[c]
-            if kind == 1:
-                columns[name] = units[c]
-            elif kind == 0 and c >= directions:
-                columns[name] = layers[c // directions - 1]
-    columns["head.weight"] = layers[-1]
+    exponents, entries, units = chain.exponents.unbind(), chain.entry_exponents, chain.unit_exponents
     return {
         name: Scaled(
             chain.kappa[place],
             exponents[place],
-            rows.get(name),
-            columns.get(name),
+            None if chain_of_rows is None else -units[chain_of_rows],
+            None if columns is None else units[columns].reshape(-1),
             entries[place] if entries[place].numel() else None,
         )
-        for name, place in layout.places.items()
+        for name, (place, chain_of_rows, columns) in layout.places.items()
     }
 
 
