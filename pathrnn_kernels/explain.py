@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from .arguments import check_count
-from .kappa import arguments, precision
+from .kappa import layout_of, precision
 from .network import PathNetwork
 from .ops.backend import ENVIRONMENT, choose, refusals, without_numbers
 from .ops.plan import Plan, check_plan, describe, plans
@@ -111,7 +111,8 @@ def _chains(net: PathNetwork, seq_len: int) -> tuple[str, ...]:
 
     if not all(p.isfinite().all() for p in weights.values()):
         return ("a weight is not finite, and κ is not to be had",)
-    ways, threads = _C.path_chain_ways(*arguments(net, weights, seq_len), net.rnn.bidirectional)  # type: ignore[call-arg]
+    own = layout_of(net.recurrent, tuple(weights)).arguments(net, [*weights.values()], seq_len)
+    ways, threads = _C.path_chain_ways(*own, net.rnn.bidirectional)  # type: ignore[call-arg]
     words = (
         "{0} steps",
         "{0} steps, then converged",

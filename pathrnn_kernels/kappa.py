@@ -99,7 +99,7 @@ class Kappa:
     _log_scales: dict[str, float] = field(default_factory=dict, repr=False)
 
     @classmethod
-    def from_chain(cls, chain: ops.PathChain, layout: _Layout, shapes: list[torch.Size]) -> Kappa:
+    def from_chain(cls, chain: ops.PathChain, layout: Layout, shapes: list[torch.Size]) -> Kappa:
         scaled = functools.partial(_scaled, chain, layout)
         lags = layout.recurrent, chain.lags
         return cls(chain, scaled, chain.log_path_norm, lags, chain.bounds, chain.arithmetic, shapes)
@@ -260,7 +260,7 @@ def kappa(
     if workspace_bytes is not None:
         check_count("workspace_bytes", workspace_bytes, 0, 2**63)
     parameters = _weights(net)
-    layout = _layout_of(net, parameters)
+    layout = layout_of(net.recurrent, tuple(parameters))
     first_lags = _first_lags(lags, layout.recurrent)
 
     backend = _choose(net, parameters, backend)
@@ -302,7 +302,7 @@ def kappa_without_waiting(net: PathNetwork, seq_len: int, second_term: bool) -> 
         backend = _choose(net, parameters, "auto")
         chain = _pass(net, parameters, seq_len, backend=backend, second_factor=factor)
     chain.log_path_norm.masked_fill_(chain.arithmetic < 0, math.nan)
-    return Kappa.from_chain(chain, _layout_of(net, parameters), [p.shape for p in parameters.values()])
+    return Kappa.from_chain(chain, layout_of(net.recurrent, tuple(parameters)), [p.shape for p in parameters.values()])
 
 
 def _at_once(net: PathNetwork, seq_len: int, second_term: bool, rtol: float) -> Kappa | None:
@@ -327,8 +327,9 @@ def _at_once(net: PathNetwork, seq_len: int, second_term: bool, rtol: float) -> 
         or _tied(weights)
     ):
         return None
+    layout = layout_of(net.recurrent, tuple(parameters))
     chain = ops.path_chain_on_cpu(
-        *arguments(net, parameters, seq_len),
+        *layout.arguments(net, weights, seq_len),
         True,
         KAPPA2_FACTOR["exact"] if second_term else 0.0,
         min(rtol, 1.0),
@@ -336,7 +337,6 @@ def _at_once(net: PathNetwork, seq_len: int, second_term: bool, rtol: float) -> 
         -1,
         net._modules["rnn"].bidirectional,  # type: ignore[union-attr]
     )
-    layout = _layout_of(net, parameters)
     return Kappa.from_chain(ops.PathChain._make(chain), layout, [p.shape for p in weights])
 
 
@@ -407,7 +407,7 @@ class _Norm(torch.autograd.Function):
         parameters = dict(zip(names, values, strict=True))
         chain = _launch(net, parameters, seq_len, backend=backend, kappa1=need)
         if need:
-            ctx.chain, ctx.layout, ctx.logarithm = chain, _layout_of(net, parameters), logarithm
+            ctx.chain, ctx.layout, ctx.logarithm = chain, layout_of(net.recurrent, tuple(parameters)), logarithm
             ctx.structure = net.structure
             ctx.save_for_backward(*values)
         result = chain.log_path_norm if logarithm else chain.log_path_norm.exp()
@@ -523,7 +523,7 @@ def _tied(weights: Collection[Tensor]) -> bool:
     return len({p.data_ptr() for p in weights}) < len(weights)
 
 
-class _Layout(NamedTuple):
+class Layout(NamedTuple):
     """Where the weights of a network stand in the op's arguments and results."""
 
     recurrent: tuple[str, ...]
@@ -535,14 +535,25 @@ class _Layout(NamedTuple):
     #: Places of the head's weight and bias and of the embedding among the weights; None where there is none.
     ends: tuple[int | None, ...]
 
-
-def _layout_of(net: PathNetwork, parameters: Mapping[str, Tensor]) -> _Layout:
-    return _layout(net.recurrent, net.num_directions, tuple(parameters))
+    def arguments(self, net: PathNetwork, weights: list[Tensor], seq_len: int) -> Any:
+        """Of ``ops.path_chain``, those that a network and T are."""
+        step = self.per_chain
+        n = step * len(self.recurrent)
+        return (
+            weights[0:n:step],
+            weights[1:n:step],
+            weights[2:n:step] if step == 4 else [],
+            weights[3:n:step] if step == 4 else [],
+            *[None if i is None else weights[i] for i in self.ends],
+            seq_len,
+            net.outputs == "last",
+            net.h0 == "ones",
+        )
 
 
 @functools.cache
-def _layout(recurrent: tuple[str, ...], directions: int, names: tuple[str, ...]) -> _Layout:
-    chains = len(recurrent)
+def layout_of(recurrent: tuple[str, ...], names: tuple[str, ...]) -> Layout:
+    chains, directions = len(recurrent), 2 if recurrent[-1].endswith("_reverse") else 1
     per_chain = 4 if "rnn.bias_ih_l0" in names else 2
     biases = per_chain // 4  # both have one κ
     places: dict[str, tuple[int, int | None, slice | None]] = {}
@@ -555,24 +566,7 @@ def _layout(recurrent: tuple[str, ...], directions: int, names: tuple[str, ...])
         else:
             places[name] = i - chains * biases, None, slice(chains - directions, chains) if "head.w" in name else None
     ends = ("head.weight", "head.bias", "embedding.weight")
-    return _Layout(recurrent, places, per_chain, tuple(names.index(name) if name in places else None for name in ends))
-
-
-def arguments(net: PathNetwork, parameters: Mapping[str, Tensor], seq_len: int) -> Any:
-    """Of ``ops.path_chain``, those that a network and T are."""
-    layout, weights = _layout_of(net, parameters), [*parameters.values()]
-    step = layout.per_chain
-    n = step * len(layout.recurrent)
-    return (
-        weights[0:n:step],
-        weights[1:n:step],
-        weights[2:n:step] if step == 4 else [],
-        weights[3:n:step] if step == 4 else [],
-        *[None if i is None else weights[i] for i in layout.ends],
-        seq_len,
-        net.outputs == "last",
-        net.h0 == "ones",
-    )
+    return Layout(recurrent, places, per_chain, tuple(names.index(name) if name in places else None for name in ends))
 
 
 def _launch(net: PathNetwork, parameters: dict[str, Tensor], seq_len: int, **options: Any) -> ops.PathChain:
@@ -597,7 +591,8 @@ def _launch(net: PathNetwork, parameters: dict[str, Tensor], seq_len: int, **opt
 
 
 def _pass(net: PathNetwork, parameters: dict[str, Tensor], seq_len: int, **options: Any) -> ops.PathChain:
-    return ops.path_chain(*arguments(net, parameters, seq_len), bidirectional=net.rnn.bidirectional, **options)  # type: ignore[misc]
+    own = layout_of(net.recurrent, tuple(parameters)).arguments(net, [*parameters.values()], seq_len)
+    return ops.path_chain(*own, bidirectional=net.rnn.bidirectional, **options)  # type: ignore[misc]
 
 
 def _narrowed(chain: ops.PathChain, like: Tensor) -> ops.PathChain:
@@ -614,7 +609,7 @@ def _narrowed(chain: ops.PathChain, like: Tensor) -> ops.PathChain:
     return ops.PathChain(*map(move, chain._replace(kappa=kappa, entry_exponents=entries)))
 
 
-def _scaled(chain: ops.PathChain, layout: _Layout) -> dict[str, Scaled]:
+def _scaled(chain: ops.PathChain, layout: Layout) -> dict[str, Scaled]:
     """κ of every parameter with its exponents."""
     exponents, entries, units = chain.exponents.unbind(), chain.entry_exponents, chain.unit_exponents
     return {
