@@ -196,6 +196,13 @@ class PathNetwork(nn.Module):
         return f"outputs={self.outputs!r}, h0={self.h0!r}"
 
 
+def check_network(net: object) -> None:
+    """That it is one, with parameters that κ is known of."""
+    if not isinstance(net, PathNetwork):
+        raise TypeError(f"net is a {type(net).__name__}; it must be a PathNetwork, as PathNetwork(rnn, head=…)")
+    net.check_parameters()
+
+
 def _place(p: Tensor) -> int:
     """What tied parameters share: their memory, where they have any."""
     return id(p) if transformed() or without_numbers(p) else p.data_ptr() or id(p)

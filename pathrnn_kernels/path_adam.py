@@ -12,7 +12,7 @@ from . import plain
 from .arguments import check_number
 from .engine import SWITCHES, Engine, Moving, zeros_like
 from .kappa import Kappa
-from .network import PathNetwork
+from .network import PathNetwork, check_network
 
 _OUTPUT_BIAS = "head.bias"
 
@@ -32,9 +32,7 @@ class InCoordinates(Engine):
         defaults: dict[str, Any],
         **keywords: Any,
     ) -> None:
-        if not isinstance(net, PathNetwork):
-            raise TypeError(f"net is a {type(net).__name__}; it must be a PathNetwork, as PathNetwork(rnn, head=…)")
-        net.check_parameters()
+        check_network(net)
         for name, value in (("lr", lr), ("bias_lr", bias_lr)):
             if not isinstance(value, Tensor):
                 check_number(name, value, zero=True)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .arguments import check_count, check_number, check_writable
 from .kappa import ldexp
-from .network import PathNetwork
+from .network import PathNetwork, check_network
 
 
 @torch.no_grad()
@@ -47,7 +47,7 @@ def node_rescale_(net: PathNetwork, alphas: Sequence[Tensor]) -> PathNetwork:
         >>> torch.allclose(net(x), before)
         True
     """
-    _check_net(net)
+    check_network(net)
     new = _rescaled(net, _check_alphas(net, alphas))
     for name, p in net.named_parameters():
         if name in new and not torch.equal(new[name].isfinite() & (new[name] != 0), p.isfinite() & (p != 0)):
@@ -86,7 +86,7 @@ def balance_(net: PathNetwork, tol: float = 1e-6, max_iterations: int = 10_000) 
         >>> bool(sum(p.square().sum() for p in net.parameters()) <= before)
         True
     """
-    _check_net(net)
+    check_network(net)
     check_number("tol", tol, zero=False, error=ValueError)
     check_count("max_iterations", max_iterations, error=ValueError)
     for name, p in net.named_parameters():
@@ -212,12 +212,6 @@ def _on_paths(net: PathNetwork, edges: list[_Edge]) -> Tensor:
     if net.head is None:
         free[-net.num_directions :] = False
     return free
-
-
-def _check_net(net: PathNetwork) -> None:
-    if not isinstance(net, PathNetwork):
-        raise TypeError(f"net is a {type(net).__name__}; it must be a PathNetwork: PathNetwork(rnn, head=…)")
-    net.check_parameters()
 
 
 def _check_alphas(net: PathNetwork, alphas: Sequence[Tensor]) -> list[Tensor]:
