@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 import itertools
-from collections import defaultdict
+from collections import OrderedDict, defaultdict
 from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from typing import Any
 
@@ -114,6 +114,15 @@ class Together(Optimizer):
             base.load_state_dict({"state": own, "param_groups": groups})
 
 
+def bases_of(base: Optimizer) -> list[Optimizer]:
+    return base.bases if isinstance(base, Together) else [base]
+
+
+def without_hooks(optimizer: Optimizer) -> dict[str, Any]:
+    """Its attributes, but for hooks and the step that a scheduler wraps, which torch's do not pickle either."""
+    return {k: v for k, v in vars(optimizer).items() if k != "step" and not isinstance(v, OrderedDict)}
+
+
 class Step:
     """One step of the bases, in two halves: hooks of their own run before the first and after the second.
 
@@ -122,7 +131,7 @@ class Step:
     """
 
     def __init__(self, base: Optimizer, whole: Mapping[Tensor, Tensor] | None = None) -> None:
-        self._bases = base.bases if isinstance(base, Together) else [base]
+        self._bases = bases_of(base)
         self._called: list[tuple[Optimizer, Any, Any]] = []
         self._averages = [
             (p, whole[p], base.state, {k: v.clone() for k, v in base.state.get(p, {}).items() if k in ("mu", "ax")})

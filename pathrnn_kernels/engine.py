@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import sys
-from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, ClassVar, NamedTuple, NoReturn
 
@@ -14,6 +13,7 @@ from torch.optim import Optimizer
 
 from . import plain
 from .arguments import check_count, check_flags, check_number, check_writable
+from .bases import without_hooks
 from .feedforward import FeedForward
 from .kappa import KAPPA2_FACTOR, Kappa, Scaled, kappa, kappa_without_waiting, precision
 from .network import PathNetwork
@@ -147,9 +147,7 @@ class Engine(Optimizer):
         return self.update_every == 1
 
     def __getstate__(self) -> dict[str, Any]:
-        # Without hooks and the step that a scheduler wraps, which torch's optimisers do not pickle either.
-        state = {k: v for k, v in self.__dict__.items() if k != "step" and not isinstance(v, OrderedDict)}
-        return {**state, "_layout": None, "_pending": None}
+        return {**without_hooks(self), "_layout": None, "_pending": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)

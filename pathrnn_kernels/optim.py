@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
@@ -13,7 +12,7 @@ from torch.optim import Optimizer
 
 from . import plain
 from .arguments import check_number
-from .bases import Step, Together, check_base
+from .bases import Step, Together, bases_of, check_base, without_hooks
 from .engine import SCALES, Moving, check_written, gradients_used, raw
 from .feedforward import FeedForward
 from .network import PathNetwork
@@ -22,9 +21,13 @@ from .ops.step import path_update_
 from .path_sgd import PathSGD
 
 
-def _of_ends(name: str) -> Any:
-    """An option, which the ends of a step hold."""
-    return property(lambda self: getattr(self._ends, name), lambda self, value: setattr(self._ends, name, value))
+def _option(name: str) -> Any:
+    """One that the preconditioner holds."""
+
+    def change(self: PathOptimizer, value: Any) -> None:
+        setattr(self._preconditioner, name, value)
+
+    return property(lambda self: getattr(self._preconditioner, name), change)
 
 
 class PathOptimizer(Optimizer):
@@ -82,12 +85,12 @@ class PathOptimizer(Optimizer):
     """
 
     divides_by_kappa = True
-    second_term = _of_ends("second_term")
-    scale = _of_ends("scale")
-    eps = _of_ends("eps")
-    update_every = _of_ends("update_every")
-    seq_len = _of_ends("seq_len")
-    rtol = _of_ends("rtol")
+    second_term = _option("second_term")
+    scale = _option("scale")
+    eps = _option("eps")
+    update_every = _option("update_every")
+    seq_len = _option("seq_len")
+    rtol = _option("rtol")
 
     def __init__(
         self,
@@ -101,7 +104,7 @@ class PathOptimizer(Optimizer):
         seq_len: int | None = None,
         rtol: float = 1e-3,
     ) -> None:
-        ends = _Ends(
+        preconditioner = _Preconditioner(
             net,
             second_term=second_term,
             scale=scale,
@@ -119,9 +122,9 @@ class PathOptimizer(Optimizer):
                 )
             check_base(one, trust_radius is not None)
         base = bases[0] if len(bases) == 1 else Together(bases)
-        self.base = ends.base = base
+        self.base = preconditioner.base = base
         self.net: Any = net  # a PathNetwork wherever steps are spoken of
-        self._ends = ends
+        self._preconditioner = preconditioner
         self._parameters = list(net.named_parameters())
         held = [id(p) for group in base.param_groups for p in group["params"]]
         missing = [name for name, p in self._parameters if p.requires_grad and id(p) not in held]
@@ -140,15 +143,15 @@ class PathOptimizer(Optimizer):
 
     @property
     def trust_radius(self) -> float | None:
-        return self._ends.trust_radius
+        return self._preconditioner.trust_radius
 
     @trust_radius.setter
     def trust_radius(self, radius: float | None) -> None:
         if radius is not None:
             check_number("trust_radius", radius, zero=False)
-            for base in self.base.bases if isinstance(self.base, Together) else [self.base]:
+            for base in bases_of(self.base):
                 check_base(base, True)
-        self._ends.trust_radius = radius
+        self._preconditioner.trust_radius = radius
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:  # type: ignore[override]
@@ -172,10 +175,9 @@ class PathOptimizer(Optimizer):
 
     def __getattr__(self, name: str) -> Any:
         # Where the base has them, and else not: callers ask by hasattr.
-        if name in ("train", "eval") and "base" in self.__dict__:
-            bases = self.base.bases if isinstance(self.base, Together) else [self.base]
-            if switches := [getattr(base, name) for base in bases if hasattr(base, name)]:
-                return lambda: [switch() for switch in switches]
+        bases = bases_of(self.base) if name in ("train", "eval") and "base" in self.__dict__ else []
+        if switches := [getattr(base, name) for base in bases if hasattr(base, name)]:
+            return lambda: [switch() for switch in switches]
         raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -186,8 +188,7 @@ class PathOptimizer(Optimizer):
         gradients_used(self.net)
 
     def __getstate__(self) -> dict[str, Any]:
-        # Without hooks and the step that a scheduler wraps, which torch's optimisers do not pickle either.
-        return {k: v for k, v in self.__dict__.items() if k != "step" and not isinstance(v, OrderedDict)}
+        return without_hooks(self)
 
     # torch.compile would take the numbers on the host, which change from step to step, for constants.
     @torch._disable_dynamo  # type: ignore[attr-defined]
@@ -206,18 +207,18 @@ class PathOptimizer(Optimizer):
             with torch.enable_grad():
                 loss = closure()
         held = [(name, p, p.grad) for name, p in self._parameters if p.grad is not None]
-        ends = self._ends
-        cached, constant = ends._kappa, ends._constant
-        lags = None if ends._lags is None else ends._lags.clone()
-        ends._constant = None if constant is None else constant.clone()  # written in place
+        own = self._preconditioner
+        cached, constant = own._kappa, own._constant
+        lags = None if own._lags is None else own._lags.clone()
+        own._constant = None if constant is None else constant.clone()  # written in place
         try:
-            quotients = ends.quotients()
+            quotients = own.quotients()
             self._base_step(held, quotients)
         except BaseException:
-            ends._kappa, ends._constant, ends._lags = cached, constant, lags
+            own._kappa, own._constant, own._lags = cached, constant, lags
             raise
         if quotients:
-            ends._taken()
+            own._taken()
         return loss
 
     def _base_step(self, held: Sequence[tuple[str, Tensor, Tensor]], quotients: dict[Tensor, Tensor]) -> None:
@@ -240,7 +241,7 @@ class PathOptimizer(Optimizer):
                 finally:
                     for p, own in before.items():
                         p.data = own
-                self._ends.write(after)
+                self._preconditioner.write(after)
             step.finish()
         finally:
             for _, p, gradient in held:
@@ -248,7 +249,7 @@ class PathOptimizer(Optimizer):
 
     def state_dict(self) -> dict[str, Any]:
         """The base's state dict with an entry ``"path"``: tensors and plain Python values only."""
-        return {**self.base.state_dict(), "path": self._ends._path()}
+        return {**self.base.state_dict(), "path": self._preconditioner._path()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continue from what ``state_dict`` returned: bit for bit on parameters of the dtype that it was saved for.
@@ -259,13 +260,13 @@ class PathOptimizer(Optimizer):
         Raises:
             ValueError: the state dict is not of a like optimiser of a like network; nothing has changed then.
         """
-        rest, commit = self._ends._parts(state_dict)
+        rest, commit = self._preconditioner._parts(state_dict)
         self.base.load_state_dict(rest)
         commit()
 
 
-class _Ends(PathSGD):
-    """The ends of a step whose middle is another optimiser's: the quotients that it gets, and the radius."""
+class _Preconditioner(PathSGD):
+    """What comes before and after the step of another optimiser: the quotients that it gets, and the radius."""
 
     base: Optimizer
     _owner = "base optimiser"
@@ -329,8 +330,7 @@ class _Ends(PathSGD):
             self._kappa = None
 
     def _settings(self) -> dict[str, Any]:
-        bases = self.base.bases if isinstance(self.base, Together) else [self.base]
-        return {**super()._settings(), "base": " + ".join(type(base).__name__ for base in bases)}
+        return {**super()._settings(), "base": " + ".join(type(base).__name__ for base in bases_of(self.base))}
 
     def _shapes(self) -> list[list[list[int]]]:
         return [[list(p.shape) for p in group["params"]] for group in self.base.param_groups]
