@@ -5,7 +5,9 @@
 
 #include <map>
 #include <string>
+#include <type_traits>
 #include <utility>
+#include <vector>
 
 #include "cpu/isa.h"
 #include "cpu/path_chain.h"
@@ -104,6 +106,29 @@ TORCH_LIBRARY(pathrnn, m) {
       tags);
 }
 
+namespace {
+
+// What holds an argument that came from Python while an op looks at it.
+template <typename T>
+struct Held {
+  using type = std::decay_t<T>;
+};
+template <typename T>
+struct Held<at::ArrayRef<T>> {
+  using type = std::vector<T>;
+};
+template <>
+struct Held<c10::string_view> {
+  using type = std::string;
+};
+
+template <typename R, typename... Args>
+auto direct(R (*op)(Args...)) {
+  return torch::wrap_pybind_function_no_gil([op](const typename Held<Args>::type&... held) { return op(held...); });
+}
+
+}  // namespace
+
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.doc() = "The C++ kernels of pathrnn_kernels, registered as torch.ops.pathrnn, and how they were built.";
   pathrnn::active_isa();  // a wrong PATHRNN_CPU_ISA should be heard of now, not in the first call
@@ -133,44 +158,10 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
       },
       "The versions and options that this extension was built with, and the instruction set that it uses.");
   // The ops, without the dispatcher, which takes as long as a small network's κ.
-  using Tensors = std::vector<at::Tensor>;
-  using Optional = std::optional<at::Tensor>;
-  m.def("path_chain", torch::wrap_pybind_function_no_gil(
-                          [](const Tensors& weight_ih, const Tensors& weight_hh, const Tensors& bias_ih,
-                             const Tensors& bias_hh, const Optional& head_weight, const Optional& head_bias,
-                             const Optional& embedding, int64_t seq_len, bool last_only, bool ones_h0, bool kappa1,
-                             double second_factor, double rtol, const std::vector<int64_t>& first_lags,
-                             int64_t workspace_bytes, bool bidirectional) {
-                            return pathrnn::path_chain_op(weight_ih, weight_hh, bias_ih, bias_hh, head_weight, head_bias,
-                                                          embedding, seq_len, last_only, ones_h0, kappa1, second_factor,
-                                                          rtol, first_lags, workspace_bytes, bidirectional);
-                          }));
-  m.def("path_chain_ways", torch::wrap_pybind_function_no_gil(
-        [](const Tensors& weight_ih, const Tensors& weight_hh, const Tensors& bias_ih, const Tensors& bias_hh,
-           const Optional& head_weight, const Optional& head_bias, const Optional& embedding, int64_t seq_len,
-           bool last_only, bool ones_h0, bool bidirectional) {
-          const int64_t chains = static_cast<int64_t>(weight_hh.size());
-          std::vector<int64_t> ways(4 * chains);
-          pathrnn::path_chain_op(weight_ih, weight_hh, bias_ih, bias_hh, head_weight, head_bias, embedding, seq_len,
-                                 last_only, ones_h0, true, 0, 0, {}, -1, bidirectional, ways.data());
-          const int64_t ends = (head_weight ? head_weight->numel() : 0) + (embedding ? embedding->numel() : 0);
-          const int threads = pathrnn::path_chain_threads(chains, seq_len, weight_hh[0].size(0), false, ends);
-          return std::make_pair(ways, threads);
-        }),
+  m.def("path_chain", direct(&pathrnn::path_chain_op));
+  m.def("path_chain_ways", direct(&pathrnn::path_chain_ways),
         "How the chains of κ⁽¹⁾ go: a Way of ops.h with its number for each of h, then of δ; and by how many threads.");
-  m.def("path_step_",
-        torch::wrap_pybind_function_no_gil(
-            [](const Tensors& weights, const std::vector<Optional>& gradients, const Tensors& first,
-               const Tensors& second, const Tensors& counts, const Optional& constant, const Tensors& rates,
-               const std::vector<double>& numbers, const std::string& rule, int64_t chains, bool bidirectional,
-               bool bias, bool head, bool head_bias, bool embedding, int64_t scale, double eps, double radius,
-               const Optional& grad_scale, const Optional& found_inf, int64_t seq_len, bool last_only, bool ones_h0,
-               double second_factor, double rtol, int64_t workspace_bytes, const Optional& lags) {
-              return pathrnn::path_step_op(weights, gradients, first, second, counts, constant, rates, numbers, rule,
-                                           chains, bidirectional, bias, head, head_bias, embedding, scale, eps, radius,
-                                           grad_scale, found_inf, seq_len, last_only, ones_h0, second_factor, rtol,
-                                           workspace_bytes, lags);
-            }));
+  m.def("path_step_", direct(&pathrnn::path_step_op));
 #ifdef PATHRNN_WITH_CUDA
   m.def("cuda_code", &pathrnn::cuda_code,
         "The architecture, as 90 for compute_90, of the code that a device would run; 0 and the reason if there is none.");

@@ -271,10 +271,11 @@ void check_options(const Arguments& a, at::TensorList weight_ih, at::TensorList 
   TORCH_CHECK_VALUE(a.workspace_bytes >= 0, "workspace_bytes is ", a.workspace_bytes, "; it must be at least 0");
 }
 
-// The weights, once the memory for the pass is known to be there.
-void take_weights(Arguments& a, at::TensorList weight_ih, at::TensorList weight_hh, at::TensorList bias_ih,
-                  at::TensorList bias_hh, const optional<Tensor>& head_weight, const optional<Tensor>& head_bias,
-                  const optional<Tensor>& embedding) {
+// The weights, once the options fit and the memory for the pass is known to be there.
+void take(Arguments& a, at::TensorList weight_ih, at::TensorList weight_hh, at::TensorList bias_ih,
+          at::TensorList bias_hh, const optional<Tensor>& head_weight, const optional<Tensor>& head_bias,
+          const optional<Tensor>& embedding) {
+  check_options(a, weight_ih, weight_hh, bias_ih, bias_hh);
   const Tensor& like = weight_hh[0];
   check_floating(like, "rnn.weight_hh_l0");
   TORCH_CHECK_VALUE(like.dim() == 2 && like.size(0) == like.size(1) && like.size(0) > 0, "rnn.weight_hh_l0 has shape ",
@@ -362,13 +363,25 @@ PathChainResult path_chain_op(
     at::TensorList weight_ih, at::TensorList weight_hh, at::TensorList bias_ih, at::TensorList bias_hh,
     const optional<Tensor>& head_weight, const optional<Tensor>& head_bias, const optional<Tensor>& embedding,
     int64_t seq_len, bool last_only, bool ones_h0, bool kappa1, double second_factor, double rtol,
-    at::IntArrayRef first_lags, int64_t workspace_bytes, bool bidirectional, int64_t* ways) {
+    at::IntArrayRef first_lags, int64_t workspace_bytes, bool bidirectional) {
   if (workspace_bytes == -1) workspace_bytes = kWorkspaceBytes;
   Arguments a{static_cast<int64_t>(weight_hh.size()), bidirectional ? 2 : 1, seq_len, last_only, ones_h0, kappa1,
-              second_factor, rtol, first_lags.vec(), workspace_bytes, ways};
-  check_options(a, weight_ih, weight_hh, bias_ih, bias_hh);
-  take_weights(a, weight_ih, weight_hh, bias_ih, bias_hh, head_weight, head_bias, embedding);
+              second_factor, rtol, first_lags.vec(), workspace_bytes, nullptr};
+  take(a, weight_ih, weight_hh, bias_ih, bias_hh, head_weight, head_bias, embedding);
   return compute(a);
+}
+
+std::pair<std::vector<int64_t>, int> path_chain_ways(
+    at::TensorList weight_ih, at::TensorList weight_hh, at::TensorList bias_ih, at::TensorList bias_hh,
+    const optional<Tensor>& head_weight, const optional<Tensor>& head_bias, const optional<Tensor>& embedding,
+    int64_t seq_len, bool last_only, bool ones_h0, bool bidirectional) {
+  std::vector<int64_t> ways(4 * weight_hh.size());
+  Arguments a{static_cast<int64_t>(weight_hh.size()), bidirectional ? 2 : 1, seq_len, last_only, ones_h0, true, 0, 0, {},
+              kWorkspaceBytes, ways.data()};
+  take(a, weight_ih, weight_hh, bias_ih, bias_hh, head_weight, head_bias, embedding);
+  compute(a);
+  const int64_t ends = (head_weight ? head_weight->numel() : 0) + (embedding ? embedding->numel() : 0);
+  return {ways, path_chain_threads(a.chains, seq_len, a.hidden, false, ends)};
 }
 
 int path_chain_threads(int64_t chains, int64_t seq_len, int64_t hidden, bool second_term, int64_t ends) {
@@ -380,16 +393,7 @@ int path_chain_threads(int64_t chains, int64_t seq_len, int64_t hidden, bool sec
   return threads_for(walked + static_cast<double>(ends), kWorthATeam);
 }
 
-TORCH_LIBRARY_IMPL(pathrnn, CPU, m) {
-  m.impl("path_chain", [](at::TensorList weight_ih, at::TensorList weight_hh, at::TensorList bias_ih,
-                          at::TensorList bias_hh, const optional<Tensor>& head_weight,
-                          const optional<Tensor>& head_bias, const optional<Tensor>& embedding, int64_t seq_len,
-                          bool last_only, bool ones_h0, bool kappa1, double second_factor, double rtol,
-                          at::IntArrayRef first_lags, int64_t workspace_bytes, bool bidirectional) {
-    return path_chain_op(weight_ih, weight_hh, bias_ih, bias_hh, head_weight, head_bias, embedding, seq_len, last_only,
-                         ones_h0, kappa1, second_factor, rtol, first_lags, workspace_bytes, bidirectional);
-  });
-}
+TORCH_LIBRARY_IMPL(pathrnn, CPU, m) { m.impl("path_chain", &path_chain_op); }
 // A constant: its gradient is none, and a fallthrough costs nothing.
 TORCH_LIBRARY_IMPL(pathrnn, Autograd, m) { m.impl("path_chain", torch::CppFunction::makeFallthrough()); }
 

@@ -5,6 +5,7 @@
 
 #include <optional>
 #include <tuple>
+#include <utility>
 #include <vector>
 
 namespace pathrnn {
@@ -17,8 +18,13 @@ PathChainResult path_chain_op(at::TensorList weight_ih, at::TensorList weight_hh
                               at::TensorList bias_hh, const std::optional<at::Tensor>& head_weight,
                               const std::optional<at::Tensor>& head_bias, const std::optional<at::Tensor>& embedding,
                               int64_t seq_len, bool last_only, bool ones_h0, bool kappa1, double second_factor,
-                              double rtol, at::IntArrayRef first_lags, int64_t workspace_bytes, bool bidirectional,
-                              int64_t* ways = nullptr);  // PathChain's
+                              double rtol, at::IntArrayRef first_lags, int64_t workspace_bytes, bool bidirectional);
+
+// How the chains of κ⁽¹⁾ go: PathChain's ways, and the number of threads.
+std::pair<std::vector<int64_t>, int> path_chain_ways(
+    at::TensorList weight_ih, at::TensorList weight_hh, at::TensorList bias_ih, at::TensorList bias_hh,
+    const std::optional<at::Tensor>& head_weight, const std::optional<at::Tensor>& head_bias,
+    const std::optional<at::Tensor>& embedding, int64_t seq_len, bool last_only, bool ones_h0, bool bidirectional);
 
 // Threads that it takes; `ends` counts the weights of head and embedding.
 int path_chain_threads(int64_t chains, int64_t seq_len, int64_t hidden, bool second_term, int64_t ends);
