@@ -221,7 +221,7 @@ class Config:
         for name in ("train_size", "embedding_size"):
             check_count(name, getattr(self, name), 0)
         check_count("seed", self.seed, 0, 2**31)
-        if self.task != "smnist":
+        if self.task in ("adding", *_TEXT):
             check_count("length", self.length, 2 if self.task == "adding" else 1)
         if self.task in _TEXT:
             titles = charlm.CORPORA if self.task == "charlm" else wordlm.CORPORA
