@@ -232,7 +232,7 @@ def fixed(family, size, gain=1.0, num_layers=1, seed=0, **options):
 LONG = [family for family in FAMILIES if family not in ("spiked", "far from normal")]
 
 
-@pytest.mark.parametrize("outputs, h0", (("all", "zeros"), ("last", "ones")))
+@pytest.mark.parametrize("outputs, h0", (("all", "zeros"), pytest.param("last", "ones", marks=pytest.mark.slow)))
 @pytest.mark.parametrize("family", LONG)
 def test_reference_of_long_sequences(family, outputs, h0):
     for gain, rtol in ((0.9, 1e-3), (1.1, 1e-6)):

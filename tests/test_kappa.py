@@ -203,7 +203,7 @@ def with_hh(weight, head=True, outputs="all", h0="zeros", num_layers=1, dtype=F3
 
 @pytest.mark.every_isa
 @pytest.mark.parametrize("outputs", ("all", "last"))
-@pytest.mark.parametrize("gain", (3.0, 1.0, 0.05))
+@pytest.mark.parametrize("gain", (pytest.param(3.0, marks=pytest.mark.slow), 1.0, 0.05))
 def test_long_gaussian(gain, outputs):
     torch.manual_seed(0)
     net = with_hh(torch.randn(100, 100) * gain / 10, outputs=outputs)
@@ -215,7 +215,7 @@ def test_long_gaussian(gain, outputs):
 
 @pytest.mark.parametrize("outputs", ("all", "last"))
 @pytest.mark.parametrize("matrix", ("upper", "lower", "shift"))
-@pytest.mark.parametrize("dtype, seq_len", ((F32, 300), (F32, 2000), (F64, 300)))
+@pytest.mark.parametrize("dtype, seq_len", ((F32, 300), pytest.param(F32, 2000, marks=pytest.mark.slow), (F64, 300)))
 def test_transient_growth(matrix, outputs, dtype, seq_len):
     """The spectral radius of these is 1 or 0, yet they grow for H steps: entries of one h_t are 1e60 and more apart."""
     ones = torch.ones(100, 100)

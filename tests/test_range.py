@@ -116,7 +116,7 @@ BLOCKS = {
 }
 
 
-@pytest.mark.parametrize("h0", ("zeros", "ones"))
+@pytest.mark.parametrize("h0", ("zeros", pytest.param("ones", marks=pytest.mark.slow)))
 @pytest.mark.parametrize("outputs", ("all", "last"))
 @pytest.mark.parametrize("kind", BLOCKS)
 @DTYPES

@@ -147,7 +147,7 @@ def test_first_lags_start_where_a_former_call_ended():
         check(found, truth(net, SEQ_LEN, 4.0), 1e-5 + tolerances.path(torch.float64, SEQ_LEN, HIDDEN), net)
 
 
-@pytest.mark.parametrize("both", (False, True), ids=("forward", "bidirectional"))
+@pytest.mark.parametrize("both", (False, pytest.param(True, marks=pytest.mark.slow)), ids=("forward", "bidirectional"))
 def test_growth_beyond_every_dtype(both):
     net = network(HIDDEN, dtype=torch.float32, both=both)
     with torch.no_grad():
