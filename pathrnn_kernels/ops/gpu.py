@@ -361,6 +361,7 @@ class _Pass:
                 parts = []
                 for c, deltas in enumerate(sums_of_d[: self.directions]):
                     squares, exponent = self.squares(net.weight_ih[c], net.largest_of(0, c))
+                    self.losses.append(_loses(deltas.data, squares))
                     parts.append(Rows(deltas.data[None] @ squares, deltas.exponents + exponent))
                 factors.append(self.total([_alive(part) for part in parts]))
         if self.losses:
