@@ -273,7 +273,7 @@ def shortened(case, radius):
     norm, exponent = power_of_e(case.log_path_norm)
     deltas = [w.up(w.gradient) - w.up(w.weight) for w in entries]
     squares = [
-        ldexp(w.divisor[0] * d * d / norm, w.divisor[1] - exponent).sum() for w, d in zip(entries, deltas, strict=True)
+        ldexp(w.divisor.m * d * d / norm, w.divisor.e - exponent).sum() for w, d in zip(entries, deltas, strict=True)
     ]
     length = float(torch.stack(squares).sum().sqrt())
     share = radius / length if length > radius else 1.0
