@@ -1,7 +1,11 @@
 import os
+import sys
+from pathlib import Path
 
 import pytest
 import torch
+
+sys.path.append(str(Path(__file__).resolve().parents[1]))  # for bench; last: an installed pathrnn_kernels goes first
 
 if not torch.cuda.is_available():
     # Before anything imports triton: its kernels then run on the CPU.

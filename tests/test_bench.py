@@ -6,20 +6,18 @@ import json
 import math
 import random
 import subprocess
-import sys
 from importlib import metadata
 from pathlib import Path
 
 import pytest
 import torch
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.append(str(ROOT))  # last: an installed pathrnn_kernels goes before the tree's
+import pathrnn_kernels as pk
+from bench import measure, memory, readme, report, rows
+from bench.rows import OURS, Spec
+from pathrnn_kernels import cli
 
-import pathrnn_kernels as pk  # noqa: E402
-from bench import measure, memory, readme, report, rows  # noqa: E402
-from bench.rows import OURS, Spec  # noqa: E402
-from pathrnn_kernels import cli  # noqa: E402
+ROOT = Path(__file__).resolve().parents[1]
 
 TINY = (
     Spec("kappa1", 4, 5, kind="Gaussian", axes="T"),
