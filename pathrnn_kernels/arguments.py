@@ -37,7 +37,8 @@ def check_flags(**flags: Any) -> None:
 
 def check_choice(name: str, value: Any, choices: Iterable[str], show: Callable[[str], str] = repr) -> None:
     """``show``: as a program writes them, or, with ``str``, as a command line does."""
-    if value not in (allowed := tuple(choices)):
+    allowed = tuple(choices)
+    if not isinstance(value, str) or value not in allowed:  # a tensor compares entry by entry
         raise ValueError(f"{name} is {value!r}; use one of {', '.join(map(show, allowed))}")
 
 

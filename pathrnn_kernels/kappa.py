@@ -564,7 +564,11 @@ def layout_of(recurrent: tuple[str, ...], names: tuple[str, ...]) -> Layout:
         if c < chains:
             places[name] = i - c * biases - (kind == 3), c, (below, slice(c, c + 1), None, None)[kind]
         else:
-            places[name] = i - chains * biases, None, slice(chains - directions, chains) if "head.w" in name else None
+            places[name] = (
+                i - chains * biases,
+                None,
+                slice(chains - directions, chains) if name == "head.weight" else None,
+            )
     ends = ("head.weight", "head.bias", "embedding.weight")
     return Layout(recurrent, places, per_chain, tuple(names.index(name) if name in places else None for name in ends))
 

@@ -181,8 +181,9 @@ def sgd(
         d = w.quotient(unscaled, factor, eps, norm).value()
         lost.append((w.gradient.isfinite() & ~(w.down(d).abs() <= torch.finfo(w.weight.dtype).max)).any())
         d = (-d if maximize else d) + (decay * w.up(w.weight) if decay else 0)
-        firsts.append(None if w.first is None else momentum * w.up(w.first) + d)
-        if (first := firsts[-1]) is not None:
+        first = None if w.first is None else momentum * w.up(w.first) + d
+        firsts.append(first)
+        if first is not None:
             d = d + momentum * first if nesterov else first
         rate = torch.as_tensor(-w.rate, dtype=torch.float64, device=norm.m.device)
         steps.append(Number.of(d) * Number.of(rate))

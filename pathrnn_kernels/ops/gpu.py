@@ -358,12 +358,11 @@ class _Pass:
                 place_of_bias = len(factors)
                 factors.append(Rows(outputs[0].data[:1], self.state.zero))  # finish gives its value
             if net.embedding_weight is not None:
-                parts = []
-                for c, deltas in enumerate(sums_of_d[: self.directions]):
-                    squares, exponent = self.squares(net.weight_ih[c], net.largest_of(0, c))
-                    self.losses.append(_loses(deltas.data, squares))
-                    parts.append(Rows(deltas.data[None] @ squares, deltas.exponents + exponent))
-                factors.append(self.total([_alive(part) for part in parts]))
+                parts = [
+                    self.mix(Rows(deltas.data[None], deltas.exponents), net.weight_ih[c], net.largest_of(0, c), True)
+                    for c, deltas in enumerate(sums_of_d[: self.directions])
+                ]
+                factors.append(self.total(parts))
         if self.losses:
             self.lost.logical_or_(torch.cat(self.losses).any())
         norms = []

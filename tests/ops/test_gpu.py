@@ -192,14 +192,16 @@ def test_what_float32_loses_is_told(where):
     assert run(network(4, dtype=torch.float32), 6).arithmetic == 0
 
 
-def test_what_float32_loses_of_an_embedding_is_told():
-    """One unit alone reads one input, by a weight far below the others, and is hardly read itself."""
+@pytest.mark.parametrize(("weight", "read"), [(2.0**-20, 2.0**-60), (2.0**-70, 1.0)], ids=("product", "square"))
+def test_what_float32_loses_of_an_embedding_is_told(weight, read):
+    """One unit alone reads one input, by a weight far below the others; the product with what it is read by, or its
+    square, underflows."""
     net = network(4, embedding=True, dtype=torch.float32)
     with torch.no_grad():
         net.rnn.weight_hh_l0.copy_(torch.eye(4))
         net.rnn.weight_ih_l0[:, 2] = 0
-        net.rnn.weight_ih_l0[1, 2] = 2.0**-20
-        net.head.weight[:, 1] = 2.0**-60
+        net.rnn.weight_ih_l0[1, 2] = weight
+        net.head.weight[:, 1] = read
     assert run(net, 6).arithmetic == -1
     check(run(net.double(), 6), truth(net, 6), tolerances.path(torch.float64, 6, 7), net)
 
