@@ -358,11 +358,12 @@ class _Pass:
                 place_of_bias = len(factors)
                 factors.append(Rows(outputs[0].data[:1], self.state.zero))  # finish gives its value
             if net.embedding_weight is not None:
+                # Not centred: users divide by this factor as it comes.
                 parts = [
-                    self.mix(Rows(deltas.data[None], deltas.exponents), net.weight_ih[c], net.largest_of(0, c), True)
-                    for c, deltas in enumerate(sums_of_d[: self.directions])
+                    self.product(Rows(sums[None], exponents), net.weight_ih[c], net.largest_of(0, c), True)
+                    for c, (sums, exponents) in enumerate(sums_of_d[: self.directions])
                 ]
-                factors.append(self.total(parts))
+                factors.append(self.total([_alive(part) for part in parts]))
         if self.losses:
             self.lost.logical_or_(torch.cat(self.losses).any())
         norms = []
@@ -464,9 +465,13 @@ class _Pass:
 
     def mix(self, rows: Rows, weight: Tensor, largest: Tensor, transposed: bool) -> Rows:
         """What one chain's rows are to another in the next layer: times W̃_ihᵀ upwards, W̃_ih downwards."""
+        return centred(self.product(rows, weight, largest, transposed))
+
+    def product(self, rows: Rows, weight: Tensor, largest: Tensor, transposed: bool) -> Rows:
+        """Times the squared matrix, downwards, or its transpose, upwards; an underflow counts as a loss."""
         squares, exponent = self.squares(weight, largest)
         self.losses += [_loses(rows.data, squares), _faded(squares, weight != 0, 1.0)]
-        return centred(Rows(rows.data @ (squares if transposed else squares.T), rows.exponents + exponent))
+        return Rows(rows.data @ (squares if transposed else squares.T), rows.exponents + exponent)
 
     # ---- sums --------------------------------------------------------------------------------------------------------
 
