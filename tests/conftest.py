@@ -31,8 +31,14 @@ def pytest_collection_modifyitems(items):
 
 
 @pytest.fixture(autouse=True)
-def seeded():
+def as_if_alone():
+    """What an earlier test left does not matter.
+
+    One thread, since oracles are thousands of small operations: where another process has a core, each waits for its
+    team's slowest thread, and the suite takes fifty times as long. Teams have the fixture ``threads``.
+    """
     torch.manual_seed(0)
+    torch.set_num_threads(1)
 
 
 @pytest.fixture
@@ -48,9 +54,7 @@ def poisoned():
 
 
 @pytest.fixture(params=(1, 2), ids="{}-threads".format)
-def threads(request):
+def threads(request, as_if_alone):
     """One thread, and a team that odd sizes do not divide among."""
-    before = torch.get_num_threads()
     torch.set_num_threads(request.param)
-    yield request.param
-    torch.set_num_threads(before)
+    return request.param

@@ -1,5 +1,6 @@
 """What the kernels must give where plain floating point overflows: the definitions on logarithms, in float64."""
 
+import functools
 import math
 from collections import namedtuple
 
@@ -19,6 +20,22 @@ def _multiply(weight, vector):
     return torch.logsumexp(weight + vector, -1)
 
 
+def one_thread(oracle):
+    """Its operations are many and small; a team would wait for itself most of the time."""
+
+    @functools.wraps(oracle)
+    def alone(*args, **kwargs):
+        before = torch.get_num_threads()
+        torch.set_num_threads(1)
+        try:
+            return oracle(*args, **kwargs)
+        finally:
+            torch.set_num_threads(before)
+
+    return alone
+
+
+@one_thread
 def log_kappa(net, seq_len, second_term=False):
     """LogKappa of a PathNetwork by logsumexp chains: eqs. (3), (9), (11); κ⁽²⁾ exact. -inf stands for zero."""
     log = {name: p.detach().double().abs().log() * 2 for name, p in net.named_parameters()}
@@ -95,8 +112,9 @@ def log_kappa(net, seq_len, second_term=False):
 def _outer(delta, h):
     """log Σ_t δ_t h_tᵀ."""
     total = torch.full((delta.shape[1], h.shape[1]), -INF, dtype=torch.float64)
-    for d, x in zip(delta, h, strict=True):
-        total = torch.logaddexp(total, d[:, None] + x)
+    steps = max(1, 2**20 // total.numel())  # at once, of a memory that stays in cache
+    for d, x in zip(delta.split(steps), h.split(steps), strict=True):
+        total = torch.logaddexp(total, torch.logsumexp(d[:, :, None] + x[:, None, :], 0))
     return total
 
 

@@ -30,6 +30,7 @@ def graphs():
     torch._dynamo.reset()
 
 
+@pytest.mark.slow  # a C++ compiler runs, twice
 @pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated")  # torch's own use of it
 def test_a_training_step_by_the_default_compiler(graphs):
     net = make()

@@ -52,9 +52,10 @@ def doubles(net):
 
 
 def check_kappa(found, expected, rtol):
-    assert found.factors.keys() == expected.keys()
+    factors = found.factors
+    assert factors.keys() == expected.keys()
     for name, value in expected.items():
-        assert found.factors[name].isfinite().all()
+        assert factors[name].isfinite().all()
         torch.testing.assert_close(
             found.dense(name).double(), value, rtol=rtol, atol=0, msg=lambda m, n=name: f"{n}: {m}"
         )

@@ -394,7 +394,6 @@ def _child(net, queue):
 @pytest.mark.filterwarnings("ignore:os.fork")  # JAX's, where another test has imported it
 def test_forked_processes_count_for_themselves():
     net = make()
-    torch.set_num_threads(1)
     loss(net, 5).backward()
     pk.PathSGD(net, lr=1e-3).step()
     context = multiprocessing.get_context("fork")

@@ -1,5 +1,7 @@
 """κ⁽¹⁾ of one layer whose chains neither converge nor have a closed form: blocks of time (chain_blocks.inl)."""
 
+import itertools
+
 import pytest
 import tolerances
 import torch
@@ -28,7 +30,7 @@ def cycle(hidden_size):
     return torch.eye(hidden_size).roll(1, 0) * torch.linspace(0.8, 1.2, hidden_size)
 
 
-def network(weight, dtype, outputs="all", h0="zeros", bidirectional=False):
+def network(weight, outputs="all", h0="zeros", bidirectional=False):
     torch.manual_seed(1)
     net = pk.PathNetwork(
         pk.ReLURNN(2, HIDDEN, bidirectional=bidirectional),
@@ -40,40 +42,35 @@ def network(weight, dtype, outputs="all", h0="zeros", bidirectional=False):
         for name, p in net.named_parameters():
             if "weight_hh" in name:
                 p.copy_(weight(HIDDEN))
-    return net.to(dtype)
+    return net
 
 
-def check(net, seq_len, dtype):
+def check(net, seq_len, dtypes=(torch.float32,), teams=(1,)):
     weights = {name: p.detach().double() for name, p in net.named_parameters()}
     expected = reference.kappa1(weights, seq_len, net.outputs, net.h0)
     gamma2 = reference.path_norm(weights, seq_len, net.outputs, net.h0)
-    found = pk.kappa(net, seq_len)
-    rtol = tolerances.path(dtype, seq_len, HIDDEN)
-    assert found.arithmetic == str(dtype).removeprefix("torch.")
-    assert abs(found.log_path_norm - gamma2.log().item()) <= rtol
-    for name, kappa in expected.items():
-        torch.testing.assert_close(
-            found.relative(name).expand_as(kappa), gamma2 / kappa, rtol=2 * rtol, atol=0, msg=name
-        )
+    for dtype, threads in itertools.product(dtypes, teams):
+        torch.set_num_threads(threads)
+        found = pk.kappa(net.to(dtype), seq_len)
+        rtol = tolerances.path(dtype, seq_len, HIDDEN)
+        assert found.arithmetic == str(dtype).removeprefix("torch.")
+        assert abs(found.log_path_norm - gamma2.log().item()) <= rtol
+        for name, kappa in expected.items():
+            torch.testing.assert_close(
+                found.relative(name).expand_as(kappa), gamma2 / kappa, rtol=2 * rtol, atol=0, msg=name
+            )
 
 
-@pytest.mark.parametrize("threads", (1, 2))
 @pytest.mark.parametrize("weight", (near_identity, halves, cycle))
 @pytest.mark.parametrize("outputs, h0", (("all", "zeros"), ("last", "zeros"), ("all", "ones"), ("last", "ones")))
 @pytest.mark.parametrize("seq_len", (1200, 1207))
-def test_blocks_are_the_steps(seq_len, outputs, h0, weight, threads):
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
-        for dtype in (torch.float32, torch.float64):
-            check(network(weight, dtype, outputs, h0), seq_len, dtype)
-    finally:
-        torch.set_num_threads(before)
+def test_blocks_are_the_steps(seq_len, outputs, h0, weight):
+    check(network(weight, outputs, h0), seq_len, (torch.float32, torch.float64), teams=(1, 2))
 
 
 @pytest.mark.parametrize("outputs", ("all", "last"))
 def test_both_directions(outputs):
-    check(network(near_identity, torch.float32, outputs, bidirectional=True), 1200, torch.float32)
+    check(network(near_identity, outputs, bidirectional=True), 1200)
 
 
 def test_powers_that_underflow_are_not_used():
@@ -83,4 +80,4 @@ def test_powers_that_underflow_are_not_used():
         scale = torch.linspace(0.99, 1.01, hidden_size)
         return torch.diag(scale) + torch.diag(torch.full((hidden_size - 1,), 2.0**-50), 1)
 
-    check(network(weight, torch.float32), 1200, torch.float32)
+    check(network(weight), 1200)

@@ -71,7 +71,7 @@ def check(found, wanted, rtol, net):
         torch.testing.assert_close(*logs, rtol=0, atol=rtol)
 
 
-@pytest.mark.parametrize("dtype", (torch.float32, torch.float64), ids=str)
+@pytest.mark.parametrize("dtype", (torch.float32, pytest.param(torch.float64, marks=pytest.mark.slow)), ids=str)
 @pytest.mark.parametrize("both", (False, True), ids=("forward", "bidirectional"))
 @pytest.mark.parametrize("layers", (1, 2, 3))
 def test_every_network_equals_the_cpu_kernels(layers, both, dtype):

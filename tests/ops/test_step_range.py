@@ -99,9 +99,11 @@ def take(case, how, numbers, radius, scale="path_norm", eps=0.0):
     return int(status)
 
 
-#: Interpreted kernels are slow.
+#: Interpreted kernels take twenty times as long.
 hows = pytest.mark.parametrize(
-    ("how", "seed"), [*itertools.product(("kernels", "plain"), range(4)), ("triton", 0)], ids=str
+    ("how", "seed"),
+    [*itertools.product(("kernels", "plain"), range(4)), pytest.param("triton", 0, marks=pytest.mark.slow)],
+    ids=str,
 )
 
 
