@@ -118,20 +118,26 @@ class Kappa2Run {
     s.team.wait();
     const int64_t top = *std::max_element(tops_.begin(), tops_.begin() + s.team.size);
     const int64_t result = result_exponent(top <= kZeroExponent / 2 ? kZeroExponent : top + 1);
+    // In halves: a scale may be out of range where the entries are not.
     const auto to_result = [&](int64_t m, int64_t exponent) {
-      return m == kZeroExponent ? T(0) : static_cast<T>(std::ldexp(1.0, static_cast<int>(exponent - result)));
+      const int64_t shift = exponent - result;
+      return m == kZeroExponent ? std::pair{T(0), T(0)} : std::pair{power_of_two<T>(shift / 2), power_of_two<T>(shift - shift / 2)};
     };
-    const T a = to_result(m1, first), b = to_result(m2, second);
+    const auto [a, a_rest] = to_result(m1, first);
+    const auto [b, b_rest] = to_result(m2, second);
     // Every path that counts in κ⁽²⁾ counts in κ⁽¹⁾: where that is 0, so is all. Elsewhere κ must be far above what S
     // misses, and what underflows in the products with W̃ or, compared with errors, in the certificates.
-    const T missing = second == kZeroExponent ? T(0) : static_cast<T>(s.missing * Lags<T>::power(second - result + kAbove<T>));
-    const T compared = power_of_two<T>(std::numeric_limits<T>::min_exponent + kAbove<T> + 10);
-    const T least = std::max(std::numeric_limits<T>::min(), b * compared);
+    constexpr T tiny = std::numeric_limits<T>::min();
+    const double missed = times_power_of_two(s.missing, second - result + kAbove<T>);
+    const T missing = second == kZeroExponent ? T(0) : std::max(static_cast<T>(missed), tiny);
+    const T compared = power_of_two<T>(second - result + std::numeric_limits<T>::min_exponent + kAbove<T> + 10);
+    const T least = std::max(tiny, compared);
     Ints<T> wrong{};
     for (int64_t j = s.j0; j < s.j1; ++j) {
       for (int64_t k = 0; k < H_; k += width) {
         T* const kappa = p.kappa + j * H_ + k;
-        const Vec<T> w = p.weights(j, k), own = load(kappa, H_ - k), both = a * own + b * load(s.pairs + j * ld_ + k);
+        const Vec<T> w = p.weights(j, k), own = load(kappa, H_ - k);
+        const Vec<T> both = own * a * a_rest + load(s.pairs + j * ld_ + k) * b * b_rest;
         // Written so that a bound that is nan proves nothing.
         const Vec<T> limit = w > T(0) ? w * missing : Vec<T>{};
         wrong |= (own > T(0)) & ~((both >= limit) & (both >= least) & (both <= std::numeric_limits<T>::max()));

@@ -58,6 +58,7 @@ class Lags {
     std::fill(pairs + j0 * ld, pairs + j1 * ld, T(0));
   }
 
+  // For bounds to which kTiny is added: a subnormal result counts as zero, also as a factor, where times_power_of_two serves.
   static double power(int64_t n) { return std::ldexp(1.0, static_cast<int>(std::clamp<int64_t>(n, -2000, 2000))); }
   // The largest entry of C, at most.
   double most_of_sum() const { return static_cast<double>(T_) * power(kLargest + 1); }
@@ -86,7 +87,7 @@ class Lags {
     if (from > exponent) {
       const T shrink = power_of_two<T>(exponent - from);
       if (exponent > kZeroExponent / 2) {
-        missing = missing * power(exponent - from) + kTiny;
+        missing = times_power_of_two(missing, exponent - from) + kTiny;
         if (shrink == T(0)) missing += power(std::numeric_limits<T>::max_exponent + exponent - from);
       }
       for (int64_t at = j0 * ld; at < j1 * ld; at += Simd<T>::width) store(pairs + at, load(pairs + at) * shrink);
@@ -102,9 +103,8 @@ class Lags {
   // What S misses of a term, C times entries of at most 2 of which `power_missing` may be missing, that `onto` has scaled.
   void miss(int64_t from, T scale, double most, double power_missing) {
     if (from <= kZeroExponent / 2) return;
-    const double size = power(from - exponent);
-    missing += size * (most * power_missing + sum_missing_ * (2 + power_missing)) + kTiny;
-    if (scale == T(0)) missing += size * most * 2;
+    const double left_out = scale == T(0) ? 2 * most : 0;
+    missing += times_power_of_two(most * power_missing + sum_missing_ * (2 + power_missing) + left_out, from - exponent) + kTiny;
   }
 
   // S += C ⊙ the n-th cached power.
@@ -123,7 +123,7 @@ class Lags {
   void add_diagonal(const PairSum<T>& sum) {
     if (sum.count == 0) return;
     const int64_t to = sum.largest - kLargest;
-    const T scale = onto(to), alpha = std::ldexp(T(1), static_cast<int>(sum.exponent - to)) * scale;
+    const T alpha = onto(to) == T(0) ? T(0) : power_of_two<T>(sum.exponent - exponent);
     for (int i = 0; i < sum.count; ++i) {
       const Product<T>& m = sum.products[i];
       for (int64_t t = 0; t < m.depth; ++t) {
@@ -135,7 +135,7 @@ class Lags {
       sum_missing_ = power(sum.missing + sum.exponent - to);
       missing += static_cast<double>(T_) * power(std::numeric_limits<T>::min_exponent + kHighest<T>);
     }
-    miss(to, scale, most_of_sum(), 0);
+    miss(to, alpha, most_of_sum(), 0);
   }
 
   // Lags first … last-1, `base` that of the first cached power. Since h_t = W̃ h_{t-1} + b,
@@ -228,8 +228,8 @@ class Lags {
     const int64_t from = with_power(top, n);
     const T scale = onto(from);
     const double sides = 2 * static_cast<double>(H_), most_before = most_of_sum() * sides;
-    double missed = sum_missing_ == 0 ? 0 : power(old - top) * sum_missing_ * powers.largest_row_sum();
-    if (a == T(0)) missed += power(old - top) * most_before;
+    const double spread = sum_missing_ == 0 ? 0 : sum_missing_ * powers.largest_row_sum();
+    double missed = times_power_of_two(spread + (a == T(0) ? most_before : 0), old - top);
     for (const int64_t left_out : {b == T(0) ? driven : kZeroExponent, c == T(0) ? started : kZeroExponent}) {
       if (left_out > kZeroExponent / 2) missed += power(2 * kHighest<T> + left_out - top);
     }
@@ -262,11 +262,10 @@ class Lags {
   void centre(int64_t m) {
     const int64_t shift = kLargest - m;
     if (m == kZeroExponent || std::abs(shift) <= kSlack) return;
-    const T centring = std::ldexp(T(1), static_cast<int>(shift));
     FlushDenormals::forget();
-    for (int64_t i = j0 * ld; i < j1 * ld; i += Simd<T>::width) store(sums + i, load(sums + i) * centring);
+    scale(sums + j0 * ld, (j1 - j0) * ld, shift);
     sum_exponent -= shift;
-    sum_missing_ = sum_missing_ * power(shift) + (FlushDenormals::underflowed() ? kTiny : 0);
+    sum_missing_ = times_power_of_two(sum_missing_, shift) + (FlushDenormals::underflowed() ? kTiny : 0);
   }
 
   LagMemory<T>& memory_;

@@ -121,7 +121,8 @@ class RankOne {
       const double row = u_[j] * own.sigma[j - s.j0] * (series ? T(1) : own.growth[j - s.j0]) * mantissa;
       const T r = static_cast<T>(std::ldexp(row, static_cast<int>(s.sum_exponent + exponent - s.exponent)));
       most = std::max(most, s.largest_share(j, [&](int64_t k) {
-        return load(s.sums + j * ld_ + k) * (r * load(weighted_x_ + k));
+        // C may be far above one: a factor that underflows counts as the least that does not.
+        return load(s.sums + j * ld_ + k) * maximum(r * load(weighted_x_ + k), Vec<T>{} + std::numeric_limits<T>::min());
       }));
     }
     // x, u and ρ are themselves known to within their bounds alone.
@@ -152,6 +153,7 @@ class RankOne {
     s.miss(from, scale, 2 * s.most_of_sum(), 0);
     s.stale = true;
     if (scale == T(0)) return;
+    FlushDenormals::forget();
     for (int64_t j = s.j0; j < s.j1; ++j) {
       const T row = static_cast<T>(std::ldexp(u_[j], -m) * mantissa) * scale;
       for (int64_t k = 0; k < ld_; k += Simd<T>::width) {
@@ -159,6 +161,8 @@ class RankOne {
         store(s.pairs + i, load(s.pairs + i) + load(s.sums + i) * (row * load(x_narrow_ + k)));
       }
     }
+    // Perhaps of a factor of C.
+    if (FlushDenormals::underflowed()) s.missing += 2 * s.most_of_sum() * std::numeric_limits<T>::min();
   }
 
  private:
