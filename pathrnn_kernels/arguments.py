@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import numbers
+import operator
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -11,6 +12,17 @@ import torch
 from torch import Tensor
 
 _Error = type[Exception]
+
+
+def checked(name: str, check: Callable[[str, Any], None]) -> Any:
+    """An attribute that is checked whenever it is set: before it is seen."""
+    key = f"_{name}"
+
+    def write(self: Any, value: Any) -> None:
+        check(name, value)
+        self.__dict__[key] = value
+
+    return property(operator.attrgetter(key), write)
 
 
 def check_number(name: str, value: Any, zero: bool, error: _Error = TypeError) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import numbers
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, ClassVar, NamedTuple, NoReturn
@@ -12,7 +13,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from . import plain
-from .arguments import check_count, check_flags, check_number, check_writable
+from .arguments import check_count, check_flags, check_number, check_writable, checked
 from .bases import without_hooks
 from .feedforward import FeedForward
 from .kappa import KAPPA2_FACTOR, Kappa, Scaled, kappa, kappa_without_waiting, precision
@@ -71,11 +72,14 @@ class Engine(Optimizer):
     rule: ClassVar[str]
     #: Of a weight's state: tensors of its shape.
     buffers: ClassVar[tuple[str, ...]]
+    second_term = checked("second_term", lambda name, value: check_flags(**{name: value}))
+    seq_len = checked("seq_len", lambda name, value: None if value is None else check_count(name, value))
+    rtol = checked("rtol", lambda name, value: check_number(name, value, zero=True))
     #: Options of Path-SGD's quotient; the others have none of these.
-    scale = "none"
-    eps = 0.0
-    trust_radius: float | None = None
-    update_every = 1
+    scale: Any = "none"
+    eps: Any = 0.0
+    trust_radius: Any = None
+    update_every: Any = 1
     _pending: _Pending | None = None
 
     def __init__(
@@ -93,10 +97,7 @@ class Engine(Optimizer):
         capturable: bool,
         differentiable: bool,
     ) -> None:
-        check_flags(second_term=second_term, maximize=maximize, capturable=capturable, differentiable=differentiable)
-        check_number("rtol", rtol, zero=True)
-        if seq_len is not None:
-            check_count("seq_len", seq_len)
+        check_flags(maximize=maximize, capturable=capturable, differentiable=differentiable)
         for name, choice in (("foreach", foreach), ("fused", fused)):
             if choice not in (None, True, False):
                 raise TypeError(f"{name} is {choice!r}; it must be True, False or None")
@@ -208,10 +209,13 @@ class Engine(Optimizer):
         states = self._states(moving)
         cached = self._kappa
         if without_numbers(weights[0]) and not _recorded():
-            gradients_used(self.net)
             status = 0
         elif (served := self._served(layout, weights[0])) is not None:
-            status = self._call(served, moving, states)
+            try:
+                status = self._call(served, moving, states)
+            except TypeError:
+                self._check_rates()  # in a sentence
+                raise
         else:
             status = self._in_plain_torch(moving, states)
         if status:
@@ -239,6 +243,7 @@ class Engine(Optimizer):
 
     def _taken(self) -> None:
         """A step has been: what is kept for the next."""
+        gradients_used(self.net)
         if self.update_every > 1:  # else nothing depends on the count, and a step that GradScaler leaves out is none
             self._steps += 1
         if self._steps % self.update_every == 0:
@@ -354,6 +359,7 @@ class Engine(Optimizer):
     def _in_plain_torch(self, moving: Moving, states: list[dict[str, Any]]) -> int:
         layout, weights, _, places = moving
         groups = [layout.owners[i] for i in places]
+        self._check_rates()
         check_written([weights[i] for i in places], *[state.values() for state in states])
         self._check_states([(layout.names[i], weights[i]) for i in places], states)
         with torch.no_grad():
@@ -372,6 +378,13 @@ class Engine(Optimizer):
             commit(ok)
         return 0
 
+    def _check_rates(self) -> None:
+        """Of the groups, where users and schedulers set them; a tensor's value is not looked at."""
+        for group in self.param_groups:
+            lr = group["lr"]
+            if not isinstance(lr, Tensor) and not (isinstance(lr, numbers.Real) and math.isfinite(lr)):
+                raise ValueError(f"lr is {lr!r}; it must be a finite number, or a tensor")
+
     def _check_states(self, weights: list[tuple[str, Tensor]], states: list[dict[str, Any]]) -> None:
         """Before anything is written, what the kernels check for themselves."""
         for (name, p), state in zip(weights, states, strict=True):
@@ -385,7 +398,6 @@ class Engine(Optimizer):
     def _cached(self, weights: Sequence[Tensor]) -> Kappa:
         """κ of a former step or of now."""
         if self._kappa is not None:
-            gradients_used(self.net)
             dtype, device = precision(weights[0].dtype), weights[0].device
             first = next(iter(self._kappa.scaled.values())).mantissa
             if (first.dtype, first.device) != (dtype, device):  # the network has been cast or moved since
@@ -434,6 +446,7 @@ class Engine(Optimizer):
         raise NotImplementedError
 
     def _refuse(self, status: int, names: Sequence[str], dtype: torch.dtype) -> NoReturn:
+        self._check_rates()  # with one that is no number, all that follows would be wrong about the cause
         if status == NO_PATH:
             raise ValueError(
                 f"the path norm of the network is 0 (a layer or head of zeros?), so that {self._without_paths}"
@@ -702,7 +715,7 @@ def _from_state(state: Any, parameters: dict[str, Tensor]) -> Kappa:
 
 
 def sequence_length(net: PathNetwork, seq_len: int | None) -> int | None:
-    """T for a step: the optimiser's own, or that of the gradients, which are taken for used from now on.
+    """T for a step: the optimiser's own, or that of the gradients.
 
     None where no T is known but every gradient is 0: it stays so, whatever T is.
 
@@ -726,7 +739,6 @@ def sequence_length(net: PathNetwork, seq_len: int | None) -> int | None:
                 f"κ of {name} is 0, for T is 1, but its gradient is not: give the optimiser seq_len=, the steps of "
                 'whole sequences; where states are passed on without their graph, PathNetwork(…, h0="ones") has κ > 0',
             )
-    gradients_used(net)
     return found
 
 

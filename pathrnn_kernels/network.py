@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -64,11 +64,24 @@ class PathNetwork(nn.Module):
         self.outputs = outputs
         self.h0 = h0
         self.check_parameters()
-        self._rnn_names = tuple((f"rnn.{name}", name) for name, _ in rnn.named_parameters())
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in ("rnn", "head", "embedding") and "endings" in self.__dict__:  # in place of one that was checked
+            parts = {"rnn": self.rnn, "head": self.head, "embedding": self.embedding, name: value}
+            _check_modules(*parts.values())
+        super().__setattr__(name, value)
+        if name == "rnn":
+            self._name_weights(value)
+
+    def _name_weights(self, rnn: ReLURNN | nn.RNN) -> None:
         directions = ("", "_reverse") if rnn.bidirectional else ("",)
         #: How the names of the weights of every direction of every layer end, in the order of the state dict.
         self.endings = tuple(f"l{i}{direction}" for i in range(rnn.num_layers) for direction in directions)
         self.recurrent = tuple(f"rnn.weight_hh_{ending}" for ending in self.endings)
+        kinds = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")[: 4 if rnn.bias else 2]
+        # In this order, whatever that of the module: what has been pruned or parametrised for a while comes last there.
+        names = [f"{kind}_{ending}" for ending in self.endings for kind in kinds]
+        self._rnn_names = tuple((f"rnn.{name}", name) for name in names)
 
     @property
     def outputs(self) -> Literal["all", "last"]:
@@ -91,7 +104,7 @@ class PathNetwork(nn.Module):
         self._h0 = h0
 
     def weights(self) -> dict[str, Tensor]:
-        """The parameters by name, as ``named_parameters`` gives them, at a fraction of its cost: κ wants them often."""
+        """The parameters by name, in the order of the state dict of a new network: as the kernels want them."""
         modules = self._modules
         own = modules["rnn"]._parameters  # type: ignore[union-attr]
         try:
@@ -109,6 +122,7 @@ class PathNetwork(nn.Module):
 
     def check_parameters(self) -> None:
         """Refuse computed, sharded, tied, mixed or unsupported parameters; they can become so after construction."""
+        _check_modules(self.rnn, self.head, self.embedding)
         seen: dict[int, str] = {}
         first: tuple[str, Tensor] | None = None
         for name, p in self.named_parameters(remove_duplicate=False):
@@ -190,7 +204,12 @@ class PathNetwork(nn.Module):
         y, h_n = self.rnn(x)
         if self.outputs == "last":
             y = torch.cat((h_n[-2], h_n[-1]), -1) if self.rnn.bidirectional else h_n[-1]
-        return y if self.head is None else self.head(y)
+        if self.head is None:
+            return y
+        output = self.head(y)
+        if output.requires_grad and not y.requires_grad and isinstance(self.rnn, ReLURNN):
+            self.rnn.count_above([output], self.head._parameters)
+        return output
 
     def extra_repr(self) -> str:
         return f"outputs={self.outputs!r}, h0={self.h0!r}"

@@ -11,7 +11,6 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from . import plain
-from .arguments import check_number
 from .bases import Step, Together, bases_of, check_base, without_hooks
 from .engine import SCALES, Moving, check_written, gradients_used, raw
 from .feedforward import FeedForward
@@ -147,10 +146,8 @@ class PathOptimizer(Optimizer):
 
     @trust_radius.setter
     def trust_radius(self, radius: float | None) -> None:
-        if radius is not None:
-            check_number("trust_radius", radius, zero=False)
-            for base in bases_of(self.base):
-                check_base(base, True)
+        for base in bases_of(self.base) if radius is not None else ():
+            check_base(base, True)
         self._preconditioner.trust_radius = radius
 
     @property
@@ -298,7 +295,6 @@ class _Preconditioner(PathSGD):
     def _write(self, rule: str, given: tuple[float, ...], radius: float, moving: Moving, written: list[Tensor]) -> None:
         layout, weights, gradients, places = moving
         if without_numbers(weights[0]):
-            gradients_used(self.net)
             return
         k = self._cached(weights)
         constant = self._constant_on(weights[0])
@@ -325,6 +321,7 @@ class _Preconditioner(PathSGD):
             self._refuse(status, layout.names, weights[0].dtype)
 
     def _taken(self) -> None:
+        gradients_used(self.net)
         self._steps += 1  # every one: GradScaler does not call for those that it leaves out
         if self._steps % self.update_every == 0:
             self._kappa = None

@@ -48,6 +48,18 @@ class InCoordinates(Engine):
             groups.append({"params": [parameters[_OUTPUT_BIAS]], "lr": bias_lr})
         super().__init__(net, groups, {"lr": lr, "betas": tuple(betas), **defaults}, **keywords)
 
+    def _settings(self) -> dict[str, Any]:
+        return {"rule": self._rule_of(self.defaults), **super()._settings()}
+
+    def _path_of(self, state_dict: dict[str, Any]) -> dict[str, Any]:
+        # Of the groups, which every state dict has.
+        groups = state_dict.get("param_groups") or [self.defaults]
+        return {**super()._path_of(state_dict), "rule": self._rule_of(groups[0])}
+
+    @staticmethod
+    def _rule_of(group: dict[str, Any]) -> str:
+        return "GatedPathSGD" if "power" in group else "PathAdam"
+
     def _state(self, name: str, p: Tensor, group: dict[str, Any]) -> dict[str, Any]:
         state: dict[str, Any] = self.state.get(p, {})
         if not state:

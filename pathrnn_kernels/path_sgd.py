@@ -7,7 +7,7 @@ from typing import Any, Literal
 from torch import Tensor
 
 from . import plain
-from .arguments import check_choice, check_count, check_number
+from .arguments import check_choice, check_count, check_number, checked
 from .engine import SCALES, SWITCHES, Engine, Moving, zeros_like
 from .feedforward import FeedForward
 from .kappa import Kappa
@@ -56,6 +56,12 @@ class PathSGD(Engine):
 
     rule = "sgd"
     buffers = ("momentum_buffer",)
+    scale = checked("scale", lambda name, value: check_choice(name, value, SCALES))
+    eps = checked("eps", lambda name, value: check_number(name, value, zero=True))
+    trust_radius = checked(
+        "trust_radius", lambda name, value: None if value is None else check_number(name, value, zero=False)
+    )
+    update_every = checked("update_every", check_count)
     _without_paths = (
         "scale='path_norm' and trust_radius would forbid every step: initialise it, or use scale='none' without a "
         "radius"
@@ -86,11 +92,6 @@ class PathSGD(Engine):
         for name, value in (("lr", lr), ("momentum", momentum), ("weight_decay", weight_decay)):
             if not isinstance(value, Tensor):
                 check_number(name, value, zero=True)
-        check_choice("scale", scale, SCALES)
-        check_number("eps", eps, zero=True)
-        if trust_radius is not None:
-            check_number("trust_radius", trust_radius, zero=False)
-        check_count("update_every", update_every)
         if nesterov and momentum == 0:
             raise ValueError("nesterov is True without momentum: give momentum, such as 0.9")
         self.scale = scale

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 import numbers
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar, overload
 
 import torch
@@ -300,6 +300,12 @@ class ReLURNN(nn.RNNBase):
         else:
             self.steps.watch(outputs, seq_len, h_0, self._parameters)
 
+    def count_above(self, outputs: list[Tensor], weights: Mapping[str, Tensor | None]) -> None:
+        """Have the last forward pass, of a frozen RNN, counted once a gradient reaches what was made of it."""
+        if not (torch.compiler.is_compiling() or torch.compiler.is_exporting() or transformed()):
+            assert self.last_seq_len is not None
+            self.steps.watch(outputs, self.last_seq_len, None, weights)
+
     @property
     def all_weights(self) -> list[list[nn.Parameter]]:  # type: ignore[override]
         """The parameters, a list for every direction of every layer, as nn.RNN gives them."""
@@ -386,8 +392,8 @@ _Module = TypeVar("_Module", bound=nn.Module)
 def _like(source: nn.Module, result: _Module) -> _Module:
     """``result`` with the weights of a module of the same parameters, frozen where they are, and in its mode."""
     result.load_state_dict(source.state_dict())
-    for p, own in zip(result.parameters(), source.parameters(), strict=True):
-        p.requires_grad_(own.requires_grad)
+    for name, own in source.named_parameters():  # whose order may be another
+        result.get_parameter(name).requires_grad_(own.requires_grad)
     return result.train(source.training)
 
 

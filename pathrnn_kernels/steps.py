@@ -28,6 +28,8 @@ class Steps:
 
     def __init__(self) -> None:
         self._found: int | None = None
+        #: T of the last call that no gradient can reach, which counts where nothing tells which call was used.
+        self._frozen: int | None = None
         self._used = False
         self._backward: int | None = None  # the backward pass that _found was last changed in
         #: T of the last sequence that passed through compiled code, where no hook can be: it is taken at once.
@@ -35,11 +37,11 @@ class Steps:
 
     @property
     def longest(self) -> int | None:
-        """T; None if no gradient has been seen."""
+        """T; None if no gradient can have been."""
         if self.traced is not None:
             self._add(self.traced, {})
             self.traced = None
-        return self._found
+        return self._found or self._frozen
 
     def begin_anew(self) -> None:
         """With the next gradient, for those up to now have been used or set to 0."""
@@ -54,8 +56,10 @@ class Steps:
             seq_len += self._before(h_0.grad_fn)
         node: Any
         for node in {output.grad_fn for output in outputs}:
-            if node is None:
-                self._add(seq_len, {})  # nothing here learns, but what stands behind it may
+            if node is None:  # nothing here learns, but what stands behind it may
+                if self._used:
+                    self._found = None
+                self._frozen = seq_len
             else:
                 node.metadata[self] = seq_len
                 node.register_prehook(lambda _: self._add(seq_len, weights))

@@ -150,9 +150,7 @@ class Geometric {
     const T scale = s.scale_beside(lag - 1);
     const T* q = s.powers[lag - 1];
     const T most = s.largest_share([&](int64_t j, int64_t k) {
-      // C may be far above one: a factor that underflows counts as the least that does not.
-      const Vec<T> half = maximum(scale * half_width(j, k), Vec<T>{} + std::numeric_limits<T>::min());
-      return load(s.sums + j * s.ld + k) * load(q + j * s.ld + k) * half;
+      return load(s.sums + j * s.ld + k) * load(q + j * s.ld + k) * Lags<T>::not_flushed(scale * half_width(j, k));
     });
     // Beside the tail, too, which is part of κ and no less than the lower end of the enclosure.
     const double half = s.largest_of(widest), beside = half < 1 ? half / (1 - half) : std::numeric_limits<double>::infinity();

@@ -168,6 +168,11 @@ class Lags {
     }
   }
 
+  // An error's factor beside C, which may be far above one: what underflowed counts as the least that does not; nan stays.
+  static Vec<T> not_flushed(const Vec<T>& factor) {
+    return maximum(Vec<T>{} + std::numeric_limits<T>::min(), factor);
+  }
+
   // The largest f W̃[j, k] · error(k) / κ[j, k] over a row; errors are on the scale of S.
   template <typename Error>
   T largest_share(int64_t j, const Error& error) const {

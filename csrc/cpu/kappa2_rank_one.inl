@@ -121,8 +121,7 @@ class RankOne {
       const double row = u_[j] * own.sigma[j - s.j0] * (series ? T(1) : own.growth[j - s.j0]) * mantissa;
       const T r = static_cast<T>(std::ldexp(row, static_cast<int>(s.sum_exponent + exponent - s.exponent)));
       most = std::max(most, s.largest_share(j, [&](int64_t k) {
-        // C may be far above one: a factor that underflows counts as the least that does not.
-        return load(s.sums + j * ld_ + k) * maximum(r * load(weighted_x_ + k), Vec<T>{} + std::numeric_limits<T>::min());
+        return load(s.sums + j * ld_ + k) * Lags<T>::not_flushed(r * load(weighted_x_ + k));
       }));
     }
     // x, u and ρ are themselves known to within their bounds alone.
