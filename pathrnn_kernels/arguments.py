@@ -16,7 +16,7 @@ _Error = type[Exception]
 
 def checked(name: str, check: Callable[[str, Any], None]) -> Any:
     """An attribute that is checked whenever it is set: before it is seen."""
-    key = f"_{name}"
+    key = f"_checked_{name}"
 
     def write(self: Any, value: Any) -> None:
         check(name, value)
