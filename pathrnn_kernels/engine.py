@@ -213,8 +213,8 @@ class Engine(Optimizer):
         elif (served := self._served(layout, weights[0])) is not None:
             try:
                 status = self._call(served, moving, states)
-            except TypeError:
-                self._check_rates()  # in a sentence
+            except (TypeError, ValueError):
+                self._check_rates()  # by name
                 raise
         else:
             status = self._in_plain_torch(moving, states)
@@ -334,6 +334,7 @@ class Engine(Optimizer):
         from .ops.triton.step import path_update_
 
         weights = moving.weights
+        self._check_rates()
         check_written([weights[i] for i in moving.places], *update[2:5])
         capturable = self.param_groups[0]["capturable"]
         if _captures(weights[0]) and (not capturable or self.update_every > 1):

@@ -31,7 +31,8 @@ class GatedPathSGD(InCoordinates):
     The output's bias follows eq. (8) as it stands, Δb = -bias_lr · g/κ, no entry of g/κ counting for more than 1. It
     keeps the mean of the outputs where it belongs, which W_hh would otherwise chase through T steps.
 
-    A step whose gradient is 0 or not finite is left out, and so are entries with κ = 0 (on no path).
+    A step whose gradient, the output's bias apart, is 0 or not finite is left out but for that bias, and so are entries
+    with κ = 0 (on no path).
 
     Args:
         net: the network, float32 or float64; every trainable parameter is held, its output's bias in a parameter
@@ -41,8 +42,8 @@ class GatedPathSGD(InCoordinates):
         betas: β₁ and β₂, of the averages of the gradient and of its square.
         power: of the signal-to-noise ratio; 1 is Adam in path coordinates.
         bias_lr: learning rate of the output's bias.
-        hold: steps at the beginning in which only the output's bias moves and no averages are taken; none where there
-            is no such bias.
+        hold: steps at the beginning in which only the output's bias moves and no averages are taken; but not where that
+            bias is missing, frozen or without a gradient.
         warmup: steps after these over which lr rises linearly. Without it, early steps of long sequences now and then
             make outputs explode: training recovers, unless a loss overflows.
         second_term, seq_len, rtol: as for :class:`PathOptimizer`.

@@ -114,8 +114,8 @@ class PathAdam(InCoordinates):
     ‖g̃‖ is over all tensors, and n the number of entries of the tensor: no tensor's step is longer than lr γ in the path
     metric. m has no bias correction: the first 1/(1 - β₁) steps grow to full length. γ² is that of the paths through
     the RNN: paths of the output's bias alone (κ = 1 at one step) are left out. The output's bias follows eq. (8) as it
-    stands, Δb = -bias_lr · g/κ, no entry of g/κ counting for more than 1. A step whose gradient is 0 or not finite is
-    left out, and so are entries with κ = 0 (on no path).
+    stands, Δb = -bias_lr · g/κ, no entry of g/κ counting for more than 1. A step whose gradient, the
+    output's bias apart, is 0 or not finite is left out but for that bias, and so are entries with κ = 0 (on no path).
 
     :class:`GatedPathSGD` with ``power=1`` is this, and with a higher power trusts noisy gradients less.
 

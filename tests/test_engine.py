@@ -707,3 +707,48 @@ def test_the_trust_radius_bounds_steps_of_any_length(kind, length, fused):
     )
     expected = 0.01 if length > 1 else 0
     assert square.sqrt().item() == pytest.approx(expected, rel=1e-9)
+
+
+@pytest.mark.parametrize("wrap", (False, True), ids=("PathSGD", "PathOptimizer"))
+@pytest.mark.parametrize(
+    "option, value",
+    [
+        *(("trust_radius", radius) for radius in (0, -1.0, math.nan, "a")),
+        *(("eps", eps) for eps in (-1.0, math.inf)),
+        *(("update_every", count) for count in (0, 1.5)),
+        *(("scale", "foo"), ("seq_len", "a"), ("seq_len", 0), ("rtol", -1), ("second_term", 1)),
+    ],
+)
+def test_options_are_checked_when_they_are_changed_too(option, value, wrap):
+    net = make()
+    optimizer = pk.PathOptimizer(torch.optim.SGD(net.parameters(), lr=0.1), net) if wrap else pk.PathSGD(net)
+    before = getattr(optimizer, option)
+    with pytest.raises((TypeError, ValueError), match=option):
+        setattr(optimizer, option, value)
+    assert getattr(optimizer, option) == before
+    train(net, optimizer, range(1))
+
+
+@pytest.mark.parametrize("fused", (None, False), ids=("kernels", "plain"))
+@pytest.mark.parametrize("lr", (math.nan, math.inf, "a", None))
+@kinds
+def test_a_rate_that_is_no_number_is_named_and_nothing_moves(kind, lr, fused):
+    net = make()
+    optimizer = KINDS[kind](net, fused=fused)
+    train(net, optimizer, range(1))
+    before = [p.clone() for p in net.parameters()]
+    optimizer.param_groups[0]["lr"] = lr
+    backward(net)
+    with pytest.raises(ValueError, match="^lr is "):
+        optimizer.step()
+    assert all(torch.equal(p, b) for p, b in zip(net.parameters(), before, strict=True))
+
+
+def test_path_adam_and_the_gate_do_not_take_each_others_states():
+    for one, other in ((pk.PathAdam, pk.GatedPathSGD), (pk.GatedPathSGD, pk.PathAdam)):
+        net = make()
+        optimizer, saved = one(net), other(net).state_dict()
+        for state in (saved, {key: value for key, value in saved.items() if key != "path"}):
+            with pytest.raises(ValueError, match=f"{other.__name__}.*{one.__name__}"):
+                optimizer.load_state_dict(state)
+        optimizer.load_state_dict(one(net).state_dict())

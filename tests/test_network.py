@@ -240,3 +240,74 @@ def test_sharded_parameters_are_refused():
                 call()
     finally:
         torch.distributed.destroy_process_group()
+
+
+def _pruned(rnn, name):
+    prune.remove(prune.random_unstructured(rnn, name, 0.0), name)
+
+
+def _parametrised(rnn, name):
+    parametrizations.weight_norm(rnn, name)
+    nn.utils.parametrize.remove_parametrizations(rnn, name)
+
+
+def _set_again(rnn, name):
+    p = getattr(rnn, name)
+    delattr(rnn, name)
+    setattr(rnn, name, p)
+
+
+@pytest.mark.parametrize("again", (_pruned, _parametrised, _set_again))
+@pytest.mark.parametrize("bias", (False, True))
+@pytest.mark.parametrize("kind", (ReLURNN, lambda *sizes, **options: nn.RNN(*sizes, nonlinearity="relu", **options)))
+def test_the_order_in_which_a_module_holds_its_weights_does_not_matter(again, bias, kind):
+    """What has been pruned or parametrised for a while is registered last."""
+    rnn = kind(3, 3, 2, bias=bias).double()
+    for name in ("weight_ih_l0", "weight_hh_l0"):
+        again(rnn, name)
+    assert next(name for name, _ in rnn.named_parameters()) != "weight_ih_l0"
+    net = PathNetwork(rnn, nn.Linear(3, 1).double(), nn.Embedding(7, 3).double())
+    twin = PathNetwork(ReLURNN(3, 3, 2, bias=bias).double(), nn.Linear(3, 1).double(), nn.Embedding(7, 3).double())
+    twin.load_state_dict(net.state_dict())
+    assert [*net.weights()] == [name for name, _ in twin.named_parameters()]
+    found, expected = (pk.kappa(n, 5, second_term=True) for n in (net, twin))
+    assert found.log_path_norm == expected.log_path_norm == pk.kappa(twin, 5).log_path_norm
+    assert pk.path_norm(net, 5).item() == pytest.approx(pk.path_norm(net, 5, backend="reference").item(), rel=1e-12)
+    for name in expected.factors:
+        assert torch.equal(found.dense(name), expected.dense(name)), name
+    for optimizer in (pk.PathSGD, pk.PathAdam):
+        for n in (net, twin):
+            torch.manual_seed(1)
+            n(torch.randint(7, (5, 2))).square().sum().backward()
+            optimizer(n, lr=0.01, seq_len=5).step()
+        for name, p in net.named_parameters():  # torch's RNN rounds its gradients otherwise
+            torch.testing.assert_close(p, twin.get_parameter(name), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("to", (ReLURNN.from_torch, lambda rnn: ReLURNN.from_torch(rnn).to_torch()))
+def test_a_conversion_freezes_by_name(to):
+    rnn = nn.RNN(3, 3, nonlinearity="relu")
+    rnn.weight_hh_l0.requires_grad_(False)
+    _set_again(rnn, "weight_ih_l0")
+    assert [name for name, p in to(rnn).named_parameters() if not p.requires_grad] == ["weight_hh_l0"]
+
+
+def test_modules_that_are_replaced_are_checked_and_counted():
+    net = PathNetwork(ReLURNN(2, 5), nn.Linear(5, 1), nn.Embedding(3, 2))
+    for name, other, error in (
+        ("rnn", nn.RNN(2, 5), ValueError),
+        ("rnn", nn.GRU(2, 5), TypeError),
+        ("rnn", ReLURNN(2, 4), ValueError),
+        ("head", nn.Linear(4, 1), ValueError),
+        ("embedding", nn.Embedding(3, 2, max_norm=1.0), ValueError),
+    ):
+        before = getattr(net, name)
+        with pytest.raises(error, match="nonlinearity|rnn is a GRU|hidden_size|max_norm"):
+            setattr(net, name, other)
+        assert getattr(net, name) is before
+    net.rnn = ReLURNN(2, 5, 2)
+    assert net.recurrent == ("rnn.weight_hh_l0", "rnn.weight_hh_l1") and "rnn.weight_hh_l1" in pk.kappa(net, 4).factors
+    assert pk.path_norm(net, 4).item() == pytest.approx(pk.path_norm(net, 4, backend="reference").item(), rel=1e-5)
+    net.embedding.max_norm = 1.0
+    with pytest.raises(ValueError, match="max_norm"):
+        pk.PathSGD(net)

@@ -457,3 +457,37 @@ def test_nothing_is_read_from_a_device():
     net = make().to("meta")
     net(torch.empty(5, 3, 2, dtype=F64, device="meta")).sum().backward()
     assert pk.engine.sequence_length(net, None) == 5
+
+
+@pytest.mark.parametrize("thrown_away", (2, 9))
+def test_a_head_that_learns_alone_counts_the_pass_that_its_gradient_came_through(thrown_away):
+    net = make()
+    net.rnn.requires_grad_(False)
+    optimizer = pk.PathSGD(net, lr=1e-3, scale="path_norm")
+    for seq_len in (5, 4):
+        loss(net, thrown_away)
+        loss(net, seq_len).backward()
+        loss(net, thrown_away)
+        assert net.last_seq_len == seq_len
+        optimizer.step()
+        optimizer.zero_grad()
+    features = net.rnn(inputs(net, 6))[0]  # without the network's own forward: that of the last call
+    net.head(features).sum().backward()
+    assert net.last_seq_len == 6
+
+
+@optimizers
+def test_a_step_that_is_refused_uses_no_gradients(optimizer):
+    net = make()
+    of = OPTIMIZERS[optimizer](net)
+    loss(net, 7).backward()
+    net.rnn.weight_hh_l0.grad[0, 0] = torch.finfo(F64).max
+    with torch.no_grad():
+        weight = net.rnn.weight_ih_l0.clone()
+        net.rnn.weight_ih_l0.fill_(float("nan"))
+    with pytest.raises(ValueError, match="nan"):
+        of.step()
+    with torch.no_grad():
+        net.rnn.weight_ih_l0.copy_(weight)
+    loss(net, 3).backward()
+    assert net.last_seq_len == 7

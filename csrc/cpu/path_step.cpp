@@ -100,7 +100,11 @@ class Step {
                       " once, or for each");
     TORCH_CHECK_VALUE(a.rates.size() <= 1 || static_cast<int64_t>(a.rates.size()) == count, "there are ",
                       a.rates.size(), " rates for ", count, " gradients; give none, one, or one for each");
-    for (const Tensor& rate : a.rates) check_scalar(rate, "rates");
+    for (const double n : a.numbers) TORCH_CHECK_VALUE(std::isfinite(n), "numbers holds ", n, "; they must be finite");
+    for (const Tensor& rate : a.rates) {
+      check_scalar(rate, "rates");
+      TORCH_CHECK_VALUE(std::isfinite(scalar(rate)), "lr is ", scalar(rate), "; it must be finite");
+    }
     for (const TensorList state : {a.first, a.second, a.counts}) {
       TORCH_CHECK_VALUE(state.empty() || static_cast<int64_t>(state.size()) == count, "there are ", state.size(),
                         " tensors of state for ", count, " gradients; give none, or one for each");
