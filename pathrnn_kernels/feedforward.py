@@ -11,6 +11,7 @@ import functools
 import math
 import numbers
 import sys
+from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -183,6 +184,20 @@ def _check(module: nn.Module, input_shape: Sequence[int]) -> dict[str, nn.Parame
     return parameters
 
 
+@contextlib.contextmanager
+def _without_backward_hooks(module: nn.Module) -> Iterator[None]:
+    """They are for gradients of a loss, and would see κ's."""
+    kinds = ("_backward_hooks", "_backward_pre_hooks")
+    held = [(m, kind, getattr(m, kind)) for m in module.modules() for kind in kinds]
+    try:
+        for m, kind, _ in held:
+            setattr(m, kind, OrderedDict())
+        yield
+    finally:
+        for m, kind, hooks in held:
+            setattr(m, kind, hooks)
+
+
 class _Pass:
     """One run of a module on squared parameters."""
 
@@ -210,7 +225,8 @@ class _Pass:
             for name, module in self.module.named_modules():
                 handles.append(module.register_forward_pre_hook(functools.partial(self._enter, name)))
                 handles.append(module.register_forward_hook(self._leave, always_call=True))
-            output = torch.func.functional_call(self.module, {**buffers, **self.squares}, (x,))
+            with _without_backward_hooks(self.module):
+                output = torch.func.functional_call(self.module, {**buffers, **self.squares}, (x,))
         except Exception as error:
             if self.refusals:
                 raise self._report(f"\nIt then fails, before all was looked at: {error}") from error

@@ -754,3 +754,18 @@ def test_constants_are_float64(constant):
     mantissa, exponent = kappa.scaled["linear.bias"].parts()
     found = mantissa.log() + exponent.double() * math.log(2)
     torch.testing.assert_close(found, torch.full_like(found, 2 * math.log(constant)), rtol=1e-14, atol=0)
+
+
+@pytest.mark.parametrize("register", ("register_full_backward_hook", "register_full_backward_pre_hook"))
+def test_backward_hooks_are_for_gradients_of_a_loss(register):
+    torch.manual_seed(0)
+    module = nn.Sequential(nn.Linear(4, 5), nn.ReLU(), nn.Linear(5, 2))
+    expected, seen = dense(pk.kappa_of_module(module, (4,))), []
+    getattr(module[0], register)(lambda *given: seen.append(given))
+    optimizer = pk.PathSGD(pk.FeedForward(module, (4,)))
+    found = dense(pk.kappa_of_module(module, (4,)))
+    assert all(torch.equal(found[name], value) for name, value in expected.items()) and not seen
+    module(torch.ones(3, 4)).sum().backward()
+    assert len(seen) == 1
+    optimizer.step()
+    assert len(seen) == 1
