@@ -765,7 +765,7 @@ def test_backward_hooks_are_for_gradients_of_a_loss(register):
     optimizer = pk.PathSGD(pk.FeedForward(module, (4,)))
     found = dense(pk.kappa_of_module(module, (4,)))
     assert all(torch.equal(found[name], value) for name, value in expected.items()) and not seen
-    module(torch.ones(3, 4)).sum().backward()
+    module(torch.ones(3, 4, requires_grad=True)).sum().backward()
     assert len(seen) == 1
     optimizer.step()
     assert len(seen) == 1
