@@ -100,7 +100,8 @@ class PathSGD(Engine):
         self.update_every = update_every
         super().__init__(
             net,
-            [{"params": list(net.parameters())}],
+            # In the order of a state dict, whatever the module's.
+            [{"params": list(net.weights().values() if isinstance(net, PathNetwork) else net.parameters())}],
             {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "nesterov": nesterov},
             second_term=second_term,
             seq_len=seq_len,

@@ -276,6 +276,9 @@ def test_the_order_in_which_a_module_holds_its_weights_does_not_matter(again, bi
     for name in expected.factors:
         assert torch.equal(found.dense(name), expected.dense(name)), name
     for optimizer in (pk.PathSGD, pk.PathAdam):
+        held = [[id(p) for group in optimizer(n).param_groups for p in group["params"]] for n in (net, twin)]
+        names = [{id(p): name for name, p in n.named_parameters()} for n in (net, twin)]
+        assert [names[0][i] for i in held[0]] == [names[1][i] for i in held[1]]  # saved states go by place
         for n in (net, twin):
             torch.manual_seed(1)
             n(torch.randint(7, (5, 2))).square().sum().backward()
