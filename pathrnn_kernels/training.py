@@ -625,7 +625,7 @@ def load_checkpoint(folder: Path, wanted: dict[str, Any], kind: type[Config] = C
     try:
         config = kind(**state["config"])
         _check_progress(state)
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise CheckpointError(f"{path} is damaged ({_brief(error)}); {_OTHER}") from error
     for name, value in wanted.items():
         found = getattr(config, name)

@@ -316,6 +316,7 @@ class Unsafe:
         (_damaged("history", [{"step": 1}]), "is damaged .*a record has step, loss and seconds"),
         (_damaged("history", [RECORD | {"loss": math.nan}]), "is damaged .*a loss is nan"),
         (_damaged("history", [RECORD | {"held_out": "a"}]), "is damaged .*a loss is 'a'"),
+        (_damaged("history", [RECORD | {"loss": 10**400}]), "is damaged .*OverflowError"),
         (_damaged("pending", ["a"]), "is damaged .*a loss is 'a'"),
         (_damaged("pending", [math.nan]), "is damaged .*a loss is nan"),
         (_damaged("carried", "a"), "is damaged .*carried is a str"),
