@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from pathrnn_kernels.arguments import check_number
 from pathrnn_kernels.cli import Parser
 from pathrnn_kernels.ops import backend
 
@@ -77,8 +78,8 @@ def _run(options: argparse.Namespace) -> int:
         return _compared(earlier, report.load(options.compare))
     for name in ("seconds", "threads", "random"):
         value = getattr(options, name)
-        if value is not None and (value < 0 or (value == 0 and name != "random")):
-            raise ValueError(f"--{name} is {value:g}; it must be above 0")
+        if value is not None:
+            check_number(f"--{name}", value, zero=name == "random")
     if (problem := backend.extension_problem()) is not None:
         raise ImportError(problem)  # the kernels of another backend would be timed under this one's name
     if options.device == "cuda" and not torch.cuda.is_available():

@@ -13,6 +13,9 @@ from torch import Tensor
 
 _Error = type[Exception]
 
+#: What an int64, and so every shape and counter of torch, can hold.
+_INT64 = 2**63
+
 
 def checked(name: str, check: Callable[[str, Any], None]) -> Any:
     """An attribute that is checked whenever it is set: before it is seen."""
@@ -29,11 +32,15 @@ def check_number(name: str, value: Any, zero: bool, error: _Error = TypeError) -
     """``error`` is that of a value of another type."""
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise error(f"{name} is {value!r}; it must be a number")
-    if not 0 <= float(value) < math.inf or (value == 0 and not zero):
+    try:
+        number = float(value)
+    except OverflowError:  # an integer beyond any float
+        number = math.inf
+    if not 0 <= number < math.inf or (value == 0 and not zero):
         raise ValueError(f"{name} is {value}; it must be finite and {'at least 0' if zero else 'positive'}")
 
 
-def check_count(name: str, value: Any, least: int = 1, below: float = math.inf, error: _Error = TypeError) -> None:
+def check_count(name: str, value: Any, least: int = 1, below: int = _INT64, error: _Error = TypeError) -> None:
     if isinstance(value, bool) or not isinstance(value, numbers.Integral):
         raise error(f"{name} is {value!r}; it must be {'a positive' if least == 1 else 'an'} integer")
     if not least <= int(value) < below:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import functools
 import importlib.metadata
+import io
 import math
 import os
 import platform
@@ -20,9 +21,10 @@ from typing import Any, NoReturn
 import torch
 
 from . import __version__, training
+from .arguments import check_choice
 from .engine import SCALES
-from .ops import backend
-from .tasks import DataError, charlm, wordlm
+from .ops import backend, plan
+from .tasks import charlm, wordlm
 from .tasks.adding import MARKERS
 from .training import Config, Record, Result, Run, TrainingError
 
@@ -31,11 +33,16 @@ COMMANDS = "pathrnn_kernels.commands"
 # Exit codes; a run that a signal stopped ends with 128 + its number, as shells do.
 _OK, _FAILED, _USAGE = 0, 1, 2
 _OWN = ("train", "check", "info")
+# Of RuntimeErrors: the system has too little, or an address is too short.
+_NO_MEMORY = ("allocate memory", "Storage size calculation overflowed")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; returns its exit code."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # κ where the terminal's encoding has none
     try:
         further = further_commands()
         if arguments and arguments[0] in further.names:
@@ -50,11 +57,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("\npathrnn: interrupted", file=sys.stderr)
         return 128 + signal.SIGINT
-    except (TrainingError, DataError, OSError, ImportError) as error:
+    except (TrainingError, ValueError, OSError, ImportError) as error:
         print(f"pathrnn: {error}", file=sys.stderr)
         return _FAILED
     except (MemoryError, RuntimeError) as error:
-        if not isinstance(error, (MemoryError, torch.OutOfMemoryError)) and "allocate memory" not in str(error):
+        is_memory = isinstance(error, (MemoryError, torch.OutOfMemoryError))
+        if not is_memory and not any(words in str(error) for words in _NO_MEMORY):
             raise
         print(f"pathrnn: the memory does not suffice; use a smaller network or batch ({error})", file=sys.stderr)
         return _FAILED
@@ -190,10 +198,7 @@ def _train(parser: Parser, given: dict[str, Any]) -> int:
             config, step = replace(stored, steps=given.get("steps", stored.steps)), state["step"]
     except (TypeError, ValueError) as error:
         parser.error(str(error))
-    try:
-        backend.choose(torch.device("cpu"), torch.float32)
-    except ValueError as error:  # no extension: said before anything is written
-        raise TrainingError(str(error)) from error
+    backend.choose(torch.device("cpu"), torch.float32)  # no extension: said before anything is written
 
     tqdm = training.extra("tqdm", "the progress bar").tqdm
     # A terminal sees the bar move; a file gets a line of it now and then.
@@ -287,6 +292,8 @@ def _check(parser: Parser, seconds: float) -> int:
     """``pathrnn info`` and the table of ``check``: all that a bug report needs."""
     if not seconds > 0:
         parser.error(f"--seconds is {seconds}; it must be above 0")
+    check_choice(backend.ENVIRONMENT, backend.environment(), ("auto", *backend.BACKENDS), str)
+    plan.check_plan("auto")
     from .check import check
 
     _info()

@@ -14,6 +14,7 @@ import torch
 from torch import Generator, Tensor, nn
 
 from .arguments import check_number
+from .kappa import precision
 from .network import PathNetwork
 from .rnn import ReLURNN
 
@@ -33,7 +34,7 @@ def identity_(
         >>> pk.init.identity_(pk.ReLURNN(2, 2)).weight_hh_l0.tolist()
         [[1.0, 0.0], [0.0, 1.0]]
     """
-    _check(scale=scale, other_bound=other_bound)
+    _check(net, scale=scale, other_bound=other_bound)
     for weight in _recurrent(net):
         weight.zero_().fill_diagonal_(scale)  # nn.init.eye_ would make its matrix on the default device
     return _others(net, other_bound, generator)
@@ -80,7 +81,7 @@ def uniform_(
         >>> bool(rnn.weight_hh_l0.abs().max() <= 0.01)
         True
     """
-    _check(recurrent_bound=recurrent_bound, other_bound=other_bound)
+    _check(net, recurrent_bound=recurrent_bound, other_bound=other_bound)
     for weight in _recurrent(net):
         weight.uniform_(-recurrent_bound, recurrent_bound, generator=generator)
     return _others(net, other_bound, generator)
@@ -97,9 +98,10 @@ def orthogonal_(
         >>> torch.allclose(w @ w.T, torch.eye(100), atol=1e-5)
         True
     """
-    _check(gain=gain, other_bound=other_bound)
+    _check(net, gain=gain, other_bound=other_bound)
     for weight in _recurrent(net):
-        nn.init.orthogonal_(weight, gain, generator=generator)
+        wide = torch.empty_like(weight, dtype=precision(weight.dtype))  # no QR decomposition in half precision
+        weight.copy_(nn.init.orthogonal_(wide, gain, generator=generator))
     return _others(net, other_bound, generator)
 
 
@@ -134,6 +136,12 @@ def _non_recurrent(net: ReLURNN | nn.RNN | PathNetwork) -> list[tuple[str, Tenso
     return [(name, p) for name, p in net.named_parameters() if "weight_hh" not in name]
 
 
-def _check(**values: float) -> None:
+def _check(net: ReLURNN | nn.RNN | PathNetwork, **values: float) -> None:
+    _rnn(net)
+    dtype = min((p.dtype for p in net.parameters()), key=lambda dtype: torch.finfo(dtype).max)
     for name, value in values.items():
         check_number(name, value, zero=True, error=ValueError)
+        # U[-bound, bound] is as wide as two bounds.
+        most = torch.finfo(dtype).max / (2 if name.endswith("bound") else 1)
+        if float(value) > most:
+            raise ValueError(f"{name} is {value}; in {dtype} it must be at most {most:g}")

@@ -227,10 +227,14 @@ def _check_alphas(net: PathNetwork, alphas: Sequence[Tensor]) -> list[Tensor]:
             raise TypeError(f"alphas[{i}] is a {type(alpha).__name__}; it must be a tensor [{net.hidden_size}]")
         if list(alpha.shape) != [net.hidden_size]:
             raise ValueError(f"alphas[{i}] has shape {list(alpha.shape)}; it must be [{net.hidden_size}]")
-        alpha = alpha.to(weight)
-        if not ((alpha > 0) & alpha.isfinite()).all():
-            raise ValueError(f"alphas[{i}] is {alpha.tolist()}; every entry must be positive and finite")
-        checked.append(alpha)
+        if alpha.is_complex():
+            raise TypeError(f"alphas[{i}] has dtype {alpha.dtype}; it must be real")
+        own = alpha.to(weight)
+        if not ((own > 0) & own.isfinite()).all():
+            raise ValueError(
+                f"alphas[{i}] is {alpha.tolist()}; every entry must be positive and finite in the network's {own.dtype}"
+            )
+        checked.append(own)
     for i in range(len(checked) - net.num_directions, len(checked)):
         if net.head is None and not (checked[i] == 1).all():
             raise ValueError(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 import numbers
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar, overload
 
@@ -138,6 +139,12 @@ class ReLURNN(nn.RNNBase):
             raise TypeError(f"dropout is {dropout!r}; it must be a number in [0, 1]")
         if not 0 <= dropout <= 1:
             raise ValueError(f"dropout is {dropout}; it must be in [0, 1]")
+        if dropout > 0 and num_layers == 1:
+            warnings.warn(
+                f"dropout is {dropout} with num_layers=1, where it does nothing, for it lies between layers: leave it "
+                "out, or give more layers",
+                stacklevel=3,
+            )
         dtype = torch.get_default_dtype() if dtype is None else dtype
         if dtype not in _DTYPES:
             raise TypeError(f"dtype is {dtype}; use one of {', '.join(map(str, _DTYPES))}")
@@ -246,7 +253,7 @@ class ReLURNN(nn.RNNBase):
         seq_len = steps_first.shape[0]
         if lengths is not None:
             # On the CPU once, not in every layer and direction: that is where they are read.
-            lengths = lengths.cpu() if isinstance(lengths, Tensor) else torch.tensor(lengths, device="cpu")
+            lengths = torch.as_tensor(lengths, dtype=torch.int64, device="cpu")
             if not torch.compiler.is_compiling() and lengths.numel() > 0 and not lengths.is_meta:
                 seq_len = min(seq_len, max(1, int(lengths.max())))
         y, h_n = self._run(steps_first, seq_len, h_0, lengths, weight.dtype, autocast)
@@ -425,7 +432,9 @@ def _check_lengths(lengths: Any, x: Tensor, batch: int | None) -> None:
     if not isinstance(lengths, Tensor):
         if not isinstance(lengths, Sequence) or not all(isinstance(n, numbers.Integral) for n in lengths):
             raise TypeError(f"lengths is {lengths!r}; it must be a tensor or a sequence of integers")
-        lengths = torch.tensor(lengths, device="cpu")
+        if not all(-(2**63) <= n < 2**63 for n in lengths):  # or there is no tensor to check
+            raise ValueError(f"lengths is {lengths!r}; every one must be from 1 to T, the steps of x")
+        lengths = torch.tensor(lengths, dtype=None if lengths else torch.int64, device="cpu")
     if lengths.is_floating_point() or lengths.is_complex() or lengths.dtype == torch.bool:
         raise TypeError(f"lengths has dtype {lengths.dtype}; it must be of integers")
     if list(lengths.shape) != [batch]:

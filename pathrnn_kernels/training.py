@@ -13,6 +13,7 @@ import json
 import math
 import os
 import time
+import zipfile
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -24,7 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from . import init
-from .arguments import check_choice, check_count, check_flags
+from .arguments import check_choice, check_count, check_flags, check_number
 from .engine import SCALES
 from .gated import GatedPathSGD
 from .network import PathNetwork
@@ -216,22 +217,23 @@ class Config:
             choices["markers"] = MARKERS
         for name, allowed in choices.items():
             check_choice(name, getattr(self, name), allowed, str)
-        for name in ("steps", "hidden_size", "batch_size", "update_every", "log_every", "eval_every"):
+        for name in ("steps", "update_every", "log_every", "eval_every"):
             check_count(name, getattr(self, name))
-        for name in ("train_size", "embedding_size"):
-            check_count(name, getattr(self, name), 0)
-        check_count("seed", self.seed, 0, 2**31)
+        for name in ("hidden_size", "batch_size"):
+            check_count(name, getattr(self, name), below=2**31)
+        for name in ("train_size", "embedding_size", "seed"):
+            check_count(name, getattr(self, name), 0, 2**31)
         if self.task in ("adding", *_TEXT):
-            check_count("length", self.length, 2 if self.task == "adding" else 1)
+            check_count("length", self.length, 2 if self.task == "adding" else 1, 2**31)
         if self.task in _TEXT:
             titles = charlm.CORPORA if self.task == "charlm" else wordlm.CORPORA
             check_corpus(self.corpus, self.data or None, titles)
         for name in ("lr", "clip", "trust_radius"):
             value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
+            if not isinstance(value, int | float):
                 raise ValueError(f"{name} is {value!r}; it must be a number above 0")
-        if self.lr == math.inf:
-            raise ValueError("lr is inf; it must be finite")
+            if value != _OFF or name == "lr":
+                check_number(name, value, zero=False, error=ValueError)
         check_flags(second_term=self.second_term, permuted=self.permuted)
         foreign = {name: neutral for name, (tasks, neutral) in _TASK_ONLY.items() if self.task not in tasks}
         for absent, owner in (
@@ -390,7 +392,9 @@ class Run:
                 group["lr"] = rate * share
         try:
             self.optimizer.step()
-        except (FloatingPointError, ValueError) as error:  # κ of weights that are no longer finite, g/κ out of range
+        except (FloatingPointError, ValueError) as error:  # g/κ out of range, κ of weights that are no longer finite
+            if isinstance(error, ValueError) and all(bool(p.isfinite().all()) for p in self.net.parameters()):
+                raise  # a wrong PATHRNN_ARITHMETIC, say, which no rate mends
             raise TrainingError(f"the run diverged after {self.step} steps, {error}; {_advice(self.config)}") from error
         self.step += 1
         self.pending.append(value)
@@ -500,7 +504,8 @@ def train(
         TrainingError: the loss became nan or infinite, or the folder holds another run.
         CheckpointError: there is no checkpoint, or it is corrupt, foreign or of another configuration.
         ImportError: matplotlib is needed for the plot and not installed.
-        FileNotFoundError, ValueError, OSError: data that are missing or malformed; a folder that cannot be written.
+        FileNotFoundError, ValueError, OSError: data that are missing or malformed; a folder that cannot be written; a
+            step that the optimiser refuses.
     """
     if out is None and resume:
         raise ValueError("resume is True without a folder to resume from; name it (out)")
@@ -607,6 +612,9 @@ def load_checkpoint(folder: Path, wanted: dict[str, Any], kind: type[Config] = C
         raise CheckpointError(f"there is no checkpoint {path} to resume from; start without --resume")
     content = path.read_bytes()
     try:
+        wrong = zipfile.ZipFile(io.BytesIO(content)).testzip()  # torch.load compares no checksum
+        if wrong is not None:
+            raise ValueError(f"wrong checksum of {wrong}")
         state = torch.load(io.BytesIO(content), weights_only=True)
     except Exception as error:  # the unpickler raises what the damage suggests
         raise CheckpointError(f"{path} is damaged, or no checkpoint ({_brief(error)}); {_OTHER}") from error
@@ -616,7 +624,8 @@ def load_checkpoint(folder: Path, wanted: dict[str, Any], kind: type[Config] = C
         raise CheckpointError(f"{path} has version {state.get('version')}, this package reads {_VERSION}; {_OTHER}")
     try:
         config = kind(**state["config"])
-    except (KeyError, TypeError, ValueError) as error:
+        _check_progress(state)
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise CheckpointError(f"{path} is damaged ({_brief(error)}); {_OTHER}") from error
     for name, value in wanted.items():
         found = getattr(config, name)
@@ -626,6 +635,24 @@ def load_checkpoint(folder: Path, wanted: dict[str, Any], kind: type[Config] = C
                 "resume it with its own options, or name another folder (--out DIR)"
             )
     return config, state
+
+
+def _check_progress(state: dict[str, Any]) -> None:
+    """What a run hands on as it is; torch checks weights, optimiser and generators."""
+    check_count("step", state["step"], 0)
+    check_number("seconds", state["seconds"], zero=True)
+    history, pending, carried = state["history"], state["pending"], state.get("carried")
+    if not isinstance(history, list) or not isinstance(pending, list):
+        raise TypeError("history and pending must be lists")
+    for record in history:
+        if not isinstance(record, dict) or not {"step", "loss", "seconds"} <= record.keys():
+            raise TypeError(f"history has {record!r}; a record has step, loss and seconds")
+    for value in (*pending, *(value for record in history for value in record.values())):
+        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+            raise ValueError(f"a loss is {value!r}; it must be a finite number")
+    parts = carried if isinstance(carried, tuple) else (carried,)
+    if carried is not None and not all(isinstance(part, Tensor) for part in parts):
+        raise TypeError(f"carried is a {type(carried).__name__}; it must be a hidden state")
 
 
 def _brief(error: Exception) -> str:

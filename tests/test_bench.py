@@ -258,7 +258,9 @@ def test_a_file_that_is_no_result_is_one_sentence(capsys, tmp_path, text):
     ("arguments", "expected"),
     [
         (["--compare", "x.json"], "--compare needs --baseline"),
-        (["--seconds", "0"], "--seconds is 0; it must be above 0"),
+        *((["--seconds", value], f"--seconds is {float(value)}; it must be finite") for value in ("0", "nan", "inf")),
+        (["--threads", "0"], "--threads is 0; it must be finite and positive"),
+        (["--random", "-1"], "--random is -1; it must be finite and at least 0"),
         (["--only", "speed"], "invalid choice: 'speed'"),
         (["--fast"], "unrecognized arguments: --fast"),
     ],

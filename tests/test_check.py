@@ -137,6 +137,17 @@ def test_the_time_is_heeded(capsys):
     assert "pathrnn check --seconds 600 runs them" in out
 
 
+@pytest.mark.parametrize(
+    ("name", "sentence"),
+    [("PATHRNN_BACKEND", "PATHRNN_BACKEND is 'foo'; use one of auto, cpu"), ("PATHRNN_PLAN", "plan is 'foo'")],
+)
+def test_the_command_refuses_what_the_environment_misspells(capsys, monkeypatch, name, sentence):
+    monkeypatch.setenv(name, "foo")
+    assert cli.main(["check"]) == 1
+    out, err = capsys.readouterr()
+    assert out == "" and err.startswith(f"pathrnn: {sentence}") and err.count("\n") == 1
+
+
 def test_tolerances_are_those_of_the_tests():
     for dtype in (torch.float32, torch.float64):
         for seq_len, layers, size in ((1, 1, 1), (12, 1, 13), (20, 1, 70)):

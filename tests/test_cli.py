@@ -1,5 +1,6 @@
 """The ``pathrnn`` command as its user meets it: help, errors, signals, reports."""
 
+import io
 import json
 import os
 import signal
@@ -87,8 +88,11 @@ def test_version(capsys):
         (["train"], "required: {adding,smnist,charlm,wordlm}"),
         (["train", "adding", "--lr", "fast"], "argument --lr: invalid float value: 'fast'"),
         (["train", "adding", "--clip", "much"], "argument --clip: invalid number or none value: 'much'"),
-        (["train", "adding", "--lr", "-1"], "lr is -1.0; it must be a number above 0"),
+        (["train", "adding", "--lr", "-1"], "lr is -1.0; it must be finite and positive"),
         (["train", "adding", "--length", "1"], "length is 1"),
+        (["train", "adding", "--length", str(10**21)], "length is 1000000000000000000000; it must be at least 2 and"),
+        (["train", "adding", "--hidden-size", str(10**29)], "below 2147483648"),
+        (["train", "adding", "--steps", str(10**400)], "below 9223372036854775808"),
         (["train", "adding", "--optimizer", "lion"], "invalid choice: 'lion'"),
         (["train", "adding", "--optimizer", "sgd", "--trust-radius", "1"], "the optimizer sgd has no such option"),
         (["train", "smnist", "--length", "7"], "unrecognized arguments: --length 7"),
@@ -178,6 +182,25 @@ def test_divergence_is_one_sentence(capsys, tmp_path):
     assert err.splitlines()[-1].startswith("pathrnn: the run diverged, ") and "a smaller learning rate" in err
 
 
+def test_what_training_refuses_is_one_sentence(capsys, monkeypatch, tmp_path):
+    def refuse(*arguments, **options):
+        raise ValueError("PATHRNN_ARITHMETIC is foo; use native, float64 or extended")
+
+    monkeypatch.setattr(training, "train", refuse)
+    code, _, err = run(capsys, "train", "adding", *TINY, "--out", tmp_path)
+    assert code == 1 and message(err) == "PATHRNN_ARITHMETIC is foo; use native, float64 or extended"
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1"])
+def test_a_terminal_without_greek_gets_its_help(monkeypatch, encoding):
+    out = io.TextIOWrapper(io.BytesIO(), encoding, errors="strict")
+    monkeypatch.setattr(sys, "stdout", out)
+    with pytest.raises(SystemExit) as exit:
+        cli.main(["train", "adding", "--help"])
+    out.flush()
+    assert exit.value.code == 0 and rb"use \u03ba" in out.buffer.getvalue()
+
+
 @pytest.mark.parametrize("module", ["tqdm", "matplotlib"])
 def test_a_missing_extra_is_one_sentence_with_the_command_to_type(capsys, monkeypatch, tmp_path, module):
     monkeypatch.setitem(sys.modules, module, None)
@@ -253,7 +276,8 @@ def test_python_m_is_the_command(tmp_path):
     assert done.returncode == 2 and message(done.stderr).startswith("the following arguments are required")
 
 
-def test_too_large_a_network_is_a_sentence(tmp_path, capsys):
-    assert cli.main(["train", "adding", "--hidden-size", "99999999", "--out", str(tmp_path / "run")]) == 1
+@pytest.mark.parametrize("size", ["99999999", "2147483647"])  # the latter's bytes overflow an int64
+def test_too_large_a_network_is_a_sentence(tmp_path, capsys, size):
+    assert cli.main(["train", "adding", "--hidden-size", size, "--out", str(tmp_path / "run")]) == 1
     error = capsys.readouterr().err
     assert error.startswith("pathrnn: the memory does not suffice; use a smaller network or batch")

@@ -99,6 +99,35 @@ def test_bare_modules_are_accepted(function, module):
 
 
 @pytest.mark.parametrize("function", ALL)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_every_dtype(function, dtype):
+    net = function(network().to(dtype), generator=seeded())
+    assert all(p.dtype == dtype and p.isfinite().all() for p in net.parameters())
+    if function is orthogonal_:
+        for w in recurrent(net):
+            atol = 50 * torch.finfo(dtype).eps
+            torch.testing.assert_close(w.double() @ w.double().T, torch.eye(50).double(), rtol=0, atol=atol)
+
+
+@pytest.mark.parametrize(
+    ("function", "name", "value", "most"),
+    [
+        (identity_, "scale", 7e4, 65504),
+        (orthogonal_, "gain", 7e4, 65504),
+        (uniform_, "recurrent_bound", 4e4, 32752),
+        (uniform_, "other_bound", 4e4, 32752),
+    ],
+)
+def test_numbers_that_the_dtype_cannot_hold_are_refused_and_change_nothing(function, name, value, most):
+    rnn = pk.ReLURNN(2, 3, dtype=torch.float16)
+    before = [p.detach().clone() for p in rnn.parameters()]
+    with pytest.raises(ValueError, match=f"{name} is {value}; in torch.float16 it must be at most {most}"):
+        function(rnn, **{name: value})
+    assert all(torch.equal(p, q) for p, q in zip(rnn.parameters(), before, strict=True))
+    function(rnn, **{name: most})
+
+
+@pytest.mark.parametrize("function", ALL)
 def test_other_modules_are_refused(function):
     with pytest.raises(TypeError, match=r"net is a Linear; it must be a ReLURNN, torch.nn.RNN or PathNetwork"):
         function(nn.Linear(2, 2))

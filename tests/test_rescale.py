@@ -88,6 +88,7 @@ ONES = torch.ones(3)
         ([0 * ONES, ONES], ValueError, r"alphas\[0\]"),
         ([ONES, math.nan * ONES], ValueError, r"alphas\[1\]"),
         ([ONES, math.inf * ONES], ValueError, r"alphas\[1\]"),
+        ([ONES, ONES * (1 + 1j)], TypeError, r"alphas\[1\] has dtype torch.complex64; it must be real"),
         ([1e200 * ONES.double(), 1e-200 * ONES.double()], ValueError, "rnn.weight_ih_l1 out of the range"),
     ],
 )
@@ -97,6 +98,11 @@ def test_bad_alphas_are_refused_and_change_nothing(alphas, error, message):
     with pytest.raises(error, match=message):
         node_rescale_(net, alphas)
     assert_untouched(net, before)
+
+
+def test_alphas_beyond_the_networks_dtype_are_named_as_given():
+    with pytest.raises(ValueError, match=r"alphas\[0\] is \[1e-60, 1e-60, 1e-60\]; .* in the network's torch.float32"):
+        node_rescale_(make().float(), [1e-60 * ONES.double(), ONES])
 
 
 def test_outputs_of_a_network_without_head_are_not_rescaled():

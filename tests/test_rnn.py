@@ -150,6 +150,14 @@ def test_not_finite_in_not_finite_out(size, place, value):
         assert torch.equal(found[name].isinf(), expected[name].isinf()), name
 
 
+def test_dropout_of_one_layer_is_warned_of_as_by_torch():
+    for kind in (nn.RNN, ReLURNN):
+        with pytest.warns(UserWarning, match="dropout") as caught:
+            kind(2, 3, dropout=0.5)
+        assert len(caught) == 1
+    assert caught[0].filename == __file__
+
+
 def test_dropout_in_evaluation_is_none():
     theirs, ours = pair(3, 5, 3, dropout=0.5)
     check(theirs.eval(), ours.eval(), torch.randn(6, 2, 3))

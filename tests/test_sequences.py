@@ -122,9 +122,11 @@ def test_lengths_that_leave_nothing_out_change_nothing():
 def test_every_kind_of_lengths():
     rnn, x, numbers = ReLURNN(3, 5), torch.randn(6, 4, 3), [3, 6, 1, 2]
     y, _ = rnn(x, lengths=numbers)
-    integers = [torch.tensor(numbers, dtype=d) for d in (torch.int64, torch.int32, torch.int16, torch.uint8)]
+    integers = [torch.tensor(numbers, dtype=d) for d in (torch.int64, torch.int16, torch.uint8, torch.uint16)]
     for lengths in (tuple(numbers), *integers, torch.tensor(numbers).repeat_interleave(2)[::2]):
         assert torch.equal(rnn(x, lengths=lengths)[0], y)
+    for lengths in ([], (), torch.tensor([], dtype=torch.int64)):
+        assert rnn(x[:, :0], lengths=lengths)[0].shape == (6, 0, 5)
 
 
 @pytest.mark.parametrize("value", (0.0, 1e30, math.inf, -math.inf, math.nan))
@@ -255,6 +257,8 @@ PADDED = torch.ones(5, 2, 4)
         (PADDED, None, torch.ones(2, dtype=torch.bool), TypeError, "lengths has dtype torch.bool"),
         (PADDED, None, [5.0, 2], TypeError, r"lengths is \[5.0, 2\]; it must be a tensor or a sequence of integers"),
         (PADDED, None, 5, TypeError, "lengths is 5; it must be a tensor or a sequence of integers"),
+        (PADDED, None, [2**63, 1], ValueError, r"lengths is \[9223372036854775808, 1\]; every one must be from 1 to T"),
+        (PADDED, None, [], ValueError, r"lengths has shape \[0\]"),
         (PADDED[:, 0], None, [5], ValueError, r"lengths are given, but x of shape \[5, 4\] is unbatched"),
         (PACKED, None, [5, 2], ValueError, "lengths are given, but x is a PackedSequence"),
         (PACKED, torch.ones(1, 3, 3), None, ValueError, r"h_0 has shape \[1, 3, 3\]; .*must be \[1, 2, 3\]"),

@@ -5,6 +5,7 @@ import math
 import os
 import re
 import sys
+import zipfile
 from dataclasses import asdict, replace
 
 import pytest
@@ -277,6 +278,18 @@ def _damaged(key, value):
     return damage
 
 
+def _flipped(path):
+    """One bit of the largest tensor."""
+    content = bytearray(path.read_bytes())
+    with zipfile.ZipFile(path) as file:
+        largest = file.read(max(file.infolist(), key=lambda info: info.file_size if "/data/" in info.filename else 0))
+    content[content.index(largest) + len(largest) // 2] ^= 1
+    path.write_bytes(content)
+
+
+RECORD = {"step": 1, "loss": 1.0, "seconds": 1.0}
+
+
 class Unsafe:
     def __reduce__(self):
         return os.mkdir, ("must-not-exist",)
@@ -295,7 +308,18 @@ class Unsafe:
         (_damaged("config", {"task": "adding"}), "is damaged"),
         (_damaged("network", {}), "is damaged"),
         (_damaged("generator", torch.zeros(3)), "is damaged"),
-        (_damaged("history", None), "is damaged"),
+        (_flipped, "is damaged, or no checkpoint .*wrong checksum of archive/data/"),
+        *((_damaged("step", value), f"is damaged .*step is {value!r}") for value in ("x", -3, 10.5, math.nan, True)),
+        *((_damaged("seconds", value), f"is damaged .*seconds is {value!r}") for value in ("a", math.nan, -1.0)),
+        (_damaged("history", None), "is damaged .*must be lists"),
+        (_damaged("history", [1, 2]), "is damaged .*history has 1"),
+        (_damaged("history", [{"step": 1}]), "is damaged .*a record has step, loss and seconds"),
+        (_damaged("history", [RECORD | {"loss": math.nan}]), "is damaged .*a loss is nan"),
+        (_damaged("history", [RECORD | {"held_out": "a"}]), "is damaged .*a loss is 'a'"),
+        (_damaged("history", [RECORD | {"loss": 10**400}]), "is damaged .*OverflowError"),
+        (_damaged("pending", ["a"]), "is damaged .*a loss is 'a'"),
+        (_damaged("pending", [math.nan]), "is damaged .*a loss is nan"),
+        (_damaged("carried", "a"), "is damaged .*carried is a str"),
     ],
 )
 def test_a_corrupt_or_foreign_checkpoint_is_refused_and_left_untouched(tmp_path, monkeypatch, damage, message):
@@ -374,6 +398,20 @@ def test_divergence_is_found_in_the_held_out_error_too():
         run.record()
 
 
+@pytest.mark.parametrize("diverged", [True, False])
+def test_only_weights_that_are_not_finite_make_a_refused_step_a_divergence(monkeypatch, diverged):
+    run = Run(tiny())
+
+    def refuse():
+        if diverged:
+            run.net.head.weight.data.fill_(math.nan)
+        raise ValueError("what κ says")
+
+    monkeypatch.setattr(run.optimizer, "step", refuse)
+    with pytest.raises(TrainingError if diverged else ValueError, match="diverged.*says" if diverged else "^what"):
+        run.advance()
+
+
 @pytest.mark.parametrize(
     ("task", "optimizer", "given", "error", "message"),
     [
@@ -384,6 +422,12 @@ def test_divergence_is_found_in_the_held_out_error_too():
         ("adding", "sgd", {"lr": math.nan}, ValueError, "lr is nan"),
         ("adding", "sgd", {"lr": math.inf}, ValueError, "lr is inf"),
         ("adding", "sgd", {"clip": -1.0}, ValueError, "clip is -1.0"),
+        ("adding", "sgd", {"clip": 10**400}, ValueError, "clip is 10*; it must be finite"),
+        ("adding", "sgd", {"lr": "1"}, ValueError, "lr is '1'; it must be a number"),
+        *(
+            ("adding", "sgd", {name: 10**400}, ValueError, f"{name} is 10*; it must be at least . and below")
+            for name in ("steps", "hidden_size", "batch_size", "length", "train_size", "eval_every")
+        ),
         ("adding", "sgd", {"steps": 0}, ValueError, "steps is 0"),
         ("adding", "sgd", {"steps": 1e3}, TypeError, "steps is 1000.0"),
         ("adding", "sgd", {"batch_size": True}, TypeError, "batch_size is True"),
