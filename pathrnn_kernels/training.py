@@ -647,8 +647,10 @@ def _check_progress(state: dict[str, Any]) -> None:
     for record in history:
         if not isinstance(record, dict) or not {"step", "loss", "seconds"} <= record.keys():
             raise TypeError(f"history has {record!r}; a record has step, loss and seconds")
-    for value in (*pending, *(value for record in history for value in record.values())):
-        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        if not all(type(value) in (int, float) for value in record.values()):  # a held-out error may be infinite
+            raise TypeError(f"history has {record!r}; a record has numbers")
+    for value in (*pending, *(record["loss"] for record in history)):
+        if type(value) not in (int, float) or not math.isfinite(value):
             raise ValueError(f"a loss is {value!r}; it must be a finite number")
     parts = carried if isinstance(carried, tuple) else (carried,)
     if carried is not None and not all(isinstance(part, Tensor) for part in parts):
