@@ -297,7 +297,7 @@ def test_kernels_are_within_a_loose_bound(case, exponent, dtype):
 
 @DTYPES
 @ENDS
-@pytest.mark.parametrize("size", (3, pytest.param(12, marks=pytest.mark.slow), 40))
+@pytest.mark.parametrize("size", (3, *(pytest.param(n, marks=pytest.mark.slow) for n in (12, 40))))
 @pytest.mark.parametrize("family", LONG)
 def test_kernels_of_long_sequences(family, size, outputs, h0, dtype):
     """An enclosure that overflows certifies nothing, and must leave no trace in the sum that goes on."""

@@ -96,6 +96,7 @@ def test_data_parallel_training_is_that_of_one_process(tmp_path):
     assert_close(together, net, 2 * STEPS)
 
 
+@pytest.mark.slow
 def test_the_example_for_torchrun(tmp_path):
     text = PAGE.read_text(encoding="utf-8")
     (tmp_path / "train.py").write_text(re.search(r"<!-- torchrun -->\n```python\n(.*?)```", text, re.S).group(1))

@@ -55,6 +55,7 @@ def tiny(task: str, system: str, **given) -> Experiment:
     return Experiment.on(task, system, **{**TINY, **TASKS[task], **path, **given})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("task", TASKS)
 @pytest.mark.parametrize("system", SYSTEMS)
 def test_every_system_trains_on_every_task_and_resumes_as_one_run(tmp_path, task, system):

@@ -7,7 +7,7 @@ from emulation import build
 
 from pathrnn_kernels.ops import cuda
 
-pytestmark = pytest.mark.usefixtures("poisoned")
+pytestmark = [pytest.mark.usefixtures("poisoned"), pytest.mark.slow]  # a compiler runs for a minute
 
 
 @cases.DTYPES

@@ -8,7 +8,7 @@ from gpu_model import ZERO, centre, same
 
 from pathrnn_kernels.ops import cuda
 
-pytestmark = pytest.mark.usefixtures("poisoned")
+pytestmark = [pytest.mark.usefixtures("poisoned"), pytest.mark.slow]  # a compiler runs for a minute
 
 F32, F64, I64 = torch.float32, torch.float64, torch.int64
 DTYPES = pytest.mark.parametrize("dtype", (F32, F64), ids=("float32", "float64"))

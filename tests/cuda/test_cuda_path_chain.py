@@ -14,7 +14,7 @@ from pathrnn_kernels import ops
 from pathrnn_kernels.ops import cuda, gpu
 from pathrnn_kernels.ops.plan import Plan
 
-pytestmark = pytest.mark.usefixtures("poisoned")
+pytestmark = [pytest.mark.usefixtures("poisoned"), pytest.mark.slow]  # a compiler runs for a minute
 
 F32, F64, I64 = torch.float32, torch.float64, torch.int64
 DTYPES = pytest.mark.parametrize("dtype", (F32, F64), ids=("float32", "float64"))

@@ -94,7 +94,7 @@ def cases():
 
 
 @pytest.mark.every_isa
-@pytest.mark.parametrize("threads", (1, 2))
+@pytest.mark.parametrize("threads", (1, pytest.param(2, marks=pytest.mark.slow)))
 def test_extended_range_is_exact(threads):
     variables = {
         "PATHRNN_ARITHMETIC": "extended",

@@ -84,6 +84,7 @@ def test_nothing_enters():
         assert head_exponent.item() == (ZERO if options else 0) - centre and head.any() == (not options)
 
 
+@pytest.mark.slow
 @dtypes
 @pytest.mark.parametrize("place", ("weight_ih", "bias_ih", "bias_hh", "head", "head_bias", "sum", "column_sums"))
 def test_lost(place, dtype):
