@@ -53,8 +53,10 @@ class InCoordinates(Engine):
 
     def _path_of(self, state_dict: dict[str, Any]) -> dict[str, Any]:
         # Of the groups, which every state dict has.
-        groups = state_dict.get("param_groups") or [self.defaults]
-        return {**super()._path_of(state_dict), "rule": self._rule_of(groups[0])}
+        groups = state_dict.get("param_groups")
+        first = groups[0] if isinstance(groups, list) and groups else None
+        group = first if isinstance(first, dict) else self.defaults  # damaged, which is said later
+        return {**super()._path_of(state_dict), "rule": self._rule_of(group)}
 
     @staticmethod
     def _rule_of(group: dict[str, Any]) -> str:
@@ -114,8 +116,8 @@ class PathAdam(InCoordinates):
     ‖g̃‖ is over all tensors, and n the number of entries of the tensor: no tensor's step is longer than lr γ in the path
     metric. m has no bias correction: the first 1/(1 - β₁) steps grow to full length. γ² is that of the paths through
     the RNN: paths of the output's bias alone (κ = 1 at one step) are left out. The output's bias follows eq. (8) as it
-    stands, Δb = -bias_lr · g/κ, no entry of g/κ counting for more than 1. A step whose gradient, the
-    output's bias apart, is 0 or not finite is left out but for that bias, and so are entries with κ = 0 (on no path).
+    stands, Δb = -bias_lr · g/κ, no entry of g/κ counting for more than 1. A step whose gradient, the output's
+    bias apart, is 0 or not finite is left out but for that bias, and so are entries with κ = 0 (on no path).
 
     :class:`GatedPathSGD` with ``power=1`` is this, and with a higher power trusts noisy gradients less.
 

@@ -35,7 +35,7 @@ def as_if_alone():
     """What an earlier test left does not matter.
 
     One thread, since oracles are thousands of small operations: where another process has a core, each waits for its
-    team's slowest thread, and the suite takes fifty times as long. Teams have the fixture ``threads``.
+    team's slowest thread (bench/NOTES.md). Teams have the fixture ``threads``.
     """
     torch.manual_seed(0)
     torch.set_num_threads(1)

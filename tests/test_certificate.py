@@ -233,7 +233,7 @@ def fixed(family, size, gain=1.0, num_layers=1, seed=0, **options):
 LONG = [family for family in FAMILIES if family not in ("spiked", "far from normal")]
 
 
-#: Oracles of long sequences take a quarter of a second each.
+#: Oracles of long sequences are slow.
 ENDS = pytest.mark.parametrize("outputs, h0", (("all", "zeros"), pytest.param("last", "ones", marks=pytest.mark.slow)))
 
 

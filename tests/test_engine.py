@@ -751,4 +751,7 @@ def test_path_adam_and_the_gate_do_not_take_each_others_states():
         for state in (saved, {key: value for key, value in saved.items() if key != "path"}):
             with pytest.raises(ValueError, match=f"{other.__name__}.*{one.__name__}"):
                 optimizer.load_state_dict(state)
+        for groups in (5, {}, [5]):
+            with pytest.raises(ValueError, match="damaged"):
+                optimizer.load_state_dict({**saved, "param_groups": groups, "path": one(net).state_dict()["path"]})
         optimizer.load_state_dict(one(net).state_dict())

@@ -121,7 +121,8 @@ class Kappa2Run {
     // In halves: a scale may be out of range where the entries are not.
     const auto to_result = [&](int64_t m, int64_t exponent) {
       const int64_t shift = exponent - result;
-      return m == kZeroExponent ? std::pair{T(0), T(0)} : std::pair{power_of_two<T>(shift / 2), power_of_two<T>(shift - shift / 2)};
+      if (m == kZeroExponent) return std::pair{T(0), T(0)};
+      return std::pair{power_of_two<T>(shift / 2), power_of_two<T>(shift - shift / 2)};
     };
     const auto [a, a_rest] = to_result(m1, first);
     const auto [b, b_rest] = to_result(m2, second);

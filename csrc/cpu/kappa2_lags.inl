@@ -104,7 +104,8 @@ class Lags {
   void miss(int64_t from, T scale, double most, double power_missing) {
     if (from <= kZeroExponent / 2) return;
     const double left_out = scale == T(0) ? 2 * most : 0;
-    missing += times_power_of_two(most * power_missing + sum_missing_ * (2 + power_missing) + left_out, from - exponent) + kTiny;
+    const double lost = most * power_missing + sum_missing_ * (2 + power_missing) + left_out;
+    missing += times_power_of_two(lost, from - exponent) + kTiny;
   }
 
   // S += C ⊙ the n-th cached power.

@@ -99,7 +99,7 @@ def take(case, how, numbers, radius, scale="path_norm", eps=0.0):
     return int(status)
 
 
-#: Interpreted kernels take twenty times as long.
+#: Interpreted kernels are slow.
 hows = pytest.mark.parametrize(
     ("how", "seed"),
     [*itertools.product(("kernels", "plain"), range(4)), pytest.param("triton", 0, marks=pytest.mark.slow)],
