@@ -131,3 +131,16 @@ def test_kappa_of_large_networks_follows(hidden, seq_len, second, dtype, threads
     for farthest in (3, FARTHEST[dtype]):
         other, moved = rescaled(net, farthest)
         check_follows(before, pk.kappa(other, seq_len, second), moved)
+
+
+@pytest.mark.parametrize("exponent", range(-64, -48))
+def test_what_underflows_does_not_depend_on_the_rescaling(exponent):
+    # A thread's cache does not hold W: factors of rows meet sums instead of squares, which may underflow before.
+    net = make(1, False, F32, hidden=512)
+    with torch.no_grad():
+        net.rnn.weight_hh_l0[1:, 1:] *= 2.0**-20
+        net.rnn.weight_hh_l0[5, 9] = 2.0**exponent
+    before = pk.kappa(net, 3)
+    for seed in range(3):
+        after, moved = rescaled(net, 4, seed)
+        check_follows(before, pk.kappa(after, 3), moved)

@@ -1,8 +1,7 @@
 // Canonical coordinates: every unit's even exponent d, and the weights times 2^((d_source - d_target) / 2).
 
-// A matrix of weights there: its squares are (data[j, k] · column[k] · row[j])² · 2^exponent, none above 4 · 2^exponent,
-// also before `row` is applied but for a factor 2^kFactor.
-constexpr int64_t kFactor = 8;
+// A matrix of weights there: its squares are (data[j, k] · column[k] · row[j])² · 2^exponent, none above 4 · 2^exponent. No
+// factor of a row is below 1, so that what underflows there does so before `row` is applied, too.
 template <typename T>
 struct Weights {
   const T* data;
@@ -45,7 +44,8 @@ class Canonical {
   Buffer<Int<T>> input_exponent = zeros(n_.net.input), head_exponent = zeros(n_.D * n_.H);
   std::vector<int64_t> drive_exponent = std::vector<int64_t>(n_.D * n_.H, 2 * kNone);
 
-  Canonical(const Network<T>& of, int threads) : n_(of), extents_(threads) {
+  // `copies`: always copies, never factors.
+  Canonical(const Network<T>& of, int threads, bool copies) : n_(of), copies_always_(copies), extents_(threads) {
     factors_.reserve(4 * n_.C);
     copies_.reserve(2 * n_.C);
     partial_.resize(threads * padded<T>(std::max(n_.D * n_.H, n_.net.input)));
@@ -81,6 +81,8 @@ class Canonical {
 
  private:
   static constexpr Int<T> kMantissa = std::numeric_limits<T>::digits - 1;
+  // Of the factors of rows, and of columns: above, sums before `row` is applied might underflow where they need not.
+  static constexpr int64_t kSpread = 16;
   static constexpr int64_t kLeast = std::numeric_limits<T>::min_exponent - 1, kMost = std::numeric_limits<T>::max_exponent - 1;
 
   // Per chain, of every unit: the exponents of what drives it first (reach_) and of what reads it first (read_), a sum
@@ -205,29 +207,25 @@ class Canonical {
     const int64_t columns_of = sources * n_.H;
     top_ = *std::max_element(extents_.begin(), extents_.begin() + team.size);
     if (is_none(top_)) top_ = 0;
-    const auto middle = [](auto exponent, int64_t n, int64_t& spread) {
-      int64_t high = 2 * kNone, low = -high;
-      for (int64_t i = 0; i < n; ++i) {
-        if (is_none(exponent(i))) continue;
-        high = std::max<int64_t>(high, exponent(i));
-        low = std::min<int64_t>(low, exponent(i));
+    // A dead unit's exponent is far below all others: factors do not do.
+    const auto range = [](auto exponent, int64_t n) {
+      std::pair<int64_t, int64_t> found{exponent(0), exponent(0)};
+      for (int64_t i = 1; i < n; ++i) {
+        found.first = std::min<int64_t>(found.first, exponent(i));
+        found.second = std::max<int64_t>(found.second, exponent(i));
       }
-      spread = high - low;
-      return is_none(high) ? 0 : low + (high - low) / 2;
+      return found;
     };
-    int64_t row_spread, column_spread;
-    const int64_t row_middle = middle([&](int64_t j) { return row(c, j); }, n_.H, row_spread);
-    const int64_t column_middle = middle([&](int64_t k) { return halves_[k]; }, columns_of, column_spread);
-    const int64_t shift = row_middle - top_;
-    const bool fits = row_spread <= 2 * kFactor && column_spread <= 2 * kFactor &&
-                      column_middle + shift - kFactor >= kLeast && column_middle + shift + kFactor <= kMost;
-    const auto factor = [fits](int64_t exponent, int64_t by) {
-      return !fits ? T(1) : is_none(exponent) ? T(0) : power_of_two<T>(exponent + by);
-    };
+    const auto [row_low, row_high] = range([&](int64_t j) { return row(c, j); }, n_.H);
+    const auto [column_low, column_high] = range([&](int64_t k) { return halves_[k]; }, columns_of);
+    const int64_t shift = row_low - top_;
+    const bool fits = !copies_always_ && row_high - row_low <= kSpread && column_high - column_low <= kSpread &&
+                      column_low + shift >= kLeast && column_high + shift <= kMost;
+    const auto factor = [fits](int64_t exponent) { return fits ? power_of_two<T>(exponent) : T(1); };
     Buffer<T>& rows = factors_.emplace_back(padded<T>(n_.H), T(0));
     Buffer<T>& columns = factors_.emplace_back(padded<T>(columns_of), T(0));
-    for (int64_t j = 0; j < n_.H; ++j) rows[j] = factor(row(c, j), -row_middle);
-    for (int64_t k = 0; k < columns_of; ++k) columns[k] = factor(halves_[k], shift);
+    for (int64_t j = 0; j < n_.H; ++j) rows[j] = factor(row(c, j) - row_low);
+    for (int64_t k = 0; k < columns_of; ++k) columns[k] = factor(halves_[k] + shift);
     const T* const data = fits ? w.data : copies_.emplace_back(w.size() + Simd<T>::width).data();
     return {data, rows.data(), columns.data(), 2 * top_};
   }
@@ -252,6 +250,7 @@ class Canonical {
 
   std::vector<int64_t> reach_ = std::vector<int64_t>(n_.C * n_.H), read_ = reach_;
   Buffer<Int<T>> side_ = head_exponent, halves_ = side_, partial_;
+  const bool copies_always_;
   std::vector<int64_t> extents_;  // by thread
   int64_t top_ = 0;
   std::vector<Buffer<T>> factors_, copies_;

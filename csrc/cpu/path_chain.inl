@@ -3,8 +3,11 @@
 template <typename T>
 class PathChainRun {
  public:
-  PathChainRun(const PathChain<T>& net, int threads)
-      : net_(net), threads_(threads), canonical_(n_, threads), boundary_(n_, canonical_, threads),
+  // Of `shared` chains: from this size on a thread's cache no longer holds W̃, and both share one read of it.
+  static constexpr int64_t kSharedHidden = 512;
+
+  PathChainRun(const PathChain<T>& net, int threads, bool copies)
+      : net_(net), threads_(threads), canonical_(n_, threads, copies), boundary_(n_, canonical_, threads),
         results_(n_, canonical_, boundary_, h_, d_, drives_, threads), underflowed_(threads, 0), finite_(threads, 1) {
     if (net.second_factor > 0) second_.emplace(T_, H_, net.workspace_bytes, threads);
   }
@@ -19,8 +22,6 @@ class PathChainRun {
   }
 
  private:
-  // From this size on a thread's cache no longer holds W̃, and both chains share one read of it.
-  static constexpr int64_t kSharedHidden = 512;
   // From this size on every step reads W from beyond the second-level caches: it is worth less steps of dearer
   // arithmetic. Below, a chain that converges has mostly done so as soon; but with the second term, a closed form saves
   // every lag's sum over time, too.
@@ -224,5 +225,9 @@ class PathChainRun {
 
 template <typename T>
 int64_t path_chain(const PathChain<T>& net, int threads) {
-  return PathChainRun<T>(net, threads).run();
+  const int64_t bad = PathChainRun<T>(net, threads, false).run();
+  // Shared chains apply the factors of rows to sums, before which more underflows than in canonical coordinates. Those
+  // decide, so that a network rescaled by powers of two is computed in the same dtype.
+  if (bad >= 0 || !*net.underflowed || net.hidden < PathChainRun<T>::kSharedHidden) return bad;
+  return PathChainRun<T>(net, threads, true).run();
 }
