@@ -19,6 +19,7 @@ struct Chain {
   Drive<T> drive;
   bool fill;  // whether rows in closed form are wanted too
   T* coefficients[2];  // memory for those of a closed form
+  const T* before(int64_t s) const { return s ? out[first + (s - 1) * stride] : start; }
   // Whether the chain starts from nothing and is driven alike at every step, or at the first alone.
   bool from_nothing() const { return start_exponent == kZeroExponent && drive.row == 0 && drive.constant_from <= 1; }
 };

@@ -28,6 +28,40 @@ void matrix_vector(const Packed<T>& w, const T* a, T* out) {
   }
 }
 
+// Rows of a matrix by fours, their vectors in turn, so that both products below read it as one stream.
+constexpr int64_t kRowsAtOnce = 4;
+
+// next_h = W h and next_d = Wᵀ d, the interleaved W, [hidden, ld] and zeros below, being read once: dot products of its
+// rows, and multiples.
+template <typename T>
+void matrix_vector_both(const T* w, int64_t hidden, int64_t ld, const T* h, const T* d, T* next_h, T* next_d) {
+  constexpr int64_t width = Simd<T>::width;
+  std::fill(next_d, next_d + ld, T(0));
+  std::fill(next_h + hidden, next_h + ld, T(0));
+  for (int64_t j = 0; j < hidden; j += kRowsAtOnce) {
+    const int64_t rows = std::min(kRowsAtOnce, hidden - j);
+    T s[kRowsAtOnce];
+    Vec<T> dot[kRowsAtOnce];
+#pragma GCC unroll 4
+    for (int64_t r = 0; r < kRowsAtOnce; ++r) {
+      s[r] = r < rows ? d[j + r] : T(0);
+      dot[r] = Vec<T>{};
+    }
+    for (int64_t k = 0; k < ld; k += width) {
+      const Vec<T> x = load(h + k);
+      Vec<T> y = load(next_d + k);
+#pragma GCC unroll 4
+      for (int64_t r = 0; r < kRowsAtOnce; ++r, w += width) {
+        const Vec<T> v = load(w);
+        dot[r] += v * x;
+        y += v * s[r];
+      }
+      store(next_d + k, y);
+    }
+    for (int64_t r = 0; r < rows; ++r) next_h[j + r] = lane_sum<T>(dot[r]);
+  }
+}
+
 // out = qᵀ a or q a in double, four rows of q at a time; `columns` are whole vectors.
 template <bool Transposed, typename T>
 void multiply_wide(const T* q, int64_t rows, int64_t columns, int64_t ld, const double* a, double* out) {

@@ -22,6 +22,8 @@ class PathChainRun {
   }
 
  private:
+  // From so many entries on W̃ is read once for both chains, the first-level cache not holding it.
+  static constexpr int64_t kFirstLevel = (int64_t{1} << 15) / static_cast<int64_t>(sizeof(T));
   // From this size on every step reads W from beyond the second-level caches: it is worth less steps of dearer
   // arithmetic. Below, a chain that converges has mostly done so as soon; but with the second term, a closed form saves
   // every lag's sum over time, too.
@@ -92,6 +94,28 @@ class PathChainRun {
     pack(to, w.data, Forward ? 1 : H_, Forward ? H_ : 1, team, square<Forward>(w, 0));
   }
 
+  // W̃ for walk_both.
+  Buffer<T> interleave(const Weights<T>& w) const {
+    Buffer<T> result((H_ + kRowsAtOnce - 1) / kRowsAtOnce * kRowsAtOnce * ld_);
+    T* out = result.data();
+    for (int64_t j = 0; j < H_; j += kRowsAtOnce) {
+      for (int64_t k = 0; k < ld_; k += Simd<T>::width) {
+        for (int64_t r = j; r < j + kRowsAtOnce; ++r, out += Simd<T>::width) {
+          const Vec<T> v = r < H_ ? load(w.data + r * H_ + k, H_ - k) * load(w.column + k) * w.row[r] : Vec<T>{};
+          store(out, v * v);
+        }
+      }
+    }
+    return result;
+  }
+
+  // begin_chain, by one thread.
+  template <bool Forward>
+  int64_t begin_packed(const Chain<T>& c, const Packed<T>& to, const Weights<T>& w, int64_t& done) const {
+    pack_weight<Forward>(to, w, Team{});
+    return begin_chain(c, to, w.exponent, done, T_);
+  }
+
   template <bool Forward>
   void run_chain(const Chain<T>& c, const Weights<T>& w, Buffer<T>& memory, const Team& team) {
     if (shared_) return run_shared<Forward, !Forward>(c, c, w, team);
@@ -126,17 +150,17 @@ class PathChainRun {
       run_shared<true, true>(h, d, w, team);
       return false;
     }
-    const Team alone{};
     const Packed<T> w_h = packed(packed_h_), w_d = packed(packed_d_);
     int64_t done_h = 0, done_d = 0;
-    if (first) {
-      pack_weight<true>(w_h, w, alone);
-      converges_[0] = begin_chain(h, w_h, w.exponent, done_h, T_);
+    bool h_ended = false, d_ended = false;
+    if (team.size == 1 && H_ * ld_ > kFirstLevel) {
+      const Buffer<T> both = interleave(w);
+      done_h = done_d = walk_both(h, d, both.data(), H_, w.exponent, std::min(kFirstLook, T_), T_, h_ended, d_ended);
+      h_ended |= done_h == T_;
+      d_ended |= done_d == T_;
     }
-    if (last) {
-      pack_weight<false>(w_d, w, alone);
-      converges_[1] = begin_chain(d, w_d, w.exponent, done_d, T_);
-    }
+    if (first) converges_[0] = h_ended ? 0 : begin_packed<true>(h, w_h, w, done_h);
+    if (last) converges_[1] = d_ended ? 0 : begin_packed<false>(d, w_d, w, done_d);
     team.wait();
     bool stepped = true, underflowed = false;
     if (const int64_t log2 = block_log2(converges_[0], converges_[1], team.size)) {

@@ -127,6 +127,23 @@ def test_values(dtype, ones_h0, last_only, hidden_size, threads):
     torch.testing.assert_close(chain.log_path_norm, log_norm, rtol=0, atol=rtol + large)
 
 
+@pytest.mark.every_isa
+@pytest.mark.parametrize("gain", (1.0, 1e-4))  # of W_hh: h, or δ, converges within the first steps
+@pytest.mark.parametrize("last_only", (False, True))
+@pytest.mark.parametrize("hidden_size, seq_len", ((97, 2), (130, 23), (130, 25), (201, 40)))
+@pytest.mark.parametrize("dtype", (F32, F64))
+def test_chains_that_share_a_read(dtype, hidden_size, seq_len, last_only, gain):
+    """One layer, one thread, a W that its first-level cache does not hold."""
+    call = arguments(1, dtype=dtype, hidden_size=hidden_size, seq_len=seq_len, last_only=last_only)
+    call["weight_hh"][0] *= gain
+    expected = reference.kappa1(
+        {name: p.double() for name, p in parameters(call).items()}, seq_len, "last" if last_only else "all", "zeros"
+    )
+    for name, value in zip(kappa_names(call), oracles.values(ops.path_chain(**call)), strict=True):
+        rtol = tolerances.path(dtype, seq_len + 1, hidden_size)
+        torch.testing.assert_close(value.expand_as(expected[name]), expected[name], rtol=rtol, atol=0)
+
+
 def test_the_norm_alone_is_the_same():
     whole, norm = (ops.path_chain(**arguments(kappa1=kappa1)) for kappa1 in (True, False))
     assert torch.equal(whole.log_path_norm, norm.log_path_norm)
