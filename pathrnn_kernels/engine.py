@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import numbers
+import operator
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, ClassVar, NamedTuple, NoReturn
@@ -117,6 +118,8 @@ class Engine(Optimizer):
         self.seq_len = seq_len
         self.rtol = rtol
         self._layout: Layout | None = None
+        #: Of which κ and lags are kept.
+        self._known: Sequence[Tensor] = self._weights()[1]
         self._kappa: Kappa | None = None
         self._steps = 0
         #: Per chain, of the last κ: lags of κ⁽²⁾ that the next one tries first.
@@ -233,9 +236,10 @@ class Engine(Optimizer):
     def _moving(self) -> Moving | None:
         """None if no weight has a gradient."""
         names, weights = self._weights()
-        layout = self._layout
-        if layout is None or not layout.fits(weights, self.param_groups):
-            layout = self._layout = Layout(self.net, names, weights, self.param_groups)
+        layout, groups = self._layout, self._groups()
+        if layout is None or not layout.fits(weights, groups):
+            self._keep_for(weights)
+            layout = self._layout = Layout(self.net, names, weights, groups)
         gradients = [p.grad if p.requires_grad else None for p in weights]
         for i in layout.foreign:
             gradients[i] = None
@@ -244,6 +248,15 @@ class Engine(Optimizer):
             if gradients[i].layout is not torch.strided:  # type: ignore[union-attr]
                 raise ValueError(f"the gradient of {names[i]} is sparse; use nn.Embedding(…, sparse=False)")
         return Moving(layout, weights, gradients, places) if places else None
+
+    def _groups(self) -> list[dict[str, Any]]:
+        """That hold the weights which are to be moved."""
+        return self.param_groups
+
+    def _keep_for(self, weights: Sequence[Tensor]) -> None:
+        """What is kept of other weights, before a module of the network was replaced, is of no use to these."""
+        if len(weights) != len(self._known) or any(map(operator.is_not, weights, self._known)):
+            self._known, self._kappa, self._lags = weights, None, None
 
     def _taken(self) -> None:
         """A step has been: what is kept for the next."""
@@ -491,6 +504,7 @@ class Engine(Optimizer):
         return {**super().state_dict(), "path": self._path()}
 
     def _path(self) -> dict[str, Any]:
+        self._keep_for(self._weights()[1])
         lags = {} if self._lags is None else dict(zip(self.net.recurrent, self._lags.tolist(), strict=True))
         return {
             **self._settings(),
@@ -543,6 +557,7 @@ class Engine(Optimizer):
         @torch.inference_mode(False)
         def commit() -> None:
             self._steps, self._kappa, self._lags, self._constant, self._pending = steps, found, None, None, None
+            self._known = weights
             if lags:
                 counts = [lags.get(name, 0) for name in self.net.recurrent]
                 self._lags = torch.tensor(counts, dtype=torch.int64, device=weights[0].device)

@@ -755,3 +755,33 @@ def test_path_adam_and_the_gate_do_not_take_each_others_states():
             with pytest.raises(ValueError, match="damaged"):
                 optimizer.load_state_dict({**saved, "param_groups": groups, "path": one(net).state_dict()["path"]})
         optimizer.load_state_dict(one(net).state_dict())
+
+
+@pytest.mark.parametrize("loaded", (False, True), ids=("its-own", "loaded"))
+@pytest.mark.parametrize("options", ({}, {"second_term": True}, {"update_every": 3}, {"trust_radius": 1e-3}), ids=str)
+@pytest.mark.parametrize("build", (pk.PathSGD, around_sgd))
+@pytest.mark.parametrize(
+    "part, new",
+    (
+        ("head", lambda: nn.Linear(3, 2, dtype=F64)),
+        ("head", lambda: nn.Linear(3, 5, dtype=F64)),
+        ("rnn", lambda: pk.ReLURNN(2, 3, 2, dtype=F64)),
+    ),
+)
+def test_a_module_that_is_replaced_is_stepped_by_its_own_kappa(part, new, build, options, loaded):
+    options = {"scale": "path_norm", "rtol": 0.0} | options
+    net = make()
+    optimizer = build(net, lr=0.1, **options)
+    train(net, optimizer, range(1))
+    if loaded:
+        state = optimizer.state_dict()
+        optimizer = build(net, lr=0.1, **options)
+        optimizer.load_state_dict(state)
+    setattr(net, part, new())
+    fill_(net, 1)
+    optimizer.add_param_group({"params": getattr(net, part).parameters()})
+    optimizer.state_dict()
+    twin = copy.deepcopy(net)
+    train(net, optimizer, range(1))
+    train(twin, build(twin, lr=0.1, **options), range(1))
+    assert_same(net, twin, rtol=0, atol=0)
