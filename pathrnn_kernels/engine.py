@@ -515,7 +515,8 @@ class Engine(Optimizer):
         return {**super().state_dict(), "path": self._path()}
 
     def _path(self) -> dict[str, Any]:
-        self._keep_for(self._weights()[1])
+        if self._kappa is not None or self._lags is not None:
+            self._keep_for(self._weights()[1])
         lags = {} if self._lags is None else dict(zip(self.net.recurrent, self._lags.tolist(), strict=True))
         return {
             **self._settings(),
