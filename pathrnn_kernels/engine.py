@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import numbers
+import operator
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, ClassVar, NamedTuple, NoReturn
@@ -72,6 +73,8 @@ class Engine(Optimizer):
     rule: ClassVar[str]
     #: Of a weight's state: tensors of its shape.
     buffers: ClassVar[tuple[str, ...]]
+    #: Numbers of a group beside the rate.
+    options: ClassVar[tuple[str, ...]]
     second_term = checked("second_term", lambda name, value: check_flags(**{name: value}))
     seq_len = checked("seq_len", lambda name, value: None if value is None else check_count(name, value))
     rtol = checked("rtol", lambda name, value: check_number(name, value, zero=True))
@@ -117,6 +120,8 @@ class Engine(Optimizer):
         self.seq_len = seq_len
         self.rtol = rtol
         self._layout: Layout | None = None
+        #: Of which κ and lags are kept.
+        self._known: Sequence[Tensor] = self._weights()[1]
         self._kappa: Kappa | None = None
         self._steps = 0
         #: Per chain, of the last κ: lags of κ⁽²⁾ that the next one tries first.
@@ -144,8 +149,12 @@ class Engine(Optimizer):
 
     @property
     def _step_supports_amp_scaling(self) -> bool:
-        """Whether GradScaler leaves the scale, and steps that must be left out, to the kernels: unless steps count."""
-        return self.update_every == 1
+        """Whether GradScaler leaves the scale, and steps that must be left out, to the kernels: unless steps count, or
+        the constant of scale="first_step" is yet to be found, for which the CPU's kernel takes the gradient as it is.
+        """
+        constant = self._constant
+        found = constant is not None and (constant.is_cuda or not constant.isnan())  # a GPU is not waited for
+        return self.update_every == 1 and (self.scale != "first_step" or found)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**without_hooks(self), "_layout": None, "_pending": None}
@@ -214,7 +223,7 @@ class Engine(Optimizer):
             try:
                 status = self._call(served, moving, states)
             except (TypeError, ValueError):
-                self._check_rates()  # by name
+                self._check_groups()  # by name
                 raise
         else:
             status = self._in_plain_torch(moving, states)
@@ -229,9 +238,10 @@ class Engine(Optimizer):
     def _moving(self) -> Moving | None:
         """None if no weight has a gradient."""
         names, weights = self._weights()
-        layout = self._layout
-        if layout is None or not layout.fits(weights, self.param_groups):
-            layout = self._layout = Layout(self.net, names, weights, self.param_groups)
+        layout, groups = self._layout, self._groups()
+        if layout is None or not layout.fits(weights, groups):
+            self._keep_for(weights)
+            layout = self._layout = Layout(self.net, names, weights, groups)
         gradients = [p.grad if p.requires_grad else None for p in weights]
         for i in layout.foreign:
             gradients[i] = None
@@ -240,6 +250,15 @@ class Engine(Optimizer):
             if gradients[i].layout is not torch.strided:  # type: ignore[union-attr]
                 raise ValueError(f"the gradient of {names[i]} is sparse; use nn.Embedding(…, sparse=False)")
         return Moving(layout, weights, gradients, places) if places else None
+
+    def _groups(self) -> list[dict[str, Any]]:
+        """That hold the weights which are to be moved."""
+        return self.param_groups
+
+    def _keep_for(self, weights: Sequence[Tensor]) -> None:
+        """What is kept of other weights, before a module of the network was replaced, is of no use to these."""
+        if len(weights) != len(self._known) or any(map(operator.is_not, weights, self._known)):
+            self._known, self._kappa, self._lags = weights, None, None
 
     def _taken(self) -> None:
         """A step has been: what is kept for the next."""
@@ -334,7 +353,7 @@ class Engine(Optimizer):
         from .ops.triton.step import path_update_
 
         weights = moving.weights
-        self._check_rates()
+        self._check_groups()
         check_written([weights[i] for i in moving.places], *update[2:5])
         capturable = self.param_groups[0]["capturable"]
         if _captures(weights[0]) and (not capturable or self.update_every > 1):
@@ -360,7 +379,7 @@ class Engine(Optimizer):
     def _in_plain_torch(self, moving: Moving, states: list[dict[str, Any]]) -> int:
         layout, weights, _, places = moving
         groups = [layout.owners[i] for i in places]
-        self._check_rates()
+        self._check_groups()
         check_written([weights[i] for i in places], *[state.values() for state in states])
         self._check_states([(layout.names[i], weights[i]) for i in places], states)
         with torch.no_grad():
@@ -379,12 +398,21 @@ class Engine(Optimizer):
             commit(ok)
         return 0
 
-    def _check_rates(self) -> None:
-        """Of the groups, where users and schedulers set them; a tensor's value is not looked at."""
+    def _check_groups(self) -> None:
+        """What is in the groups, where users and schedulers set it, by name; a GPU is not waited for."""
         for group in self.param_groups:
             lr = group["lr"]
-            if not isinstance(lr, Tensor) and not (isinstance(lr, numbers.Real) and math.isfinite(lr)):
+            if isinstance(lr, Tensor):
+                _check_one("lr", lr)
+            if not (isinstance(lr, Tensor) and (lr.is_cuda or without_numbers(lr))) and not _is_finite(lr):
                 raise ValueError(f"lr is {lr!r}; it must be a finite number, or a tensor")
+            self._check_group(group)
+
+    def _check_group(self, group: dict[str, Any]) -> None:
+        """The rest of one."""
+        for name in self.options:
+            if name in group and not _is_finite(group[name]):
+                raise ValueError(f"{name} is {group[name]!r}; it must be a finite number")
 
     def _check_states(self, weights: list[tuple[str, Tensor]], states: list[dict[str, Any]]) -> None:
         """Before anything is written, what the kernels check for themselves."""
@@ -447,7 +475,7 @@ class Engine(Optimizer):
         raise NotImplementedError
 
     def _refuse(self, status: int, names: Sequence[str], dtype: torch.dtype) -> NoReturn:
-        self._check_rates()  # with one that is no number, all that follows would be wrong about the cause
+        self._check_groups()  # with one that is no number, all that follows would be wrong about the cause
         if status == NO_PATH:
             raise ValueError(
                 f"the path norm of the network is 0 (a layer or head of zeros?), so that {self._without_paths}"
@@ -487,6 +515,8 @@ class Engine(Optimizer):
         return {**super().state_dict(), "path": self._path()}
 
     def _path(self) -> dict[str, Any]:
+        if self._kappa is not None or self._lags is not None:
+            self._keep_for(self._weights()[1])
         lags = {} if self._lags is None else dict(zip(self.net.recurrent, self._lags.tolist(), strict=True))
         return {
             **self._settings(),
@@ -539,6 +569,7 @@ class Engine(Optimizer):
         @torch.inference_mode(False)
         def commit() -> None:
             self._steps, self._kappa, self._lags, self._constant, self._pending = steps, found, None, None, None
+            self._known = weights
             if lags:
                 counts = [lags.get(name, 0) for name in self.net.recurrent]
                 self._lags = torch.tensor(counts, dtype=torch.int64, device=weights[0].device)
@@ -611,9 +642,29 @@ class Layout:
 SCALES = {"none": 0, "path_norm": 1, "first_step": 2}
 
 
+def check_rate(name: str, value: Any) -> None:
+    """Of a learning rate that an optimiser is built with."""
+    if not isinstance(value, Tensor):
+        return check_number(name, value, zero=True)
+    _check_one(name, value)
+    if not without_numbers(value):
+        check_number(name, float(value.detach()), zero=True)
+
+
+def _check_one(name: str, value: Tensor) -> None:
+    if value.numel() != 1 or value.is_complex():
+        raise ValueError(f"{name} is a tensor of {value.dtype}, {list(value.shape)}; it must have one entry, and real")
+
+
+def _is_finite(value: Any) -> bool:
+    value = value.detach() if isinstance(value, Tensor) else value
+    return isinstance(value, numbers.Real | Tensor) and math.isfinite(value)
+
+
 def _tensor(rate: float | Tensor, like: Tensor) -> Tensor:
     if isinstance(rate, Tensor):
-        return rate.to(like.device)
+        kept = rate.dtype == torch.float32 or rate.is_complex()  # the kernels refuse the latter
+        return rate.to(like.device, rate.dtype if kept else torch.float64)
     return torch.full((), rate, dtype=torch.float64, device=like.device)
 
 

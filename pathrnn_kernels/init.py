@@ -8,14 +8,15 @@ head's included, are set to zero. Each returns its argument, and repeats itself 
 from __future__ import annotations
 
 import math
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Generator, Tensor, nn
 
-from .arguments import check_number
+from .arguments import check_number, check_writable
 from .kappa import precision
 from .network import PathNetwork
+from .ops.backend import without_numbers
 from .rnn import ReLURNN
 
 Network = TypeVar("Network", ReLURNN, nn.RNN, PathNetwork)
@@ -34,7 +35,7 @@ def identity_(
         >>> pk.init.identity_(pk.ReLURNN(2, 2)).weight_hh_l0.tolist()
         [[1.0, 0.0], [0.0, 1.0]]
     """
-    _check(net, scale=scale, other_bound=other_bound)
+    _check(net, generator, scale=scale, other_bound=other_bound)
     for weight in _recurrent(net):
         weight.zero_().fill_diagonal_(scale)  # nn.init.eye_ would make its matrix on the default device
     return _others(net, other_bound, generator)
@@ -52,6 +53,7 @@ def np_rnn_(net: Network, generator: Generator | None = None) -> Network:
         >>> round(torch.linalg.eigvalsh(w)[-1].item(), 4)
         1.0
     """
+    _check(net, generator)
     for weight in _recurrent(net):
         size = len(weight)
         r = torch.empty_like(weight).normal_(generator=generator).double()
@@ -81,7 +83,7 @@ def uniform_(
         >>> bool(rnn.weight_hh_l0.abs().max() <= 0.01)
         True
     """
-    _check(net, recurrent_bound=recurrent_bound, other_bound=other_bound)
+    _check(net, generator, recurrent_bound=recurrent_bound, other_bound=other_bound)
     for weight in _recurrent(net):
         weight.uniform_(-recurrent_bound, recurrent_bound, generator=generator)
     return _others(net, other_bound, generator)
@@ -98,7 +100,7 @@ def orthogonal_(
         >>> torch.allclose(w @ w.T, torch.eye(100), atol=1e-5)
         True
     """
-    _check(net, gain=gain, other_bound=other_bound)
+    _check(net, generator, gain=gain, other_bound=other_bound)
     for weight in _recurrent(net):
         wide = torch.empty_like(weight, dtype=precision(weight.dtype))  # no QR decomposition in half precision
         weight.copy_(nn.init.orthogonal_(wide, gain, generator=generator))
@@ -136,8 +138,15 @@ def _non_recurrent(net: ReLURNN | nn.RNN | PathNetwork) -> list[tuple[str, Tenso
     return [(name, p) for name, p in net.named_parameters() if "weight_hh" not in name]
 
 
-def _check(net: ReLURNN | nn.RNN | PathNetwork, **values: float) -> None:
+def _check(net: ReLURNN | nn.RNN | PathNetwork, generator: Any, **values: float) -> None:
+    """Before anything is written."""
     _rnn(net)
+    if generator is not None and not isinstance(generator, Generator):
+        raise TypeError(f"generator is a {type(generator).__name__}; it must be a torch.Generator or None")
+    for name, p in net.named_parameters():
+        if generator is not None and generator.device.type != p.device.type and not without_numbers(p):
+            raise ValueError(f"generator is on {generator.device}, but {name} is on {p.device}: make it there")
+        check_writable(name, p)
     dtype = min((p.dtype for p in net.parameters()), key=lambda dtype: torch.finfo(dtype).max)
     for name, value in values.items():
         check_number(name, value, zero=True, error=ValueError)

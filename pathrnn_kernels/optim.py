@@ -124,15 +124,15 @@ class PathOptimizer(Optimizer):
         self.base = preconditioner.base = base
         self.net: Any = net  # a PathNetwork wherever steps are spoken of
         self._preconditioner = preconditioner
-        self._parameters = list(net.named_parameters())
+        parameters = list(net.named_parameters())
         held = [id(p) for group in base.param_groups for p in group["params"]]
-        missing = [name for name, p in self._parameters if p.requires_grad and id(p) not in held]
+        missing = [name for name, p in parameters if p.requires_grad and id(p) not in held]
         if missing:
             raise ValueError(
                 f"base does not hold {', '.join(missing)}: give it every trainable parameter of the network, or give "
                 "several bases that hold them together, or freeze those (requires_grad_(False))"
             )
-        twice = [name for name, p in self._parameters if held.count(id(p)) > 1]
+        twice = [name for name, p in parameters if held.count(id(p)) > 1]
         if twice:
             raise ValueError(f"{', '.join(twice)} would be stepped by two bases: give each parameter to one")
         # In place of Optimizer.__init__, which would make groups and state of its own: its hooks and its patch of step.
@@ -203,8 +203,10 @@ class PathOptimizer(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        held = [(name, p, p.grad) for name, p in self._parameters if p.grad is not None]
         own = self._preconditioner
+        weights = own._weights()[1]  # of now: a module may have been replaced
+        own._keep_for(weights)
+        held = [(p, p.grad) for p in weights if p.grad is not None]
         cached, constant = own._kappa, own._constant
         lags = None if own._lags is None else own._lags.clone()
         own._constant = None if constant is None else constant.clone()  # written in place
@@ -218,9 +220,9 @@ class PathOptimizer(Optimizer):
             own._taken()
         return loss
 
-    def _base_step(self, held: Sequence[tuple[str, Tensor, Tensor]], quotients: dict[Tensor, Tensor]) -> None:
+    def _base_step(self, held: Sequence[tuple[Tensor, Tensor]], quotients: dict[Tensor, Tensor]) -> None:
         """The base's step with these gradients in place of those that are held, no longer than the radius."""
-        for _, p, _ in held:
+        for p, _ in held:
             # torch's optimisers move a frozen parameter that still has a gradient.
             p.grad = quotients.get(p)
         bounded = self.trust_radius is not None and quotients
@@ -241,7 +243,7 @@ class PathOptimizer(Optimizer):
                 self._preconditioner.write(after)
             step.finish()
         finally:
-            for _, p, gradient in held:
+            for p, gradient in held:
                 p.grad = gradient
 
     def state_dict(self) -> dict[str, Any]:
@@ -268,6 +270,9 @@ class _Preconditioner(PathSGD):
     base: Optimizer
     _owner = "base optimiser"
     _kind = "PathOptimizer"
+
+    def _groups(self) -> list[dict[str, Any]]:
+        return self.base.param_groups
 
     def quotients(self) -> dict[Tensor, Tensor]:
         """Parameter → what eq. (8) puts in place of its gradient, of all that have one."""

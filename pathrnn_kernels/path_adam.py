@@ -10,7 +10,7 @@ from torch import Tensor
 
 from . import plain
 from .arguments import check_number
-from .engine import SWITCHES, Engine, Moving, zeros_like
+from .engine import SWITCHES, Engine, Moving, check_rate, zeros_like
 from .kappa import Kappa
 from .network import PathNetwork, check_network
 
@@ -22,6 +22,7 @@ class InCoordinates(Engine):
 
     rule = "coordinates"
     buffers = ("exp_avg", "exp_avg_sq")
+    options = ("power", "eps", "hold", "warmup", "maximize")
 
     def __init__(
         self,
@@ -34,10 +35,8 @@ class InCoordinates(Engine):
     ) -> None:
         check_network(net)
         for name, value in (("lr", lr), ("bias_lr", bias_lr)):
-            if not isinstance(value, Tensor):
-                check_number(name, value, zero=True)
-        if not isinstance(betas, tuple | list) or len(betas) != 2 or not all(map(_is_share, betas)):
-            raise ValueError(f"betas is {betas!r}; it must be two numbers, each at least 0 and below 1")
+            check_rate(name, value)
+        _check_betas(betas)
         parameters = net.weights()
         dtype = next(iter(parameters.values())).dtype
         if dtype not in (torch.float32, torch.float64):
@@ -79,7 +78,14 @@ class InCoordinates(Engine):
 
     def _own_numbers(self, group: dict[str, Any]) -> tuple[float, ...]:
         shape = group.get("power", 1.0), group.get("eps", 0.0), group.get("hold", 0), group.get("warmup", 0)
-        return (*group["betas"], *shape)
+        first, second = group["betas"]
+        if not (0 <= first < 1 and 0 <= second < 1):  # with 1, no average is one
+            _check_betas(group["betas"])
+        return (first, second, *shape)
+
+    def _check_group(self, group: dict[str, Any]) -> None:
+        _check_betas(group["betas"])
+        super()._check_group(group)
 
     def _lists(self, states: list[dict[str, Any]]) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
         step = states[0]["step"]
@@ -178,6 +184,11 @@ class PathAdam(InCoordinates):
 
 #: Stands for the averages of the output's bias, which has none.
 _NONE = zeros_like(torch.empty(0, device="cpu"))
+
+
+def _check_betas(betas: Any) -> None:
+    if not isinstance(betas, tuple | list) or len(betas) != 2 or not all(map(_is_share, betas)):
+        raise ValueError(f"betas is {betas!r}; it must be two numbers, each at least 0 and below 1")
 
 
 def _is_share(value: Any) -> bool:

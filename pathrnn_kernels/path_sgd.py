@@ -8,7 +8,7 @@ from torch import Tensor
 
 from . import plain
 from .arguments import check_choice, check_count, check_number, checked
-from .engine import SCALES, SWITCHES, Engine, Moving, zeros_like
+from .engine import SCALES, SWITCHES, Engine, Moving, check_rate, zeros_like
 from .feedforward import FeedForward
 from .kappa import Kappa
 from .network import PathNetwork
@@ -56,6 +56,7 @@ class PathSGD(Engine):
 
     rule = "sgd"
     buffers = ("momentum_buffer",)
+    options = ("momentum", "weight_decay", "nesterov", "maximize")
     scale = checked("scale", lambda name, value: check_choice(name, value, SCALES))
     eps = checked("eps", lambda name, value: check_number(name, value, zero=True))
     trust_radius = checked(
@@ -89,9 +90,9 @@ class PathSGD(Engine):
         differentiable: bool = False,
     ) -> None:
         _check_net(net, second_term, seq_len)
-        for name, value in (("lr", lr), ("momentum", momentum), ("weight_decay", weight_decay)):
-            if not isinstance(value, Tensor):
-                check_number(name, value, zero=True)
+        check_rate("lr", lr)
+        check_number("momentum", momentum, zero=True)
+        check_number("weight_decay", weight_decay, zero=True)
         if nesterov and momentum == 0:
             raise ValueError("nesterov is True without momentum: give momentum, such as 0.9")
         self.scale = scale

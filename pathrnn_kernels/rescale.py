@@ -12,6 +12,7 @@ from torch import Tensor
 from .arguments import check_count, check_number, check_writable
 from .kappa import ldexp
 from .network import PathNetwork, check_network
+from .ops.backend import without_numbers
 
 
 @torch.no_grad()
@@ -109,7 +110,7 @@ def balance_(net: PathNetwork, tol: float = 1e-6, max_iterations: int = 10_000) 
         warnings.warn(
             f"balance_ stopped after {max_iterations} iterations with sums that still differ by a factor of "
             f"{math.exp(float(gap.abs().max())):.3g}; give more max_iterations, or a larger tol",
-            stacklevel=2,
+            stacklevel=3,  # beyond no_grad's wrapper
         )
     alphas = list((log_alpha2 / 2).exp().to(weight.dtype))
     node_rescale_(net, alphas)
@@ -229,6 +230,8 @@ def _check_alphas(net: PathNetwork, alphas: Sequence[Tensor]) -> list[Tensor]:
             raise ValueError(f"alphas[{i}] has shape {list(alpha.shape)}; it must be [{net.hidden_size}]")
         if alpha.is_complex():
             raise TypeError(f"alphas[{i}] has dtype {alpha.dtype}; it must be real")
+        if alpha.layout is not torch.strided or (without_numbers(alpha) and not without_numbers(weight)):
+            raise TypeError(f"alphas[{i}] is sparse, or has a shape but no numbers: it must be a plain tensor")
         own = alpha.to(weight)
         if not ((own > 0) & own.isfinite()).all():
             raise ValueError(

@@ -293,7 +293,7 @@ class ReLURNN(nn.RNNBase):
                 y = outputs[0] if len(outputs) == 1 else torch.cat(outputs, -1)
         assert lowest is not None
         self._count(seq_len, given, lowest)
-        h_n = finals[0].unsqueeze(0) if len(finals) == 1 else torch.stack(finals)
+        h_n = torch.stack(finals)  # of one, too: no view, for callers detach it, or change it, in place
         return _to(y, autocast or own), _to(h_n, autocast or own)
 
     def _count(self, seq_len: int, h_0: Tensor | None, outputs: list[Tensor]) -> None:

@@ -74,14 +74,17 @@ class Steps:
         self._used, self._backward = False, backward
 
     def _before(self, node: Any) -> int:
-        """The steps of the call of this module that is nearest above the node."""
-        nodes, seen = [node], {node}
+        """The steps of the calls of this module that are next above the node: of several, which a state may be made
+        of (of a batch put together, say), the longest.
+        """
+        nodes, seen, longest = [node], {node}, 0
         for node in nodes:
             if self in node.metadata:
-                return node.metadata[self]
+                longest = max(longest, node.metadata[self])
+                continue  # what is above it has been counted there
             if len(nodes) > _NEAR:
                 break
             above = [n for n, _ in node.next_functions if n is not None and n not in seen]
             nodes += above
             seen.update(above)
-        return 0
+        return longest

@@ -269,10 +269,10 @@ class Result:
         if self.held_out is None:
             return "not measured yet"
         share = self.held_out / self.task.trivial_error
+        if share > (1 if self.task.carries else 0.9):
+            return "not learned: no better than the trivial answer"
         if self.task.carries:
             return f"the error is {1 / share:.2f} times below the trivial one"
-        if share > 0.9:
-            return "not learned: no better than the trivial answer"
         times = "the error is exactly 0" if share == 0 else f"the error is {1 / share:,.1f} times below the trivial one"
         return f"{'learned' if share <= 0.1 else 'learning, not finished'}: {times}"
 
@@ -501,7 +501,7 @@ def train(
         make: the kind of run.
 
     Raises:
-        TrainingError: the loss became nan or infinite, or the folder holds another run.
+        TrainingError: the loss became nan or infinite, or the folder holds another run, or is none.
         CheckpointError: there is no checkpoint, or it is corrupt, foreign or of another configuration.
         ImportError: matplotlib is needed for the plot and not installed.
         FileNotFoundError, ValueError, OSError: data that are missing or malformed; a folder that cannot be written; a
@@ -512,6 +512,8 @@ def train(
     folder = None if out is None else Path(out)
     if folder is not None:
         extra("matplotlib", "the loss plot")  # better now than after an hour of training
+        if folder.exists() and not folder.is_dir():
+            raise TrainingError(f"{folder} is a file; the log, the plot and checkpoints need a folder (--out DIR)")
         if not resume and (folder / CHECKPOINT).exists():
             raise TrainingError(f"{folder} holds a run already; resume it (--resume), or name another (--out DIR)")
     state = load_checkpoint(folder, asdict(config), type(config))[1] if folder is not None and resume else None

@@ -233,6 +233,28 @@ def test_scaled_training_is_the_unscaled(clip):
     assert all(torch.equal(p, q) for p, q in zip(*(n.parameters() for n in trained), strict=True))
 
 
+@pytest.mark.parametrize("first", (0, 1), ids=("at-once", "after-a-skipped-step"))
+@pytest.mark.parametrize("fused", (None, False))
+def test_the_constant_of_the_first_step_is_that_of_the_unscaled_gradient(fused, first):
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    trained = []
+    for use in (scaler, torch.amp.GradScaler("cpu", enabled=False)):
+        net, optimizer = make_scaled(scale="first_step", trust_radius=None, update_every=1, fused=fused)
+        for step in range(3):
+            optimizer.zero_grad()
+            backward(net, use, seed=step)
+            if step < first:
+                if use is not scaler:
+                    continue
+                net.head.bias.grad[0] = math.inf
+            use.step(optimizer)
+            use.update()
+        trained.append((net, optimizer.state_dict()["path"]["log_constant"]))
+    (net, constant), (twin, expected) = trained
+    assert constant == expected
+    assert all(torch.equal(p, q) for p, q in zip(net.parameters(), twin.parameters(), strict=True))
+
+
 def test_a_skipped_step_leaves_no_trace():
     scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
     net, optimizer = make_scaled()

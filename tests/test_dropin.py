@@ -56,6 +56,26 @@ def test_names_of_inputs():
             ours(**options)
 
 
+@pytest.mark.parametrize("backend", ("cpu", "reference"))
+@pytest.mark.parametrize("num_layers", (1, 2))
+@pytest.mark.parametrize("packed", (False, True))
+def test_a_state_is_the_callers_own(packed, num_layers, backend, monkeypatch):
+    """To be detached or changed in place, which changes nothing of y."""
+    monkeypatch.setenv("PATHRNN_BACKEND", backend)
+    x = pack_sequence([torch.rand(5, 2), torch.rand(3, 2)]) if packed else torch.rand(5, 2, 2)
+    found = []
+    for rnn in pair(*SIZES, num_layers):
+        h = None
+        for change in (lambda h: h.detach_(), lambda h: h[:, 1].mul_(0.5), lambda h: h.zero_()):
+            y, h = rnn(x, h)
+            change(h)
+        y = y.data if packed else y
+        y.square().sum().backward(inputs=[*rnn.parameters()])
+        found.append([y.detach(), h.detach(), *(p.grad for p in rnn.parameters())])
+    for expected, ours in zip(*found, strict=True):
+        assert_close(ours, expected, tolerance(torch.float32, 15, 2, 4))
+
+
 def test_habits_of_rnn_base():
     theirs, ours = pair(*SIZES, 2, bidirectional=True)
     assert isinstance(ours, nn.RNNBase) and not isinstance(ours, nn.RNN)

@@ -755,3 +755,82 @@ def test_path_adam_and_the_gate_do_not_take_each_others_states():
             with pytest.raises(ValueError, match="damaged"):
                 optimizer.load_state_dict({**saved, "param_groups": groups, "path": one(net).state_dict()["path"]})
         optimizer.load_state_dict(one(net).state_dict())
+
+
+@pytest.mark.parametrize("loaded", (False, True), ids=("its-own", "loaded"))
+@pytest.mark.parametrize("options", ({}, {"second_term": True}, {"update_every": 3}, {"trust_radius": 1e-3}), ids=str)
+@pytest.mark.parametrize("build", (pk.PathSGD, around_sgd))
+@pytest.mark.parametrize(
+    "part, new",
+    (
+        ("head", lambda: nn.Linear(3, 2, dtype=F64)),
+        ("head", lambda: nn.Linear(3, 5, dtype=F64)),
+        ("rnn", lambda: pk.ReLURNN(2, 3, 2, dtype=F64)),
+    ),
+)
+def test_a_module_that_is_replaced_is_stepped_by_its_own_kappa(part, new, build, options, loaded):
+    options = {"scale": "path_norm", "rtol": 0.0} | options
+    net = make()
+    optimizer = build(net, lr=0.1, **options)
+    train(net, optimizer, range(1))
+    if loaded:
+        state = optimizer.state_dict()
+        optimizer = build(net, lr=0.1, **options)
+        optimizer.load_state_dict(state)
+    setattr(net, part, new())
+    fill_(net, 1)
+    optimizer.add_param_group({"params": getattr(net, part).parameters()})
+    optimizer.state_dict()
+    twin = copy.deepcopy(net)
+    train(net, optimizer, range(1))
+    train(twin, build(twin, lr=0.1, **options), range(1))
+    assert_same(net, twin, rtol=0, atol=0)
+
+
+WRONG = {
+    "momentum": {"momentum": (math.nan, "a", None), "weight_decay": (math.inf, None)},
+    "adam": {"betas": ((0.9, 1.0), (1.5, 0.9), (0.9,), 0.9, ("a", "b")), "eps": (None, math.nan)},
+    "gated": {"betas": ((0.9, 1.0),), "power": (math.inf, "a"), "warmup": (None,)},
+}
+
+
+@FUSED
+@pytest.mark.parametrize(
+    "kind, option, value",
+    [(kind, *each) for kind, o in WRONG.items() for k, v in o.items() for each in ((k, x) for x in v)],
+)
+def test_an_option_that_a_group_should_not_have_is_named_and_nothing_moves(kind, option, value, fused):
+    net = make()
+    optimizer = KINDS[kind](net, fused=fused)
+    train(net, optimizer, range(2))
+    before, state = values(net), str(optimizer.state)
+    kept = optimizer.param_groups[0][option]
+    optimizer.param_groups[0][option] = value
+    backward(net)
+    with pytest.raises(ValueError, match=f"^{option} is "):
+        optimizer.step()
+    assert all(torch.equal(p, before[name]) for name, p in net.named_parameters()) and str(optimizer.state) == state
+    optimizer.param_groups[0][option] = kept
+    optimizer.step()
+
+
+@pytest.mark.parametrize("build", (pk.PathSGD, pk.PathAdam, pk.GatedPathSGD))
+@pytest.mark.parametrize("lr", (torch.tensor([0.1, 0.2]), torch.tensor(-1.0), torch.tensor(math.nan), torch.tensor(1j)))
+def test_a_rate_that_is_a_tensor_is_one_rate_at_least_0(lr, build):
+    with pytest.raises(ValueError, match="^lr is "):
+        build(make(), lr=lr)
+    optimizer = build(make())
+    optimizer.param_groups[0]["lr"] = lr
+    backward(optimizer.net)
+    if lr.is_complex() or not lr.lt(0).any():  # torch's optimisers climb by a rate that has become negative
+        with pytest.raises(ValueError, match="^lr is "):
+            optimizer.step()
+
+
+@FUSED
+@pytest.mark.parametrize("dtype", (torch.int64, torch.bfloat16, torch.float64))
+def test_a_rate_may_be_a_tensor_of_any_dtype(dtype, fused):
+    nets = [make() for _ in range(2)]
+    for net, lr in zip(nets, (torch.tensor(1, dtype=dtype), 1.0), strict=True):
+        train(net, pk.PathSGD(net, lr, fused=fused, scale="path_norm", trust_radius=0.1), range(2))
+    assert_same(*nets, rtol=0, atol=0)

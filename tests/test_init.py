@@ -151,3 +151,19 @@ def test_bad_numbers_are_refused_and_change_nothing(function, name, bad):
     with pytest.raises(ValueError, match=f"{name} is"):
         function(rnn, **{name: bad})
     assert all(torch.equal(p, q) for p, q in zip(rnn.parameters(), before, strict=True))
+
+
+@pytest.mark.parametrize("function", ALL)
+@pytest.mark.parametrize("bad", ("generator", "inference", "expanded"))
+def test_what_cannot_be_written_or_drawn_is_refused_before_anything_changes(function, bad):
+    net = pk.PathNetwork(pk.ReLURNN(2, 3), nn.Linear(3, 2))
+    if bad == "inference":
+        with torch.inference_mode():
+            net.head.weight = nn.Parameter(torch.ones(2, 3))
+    if bad == "expanded":
+        net.head.weight.data = torch.ones(1, 1).expand(2, 3)
+    before = [p.detach().clone() for p in net.parameters()]
+    message = "generator is a int; it must be a torch.Generator|head.weight (was made under|has entries that share)"
+    with pytest.raises((TypeError, RuntimeError, ValueError), match=message):
+        function(net, generator=0 if bad == "generator" else None)
+    assert all(torch.equal(p, q) for p, q in zip(net.parameters(), before, strict=True))

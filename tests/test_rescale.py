@@ -100,6 +100,15 @@ def test_bad_alphas_are_refused_and_change_nothing(alphas, error, message):
     assert_untouched(net, before)
 
 
+@pytest.mark.parametrize("alpha", (torch.ones(3).to_sparse(), torch.ones(3, device="meta")), ids=("sparse", "meta"))
+def test_alphas_that_are_no_plain_tensors_are_refused(alpha):
+    net = make()
+    before = values(net)
+    with pytest.raises(TypeError, match=r"alphas\[1\] is sparse, or has a shape but no numbers"):
+        node_rescale_(net, [ONES, alpha])
+    assert_untouched(net, before)
+
+
 def test_alphas_beyond_the_networks_dtype_are_named_as_given():
     with pytest.raises(ValueError, match=r"alphas\[0\] is \[1e-60, 1e-60, 1e-60\]; .* in the network's torch.float32"):
         node_rescale_(make().float(), [1e-60 * ONES.double(), ONES])
@@ -198,8 +207,9 @@ def test_balance_says_when_it_stops_early():
     net = make()
     x = inputs(net, 4)
     expected = net(x)
-    with pytest.warns(UserWarning, match="stopped after 1 iterations"):
+    with pytest.warns(UserWarning, match="stopped after 1 iterations") as warned:
         balance_(net, max_iterations=1)
+    assert warned[0].filename == __file__
     torch.testing.assert_close(net(x), expected, rtol=RTOL, atol=RTOL)
 
 

@@ -194,6 +194,19 @@ def test_two_loops_side_by_side_are_as_long_as_the_longer():
     assert_steps_as(net, 4)
 
 
+@pytest.mark.parametrize(
+    "join",
+    (lambda h, g: torch.cat([h, g], 1), lambda h, g: torch.cat([g, h], 1), lambda h, g: g + (h * 1.0).relu() * 1.0),
+)
+def test_of_a_state_that_is_made_of_several_the_longest_counts(join):
+    net = make()
+    h, g = (net.rnn(torch.rand(seq_len, 3, 2, dtype=F64))[1] for seq_len in (3, 1))
+    state = join(h, g)
+    y, _ = net.rnn(torch.rand(2, state.shape[1], 2, dtype=F64), state)
+    net.head(y).square().sum().backward()
+    assert_steps_as(net, 5)
+
+
 def test_a_state_from_elsewhere_adds_nothing():
     encoder, net = pk.ReLURNN(2, 3, dtype=F64), make()
     start = nn.Parameter(torch.ones(1, 3, 3, dtype=F64))

@@ -480,6 +480,20 @@ def test_verdicts(held_out, verdict):
     assert re.match(verdict, result.verdict)
 
 
+def test_a_language_model_that_is_worse_than_frequencies_has_not_learned(language):
+    result = train(language(1, eval_every=1))
+    worse = replace(result, held_out=2 * result.task.trivial_error)
+    assert worse.verdict == "not learned: no better than the trivial answer"
+
+
+def test_a_file_where_the_folder_should_be_is_named_and_stays(tmp_path):
+    file = tmp_path / "run"
+    file.write_text("mine")
+    with pytest.raises(TrainingError, match=r"run is a file; .* need a folder \(--out DIR\)"):
+        train(tiny(), file)
+    assert file.read_text() == "mine"
+
+
 def test_a_missing_extra_is_one_sentence_and_found_before_training(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(ImportError, match=r"loss plot needs matplotlib.*pip install 'pathrnn-kernels\[train\]'"):
