@@ -149,12 +149,8 @@ class Engine(Optimizer):
 
     @property
     def _step_supports_amp_scaling(self) -> bool:
-        """Whether GradScaler leaves the scale, and steps that must be left out, to the kernels: unless steps count, or
-        the constant of scale="first_step" is yet to be found, for which the CPU's kernel takes the gradient as it is.
-        """
-        constant = self._constant
-        found = constant is not None and (constant.is_cuda or not constant.isnan())  # a GPU is not waited for
-        return self.update_every == 1 and (self.scale != "first_step" or found)
+        """Whether GradScaler leaves the scale, and steps that must be left out, to the kernels: unless steps count."""
+        return self.update_every == 1
 
     def __getstate__(self) -> dict[str, Any]:
         return {**without_hooks(self), "_layout": None, "_pending": None}

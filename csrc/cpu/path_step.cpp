@@ -438,6 +438,8 @@ class Step {
       raw = raw + r;
       divided = divided + d;
     }
+    const Number share = Number{unscaled(), 0}.normal();  // the quotient is of unscaled gradients
+    raw = raw * share * share;
     if (raw.mantissa == 0 || divided.mantissa == 0) return kInfinity;
     if (!std::isfinite(raw.mantissa) || !std::isfinite(divided.mantissa)) return std::numeric_limits<double>::quiet_NaN();
     return (raw.log() - divided.log()) / 2;
