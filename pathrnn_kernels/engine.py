@@ -407,7 +407,7 @@ class Engine(Optimizer):
         if isinstance(self.net, FeedForward):
             k = self.net.kappa()
         elif _captures(weights[0]):
-            k = kappa_without_waiting(self.net, self._seq_len(), self.second_term)
+            k = kappa_without_waiting(self.net, self._seq_len(), self.second_term, self.rtol)
         else:
             seq_len = self._seq_len()
             lags = self._first_lags(weights[0])

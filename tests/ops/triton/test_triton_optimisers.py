@@ -245,7 +245,7 @@ def test_fused_and_plain_torch(monkeypatch):
 @pytest.mark.parametrize("second_term", (False, True))
 def test_kappa_without_waiting(second_term):
     net = build()
-    found, wanted = kappa_without_waiting(net, 6, second_term), pk.kappa(net, 6, second_term, rtol=0.0)
+    found, wanted = kappa_without_waiting(net, 6, second_term, 0.0), pk.kappa(net, 6, second_term, rtol=0.0)
     assert torch.equal(found.log_path_norm, wanted.log_path_norm)
     for name, p in net.named_parameters():
         assert torch.equal(found.relative(name), wanted.relative(name)) and found.dense(name).shape == p.shape
@@ -263,7 +263,9 @@ def lossy():
 @pytest.mark.parametrize("kind", (pk.PathSGD, pk.PathAdam))
 def test_a_recorded_step_whose_kappa_underflows_is_left_out(monkeypatch, kind):
     net = lossy()
-    assert pk.kappa(net, 60).arithmetic == "float64" and kappa_without_waiting(net, 60, False).log_path_norm.isnan()
+    assert (
+        pk.kappa(net, 60).arithmetic == "float64" and kappa_without_waiting(net, 60, False, 0.0).log_path_norm.isnan()
+    )
     optimizer = kind(net, lr=1.0, seq_len=60, capturable=True)
     before = values(net)
     for p in net.parameters():
