@@ -304,7 +304,6 @@ def kappa_without_waiting(net: PathNetwork, seq_len: int, second_term: bool, rto
         factor = KAPPA2_FACTOR["exact"] if second_term else 0.0
         backend = _choose(net, parameters, "auto")
         chain = _pass(net, parameters, seq_len, backend=backend, second_factor=factor, rtol=min(float(rtol), 1.0))
-    chain.log_path_norm.masked_fill_(chain.arithmetic < 0, math.nan)
     return Kappa.from_chain(chain, layout_of(net.recurrent, tuple(parameters)), [p.shape for p in parameters.values()])
 
 

@@ -357,12 +357,13 @@ def dropped(before, factor=False, steps=400):
 
 
 def finish(outputs, outputs_exponent, head, head_exponent, head_bias, head_bias_exponent, steps, largest, lost):
-    """log γ², float64, 0-dim: outputs · head + steps · head_bias; nan where an entry of ``largest`` is not finite.
+    """log γ², float64, 0-dim: outputs · head + steps · head_bias; nan where an entry of ``largest`` is not finite, or
+    something is lost.
 
     With it come ``steps`` itself, [1], and int8, 0-dim, -1 where something is lost.
     """
     state = torch.full_like(head_bias, steps), -lost[0].to(torch.int8)
-    if not largest.isfinite().all():
+    if lost or not largest.isfinite().all():
         return torch.tensor(math.nan, dtype=torch.float64), *state
     dot = (outputs.double() @ head.double(), int(outputs_exponent + head_exponent))
     bias = (head_bias[0].double() * steps, int(head_bias_exponent))

@@ -39,7 +39,7 @@ class PathChain(NamedTuple):
     unit_exponents: Tensor
     #: int64, each of the shape of its κ, or of no elements: zeros.
     entry_exponents: list[Tensor]
-    #: log γ², float64, 0-dim; -inf if γ² is 0.
+    #: log γ², float64, 0-dim; -inf if γ² is 0. On a GPU nan where ``arithmetic`` is -1, so that it cannot be used.
     log_path_norm: Tensor
     #: Per chain, int64: lags of κ⁽²⁾ that were summed one by one.
     lags: Tensor

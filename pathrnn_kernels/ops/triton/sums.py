@@ -426,9 +426,10 @@ def _finish(
     top = tl.where(top > float("-inf"), top, 0.0)
     total = tl.exp(through - top) + tl.exp(bias - top)
     value = tl.where(total > 0, top + tl.log(tl.where(total > 0, total, 1.0)), float("-inf"))
-    tl.store(out, tl.where(tl.min(finite.to(tl.int32), 0) != 0, value, float("nan")))
+    missing = tl.load(lost) != 0
+    tl.store(out, tl.where((tl.min(finite.to(tl.int32), 0) != 0) & (missing == 0), value, float("nan")))
     tl.store(of_bias, steps)
-    tl.store(arithmetic, tl.where(tl.load(lost) != 0, -1, 0))
+    tl.store(arithmetic, tl.where(missing, -1, 0))
 
 
 def finish(
@@ -442,8 +443,8 @@ def finish(
     largest: Tensor,
     lost: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """log γ² of outputs · head + steps · head_bias, float64; nan where ``largest`` is not finite. Then ``steps``, and
-    -1 where something is lost."""
+    """log γ² of outputs · head + steps · head_bias, float64; nan where ``largest`` is not finite, or something is lost.
+    Then ``steps``, and -1 where something is lost."""
     log_norm, bias = outputs.new_empty((), dtype=torch.float64), outputs.new_empty(1)
     arithmetic = outputs.new_empty((), dtype=torch.int8)
     with on_device(outputs):

@@ -141,6 +141,7 @@ def finish(*arguments):
     for flag in (True, False):
         found, bias, arithmetic = triton.finish(*map(moved, (*arguments, torch.tensor([flag]))))
         assert bias.tolist() == [arguments[6]] and arithmetic.dtype == torch.int8 and arithmetic == -int(flag)
+        assert found.isnan() or not flag
     again = triton.finish(*map(moved, (*arguments, torch.tensor([False]))))[0]
     assert found.shape == () and found.dtype == F64
     assert found == again or found.isnan()
