@@ -560,7 +560,7 @@ def row_step(gate: Child, batch: int, seq_len: int, hidden: int, second_term: bo
     return Row(f"step with {term} B={batch} T={seq_len} H={hidden}", {"PathSGD": stepper(path(1))}, baselines)
 
 
-def rows_of_kernels(gate: Child, hidden: int, seq_len: int, count: int) -> dict[str, Callable[[], Row]]:
+def rows_of_kernels(gate: Child, hidden: int, seq_len: int) -> dict[str, Callable[[], Row]]:
     """The kernels of path_chain one by one, each against the plainest torch that does its work."""
     from pathrnn_kernels.ops import cuda, triton
 
@@ -570,9 +570,8 @@ def rows_of_kernels(gate: Child, hidden: int, seq_len: int, count: int) -> dict[
     rows = torch.rand(seq_len, hidden, device=gate.device) + 0.5
     zeros = torch.zeros(seq_len, dtype=torch.int64, device=gate.device)
     lost = torch.zeros(1, dtype=torch.bool, device=gate.device)
-    powers = torch.rand(count, hidden, hidden, device=gate.device)
     one = (rows[:1], zeros[:1])
-    ratio, matrix, sequence = rows[0] / 2, 4.0 * hidden * hidden, 4.0 * hidden * seq_len
+    matrix, sequence = 4.0 * hidden * hidden, 4.0 * hidden * seq_len
     size = f"H={hidden} T={seq_len}"
 
     def kernel(
@@ -596,12 +595,6 @@ def rows_of_kernels(gate: Child, hidden: int, seq_len: int, count: int) -> dict[
             return Row(f"{name}{what} {size}", runs, {"plain torch": plain}, check, moved, flops)
 
         return build
-
-    def lagged() -> Tensor:
-        total = torch.zeros_like(w)
-        for i in range(count):
-            total += powers[i].T * (rows[i:].T @ rows[: seq_len - i])
-        return total
 
     def chains() -> Row:
         runs: dict[str, Run] = {}
@@ -627,19 +620,6 @@ def rows_of_kernels(gate: Child, hidden: int, seq_len: int, count: int) -> dict[
 
         # Every step reads W̃ twice, from registers, shared memory or cache: no bytes of device memory are counted.
         return Row(f"chains {size}", runs, {"plain torch": plain}, check, flops=4.0 * seq_len * hidden * hidden)
-
-    def filter_plainly() -> object:
-        y = torch.zeros_like(ratio)
-        for row in rows:
-            y = ratio * (row + y)
-        return y
-
-    def filter_exactly() -> Tensor:
-        y, found = torch.zeros_like(ratio).double(), []
-        for row in rows.double():
-            y = ratio.double() * (row + y)
-            found.append(y)
-        return torch.stack(found)
 
     return {
         "column_sums": kernel(
@@ -673,36 +653,14 @@ def rows_of_kernels(gate: Child, hidden: int, seq_len: int, count: int) -> dict[
             lambda: rows.double().sum(0),
             seq_len,
         ),
-        "pair_sums, one lag": kernel(
+        "pair_sums": kernel(
             "pair_sums",
-            ", one lag",
-            (rows, zeros, rows, zeros, 0, None, None, None, None),
+            "",
+            (rows, zeros, rows, zeros, lost),
             lambda: rows.T @ rows,
             2 * sequence + matrix,
             2.0 * seq_len * hidden * hidden,
             lambda: rows.double().T @ rows.double(),
-            seq_len,
-        ),
-        "pair_sums, lags": kernel(
-            "pair_sums",
-            f", {count} lags",
-            (rows, zeros, rows, zeros, 0, powers, zeros[:1].expand(count).contiguous(), None, None),
-            lagged,
-            2 * sequence + (count + 1) * matrix,
-            2.0 * count * seq_len * hidden * hidden,
-            lambda: sum(  # type: ignore[arg-type, return-value]
-                powers[i].double().T * (rows[i:].double().T @ rows[: seq_len - i].double()) for i in range(count)
-            ),
-            seq_len * count,
-        ),
-        "filtered": kernel(
-            "filtered",
-            "",
-            (rows, zeros, ratio, zeros[:1], False),
-            filter_plainly,
-            2 * sequence,
-            0,
-            filter_exactly,
             seq_len,
         ),
     }
@@ -724,18 +682,18 @@ def benchmarks(gate: Child) -> dict[str, Callable[[], dict[str, Any]]]:
     for hidden, seq_len in ((8, 4),) if gate.cpu else ((100, 784), (512, 100)):
         for kind in ("Gaussian", "nn.RNN", "I+0.02N"):
             rows[f"κ⁽²⁾ H={hidden} {kind}"] = functools.partial(row_kappa2, gate, hidden, seq_len, kind)
-    for hidden, seq_len, count in ((8, 4, 2),) if gate.cpu else ((100, 784, 8), (2048, 50, 4)):
+    for hidden, seq_len in ((8, 4),) if gate.cpu else ((100, 784), (2048, 50)):
         for name in KERNELS:
-            row = functools.partial(row_kernel, gate, name, hidden, seq_len, count)
+            row = functools.partial(row_kernel, gate, name, hidden, seq_len)
             rows[f"{name} H={hidden} T={seq_len}"] = row
     return {name: functools.partial(bench, gate, row) for name, row in rows.items()}
 
 
-KERNELS = ("column_sums", "ends", "chains", "row_sums", "pair_sums, one lag", "pair_sums, lags", "filtered")
+KERNELS = ("column_sums", "ends", "chains", "row_sums", "pair_sums")
 
 
-def row_kernel(gate: Child, name: str, hidden: int, seq_len: int, count: int) -> Row:
-    return rows_of_kernels(gate, hidden, seq_len, count)[name]()
+def row_kernel(gate: Child, name: str, hidden: int, seq_len: int) -> Row:
+    return rows_of_kernels(gate, hidden, seq_len)[name]()
 
 
 # ---- goals and files -------------------------------------------------------------------------------------------------

@@ -146,13 +146,15 @@ def coordinates(hidden: int, dtype: torch.dtype) -> None:
 
 
 def second_term(hidden: int, dtype: torch.dtype) -> None:
-    rows, e = torch.ones(3, hidden, dtype=dtype), torch.zeros(3).long()
-    powers = torch.ones(2, hidden, hidden, dtype=dtype)
-    kappa2.pair_sums(rows, e, rows, e, 0, None, None, None, None)
-    kappa2.pair_sums(rows, e, rows, e, 0, None, None, None, None, torch.zeros(1, dtype=torch.bool))
-    kappa2.pair_sums(rows, e, rows, e, 0, powers, e[:2], None, None)
-    kappa2.pair_sums(rows, e, rows, e, 0, powers, e[:2], powers[0], e[:1])
-    kappa2.filtered(rows, e, rows[0], e[:1], False)
+    rows, e = torch.ones(20, hidden, dtype=dtype), torch.zeros(20).long()
+    w, lost = torch.ones(hidden, hidden, dtype=dtype), torch.zeros(1, dtype=torch.bool)
+    sums.pair_sums(rows, e, rows, e, lost)
+    bounds = torch.zeros(1, dtype=torch.float64)
+    for rtol in (0.0, 1e-5):
+        for shrinks in (True, False):
+            kappa2.second_term(
+                w, w[0, :1], rows, e, rows, e, w, e[:1], 4.0, rtol, 8, shrinks, e[:5], e[:1], bounds, lost
+            )
 
 
 def steps(dtype: torch.dtype) -> None:

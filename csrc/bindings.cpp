@@ -91,13 +91,8 @@ TORCH_LIBRARY(pathrnn, m) {
       "(Tensor sum, Tensor exponent, Tensor more_sum, Tensor more_exponent)",
       tags);
   m.def(
-      "pair_sums(Tensor d, Tensor d_exponents, Tensor h, Tensor h_exponents, int offset, Tensor? weights=None, "
-      "Tensor? weight_exponents=None, Tensor? previous=None, Tensor? previous_exponent=None, "
-      "Tensor(a!)? lost=None) -> (Tensor sums, Tensor exponent)",
-      tags);
-  m.def(
-      "filtered(Tensor rows, Tensor exponents, Tensor ratio, Tensor ratio_exponent, bool reverse) "
-      "-> (Tensor rows, Tensor exponents)",
+      "pair_sums(Tensor d, Tensor d_exponents, Tensor h, Tensor h_exponents, Tensor(a!) lost) "
+      "-> (Tensor sums, Tensor exponent)",
       tags);
   m.def(
       "finish(Tensor outputs, Tensor outputs_exponent, Tensor head, Tensor head_exponent, Tensor head_bias, "

@@ -6,6 +6,7 @@ import math
 import numbers
 import operator
 import sys
+import warnings
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, ClassVar, NamedTuple, NoReturn
 
@@ -44,6 +45,7 @@ class _Pending(NamedTuple):
     done: torch.cuda.Event | None  # once it is there
     names: Sequence[str]
     dtype: torch.dtype
+    read: bool  # whether κ had been read before, and was right
 
 
 class Moving(NamedTuple):
@@ -84,6 +86,10 @@ class Engine(Optimizer):
     trust_radius: Any = None
     update_every: Any = 1
     _pending: _Pending | None = None
+    #: On a GPU: whether the last κ that was read was right in the weights' dtype, so that the next one need not be.
+    _trusted = False
+    #: Whether one that was not read was wrong: from then on all are.
+    _underflowed = False
 
     def __init__(
         self,
@@ -173,7 +179,9 @@ class Engine(Optimizer):
                 recurrent matrix is 0 and its gradient is not.
             FloatingPointError: a preconditioned gradient overflows though the gradient does not.
             In every case parameters, gradients and state are untouched. By the kernels of a GPU it is the next step
-            that raises, so that none waits; with ``capturable`` none does.
+            that raises, so that none waits but the first; with ``capturable`` none raises.
+        UserWarning: κ underflowed in the weights' dtype in the last step, which was left out; from then on the device
+            is waited for in every step, and κ computed in a wider arithmetic where it must be.
         """
         if self._watched():
             # torch has wrapped a subclass's own step, around which hooks have run, then.
@@ -357,10 +365,15 @@ class Engine(Optimizer):
                 "a CUDA graph is being captured, but the step is not for that: build the optimiser with "
                 "capturable=True and update_every=1"
             )
+        # A step whose status nobody asks for must not be left out in silence.
+        unread = self._trusted and not capturable
         with torch.no_grad():
-            status = path_update_(*update, *raw(self._cached(weights), self.net))  # type: ignore[call-arg]
+            k = self._cached(weights, unread)
+            status = path_update_(*update, *raw(k, self.net))  # type: ignore[call-arg]
             if not capturable:
-                self._pending = _Pending(*_to_host(status), moving.layout.names, weights[0].dtype)
+                if not unread:
+                    self._trusted = not self._underflowed and int(k._arithmetic) == 0
+                self._pending = _Pending(*_to_host(status), moving.layout.names, weights[0].dtype, not unread)
         return 0
 
     def _settle(self) -> None:
@@ -369,7 +382,15 @@ class Engine(Optimizer):
         assert pending is not None
         if pending.done is not None:
             pending.done.synchronize()  # it has been for long, unless nothing else was to do
-        if status := int(pending.status):
+        status = int(pending.status)
+        if status == UNBOUNDED and not pending.read:
+            self._kappa, self._trusted, self._underflowed = None, False, True
+            warnings.warn(
+                f"the last step was left out, for κ underflowed in {pending.dtype}, or a weight is not finite: from "
+                "now on every step waits for the device, and computes κ in a wider arithmetic where it must",
+                stacklevel=3,
+            )
+        elif status:
             self._refuse(status, pending.names, pending.dtype)
 
     def _in_plain_torch(self, moving: Moving, states: list[dict[str, Any]]) -> int:
@@ -420,8 +441,8 @@ class Engine(Optimizer):
                         "another network's"
                     )
 
-    def _cached(self, weights: Sequence[Tensor]) -> Kappa:
-        """κ of a former step or of now."""
+    def _cached(self, weights: Sequence[Tensor], unread: bool = False) -> Kappa:
+        """κ of a former step or of now; log γ² of one that is ``unread`` is nan where it is not to be used."""
         if self._kappa is not None:
             dtype, device = precision(weights[0].dtype), weights[0].device
             first = next(iter(self._kappa.scaled.values())).mantissa
@@ -430,8 +451,8 @@ class Engine(Optimizer):
             return self._kappa
         if isinstance(self.net, FeedForward):
             k = self.net.kappa()
-        elif _captures(weights[0]):
-            k = kappa_without_waiting(self.net, self._seq_len(), self.second_term)
+        elif unread or _captures(weights[0]):
+            k = kappa_without_waiting(self.net, self._seq_len(), self.second_term, self.rtol)
         else:
             seq_len = self._seq_len()
             lags = self._first_lags(weights[0])
@@ -566,6 +587,7 @@ class Engine(Optimizer):
         def commit() -> None:
             self._steps, self._kappa, self._lags, self._constant, self._pending = steps, found, None, None, None
             self._known = weights
+            self._trusted = self._underflowed = False
             if lags:
                 counts = [lags.get(name, 0) for name in self.net.recurrent]
                 self._lags = torch.tensor(counts, dtype=torch.int64, device=weights[0].device)

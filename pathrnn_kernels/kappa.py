@@ -227,10 +227,12 @@ def kappa(
             no larger, nor than 1. 0 sums all lags. ``reference.kappa2_certified`` says how and proves it.
         backend: ``"auto"``, ``"cpu"``, ``"cuda"``, ``"triton"``, or ``"reference"`` (autograd, all lags, not protected
             from overflow).
-        lags: the ``lags`` of a former call for similar weights: no fewer are tried, which saves tests.
+        lags: the ``lags`` of a former call for similar weights: no fewer are tried, which saves tests. On a GPU as
+            many, but no fewer than sixteen, eight for H > 512, are tried once.
         workspace_bytes: budget for the cached powers of the squared recurrent matrix, ``H²`` numbers each, at least
             eight (16 MiB); they are formed in chunks above it. Peak memory beside it: ``(2 C + 4) T H + 6 H²`` numbers
-            for C chains, one for every layer and direction; ``2 C + 6`` of a bidirectional network.
+            for C chains, one for every layer and direction; ``2 C + 6`` of a bidirectional network. On a GPU
+            ``(2 C + 6) T H + 53 H²``; 29 for H > 512.
         plan: on a GPU, how the chains run: ``"auto"``, or one that :func:`explain` lists; PATHRNN_PLAN by default.
 
     Raises:
@@ -291,17 +293,17 @@ def kappa(
     return Kappa.from_chain(chain, layout, [p.shape for p in parameters.values()])
 
 
-def kappa_without_waiting(net: PathNetwork, seq_len: int, second_term: bool) -> Kappa:
-    """κ as :func:`kappa` launches it on a GPU, of which nothing is read: while a CUDA graph is captured, all lags of
-    κ⁽²⁾ are summed. log γ² is nan where a weight is not finite, or where something underflowed in the weights' dtype.
+def kappa_without_waiting(net: PathNetwork, seq_len: int, second_term: bool, rtol: float) -> Kappa:
+    """κ as :func:`kappa` launches it on a GPU, of which nothing is read.
+
+    log γ² is nan where a weight is not finite, or where something underflowed in the weights' dtype.
     """
     seq_len = _check(net, seq_len)
     with torch.autocast(_device_type(net), enabled=False):
         parameters = _weights(net)
         factor = KAPPA2_FACTOR["exact"] if second_term else 0.0
         backend = _choose(net, parameters, "auto")
-        chain = _pass(net, parameters, seq_len, backend=backend, second_factor=factor)
-    chain.log_path_norm.masked_fill_(chain.arithmetic < 0, math.nan)
+        chain = _pass(net, parameters, seq_len, backend=backend, second_factor=factor, rtol=min(float(rtol), 1.0))
     return Kappa.from_chain(chain, layout_of(net.recurrent, tuple(parameters)), [p.shape for p in parameters.values()])
 
 

@@ -4,7 +4,6 @@ import gpu_model
 import pytest
 import test_canonical
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from pathrnn_kernels.ops import gpu
 from pathrnn_kernels.ops.plan import Plan
@@ -122,40 +121,3 @@ def check_follows(kernels, options):
         for i in (1, 4, 5, 6):
             assert torch.equal(before[i], after[i])
         assert (before[2] != after[2]).any() or (options[0] == 1 and net.head is None)
-
-
-class Computing(TorchDispatchMode):
-    """Operations of torch that a GPU would launch."""
-
-    FREE = (
-        "view",
-        "slice",
-        "split",
-        "select",
-        "detach",
-        "unsqueeze",
-        "expand",
-        "alias",
-        "as_strided",
-        "empty",
-        "pathrnn",
-    )
-
-    def __init__(self):
-        super().__init__()
-        self.names = []
-
-    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
-        if not any(name in str(op) for name in self.FREE):
-            self.names.append(str(op))
-        return op(*args, **(kwargs or {}))
-
-
-def launches_of_kappa1(kernels, count):
-    """Of a network of one layer with a head, in plan block."""
-    net = test_canonical.make(1, False, torch.float32)
-    call = (12, False, False, True, 0.0, 0.0, (), 1 << 24)
-    before = count()
-    with Computing() as computing:
-        gpu.path_chain(kernels, Plan("block", 1, 0.0), *arguments(net), *call)
-    return count() - before + len(computing.names)

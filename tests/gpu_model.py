@@ -294,40 +294,51 @@ def _row_sum(rows, exponents):
     return natural(torch.zeros_like(rows[0]) if total is None else total, top, centre(rows.dtype))
 
 
-def pair_sums(
-    d,
-    d_exponents,
-    h,
-    h_exponents,
-    offset,
-    weights=None,
-    weight_exponents=None,
-    previous=None,
-    previous_exponent=None,
-    lost=None,
-):
-    parts = [] if previous is None else [(previous, previous_exponent)]
-    for i in range(1 if weights is None else len(weights)):
-        shift = offset + i
-        n = max(0, min(len(d) - shift, len(h)))
-        late, early = d[shift : shift + n], h[:n]
-        exponents = d_exponents[shift : shift + n] + h_exponents[:n]
-        live = (late != 0).any(1) & (early != 0).any(1)
-        if not live.any():
-            continue
-        top = int(exponents[live].max())
-        tile = ldexp(late[live], (exponents[live] - top)[:, None]).T @ early[live]
-        parts.append((tile, top) if weights is None else (weights[i].T * tile, top + int(weight_exponents[i])))
-    total, top = join(parts, d.dtype)
-    total = torch.zeros(d.shape[1], d.shape[1], dtype=d.dtype) if total is None else total
-    if lost is not None:
-        n = max(0, min(len(d) - offset, len(h)))
-        some = (d[offset : offset + n] != 0).double().T @ (h[:n] != 0).double() > 0
-        # What underflows is a number of d, which was to meet one of h.
-        limits = torch.finfo(d.dtype)
-        lost |= (some & (total < 4 * limits.tiny / limits.eps * max(1.0, float(h[:n].max()) if n else 1.0))).any()
-    # With weights it is a term of a longer sum, which wants the range that a natural scale would give away.
-    return natural(total, top, 2 * centre(d.dtype)) if weights is None else (total, torch.tensor([top]))
+def pair_sums(d, d_exponents, h, h_exponents, lost):
+    """Σ_t δ_t h_tᵀ over the steps that both have."""
+    n = min(len(d), len(h))
+    total, top = _overlap(d[:n], d_exponents[:n], h[:n], h_exponents[:n])
+    some = (d[:n] != 0).double().T @ (h[:n] != 0).double() > 0
+    # What underflows is a number of d, which was to meet one of h.
+    limits = torch.finfo(d.dtype)
+    lost |= (some & (total < 4 * limits.tiny / limits.eps * max(1.0, float(h[:n].max()) if n else 1.0))).any()
+    return natural(total, top, 2 * centre(d.dtype))
+
+
+def _overlap(late, late_exponents, early, early_exponents):
+    exponents = late_exponents + early_exponents
+    live = (late != 0).any(1) & (early != 0).any(1)
+    if not live.any():
+        return torch.zeros(late.shape[1], late.shape[1], dtype=late.dtype), ZERO
+    top = int(exponents[live].max())
+    return ldexp(late[live], (exponents[live] - top)[:, None]).T @ early[live], top
+
+
+def second_term(
+    weight, largest, d, d_exponents, h, h_exponents, kappa1, kappa1_exponent, factor, rtol, tried, shrinks, maxima,
+    lags, bounds, lost,
+):  # fmt: skip
+    """κ⁽¹⁾ + factor · W̃ ⊙ S on the scale of κ⁽¹⁾, S being the sum of all lags, which it says in ``lags``.
+
+    Where T - 1 is more than ``tried``, and rtol not 0, kernels may stop after these, with an error, relative, entry by
+    entry, of no more than ``bounds`` ≤ rtol. ``shrinks``: whether δ_t ≥ δ_{t+1}. ``maxima``, int64 [5], are zeros.
+    """
+    matrix, own = squares(weight, largest).double(), int(square_exponent(largest))
+    power, exponent, total = torch.eye(len(weight), dtype=torch.float64), 0, kappa1.double()
+    late, early = d.double(), h.double()
+    for n in range(1, len(d)):
+        pairs, top = _overlap(late[n:], d_exponents[n:], early[: len(d) - n], h_exponents[: len(d) - n])
+        if top > ZERO:
+            total = total + factor * matrix * ldexp(power.T * pairs, exponent + top + own - int(kappa1_exponent))
+        power, exponent = power @ matrix, exponent + own
+        if not power.any():
+            break
+        m = math.frexp(float(power.max()))[1] - 1
+        power, exponent = ldexp(power, -m), exponent + m
+    lags.fill_(len(d) - 1)
+    found = total.to(weight.dtype)
+    lost |= ((kappa1 > 0) & ~((found >= torch.finfo(weight.dtype).tiny) & found.isfinite())).any()
+    return found
 
 
 def dropped(before, factor=False, steps=400):
@@ -345,30 +356,14 @@ def dropped(before, factor=False, steps=400):
     return (d, exponents, h, torch.zeros_like(exponents)), wanted
 
 
-def filtered(rows, exponents, ratio, ratio_exponent, reverse):
-    order = range(len(rows) - 1, -1, -1) if reverse else range(len(rows))
-    out, out_exponents = torch.zeros_like(rows), torch.full_like(exponents, ZERO)
-    before, e = torch.zeros_like(ratio), ZERO
-    for t in order:
-        total, top = join([(rows[t], exponents[t]), (before, e)], rows.dtype)
-        if total is None:
-            before, e = torch.zeros_like(ratio), ZERO
-            continue
-        before, e = ratio * total, top + int(ratio_exponent)
-        if bool((before != 0).any()):
-            shift = centre(before.dtype) - (math.frexp(float(before.max()))[1] - 1)
-            before, e = ldexp(before, shift), e - shift
-        out[t], out_exponents[t] = before, e
-    return out, out_exponents
-
-
 def finish(outputs, outputs_exponent, head, head_exponent, head_bias, head_bias_exponent, steps, largest, lost):
-    """log γ², float64, 0-dim: outputs · head + steps · head_bias; nan where an entry of ``largest`` is not finite.
+    """log γ², float64, 0-dim: outputs · head + steps · head_bias; nan where an entry of ``largest`` is not finite, or
+    something is lost.
 
     With it come ``steps`` itself, [1], and int8, 0-dim, -1 where something is lost.
     """
     state = torch.full_like(head_bias, steps), -lost[0].to(torch.int8)
-    if not largest.isfinite().all():
+    if lost or not largest.isfinite().all():
         return torch.tensor(math.nan, dtype=torch.float64), *state
     dot = (outputs.double() @ head.double(), int(outputs_exponent + head_exponent))
     bias = (head_bias[0].double() * steps, int(head_bias_exponent))

@@ -98,7 +98,7 @@ WALKS = {
             "reference.py: kappa2_certified",
             "kappa2_rank_one.inl: certifies",
             "kappa2_geometric.inl: certifies",
-            "gpu.py: _Perron",
+            "kappa2.py: _rank_one_bound",
         ),
     ),
     "how to add a task": (

@@ -213,7 +213,7 @@ struct Finish {
   const int64_t *outputs_exponent, *head_exponent, *head_bias_exponent;
   const T* largest;  // [count]
   const bool* lost;
-  double* log_norm;
+  double* log_norm;      // nan where a weight is not finite or something is lost
   T* bias;               // [1]: steps
   int8_t* arithmetic;    // -1 where something is lost
 };
@@ -247,7 +247,7 @@ __global__ void __launch_bounds__(kFinishThreads) finish_norm(Finish<T> a) {
   const double biases = static_cast<double>(*a.head_bias) * static_cast<double>(a.steps);
   const double bias = log_scaled(biases, *a.head_bias_exponent);
   const double more = paths > bias ? paths : bias, less = paths > bias ? bias : paths;
-  *a.log_norm = finite == 0 ? static_cast<double>(NAN) : isinf(more) ? more : more + log1p(exp(less - more));
+  *a.log_norm = finite == 0 || *a.lost ? static_cast<double>(NAN) : isinf(more) ? more : more + log1p(exp(less - more));
 }
 
 // ---- chains ---------------------------------------------------------------------------------------------------------

@@ -5,6 +5,8 @@ They return new tensors, set ``lost``, run on the current stream, and never wait
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -18,7 +20,6 @@ ends = operator("ends")
 chains = operator("chains")
 _row_sums = operator("row_sums")
 pair_sums = operator("pair_sums")
-filtered = operator("filtered")
 finish = operator("finish")
 
 
@@ -28,6 +29,20 @@ def row_sums(
     """Of one or two sequences: two tensors each."""
     found = _row_sums(rows, exponents, more_rows, more_exponents, lost)
     return found[:2] if more_rows is None else found
+
+
+def second_term(*arguments: Any) -> Tensor:
+    """Triton's kernels, which serve every GPU.
+
+    Raises:
+        ValueError: they do not serve.
+    """
+    from . import triton
+
+    if (problem := triton.problem()) is not None:
+        raise ValueError(f"κ⁽²⁾ on a GPU is computed by Triton's kernels: {problem}")
+    found: Tensor = triton.second_term(*arguments)
+    return found
 
 
 def _exponents(like: Tensor, count: int) -> Tensor:
@@ -79,13 +94,8 @@ def _(rows, exponents, more_rows, more_exponents, lost):  # type: ignore[no-unty
 
 
 @fake("pair_sums")
-def _(d, d_exponents, *rest, **named):  # type: ignore[no-untyped-def]
+def _(d, d_exponents, *rest):  # type: ignore[no-untyped-def]
     return d.new_empty(d.shape[1], d.shape[1]), d_exponents.new_empty(1)
-
-
-@fake("filtered")
-def _(rows, exponents, ratio, ratio_exponent, reverse):  # type: ignore[no-untyped-def]
-    return torch.empty_like(rows), torch.empty_like(exponents)
 
 
 @fake("finish")

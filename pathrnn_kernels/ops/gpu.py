@@ -1,7 +1,6 @@
 """path_chain on a GPU: which kernels run, in which order. The backends cuda and triton share it.
 
-Nothing here waits for the device, except for one number after each block of lags of κ⁽²⁾: whether its certificate
-holds. While a CUDA graph is captured no number can come back, and all lags are summed.
+Nothing here waits for the device, nor depends on what it finds.
 
 A chain is a direction of a layer; they are numbered layer by layer, in each the forward one first, and each runs in its
 own time, which in a reverse direction begins at step T. A sequence of vectors is a :class:`Rows`; matrices and single
@@ -13,7 +12,7 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -28,15 +27,14 @@ ZERO = -(1 << 40)
 #: low enough that products of two rows, summed over steps and lags, stay finite.
 CENTRE = {torch.float32: 30, torch.float64: 300}
 
-_LN2 = math.log(2)
 _BIAS = {torch.float32: 127, torch.float64: 1023}
 #: Products have this much room to be scaled down in before they underflow.
 _ROOM = 2.0**40
 
-#: Lags summed before the first certificate is tried. Of small matrices more: their products are launches, not work.
-_FIRST_LAGS, _FIRST_LAGS_LARGE, _LARGE = 8, 4, 512
-#: Powers of W̃ that are held at least, whatever the budget.
-_LEAST_POWERS = 8
+#: Lags of κ⁽²⁾ that are summed before its certificates are tried. Of small matrices more: they cost launches, not work.
+_LAGS, _LAGS_LARGE, _LARGE = 16, 8, 512
+#: Numbers that ``second_term`` takes the maxima of.
+_MAXIMA = 5
 
 
 class Kernels(Protocol):
@@ -50,7 +48,7 @@ class Kernels(Protocol):
     chains: Any
     row_sums: Any
     pair_sums: Any
-    filtered: Any
+    second_term: Any
     finish: Any
 
 
@@ -153,6 +151,7 @@ class State(NamedTuple):
     lags: Tensor  # int64 [C]
     bounds: Tensor  # float64 [C]
     zero: Tensor  # int64 [1]
+    maxima: Tensor  # int64 [C, _MAXIMA]
     largest: Tensor  # of every weight
 
 
@@ -183,10 +182,13 @@ def canonical(
     flat = torch.cat([t.detach().reshape(-1) for t in weights])
     parts = flat.split([t.numel() for t in weights])
 
-    zeros = torch.zeros(2 + 2 * chains + len(weights), dtype=torch.int64, device=like.device)
-    lost, lags, bounds, zero, tops = zeros.split([1, chains, chains, 1, len(weights)])
+    counts = [1, chains, chains, 1, chains * _MAXIMA, len(weights)]
+    zeros = torch.zeros(sum(counts), dtype=torch.int64, device=like.device)
+    lost, lags, bounds, zero, maxima, tops = zeros.split(counts)
     largest = tops.view(like.dtype)[: len(weights)]
-    state = State(lost.view(torch.bool)[:1], lags, bounds.view(torch.float64), zero, largest)
+    state = State(
+        lost.view(torch.bool)[:1], lags, bounds.view(torch.float64), zero, maxima.view(chains, _MAXIMA), largest
+    )
 
     wide = directions * hidden
     layers = chains // directions
@@ -313,7 +315,7 @@ class _Pass:
         self.unit_exponents = unit_exponents
         self.directions, self.count = net.directions, len(net.weight_hh)
         like = net.weight_hh[0]
-        self.dtype, self.device, self.hidden = like.dtype, like.device, len(like)
+        self.dtype, self.hidden = like.dtype, len(like)
         self.lost = state.lost
         # Whether products outside kernels lost something.
         self.losses: list[Tensor] = []
@@ -344,10 +346,8 @@ class _Pass:
                 factors.append(Rows(torch.outer(deltas.data, inputs.data), deltas.exponents + inputs.exponents))
             kappa_hh = self.pair_sums(d[c], h[c])
             if second_factor > 0 and net.seq_len > 1:
-                term = _SecondTerm(self, c, h[c], d[c], kappa_hh, second_factor, workspace_bytes)
-                kappa_hh, summed, bound = term.run(rtol, first_lags[c] if first_lags else 0)
-                lags[c].fill_(summed)
-                bounds[c].fill_(bound)
+                tried = self.lags_tried(first_lags[c] if first_lags else 0, workspace_bytes)
+                kappa_hh = self.second_term(c, h[c], d[c], kappa_hh, second_factor, rtol, tried)
             factors.append(kappa_hh)
             if net.bias_ih:
                 factors.append(deltas)
@@ -475,8 +475,38 @@ class _Pass:
 
     # ---- sums --------------------------------------------------------------------------------------------------------
 
-    def pair_sums(self, d: Rows, h: Rows, offset: int = 0) -> Rows:
-        return Rows(*self.kernels.pair_sums(*d, *h, offset, None, None, None, None, self.lost if offset == 0 else None))
+    def pair_sums(self, d: Rows, h: Rows) -> Rows:
+        return Rows(*self.kernels.pair_sums(*d, *h, self.lost))
+
+    def lags_tried(self, first: int, workspace_bytes: int) -> int:
+        """Lags summed before a certificate is tried: those that a former call needed, if the budget holds them."""
+        tried = _LAGS_LARGE if self.hidden > _LARGE else _LAGS
+        most = workspace_bytes // (self.hidden * self.hidden * torch.finfo(self.dtype).bits // 8)
+        while tried < first and 2 * tried <= most:
+            tried *= 2
+        return tried
+
+    def second_term(self, chain: int, h: Rows, d: Rows, kappa1: Rows, factor: float, rtol: float, tried: int) -> Rows:
+        """κ⁽¹⁾ + κ⁽²⁾ of one chain, by ``reference.kappa2_certified`` with certificates after ``tried`` lags alone."""
+        net, state, own = self.net, self.state, slice(chain, chain + 1)
+        # Whether δ_t ≥ δ_{t+1}. The other direction drives the lower layers' δ more and more.
+        shrinks = not net.last_only and (self.directions == 1 or chain >= self.count - 2)
+        data = self.kernels.second_term(
+            net.weight_hh[chain],
+            net.largest_of(1, chain),
+            *d,
+            *h,
+            *kappa1,
+            factor,
+            rtol,
+            tried,
+            shrinks,
+            state.maxima[chain],
+            state.lags[own],
+            state.bounds[own],
+            self.lost,
+        )
+        return Rows(data, kappa1.exponents)
 
     def total(self, parts: list[Rows]) -> Rows:
         """The sum of one or two."""
@@ -506,254 +536,6 @@ class _Pass:
         m = (torch.frexp(largest).exponent.long() - 1).clamp(-_BIAS[self.dtype], _BIAS[self.dtype] - 1)
         return (weight * power_of_two(-m, self.dtype)).square(), torch.where(largest > 0, 2 * m, ZERO)
 
-    def exponent(self, value: int) -> Tensor:
-        return torch.full((1,), value, dtype=torch.int64, device=self.device)
-
-
-class _SecondTerm:
-    """κ⁽²⁾ of one chain by the certificates that ``reference.kappa2_certified`` states and proves, in blocks of lags.
-
-    A block's powers of W̃ are wide products, and one kernel adds all of its lags to S. Then the certificates are tried
-    on its last lag, in float64; where one holds, the rest is one filtered sequence and one product.
-    """
-
-    def __init__(
-        self, parent: _Pass, chain: int, h: Rows, d: Rows, kappa1: Rows, factor: float, workspace_bytes: int
-    ) -> None:
-        self.parent, self.kernels = parent, parent.kernels
-        self.h, self.d, self.kappa1, self.factor = h, d, kappa1, factor
-        weight = parent.net.weight_hh[chain]
-        self.weight = Rows(*parent.squares(weight, parent.net.largest_of(1, chain)))
-        self.wide = self.weight.data.double()
-        self.least = _least_positive(self.weight.data)
-        # Whether δ_t ≥ δ_{t+1}. The other direction drives the lower layers' δ more and more.
-        self.shrinks = not parent.net.last_only and (parent.directions == 1 or chain >= parent.count - 2)
-        self.lags = parent.net.seq_len - 1
-        self.most = max(_LEAST_POWERS, workspace_bytes // (self.wide.numel() * weight.element_size()))
-        self.pairs: Rows | None = None  # S of the lags so far
-
-    def run(self, rtol: float, first: int) -> tuple[Rows, int, float]:
-        """κ⁽¹⁾ + κ⁽²⁾, the lags summed one by one, and the certified bound."""
-        block_size = _FIRST_LAGS_LARGE if len(self.wide) > _LARGE else _FIRST_LAGS
-        # While a graph is captured, nothing can be decided here.
-        capturing = self.h.data.is_cuda and torch.cuda.is_current_stream_capturing()
-        certifies = rtol > 0 and not capturing and self.lags > block_size
-        perron = _Perron(self) if certifies else None
-        done = 0
-        for block in self.powers(max(first, block_size) if certifies else self.lags):
-            self.pairs = Rows(
-                *self.kernels.pair_sums(*self.d, *self.h, done + 1, *block, *(self.pairs or (None, None)), None)
-            )
-            done += len(block.data)
-            if perron is None or done == self.lags:
-                continue
-            last = Rows(block.data[-1], block.exponents[-1:])
-            kappa, top = self.kappa()
-            perron.add(block)
-            bound = perron.bound(last, done - 1, kappa, top)
-            if bound <= rtol:
-                self.pairs = perron.tail(last, done - 1)
-                return self.result(), done, bound
-            bound = self.geometric(last, done - 1, kappa, top, rtol)
-            if bound <= rtol:
-                return self.result(), done, bound
-        return self.result(), self.lags, 0.0
-
-    def powers(self, first: int) -> Iterator[Rows]:
-        """P_0, P_1, … up to the last lag: at least ``first``, as many again while the budget lasts, and so on."""
-        one = torch.eye(len(self.wide), dtype=self.parent.dtype, device=self.parent.device)
-        block = cached = _joined(
-            Rows(one[None], self.parent.exponent(0)), Rows(self.weight.data[None], self.weight.exponents)
-        )
-        while len(cached.data) < min(first, self.lags) and 2 * len(cached.data) <= self.most:
-            block = cached = _joined(cached, self.next_block(cached))
-        step, given = None, 0
-        while True:
-            yield Rows(block.data[: self.lags - given], block.exponents[: self.lags - given])
-            given += len(block.data)
-            if given >= self.lags:
-                return
-            if given == len(cached.data) and 2 * given <= self.most:
-                block = self.next_block(cached)
-                step = Rows(block.data[0], block.exponents[:1])
-                cached = _joined(cached, block)
-            else:
-                step = step or self.following(cached)
-                block = self.times(block, step)
-
-    def next_block(self, cached: Rows) -> Rows:
-        """P_n … P_{2n-1} from P_0 … P_{n-1}."""
-        step = self.following(cached)
-        return _joined(step, self.times(cached.from_row(1), step))
-
-    def following(self, powers: Rows) -> Rows:
-        """The power after the last."""
-        return self.times(Rows(powers.data[-1:], powers.exponents[-1:]), self.weight)
-
-    def times(self, block: Rows, power: Rows) -> Rows:
-        """Every matrix of a block times one power, as one wide product; the largest entry of each in [1, 2)."""
-        matrix = power.data.reshape(self.wide.shape)
-        data = (block.data.reshape(-1, len(matrix)) @ matrix).reshape(block.data.shape)
-        m = torch.frexp(data.amax((1, 2))).exponent.long() - 1
-        data = data * power_of_two(-m, data.dtype)[:, None, None]
-        # No product with W̃, or with an entry of W̃'s size, underflows above this.
-        floor = torch.finfo(data.dtype).tiny / self.least
-        self.parent.losses.append(((data > 0) & (data < floor)).any().reshape(1))
-        dead = data.amax((1, 2)) == 0
-        return Rows(data, torch.where(dead, ZERO, block.exponents + power.exponents + m))
-
-    def kappa(self) -> tuple[Tensor, Tensor]:
-        """κ of the lags so far, in float64 on the scale 2^top."""
-        assert self.pairs is not None
-        second = self.pairs.exponents + self.weight.exponents
-        top = torch.maximum(self.kappa1.exponents, second)
-        kappa = self.kappa1.data.double() * power_of_two(self.kappa1.exponents - top, torch.float64)
-        kappa += self.factor * self.wide * self.pairs.data.double() * power_of_two(second - top, torch.float64)
-        return kappa, top
-
-    def result(self) -> Rows:
-        kappa, top = self.kappa()
-        assert self.pairs is not None
-        m = torch.frexp(kappa.amax()).exponent + top - 1
-        exponent = torch.where((m >= 0) & (m <= 60), 0, m)
-        found = (kappa * power_of_two(top - exponent, torch.float64)).to(self.parent.dtype)
-        # What S can have lost, of every term a number of δ less than the least normal one, which was to meet one of h,
-        # and how much of κ that is. Where κ⁽¹⁾ is 0 there is nothing to lose: whoever meets a weight twice meets it
-        # once.
-        limits = torch.finfo(self.parent.dtype)
-        most = self.h.data.amax().double().clamp(min=2.0 ** (CENTRE[self.parent.dtype] + 1))
-        most = most * (8.0 * len(self.h.data) * (self.lags + 1) * limits.tiny)
-        error = self.share(most, self.pairs.exponents, kappa, top)
-        lost = (self.kappa1.data > 0) & ~((error <= limits.eps) & (found >= limits.tiny))
-        self.parent.losses.append(lost.any().reshape(1))
-        return Rows(found, exponent)
-
-    def share(self, error: Tensor, exponent: Tensor, kappa: Tensor, top: Tensor) -> Tensor:
-        """f W̃ ⊙ error / κ entry by entry; nan, which certifies nothing, where either leaves float64's range."""
-        scale = power_of_two(exponent + self.weight.exponents - top, torch.float64)
-        return torch.where(self.wide == 0, 0.0, self.factor * self.wide * error * scale / kappa)
-
-    def geometric(self, last: Rows, n: int, kappa: Tensor, top: Tensor, rtol: float) -> float:
-        """Certificate B (``reference._geometric``): the tail enclosed between two filtered sequences."""
-        power, left = last.data.double(), self.lags - 1 - n
-        following = power @ self.wide
-        ratio = torch.where(power > 0, following / power, torch.where(following > 0, math.inf, math.nan))
-        lines = []
-        for axis in (0, 1):
-            # A line without any positive entry stays zero: its ratios do not matter.
-            low = ratio.nan_to_num(math.inf, posinf=math.inf).amin(axis).nan_to_num(posinf=0.0)
-            lines += [low, ratio.nan_to_num(0.0, posinf=math.inf).amax(axis)]
-        column, row = torch.stack(
-            [((high - low) / low).nan_to_num(0.0, posinf=math.inf).amax() for low, high in (lines[:2], lines[2:])]
-        ).tolist()
-        # Wider ratios give enclosures too wide: no bound rests on this guess.
-        if min(column, row) * left > 1:
-            return math.inf
-        by_column = column <= row
-        sequence = self.d.from_row(n + 2) if by_column else Rows(self.h.data[:left], self.h.exponents[:left])
-        lower, upper = (
-            Rows(
-                *self.kernels.filtered(sequence.data.double(), sequence.exponents, r, self.weight.exponents, by_column)
-            )
-            for r in (lines[:2] if by_column else lines[2:])
-        )
-        high = upper.data * power_of_two(upper.exponents - lower.exponents, torch.float64)[:, None]
-        middle, half = (lower.data + high) / 2, (high - lower.data) / 2
-        width = torch.where(middle > 0, half / middle, 0.0).amax(0)
-        enclosed = centred(Rows(middle, lower.exponents), self.parent.dtype)
-        pair = (enclosed, self.h) if by_column else (self.d.from_row(n + 2), enclosed)
-        tail = Rows(*self.kernels.pair_sums(*pair[0], *pair[1], 0, last.data[None], last.exponents, None, None, None))
-        error = tail.data.double() * (width[:, None] if by_column else width)
-        most = torch.stack([self.share(error, tail.exponents, kappa, top).amax(), width.amax()])
-        # Beside the tail, too, which is part of κ and no less than the lower end of the enclosure.
-        share, widest = most.nan_to_num(math.inf).tolist()
-        bound = min(share, widest / (1 - widest) if widest < 1 else math.inf)
-        if bound <= rtol:
-            assert self.pairs is not None
-            self.pairs = self.parent.add(self.pairs, tail)
-        return bound
-
-
-class _Perron:
-    """Certificate A (``reference._rank_one``): P_{n+m} ≈ ρ^{n+m} x uᵀ, the names and steps as there.
-
-    Where power iteration has not brought out x and u, the error that this leaves certifies nothing.
-    """
-
-    def __init__(self, term: _SecondTerm) -> None:
-        self.term, wide = term, term.wide
-        power = wide
-        # To W̃¹⁶ and, below, 1 times its square; large random matrices have the wider gap below ρ.
-        for _ in range(3 if len(wide) > _LARGE else 4):
-            power = power @ power
-            power = power / power.amax()
-        vectors, brackets = [], []
-        for matrix, own in ((power, wide), (power.T, wide.T)):
-            x = matrix @ matrix.sum(1)
-            x = x / x.amax()
-            vectors.append(x)
-            brackets.append(own @ x / x)
-        bracket = torch.cat(brackets)
-        self.log_rho = (bracket.amin().log() + bracket.amax().log()) / 2  # of the stored W̃
-        self.x, self.u = vectors[0], vectors[1] / (vectors[1] @ vectors[0])
-        self.pi = self.x * self.u
-        self.theta = torch.expm1(len(term.d.data) * (bracket.log() - self.log_rho).abs().amax())
-        shares = term.d.data[1:].double()
-        shares = shares / (shares @ self.x)[:, None]
-        self.growth = shares.amax(0) / shares.amin(0)
-        self.spreads: list[Tensor] = []  # χ_0, χ_1, …
-
-    def limit(self, exponents: Tensor, lags: Tensor | int) -> Tensor:
-        """ρⁿ x uᵀ on the scale of the stored powers, by lag."""
-        ahead = (lags * self.term.weight.exponents - exponents).double() * _LN2
-        return torch.exp(lags * self.log_rho + ahead)[:, None, None] * torch.outer(self.x, self.u)
-
-    def add(self, block: Rows) -> None:
-        first = sum(map(len, self.spreads))
-        lags = torch.arange(first, first + len(block.data), device=self.x.device)
-        deviation = (block.data.double() / self.limit(block.exponents, lags) - 1).square()
-        self.spreads.append((deviation @ self.pi).sqrt())
-        self.column = (self.pi @ deviation[-1]).sqrt()
-
-    def bound(self, last: Rows, n: int, kappa: Tensor, top: Tensor) -> float:
-        term, column = self.term, self.column
-        spreads = torch.cat(self.spreads)[1:]
-        limit = self.limit(last.exponents, n)[0]
-        overlap = term.parent.pair_sums(term.d, term.h, n + 1)
-        share = term.share(limit.T * overlap.data.double(), last.exponents + overlap.exponents, kappa, top)
-        contraction = (self.pi @ spreads[-1].square()).sqrt()
-        cases = [
-            (
-                self.growth * column,
-                spreads.sum(0) / (1 - contraction),
-                contraction < 1,
-                1 + column.amax() / (1 - contraction),
-            ),
-        ]
-        if term.shrinks:
-            rho = torch.exp(self.log_rho + term.weight.exponents[0].double() * _LN2)
-            powers = rho ** torch.arange(1, n + 2, dtype=torch.float64, device=rho.device)
-            first, sensitivity = powers[:n] @ spreads, 2 + column.amax() * spreads[0].amax()
-            shrunk = powers[n - 1] * contraction
-            cases.append((column, first / (1 - shrunk), shrunk < 1, sensitivity))
-            cases.append((column, first + powers[n] * spreads[-1] / (1 - rho), rho < 1, sensitivity))
-        bounds = []
-        for own, series, holds, sensitivity in cases:
-            drift = self.theta * sensitivity
-            error = (1 + self.theta) * (torch.outer(own, series) * share).amax()
-            bounds.append(torch.where(holds & (drift < 1), (error + drift) / (1 - drift), math.inf))
-        return float(torch.stack(bounds).nan_to_num(math.inf).amin())
-
-    def tail(self, last: Rows, n: int) -> Rows:
-        """S with all lags after n."""
-        term, dtype = self.term, self.term.parent.dtype
-        ratio = self.log_rho.exp().to(dtype).expand(len(self.x)).contiguous()
-        rest = term.kernels.filtered(*term.d.from_row(n + 2), ratio, term.weight.exponents, True)
-        limit = self.limit(last.exponents, n).to(dtype)
-        return Rows(
-            *term.kernels.pair_sums(*rest, *term.h, 0, limit, last.exponents, *(term.pairs or (None, None)), None)
-        )
-
 
 # ---- arithmetic on rows ----------------------------------------------------------------------------------------------
 
@@ -777,10 +559,6 @@ def centred(rows: Rows, dtype: torch.dtype | None = None) -> Rows:
 def _alive(rows: Rows) -> Rows:
     """A zero matrix or vector with the exponent of a zero, which pushes nothing aside."""
     return Rows(rows.data, torch.where(rows.data.amax() > 0, rows.exponents, ZERO))
-
-
-def _joined(first: Rows, second: Rows) -> Rows:
-    return Rows(torch.cat([first.data, second.data]), torch.cat([first.exponents, second.exponents]))
 
 
 def _least_positive(x: Tensor) -> Tensor:

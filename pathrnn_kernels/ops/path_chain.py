@@ -39,7 +39,7 @@ class PathChain(NamedTuple):
     unit_exponents: Tensor
     #: int64, each of the shape of its κ, or of no elements: zeros.
     entry_exponents: list[Tensor]
-    #: log γ², float64, 0-dim; -inf if γ² is 0.
+    #: log γ², float64, 0-dim; -inf if γ² is 0. On a GPU nan where ``arithmetic`` is -1, so that it cannot be used.
     log_path_norm: Tensor
     #: Per chain, int64: lags of κ⁽²⁾ that were summed one by one.
     lags: Tensor
@@ -83,7 +83,8 @@ def path_chain(
 
     Peak memory, in numbers of the weights' dtype: ``(2 C + 3) T H`` for C chains (``2 C + 5`` of a bidirectional
     network); with the second term another ``T H``, ``6 H²`` and the cached powers of W̃, ``H²`` each, as many as the
-    budget holds, at least eight.
+    budget holds, at least eight. On a GPU: ``3 T H`` and ``(3 N + 5) H²`` for N lags that are tried, sixteen, or eight
+    for H > 512.
 
     Args:
         weight_ih, weight_hh, bias_ih, bias_hh: one tensor a layer, or two of a bidirectional network: forward, reverse;

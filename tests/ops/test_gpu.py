@@ -4,71 +4,21 @@ import itertools
 import math
 
 import gpu_model
-import oracles
+import pass_cases
 import pytest
 import test_canonical
 import tolerances
 import torch
+from pass_cases import PLAN, arguments, check, network, truth
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import pathrnn_kernels as pk
-from pathrnn_kernels import ops
 from pathrnn_kernels.ops import gpu
-from pathrnn_kernels.ops.plan import Plan
 
-PLAN = Plan("block", 1, 0.0)
-
-
-def network(
-    hidden, layers=1, bias=True, head=2, embedding=False, outputs="all", h0="zeros", dtype=torch.float64, both=False
-):
-    """head: 0 for none, 1 without a bias, 2 with one; both: directions."""
-    if both:
-        rnn = torch.nn.RNN(3, hidden, layers, "relu", bias, bidirectional=True, dtype=dtype)
-    else:
-        rnn = pk.ReLURNN(3, hidden, layers, bias=bias, dtype=dtype)
-    return pk.PathNetwork(
-        rnn,
-        torch.nn.Linear(2 * hidden if both else hidden, 2, bias=head == 2, dtype=dtype) if head else None,
-        torch.nn.Embedding(7, 3, dtype=dtype) if embedding else None,
-        outputs,
-        h0,
-    )
+HIDDEN = 30
 
 
-def arguments(net, seq_len):
-    weights = {name: p.detach() for name, p in net.named_parameters()}
-    kinds = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
-    lists = [[p for name, p in weights.items() if name.startswith(f"rnn.{kind}_l")] for kind in kinds]
-    ends = [weights.get(name) for name in ("head.weight", "head.bias", "embedding.weight")]
-    return *lists, *ends, seq_len, net.outputs == "last", net.h0 == "ones"
-
-
-def run(net, seq_len, kappa1=True, factor=0.0, rtol=0.0, first_lags=(), workspace=1 << 24):
-    options = (kappa1, factor, rtol, first_lags, workspace, net.rnn.bidirectional)
-    found = gpu.path_chain(gpu_model, PLAN, *arguments(net, seq_len), *options)
-    return ops.PathChain._make(found)
-
-
-def truth(net, seq_len, factor=0.0):
-    wide = network(
-        net.hidden_size, net.num_layers, net.rnn.bias, 0 if net.head is None else 1 + (net.head.bias is not None),
-        net.embedding is not None, net.outputs, net.h0, both=net.rnn.bidirectional,
-    )  # fmt: skip
-    wide.load_state_dict(net.state_dict())
-    return ops.path_chain(*arguments(wide, seq_len), second_factor=factor, bidirectional=net.rnn.bidirectional)
-
-
-def check(found, wanted, rtol, net):
-    assert found.arithmetic == 0
-    torch.testing.assert_close(found.log_path_norm, wanted.log_path_norm, rtol=0, atol=rtol)
-    assert len(found.kappa) == len(wanted.kappa) == len(found.exponents)
-    layout = len(net.endings) // net.num_layers, net.head is not None
-    for one, other in zip(oracles.parts(found, *layout), oracles.parts(wanted, *layout), strict=True):
-        assert one[0].shape == other[0].shape
-        # Zeros are zeros in both: -inf equals itself.
-        logs = [mantissa.log() + exponent.double() * math.log(2) for mantissa, exponent in (one, other)]
-        torch.testing.assert_close(*logs, rtol=0, atol=rtol)
+def run(net, seq_len, kappa1=True, factor=0.0):
+    return pass_cases.run(gpu_model, net, seq_len, kappa1, factor)
 
 
 @pytest.mark.parametrize("dtype", (torch.float32, pytest.param(torch.float64, marks=pytest.mark.slow)), ids=str)
@@ -88,65 +38,6 @@ def test_every_network_equals_the_cpu_kernels(layers, both, dtype):
         assert norm.kappa == [] and norm.log_path_norm == run(net, seq_len).log_path_norm
 
 
-HIDDEN, SEQ_LEN = 30, 150
-
-
-def matrices():
-    gaussian = torch.randn(HIDDEN, HIDDEN) / math.sqrt(HIDDEN)
-    half = HIDDEN // 2
-    return {
-        "gaussian": gaussian,
-        "uniform": (torch.rand(HIDDEN, HIDDEN) * 2 - 1) / math.sqrt(HIDDEN),
-        "orthogonal": torch.linalg.qr(gaussian)[0],
-        "identity": torch.eye(HIDDEN),
-        "near the identity": torch.eye(HIDDEN) + 0.02 * torch.randn(HIDDEN, HIDDEN),
-        "diagonal": torch.diag(torch.rand(HIDDEN) + 0.5),
-        "nilpotent": torch.triu(gaussian, 1),
-        "permutation": torch.eye(HIDDEN)[torch.randperm(HIDDEN)],
-        "sparse": gaussian * (torch.rand(HIDDEN, HIDDEN) < 0.1),
-        "growing": gaussian * 9,
-        "vanishing": gaussian * 1e-3,
-        "two blocks": torch.block_diag(gaussian[:half, :half], 1.5 * gaussian[half:, half:]),
-        "a dead row": gaussian * (torch.arange(HIDDEN) != 3)[:, None],
-        "a dead column": gaussian * (torch.arange(HIDDEN) != 3),
-    }
-
-
-@pytest.mark.parametrize("outputs", ("all", "last"))
-@pytest.mark.parametrize("name", matrices())
-def test_lags_left_out_cost_no_more_than_the_bound(name, outputs):
-    net = network(HIDDEN, outputs=outputs)
-    with torch.no_grad():
-        net.rnn.weight_hh_l0.copy_(matrices()[name])
-    wanted = truth(net, SEQ_LEN, 4.0)
-    for rtol in (1e-3, 1e-6):
-        found = run(net, SEQ_LEN, factor=4.0, rtol=rtol)
-        bound, lags = found.bounds.item(), found.lags.item()
-        assert 0 <= bound <= rtol and 1 <= lags <= SEQ_LEN - 1
-        assert bound == 0 or lags < SEQ_LEN - 1
-        check(found, wanted, bound + tolerances.path(torch.float64, SEQ_LEN, HIDDEN), net)
-    if name in ("gaussian", "uniform", "orthogonal", "identity", "diagonal", "growing", "vanishing"):
-        assert lags <= 32
-
-
-def test_the_budget_cuts_the_powers_into_blocks_and_changes_nothing_else():
-    net = network(HIDDEN, outputs="last")
-    with torch.no_grad():
-        net.rnn.weight_hh_l0.copy_(matrices()["near the identity"])
-    found = [run(net, SEQ_LEN, factor=4.0, rtol=1e-6, workspace=w) for w in (0, 20 * 8 * HIDDEN**2, 1 << 30)]
-    for other in found:
-        assert other.lags == SEQ_LEN - 1 and other.bounds == 0
-        check(other, truth(net, SEQ_LEN, 4.0), tolerances.path(torch.float64, SEQ_LEN, HIDDEN), net)
-
-
-def test_first_lags_start_where_a_former_call_ended():
-    net = network(HIDDEN)
-    for first in (1, 20, 70, 1000):
-        found = run(net, SEQ_LEN, factor=4.0, rtol=1e-5, first_lags=[first])
-        assert min(first, SEQ_LEN - 1) <= found.lags <= SEQ_LEN - 1
-        check(found, truth(net, SEQ_LEN, 4.0), 1e-5 + tolerances.path(torch.float64, SEQ_LEN, HIDDEN), net)
-
-
 @pytest.mark.parametrize("both", (False, pytest.param(True, marks=pytest.mark.slow)), ids=("forward", "bidirectional"))
 def test_growth_beyond_every_dtype(both):
     net = network(HIDDEN, dtype=torch.float32, both=both)
@@ -157,7 +48,7 @@ def test_growth_beyond_every_dtype(both):
     for factor in (0.0, 4.0):
         wanted = truth(net, 1000, factor)
         assert wanted.log_path_norm > 2000
-        check(run(net, 1000, factor=factor, rtol=0.0), wanted, tolerances.path(torch.float32, 1000, HIDDEN), net)
+        check(run(net, 1000, factor=factor), wanted, tolerances.path(torch.float32, 1000, HIDDEN), net)
 
 
 def test_a_direction_that_float32_loses_beside_the_other_is_told():
@@ -339,7 +230,7 @@ class Counting(TorchDispatchMode):
 
 
 def test_kappa1_of_one_layer_is_few_operations():
-    """On a GPU, host time is what a small κ costs. tests/cuda and tests/ops/triton count launches."""
+    """On a GPU, host time is what a small κ costs. tests/launches.py counts launches."""
     call = arguments(network(20, head=2, outputs="last", dtype=torch.float32), 60)
     with Counting() as counting:
         gpu.path_chain(counting, PLAN, *call, True, 0.0, 0.0, (), 1 << 24)

@@ -19,8 +19,8 @@ _HOMES = {
     "ends": "sums",
     "chains": "path_chain",
     "row_sums": "sums",
-    "pair_sums": "kappa2",
-    "filtered": "kappa2",
+    "pair_sums": "sums",
+    "second_term": "kappa2",
     "finish": "sums",
 }
 

@@ -1,11 +1,31 @@
-"""κ⁽²⁾: sums over pairs of steps times powers of W̃ in one pass, and the filtered sequence of a geometric tail.
+"""κ⁽²⁾ of one chain: a few lags, one certificate of two, and the other lags only where neither holds.
 
-Specification: tests/gpu_model.py.
+The proofs stand in ``reference._rank_one`` (certificate A, Perron) and ``reference._geometric`` (B), whose names are
+used here: P_n = W̃ⁿ, C_n the sum over the pairs of steps n + 1 apart, x and u the Perron vectors, χ and σ lengths of the
+rows and columns of the deviation from ρⁿ x uᵀ. Nothing is decided on the host: every kernel is launched, and the one
+that sums the other lags ends at once where a certificate holds. Specification: tests/gpu_model.py.
+
+1. ``_powers``: P_0 … P_N; a program has some columns, which need no others'.
+2. ``_lags``: S of the first N lags, lag i by the programs i, and C_{N-1}.
+3. ``_perron``: x and u by power iteration, with the bounds of Collatz and Wielandt.
+4. ``_deviations``: χ, σ, the ratios of P_N to P_{N-1}, and xᵀδ_t.
+5. ``_bounds``: κ of the first N lags, and what certificate A is made of.
+6. ``_tail``: the lags from N on by A, or by B, and what B's bound is made of.
+7. ``_lags`` again, unless A or B holds: lags i + N, i + 2N, … by the programs i, from P_i in steps of P_N.
+8. ``_result``: κ in the weights' dtype, the number of lags, and the bound.
+
+In float64 are x, u, ρ, bounds and the recursion of the tail, which cost H² or T H operations; powers and sums over
+pairs, which cost more, are in the weights' dtype. A column of a power has an exponent of its own, and so has a row of
+S, since columns of P meet rows of S. κ itself stays on the scale of κ⁽¹⁾: a path that uses a weight m times counts m in
+κ⁽¹⁾ and 2m(m-1) in κ⁽²⁾, which is therefore at most 2(T-1) times as large, entry by entry.
 """
 
 # mypy: disable-error-code="no-untyped-def"
 
 from __future__ import annotations
+
+import math
+import struct
 
 import torch
 import triton
@@ -17,198 +37,813 @@ from .scaled import (
     HALF_ZERO,
     ZERO,
     centre,
-    either,
     faint,
     is_double,
     least_normal,
     log2_floor,
-    natural_exponent,
+    log_scale,
     power_of_two,
+    square,
+    square_exponent,
     times_power,
     whole,
 )
 
-#: ``filtered`` holds a row in one program's registers.
-HIDDEN_LIMIT = 1 << 14
+_LN2 = tl.constexpr(math.log(2))
+_LARGEST = tl.constexpr(1.7976931348623157e308)
+#: Columns of powers, or units of a sequence, that a program has.
+_UNITS = tl.constexpr(16)
+#: Rows of a product that it forms at a time, and terms of its sums.
+_ROWS, _DEPTH = tl.constexpr(32), tl.constexpr(16)
+#: Entries along either side of a tile in float64, and steps or entries that single vectors take at a time.
+_TILE, _CHUNK = tl.constexpr(32), tl.constexpr(256)
+#: Power iteration ends after so many steps: what mixes more slowly has no certificate A after few lags.
+_ITERATIONS = 32
+
+# Places in ``numbers``, float64: the bounds of both brackets, then what _bounds and _tail find.
+_CONTRACTION, _WIDEST_COLUMN, _LONGEST_ROW, _BOUND_A = (tl.constexpr(n) for n in (4, 5, 6, 7))
+NUMBERS = 8
+# Places in ``maxima``, the bits of float64, zeros at first: A's three cases; of B, the share of the error in κ and the
+# relative half width of the enclosure.
+_SHARE, _WIDTH = tl.constexpr(3), tl.constexpr(4)
+MAXIMA = 5
 
 
-@triton.jit(do_not_specialize=["late", "early", "offset"])
-def _tops(
-    d_exponents, h_exponents, weight_exponents, tops, late, early, offset, WEIGHTED: tl.constexpr, BLOCK: tl.constexpr
+@triton.jit
+def _settled(exponent):
+    """ZERO for whatever exponent a zero has got by multiplication."""
+    return tl.where(exponent < HALF_ZERO, ZERO, exponent)
+
+
+@triton.jit
+def _number(bits):
+    """A float64 argument: Triton would make float32 of a float."""
+    return bits.to(tl.int64).to(tl.float64, bitcast=True)
+
+
+@triton.jit
+def _certain(x):
+    """inf for nan, which certifies nothing, and which maxima would pass over."""
+    return tl.where(x <= _LARGEST, x, float("inf"))
+
+
+@triton.jit
+def _raise(maxima, PLACE: tl.constexpr, x):
+    """The maximum with a block of numbers ≥ 0, whose bits are ordered as they are."""
+    most = tl.max(tl.max(_certain(x), 1), 0)
+    tl.atomic_max(maxima + PLACE, most.to(tl.int64, bitcast=True))
+
+
+@triton.jit
+def _maximum(maxima, PLACE: tl.constexpr):
+    return tl.load(maxima + PLACE).to(tl.float64, bitcast=True)
+
+
+@triton.jit
+def _all_max(x, count):
+    """The largest of a vector in float64."""
+    most = tl.full([_CHUNK], 0, tl.float64)
+    for start in range(0, count, _CHUNK):
+        i = start + tl.arange(0, _CHUNK)
+        most = tl.maximum(most, _certain(tl.load(x + i, i < count, other=0)))
+    return tl.max(most, 0)
+
+
+@triton.jit
+def _scaling(largest, DOUBLE: tl.constexpr):
+    """What brings W near 1, and the exponent of W̃ then."""
+    most = tl.load(largest)
+    return power_of_two(-log_scale(most, DOUBLE), DOUBLE), square_exponent(most, DOUBLE)
+
+
+# ---- powers and lags -------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def _advance(
+    matrix, scale, exponents, top, old, shift, new, j, hidden, lost, SQUARED: tl.constexpr, DOUBLE: tl.constexpr
 ):
-    """Program i: the largest exponent of lag i, before and after its weight."""
-    lag = tl.program_id(0)
-    most = tl.full([BLOCK], ZERO, tl.int64)
-    for start in range(0, tl.minimum(early, late - offset - lag), BLOCK):
-        t = start + tl.arange(0, BLOCK)
-        live = (t < early) & (t + offset + lag < late)
-        e_d = tl.load(d_exponents + t + offset + lag, live, other=ZERO)
-        e_h = tl.load(h_exponents + t, live, other=ZERO)
-        most = tl.maximum(most, tl.maximum(e_d + e_h, ZERO))
-    top = tl.max(most, 0)
-    tl.store(tops + 2 * lag, top)
-    if WEIGHTED:
-        top += tl.load(weight_exponents + lag)
-    tl.store(tops + 2 * lag + 1, tl.where(top < HALF_ZERO, ZERO, top))
+    """new[:, j] = matrix · old[:, j] · 2^shift, and the largest entry of every column.
 
-
-@triton.jit(do_not_specialize=["late", "early", "offset", "hidden", "lags"])
-def _pair_sums(
-    d, d_exponents, h, h_exponents, weights, tops, previous, previous_exponent, sums, exponent, lost,
-    late, early, offset, hidden, lags,
-    DOUBLE: tl.constexpr, WEIGHTED: tl.constexpr, PREVIOUS: tl.constexpr, LOST: tl.constexpr,
-    TILE: tl.constexpr, STEPS: tl.constexpr,
-):  # fmt: skip
-    """Program (j, k): TILE × TILE entries of previous + Σ_lags weightᵀ ⊙ Σ_t δ_{t+lag} h_tᵀ."""
-    j = tl.program_id(0) * TILE + tl.arange(0, TILE)
-    k = tl.program_id(1) * TILE + tl.arange(0, TILE)
-    inside = (j < hidden)[:, None] & (k < hidden)[None, :]
-    at = j.to(tl.int64)[:, None] * hidden + k[None, :]
-    # A power of W̃ is centred as δ and h are: where the three meet, one centre is taken off to keep out of overflow.
-    margin = centre(DOUBLE) if WEIGHTED else 0
-    top = tl.full([], ZERO, tl.int64)
-    for lag in range(lags):
-        top = tl.maximum(top, tl.load(tops + 2 * lag + 1))
-    top = tl.where(top == ZERO, ZERO, top + margin)
-    matrix = hidden.to(tl.int64) * hidden
-    dtype = d.dtype.element_ty
-    total = tl.zeros([TILE, TILE], dtype)
-    if PREVIOUS:
-        e = tl.load(previous_exponent)
-        top = tl.maximum(top, e)
-        total += times_power(tl.load(previous + at, inside, other=0), e - top, DOUBLE)
-    for lag in range(lags):
-        most = tl.load(tops + 2 * lag)
-        products = tl.zeros([TILE, TILE], dtype)
-        for start in range(0, tl.minimum(early, late - offset - lag), STEPS):
-            t = start + tl.arange(0, STEPS)
-            later = t + offset + lag
-            live = (t < early) & (later < late)
-            shift = tl.load(d_exponents + later, live, other=ZERO) + tl.load(h_exponents + t, live, other=ZERO) - most
-            delta = tl.load(
-                d + later.to(tl.int64)[None, :] * hidden + j[:, None], (j < hidden)[:, None] & live[None, :], other=0
-            )
-            rows = tl.load(
-                h + t.to(tl.int64)[:, None] * hidden + k[None, :], live[:, None] & (k < hidden)[None, :], other=0
-            )
-            delta = times_power(delta, shift[None, :], DOUBLE)
-            products = tl.dot(delta, rows, products, input_precision="ieee", out_dtype=dtype)
-        products = times_power(products, tl.load(tops + 2 * lag + 1) - top, DOUBLE)
-        if WEIGHTED:
-            mirrored = lag * matrix + k.to(tl.int64)[None, :] * hidden + j[:, None]
-            products *= tl.load(weights + mirrored, inside, other=0)
-        total += products
-    result = top
-    summed = total
-    if not WEIGHTED:
-        result = natural_exponent(top, 2 * centre(DOUBLE))
-        total = times_power(total, top - result, DOUBLE)
-    if LOST:
-        # Of an entry that has pairs and is yet too small, what underflowed counts. That was a number of δ, to meet one
-        # of h, which is near its centre: 2^24 above it at most, whatever the sizes.
-        tiny = total < least_normal(DOUBLE)
-        above = power_of_two(tl.full([], centre(DOUBLE) + 24, tl.int32), DOUBLE)
-        small = inside & (tiny | (summed < faint(DOUBLE) * above))
+    ``matrix`` is W, to be scaled and squared, or a power, whose columns count 2^(exponents - top). Where an entry is so
+    small that what underflowed in it may count, and there is a path, it is lost.
+    """
+    dtype = matrix.dtype.element_ty
+    stride = hidden.to(tl.int64)
+    live = (j < hidden)[None, :]
+    most = tl.zeros([_UNITS], dtype)
+    for first in range(0, hidden, _ROWS):
+        k = first + tl.arange(0, _ROWS)
+        total = tl.zeros([_ROWS, _UNITS], dtype)
+        for start in range(0, hidden, _DEPTH):
+            i = start + tl.arange(0, _DEPTH)
+            there = i < hidden
+            w = tl.load(matrix + k[:, None] * stride + i[None, :], (k < hidden)[:, None] & there[None, :], other=0)
+            p = tl.load(old + i[:, None] * stride + j[None, :], there[:, None] & live, other=0)
+            if SQUARED:
+                w = square(w, scale)
+                p = times_power(p, shift[None, :], DOUBLE)
+            else:
+                p = times_power(p, shift[None, :] + (tl.load(exponents + i, there, other=ZERO) - top)[:, None], DOUBLE)
+            total = tl.dot(w, p, total, input_precision="ieee", out_dtype=dtype)
+        inside = (k < hidden)[:, None] & live
+        tl.store(new + k[:, None] * stride + j[None, :], total, inside)
+        most = tl.maximum(most, tl.max(total, 0))
+        small = inside & (total < faint(DOUBLE))
         if tl.max(tl.max(small.to(tl.int32), 1), 0) > 0:
-            pairs, most = tl.zeros([TILE, TILE], tl.float32), tl.full([STEPS, TILE], 1, dtype)
-            for start in range(0, tl.minimum(early, late - offset), STEPS):
-                t = start + tl.arange(0, STEPS)
-                live = (t < early) & (t + offset < late)
-                delta = tl.load(
-                    d + (t + offset).to(tl.int64)[None, :] * hidden + j[:, None],
-                    (j < hidden)[:, None] & live[None, :], other=0,
-                )  # fmt: skip
-                rows = tl.load(
-                    h + t.to(tl.int64)[:, None] * hidden + k[None, :], live[:, None] & (k < hidden)[None, :], other=0
-                )
-                one = tl.dot((delta != 0).to(tl.float32), (rows != 0).to(tl.float32), input_precision="ieee")
-                pairs += one
-                most = tl.maximum(most, rows)
-            small &= tiny | (summed < 2 * faint(DOUBLE) * tl.max(most, 0)[None, :])
-            tl.store(lost, 1, tl.max(tl.max((small & (pairs > 0)).to(tl.int32), 1), 0) > 0)
-    tl.store(sums + at, total, inside)
-    if (tl.program_id(0) == 0) & (tl.program_id(1) == 0):
-        tl.store(exponent, result)
+            paths = tl.zeros([_ROWS, _UNITS], tl.float32)
+            for start in range(0, hidden, _DEPTH):
+                i = start + tl.arange(0, _DEPTH)
+                there = i < hidden
+                w = tl.load(matrix + k[:, None] * stride + i[None, :], (k < hidden)[:, None] & there[None, :], other=0)
+                p = tl.load(old + i[:, None] * stride + j[None, :], there[:, None] & live, other=0)
+                one = tl.dot((w != 0).to(tl.float32), (p != 0).to(tl.float32), input_precision="ieee")
+                paths += one
+            tl.store(lost, 1, tl.max(tl.max((small & (paths > 0)).to(tl.int32), 1), 0) > 0)
+    return most
 
 
-def pair_sums(
+@triton.jit
+def _shift(most, DOUBLE: tl.constexpr):
+    """Brings a column whose largest entry is ``most`` near 1."""
+    return tl.where(most > 0, -log2_floor(most, DOUBLE), 0).to(tl.int64)
+
+
+@triton.jit(do_not_specialize=["hidden", "count"])
+def _powers(weight, largest, powers, exponents, lost, hidden, count, DOUBLE: tl.constexpr):
+    """Program b: columns b of P_0 … P_count, as they come, and their exponents."""
+    j = tl.program_id(0) * _UNITS + tl.arange(0, _UNITS)
+    stride = hidden.to(tl.int64)
+    matrix = stride * hidden
+    scale, own = _scaling(largest, DOUBLE)
+    most = tl.zeros([_UNITS], weight.dtype.element_ty)
+    for first in range(0, hidden, _ROWS):
+        k = first + tl.arange(0, _ROWS)
+        at, inside = k[:, None] * stride + j[None, :], (k < hidden)[:, None] & (j < hidden)[None, :]
+        squares = square(tl.load(weight + at, inside, other=0), scale)
+        tl.store(powers + at, (k[:, None] == j[None, :]).to(squares.dtype), inside)
+        tl.store(powers + matrix + at, squares, inside)
+        most = tl.maximum(most, tl.max(squares, 0))
+    exponent = tl.where(most > 0, own, ZERO)
+    tl.store(exponents + j, tl.zeros([_UNITS], tl.int64), j < hidden)
+    tl.store(exponents + stride + j, exponent, j < hidden)
+    for n in range(1, count):
+        tl.debug_barrier()  # what all threads stored is read
+        shift = _shift(most, DOUBLE)
+        old = powers + n * matrix
+        most = _advance(weight, scale, exponents, own, old, shift, old + matrix, j, hidden, lost, True, DOUBLE)
+        exponent = tl.where(most > 0, _settled(exponent + own - shift), ZERO)
+        tl.store(exponents + (n + 1) * stride + j, exponent, j < hidden)
+
+
+@triton.jit
+def _add_lag(
+    d, d_exponents, h, h_exponents, power, exponent, sums, total_exponent, overlap, overlap_exponent, n, j, steps,
+    hidden, first, keeps, DOUBLE: tl.constexpr,
+):  # fmt: skip
+    """S[j] += P_n[:, j] ⊙ C_n[j], on one exponent a row, the larger; C_n itself is kept where ``keeps``."""
+    dtype = d.dtype.element_ty
+    stride = hidden.to(tl.int64)
+    live = (j < hidden)[:, None]
+    pairs = steps - 1 - n
+    tops = tl.full([_CHUNK], ZERO, tl.int64)
+    for start in range(0, pairs, _CHUNK):
+        t = start + tl.arange(0, _CHUNK)
+        both = tl.load(d_exponents + t + n + 1, t < pairs, other=ZERO) + tl.load(h_exponents + t, t < pairs, other=ZERO)
+        tops = tl.maximum(tops, both)
+    top = _settled(tl.max(tops, 0))
+    term = _settled(exponent + top)
+    joint = tl.maximum(total_exponent, term)
+    if keeps:
+        tl.store(overlap_exponent, top)
+    for begin in range(0, hidden, _ROWS):
+        k = begin + tl.arange(0, _ROWS)
+        products = tl.zeros([_UNITS, _ROWS], dtype)
+        for start in range(0, pairs, _DEPTH):
+            t = start + tl.arange(0, _DEPTH)
+            there = t < pairs
+            shift = tl.load(d_exponents + t + n + 1, there, other=ZERO) + tl.load(h_exponents + t, there, other=ZERO)
+            late = tl.load(d + (t + n + 1)[None, :] * stride + j[:, None], live & there[None, :], other=0)
+            early = tl.load(h + t[:, None] * stride + k[None, :], there[:, None] & (k < hidden)[None, :], other=0)
+            late = times_power(late, (shift - top)[None, :], DOUBLE)
+            products = tl.dot(late, early, products, input_precision="ieee", out_dtype=dtype)
+        at, inside = j[:, None] * stride + k[None, :], live & (k < hidden)[None, :]
+        if keeps:
+            tl.store(overlap + at, products, inside)
+        p = tl.load(power + k[None, :] * stride + j[:, None], inside, other=0)
+        total = times_power(products * p, (term - joint)[:, None], DOUBLE)
+        before = tl.load(sums + at, inside & (first == 0), other=0)
+        tl.store(sums + at, total + times_power(before, (total_exponent - joint)[:, None], DOUBLE), inside)
+    return joint
+
+
+@triton.jit(do_not_specialize=["rtol", "steps", "hidden", "tried"])
+def _lags(
+    d, d_exponents, h, h_exponents, powers, exponents, scratch, sums, sum_exponents, overlap, overlap_exponent,
+    numbers, maxima, rtol, lost, steps, hidden, tried,
+    OTHERS: tl.constexpr, CERTIFIED: tl.constexpr, DOUBLE: tl.constexpr,
+):  # fmt: skip
+    """Program (b, i): rows b of S of lag i or, with OTHERS, of lags i + tried, i + 2 tried, … on top of it.
+
+    ``CERTIFIED``: whether a certificate, which may hold, has been tried.
+    """
+    j = tl.program_id(0) * _UNITS + tl.arange(0, _UNITS)
+    lag = tl.program_id(1)
+    stride = hidden.to(tl.int64)
+    matrix = stride * hidden
+    place = lag * matrix
+    exponent = tl.load(exponents + lag * stride + j, j < hidden, other=ZERO)
+    if OTHERS:
+        count = steps - 1  # of all lags
+        if CERTIFIED:
+            bound = tl.minimum(tl.load(numbers + _BOUND_A), _geometric_bound(maxima))
+            count = tl.where(bound <= _number(rtol), 0, count)
+        tops = tl.full([_CHUNK], ZERO, tl.int64)
+        for start in range(0, hidden, _CHUNK):
+            i = start + tl.arange(0, _CHUNK)
+            tops = tl.maximum(tops, tl.load(exponents + tried * stride + i, i < hidden, other=ZERO))
+        top = tl.max(tops, 0)
+        total_exponent = tl.load(sum_exponents + lag * stride + j, j < hidden, other=ZERO)
+        old, new = powers + place, scratch + place
+        shift = tl.zeros([_UNITS], tl.int64)
+        for n in range(lag + tried, count, tried):
+            most = _advance(
+                powers + tried * matrix, 0.0, exponents + tried * stride, top, old, shift, new, j, hidden, lost, False,
+                DOUBLE,
+            )  # fmt: skip
+            exponent = tl.where(most > 0, _settled(exponent + top - shift), ZERO)
+            tl.debug_barrier()
+            total_exponent = _add_lag(
+                d, d_exponents, h, h_exponents, new, exponent, sums + place, total_exponent, overlap, overlap_exponent,
+                n, j, steps, hidden, 0, False, DOUBLE,
+            )  # fmt: skip
+            shift = _shift(most, DOUBLE)
+            old, new = new, old
+            tl.debug_barrier()
+    else:
+        total_exponent = _add_lag(
+            d, d_exponents, h, h_exponents, powers + place, exponent, sums + place, tl.full([_UNITS], ZERO, tl.int64),
+            overlap, overlap_exponent, lag, j, steps, hidden, 1, CERTIFIED and lag == tried - 1, DOUBLE,
+        )  # fmt: skip
+    tl.store(sum_exponents + lag * stride + j, total_exponent, j < hidden)
+
+
+# ---- certificate A ---------------------------------------------------------------------------------------------------
+
+
+@triton.jit(do_not_specialize=["rtol", "steps", "hidden", "limit"])
+def _perron(
+    weight, largest, power, power_exponents, vectors, numbers, rtol, steps, hidden, limit, DOUBLE: tl.constexpr
+):
+    """Program 0: x; 1: u; the bracket of ρ of each, W̃ being scaled. From P · 1, by power iteration."""
+    side = tl.program_id(0)
+    stride = hidden.to(tl.int64)
+    x, image = vectors + side * stride, vectors + (2 + side) * stride
+    out_stride, in_stride = stride, tl.full([], 1, tl.int64)
+    if side == 1:
+        out_stride, in_stride = in_stride, out_stride
+    scale, _ = _scaling(largest, DOUBLE)
+    tops = tl.full([_CHUNK], ZERO, tl.int64)
+    for start in range(0, hidden, _CHUNK):
+        i = start + tl.arange(0, _CHUNK)
+        tops = tl.maximum(tops, tl.load(power_exponents + i, i < hidden, other=ZERO))
+    top = tl.max(tops, 0)
+    for begin in range(0, hidden, _TILE):
+        o = begin + tl.arange(0, _TILE)
+        total = tl.zeros([_TILE, _TILE], tl.float64)
+        for start in range(0, hidden, _TILE):
+            i = start + tl.arange(0, _TILE)
+            inside = (o < hidden)[:, None] & (i < hidden)[None, :]
+            p = tl.load(power + o[:, None] * out_stride + i[None, :] * in_stride, inside, other=0).to(tl.float64)
+            column = tl.where(side == 0, i[None, :], o[:, None])
+            total += times_power(p, tl.load(power_exponents + column, inside, other=ZERO) - top, True)
+        tl.store(x + o, tl.sum(total, 1), o < hidden)
+    wanted = 1 + _number(rtol) / (64 * steps)
+    low, high = tl.full([], 0, tl.float64), tl.full([], float("inf"), tl.float64)
+    step, searching = 0, 1
+    while (step < limit) & (searching == 1):
+        tl.debug_barrier()
+        lows, highs = tl.full([_TILE], float("inf"), tl.float64), tl.full([_TILE], 0, tl.float64)
+        mosts = tl.full([_TILE], 0, tl.float64)
+        for begin in range(0, hidden, _TILE):
+            o = begin + tl.arange(0, _TILE)
+            total = tl.zeros([_TILE, _TILE], tl.float64)
+            for start in range(0, hidden, _TILE):
+                i = start + tl.arange(0, _TILE)
+                inside = (o < hidden)[:, None] & (i < hidden)[None, :]
+                w = tl.load(weight + o[:, None] * out_stride + i[None, :] * in_stride, inside, other=0)
+                total += square(w, scale).to(tl.float64) * tl.load(x + i, i < hidden, other=0)[None, :]
+            y = tl.sum(total, 1)
+            tl.store(image + o, y, o < hidden)
+            ratio = y / tl.load(x + o, o < hidden, other=1)
+            lows = tl.minimum(lows, tl.where(o < hidden, tl.where(ratio > 0, ratio, 0.0), float("inf")))
+            highs = tl.maximum(highs, tl.where(o < hidden, _certain(ratio), 0.0))
+            mosts = tl.maximum(mosts, y)
+        low, high = tl.min(lows, 0), tl.max(highs, 0)
+        searching = tl.where(high <= wanted * low, 0, 1)
+        shift = -log2_floor(tl.max(mosts, 0), True).to(tl.int64)
+        tl.debug_barrier()
+        for start in range(0, tl.where(searching == 1, hidden, 0), _CHUNK):
+            i = start + tl.arange(0, _CHUNK)
+            tl.store(x + i, times_power(tl.load(image + i, i < hidden, other=0), shift, True), i < hidden)
+        step += 1
+    tl.store(numbers + 2 * side, low)
+    tl.store(numbers + 2 * side + 1, high)
+
+
+@triton.jit
+def _spectrum(vectors, numbers, steps, hidden):
+    """log ρ of the scaled W̃, θ, and uᵀx of the vectors as they are."""
+    total = tl.zeros([_CHUNK], tl.float64)
+    for start in range(0, hidden, _CHUNK):
+        i = start + tl.arange(0, _CHUNK)
+        total += tl.load(vectors + i, i < hidden, other=0) * tl.load(vectors + hidden + i, i < hidden, other=0)
+    low = tl.log(tl.minimum(tl.load(numbers), tl.load(numbers + 2)))
+    high = tl.log(tl.maximum(tl.load(numbers + 1), tl.load(numbers + 3)))
+    return (low + high) / 2, _certain(tl.exp(steps * ((high - low) / 2)) - 1), tl.sum(total, 0)
+
+
+@triton.jit
+def _limits(exponents, vectors, log_rho, dot, j, n, own, hidden):
+    """ρⁿ u_j on the scale of column j of a power, which tends to this times x."""
+    u = tl.load(vectors + hidden + j, j < hidden, other=1) / dot
+    ahead = n * own - tl.load(exponents + j, j < hidden, other=0)
+    return u * tl.exp(n * log_rho + ahead.to(tl.float64) * _LN2)
+
+
+@triton.jit
+def _squared_deviation(power, vectors, limits, k, j, hidden):
+    """z², z = P_n[k, j] / (ρⁿ x_k u_j) - 1; 0 outside."""
+    inside = (k < hidden)[:, None] & (j < hidden)[None, :]
+    p = tl.load(power + k.to(tl.int64)[:, None] * hidden + j[None, :], inside, other=0).to(tl.float64)
+    x = tl.load(vectors + k, k < hidden, other=1)
+    z = p / (x[:, None] * limits[None, :]) - 1
+    return tl.where(inside, z * z, 0.0)
+
+
+@triton.jit
+def _pi(vectors, dot, i, hidden):
+    return tl.load(vectors + i, i < hidden, other=0) * tl.load(vectors + hidden + i, i < hidden, other=0) / dot
+
+
+@triton.jit
+def _row_lengths(power, exponents, vectors, log_rho, dot, lengths, k, n, own, hidden):
+    """χ_n[k]."""
+    squares = tl.zeros([_UNITS], tl.float64)
+    for start in range(0, hidden, _TILE):
+        j = start + tl.arange(0, _TILE)
+        limits = _limits(exponents, vectors, log_rho, dot, j, n, own, hidden)
+        z = _squared_deviation(power, vectors, limits, k, j, hidden)
+        squares += tl.sum(z * _pi(vectors, dot, j, hidden)[None, :], 1)
+    tl.store(lengths + k, _certain(tl.sqrt(squares)), k < hidden)
+
+
+@triton.jit
+def _column_lengths(power, exponents, vectors, log_rho, dot, lengths, j, n, own, hidden):
+    """σ_n[j]."""
+    squares = tl.zeros([_UNITS], tl.float64)
+    limits = _limits(exponents, vectors, log_rho, dot, j, n, own, hidden)
+    for start in range(0, hidden, _TILE):
+        k = start + tl.arange(0, _TILE)
+        z = _squared_deviation(power, vectors, limits, k, j, hidden)
+        squares += tl.sum(z * _pi(vectors, dot, k, hidden)[:, None], 0)
+    tl.store(lengths + j, _certain(tl.sqrt(squares)), j < hidden)
+
+
+@triton.jit
+def _ratios(before, e_before, after, e_after, ratios, line, by_column, own, hidden):
+    """The least and the largest ratio of some lines, columns or rows, over 2^own."""
+    stride = hidden.to(tl.int64)
+    lows, highs = tl.full([_UNITS], float("inf"), tl.float64), tl.full([_UNITS], 0, tl.float64)
+    for start in range(0, hidden, _TILE):
+        other = start + tl.arange(0, _TILE)
+        j = tl.where(by_column, line[:, None], other[None, :])
+        k = tl.where(by_column, other[None, :], line[:, None])
+        inside = (j < hidden) & (k < hidden)
+        p = tl.load(before + k * stride + j, inside, other=0).to(tl.float64)
+        q = tl.load(after + k * stride + j, inside, other=0).to(tl.float64)
+        shift = tl.load(e_after + j, inside, other=0) - tl.load(e_before + j, inside, other=0) - own
+        ratio = times_power(q / tl.where(p > 0, p, 1.0), shift, True)
+        lows = tl.minimum(lows, tl.min(tl.where(p > 0, ratio, float("inf")), 1))
+        highs = tl.maximum(highs, tl.max(tl.where(p > 0, ratio, tl.where(q > 0, float("inf"), 0.0)), 1))
+    # A line without any positive entry stays zero: its ratios do not matter.
+    at = ratios + tl.where(by_column, 0, 2) * stride + line
+    tl.store(at, tl.where(lows < float("inf"), lows, 0.0), line < hidden)
+    tl.store(at + stride, highs, line < hidden)
+
+
+@triton.jit
+def _dots(d, vectors, dots, first, every, steps, hidden):
+    """xᵀδ of some of the steps but the first, on the scales of the rows."""
+    for begin in range(first, steps - 1, every):
+        t = begin + tl.arange(0, _UNITS)
+        total = tl.zeros([_UNITS, _TILE], tl.float64)
+        for start in range(0, hidden, _TILE):
+            i = start + tl.arange(0, _TILE)
+            inside = (t < steps - 1)[:, None] & (i < hidden)[None, :]
+            late = tl.load(d + (t + 1).to(tl.int64)[:, None] * hidden + i[None, :], inside, other=0)
+            total += late.to(tl.float64) * tl.load(vectors + i, i < hidden, other=0)[None, :]
+        tl.store(dots + t, tl.sum(total, 1), t < steps - 1)
+
+
+@triton.jit(do_not_specialize=["steps", "hidden", "tried"])
+def _deviations(
+    d, largest, powers, exponents, vectors, numbers, rows, columns, ratios, dots, steps, hidden, tried,
+    DOUBLE: tl.constexpr,
+):  # fmt: skip
+    """Program (b, y): rows b of χ_{y+1}, y < tried - 1; then blocks b of σ, of the ratios of columns and of rows, and
+    of xᵀδ."""
+    unit, y = tl.program_id(0) * _UNITS + tl.arange(0, _UNITS), tl.program_id(1)
+    stride = hidden.to(tl.int64)
+    matrix = stride * hidden
+    _, own = _scaling(largest, DOUBLE)
+    log_rho, _, dot = _spectrum(vectors, numbers, steps, hidden)
+    last, e_last = powers + (tried - 1) * matrix, exponents + (tried - 1) * stride
+    if y < tried - 1:
+        power, e_power, lengths = powers + (y + 1) * matrix, exponents + (y + 1) * stride, rows + y * stride
+        _row_lengths(power, e_power, vectors, log_rho, dot, lengths, unit, y + 1, own, hidden)
+    elif y == tried - 1:
+        _column_lengths(last, e_last, vectors, log_rho, dot, columns, unit, tried - 1, own, hidden)
+    elif y < tried + 2:
+        _ratios(last, e_last, last + matrix, e_last + stride, ratios, unit, y == tried, own, hidden)
+    else:
+        _dots(d, vectors, dots, tl.program_id(0) * _UNITS, tl.num_programs(0) * _UNITS, steps, hidden)
+
+
+@triton.jit
+def _share(error, known):
+    """error / κ with 0 / 0 = 0."""
+    return tl.where(error == 0, 0.0, error / tl.where(error == 0, 1.0, known))
+
+
+@triton.jit
+def _kappa_of(
+    weight, kappa1, sums, sum_exponents, at, j, inside, factor, scale, own, kappa1_exponent, hidden, lags,
+    DOUBLE: tl.constexpr,
+):  # fmt: skip
+    """κ⁽¹⁾ + f W̃ ⊙ S, S as the programs of _lags have it, and f W̃, in float64 on the scale of κ⁽¹⁾; j is a column."""
+    stride = hidden.to(tl.int64)
+    matrix = stride * hidden
+    w = factor * square(tl.load(weight + at, inside, other=0), scale).to(tl.float64)
+    kappa = tl.load(kappa1 + at, inside, other=0).to(tl.float64)
+    for i in range(lags):
+        e = tl.load(sum_exponents + i * stride + j, j < hidden, other=ZERO) + own - kappa1_exponent
+        kappa += times_power(w * tl.load(sums + i * matrix + at, inside, other=0).to(tl.float64), e, True)
+    return kappa, w
+
+
+@triton.jit(do_not_specialize=["factor_bits", "steps", "hidden", "tried"])
+def _bounds(
+    weight, largest, d, sums, sum_exponents, overlap, overlap_exponent, power_exponents, vectors, numbers, rows,
+    columns, dots, kappa1, kappa1_exponent, factor_bits, kappa, maxima, steps, hidden, tried, DOUBLE: tl.constexpr,
+):  # fmt: skip
+    """Program b: rows b of κ, and of the errors of certificate A relative to it."""
+    j = tl.program_id(0) * _UNITS + tl.arange(0, _UNITS)
+    stride = hidden.to(tl.int64)
+    scale, own = _scaling(largest, DOUBLE)
+    factor, e1 = _number(factor_bits), tl.load(kappa1_exponent)
+    log_rho, _theta, dot = _spectrum(vectors, numbers, steps, hidden)
+    rho = tl.exp(log_rho + own.to(tl.float64) * _LN2)
+    last = tried - 1
+    # g: how much a unit's share of δ varies with the step.
+    least, most = tl.full([_UNITS], float("inf"), tl.float64), tl.full([_UNITS], 0, tl.float64)
+    for first in range(0, steps - 1, _TILE):
+        t = first + tl.arange(0, _TILE)
+        inside = (t < steps - 1)[:, None] & (j < hidden)[None, :]
+        late = tl.load(d + (t + 1).to(tl.int64)[:, None] * stride + j[None, :], inside, other=0).to(tl.float64)
+        shares = late / tl.load(dots + t, t < steps - 1, other=1)[:, None]
+        least = tl.minimum(least, tl.min(tl.where(inside, tl.where(shares > 0, shares, 0.0), float("inf")), 0))
+        most = tl.maximum(most, tl.max(tl.where(inside, _certain(shares), 0.0), 0))
+    sigma = tl.load(columns + j, j < hidden, other=0)
+    limits = _limits(power_exponents, vectors, log_rho, dot, j, last, own, hidden)[:, None]
+    lag_exponent = tl.load(power_exponents + j, j < hidden, other=ZERO) + tl.load(overlap_exponent) + own - e1
+    growth = (most / least * sigma)[:, None]
+    decay = tl.where(rho < 1, tl.exp(tried * tl.log(rho)) / (1 - rho), float("inf"))
+    column = j.to(tl.int64)[:, None]
+    for start in range(0, hidden, _TILE):
+        k = start + tl.arange(0, _TILE)
+        inside = (j < hidden)[:, None] & (k < hidden)[None, :]
+        at = column * stride + k[None, :]
+        known, w = _kappa_of(
+            weight, kappa1, sums, sum_exponents, at, column, inside, factor, scale, own, e1, hidden, tried, DOUBLE
+        )
+        tl.store(kappa + at, known, inside)
+        total, series = tl.zeros([_TILE], tl.float64), tl.zeros([_TILE], tl.float64)
+        chi = tl.zeros([_TILE], tl.float64)
+        for n in range(1, tried):
+            chi = tl.load(rows + (n - 1) * stride + k, k < hidden, other=0)
+            total += chi
+            series += tl.exp(n * tl.log(rho)) * chi
+        x = tl.load(vectors + k, k < hidden, other=0)[None, :]
+        pairs = tl.load(overlap + at, inside, other=0).to(tl.float64)
+        share = tl.where(w == 0, 0.0, _share(times_power(w * pairs * x * limits, lag_exponent[:, None], True), known))
+        share = tl.where(inside, share, 0.0)
+        none = share == 0
+        sigmas = sigma[:, None]
+        _raise(maxima, 0, tl.where(none, 0.0, growth * total[None, :] * share))
+        _raise(maxima, 1, tl.where(none, 0.0, sigmas * series[None, :] * share))
+        _raise(maxima, 2, tl.where(none, 0.0, sigmas * (series + decay * chi)[None, :] * share))
+    if tl.program_id(0) == 0:
+        norm = tl.zeros([_CHUNK], tl.float64)
+        for start in range(0, hidden, _CHUNK):
+            i = start + tl.arange(0, _CHUNK)
+            chi = tl.load(rows + (last - 1) * stride + i, i < hidden, other=0)
+            norm += _pi(vectors, dot, i, hidden) * chi * chi
+        tl.store(numbers + _CONTRACTION, _certain(tl.sqrt(tl.sum(norm, 0))))
+        tl.store(numbers + _WIDEST_COLUMN, _all_max(columns, hidden))
+        tl.store(numbers + _LONGEST_ROW, _all_max(rows, hidden))  # of χ_1
+
+
+@triton.jit
+def _with_drift(error, drift, holds, theta):
+    """The bound of the relative error, where x, u and ρ have theirs."""
+    return tl.where(holds & (drift < 1), _certain(((1 + theta) * error + drift) / (1 - drift)), float("inf"))
+
+
+@triton.jit
+def _rank_one_bound(numbers, maxima, theta, rho, tried, SHRINKS: tl.constexpr):
+    """The bound of certificate A: the best of its three cases, of which two are for δ that shrinks."""
+    contraction, sigma = tl.load(numbers + _CONTRACTION), tl.load(numbers + _WIDEST_COLUMN)
+    left = tl.where(contraction < 1, 1 - contraction, 1.0)
+    bound = _with_drift(_maximum(maxima, 0) / left, theta * (1 + sigma / left), contraction < 1, theta)
+    if SHRINKS:
+        drift = theta * (2 + sigma * tl.load(numbers + _LONGEST_ROW))
+        shrunk = tl.exp((tried - 1) * tl.log(rho)) * contraction
+        left = tl.where(shrunk < 1, 1 - shrunk, 1.0)
+        bound = tl.minimum(bound, _with_drift(_maximum(maxima, 1) / left, drift, shrunk < 1, theta))
+        bound = tl.minimum(bound, _with_drift(_maximum(maxima, 2), drift, rho < 1, theta))
+    return bound
+
+
+# ---- the tail --------------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def _geometric_bound(maxima):
+    """Of certificate B. Beside the tail, too, which is part of κ and no less than the lower end of the enclosure."""
+    width = _maximum(maxima, _WIDTH)
+    beside = tl.where(width < 1, width / (1 - tl.where(width < 1, width, 0.0)), float("inf"))
+    return tl.minimum(_maximum(maxima, _SHARE), beside)
+
+
+@triton.jit
+def _relative_width(ratios, hidden):
+    """The largest of (hi - lo) / lo."""
+    most = tl.full([_CHUNK], 0, tl.float64)
+    for start in range(0, hidden, _CHUNK):
+        i = start + tl.arange(0, _CHUNK)
+        low, high = tl.load(ratios + i, i < hidden, other=0), tl.load(ratios + hidden + i, i < hidden, other=0)
+        most = tl.maximum(most, tl.where(high > low, _certain((high - low) / low), 0.0))
+    return tl.max(most, 0)
+
+
+@triton.jit(do_not_specialize=["factor_bits", "rtol", "steps", "hidden", "tried"])
+def _tail(
+    d, d_exponents, h, h_exponents, weight, largest, power, power_exponents, vectors, numbers, ratios, filtered,
+    filtered_exponents, kappa1_exponent, factor_bits, rtol, kappa, maxima, lost, steps, hidden, tried,
+    SHRINKS: tl.constexpr, DOUBLE: tl.constexpr,
+):  # fmt: skip
+    """Program b: rows b of κ, with the tail by filtering units b of δ, or columns b, by filtering h.
+
+    y_t = r ⊙ (x_t + y_{t-1}), with both ends of the ratio: δ against time, from the first step that no lag has taken,
+    and ratios of the columns of powers; or h and those of their rows. For A both ends are ρ.
+    """
+    unit = tl.program_id(0) * _UNITS + tl.arange(0, _UNITS)
+    live = unit < hidden
+    stride = hidden.to(tl.int64)
+    dtype = d.dtype.element_ty
+    scale, own = _scaling(largest, DOUBLE)
+    factor, e1 = _number(factor_bits), tl.load(kappa1_exponent)
+    log_rho, theta, dot = _spectrum(vectors, numbers, steps, hidden)
+    rho = tl.exp(log_rho + own.to(tl.float64) * _LN2)
+    bound = _rank_one_bound(numbers, maxima, theta, rho, tried, SHRINKS)
+    if tl.program_id(0) == 0:
+        tl.store(numbers + _BOUND_A, bound)
+    rank_one = bound <= _number(rtol)
+    of_columns, of_rows = _relative_width(ratios, hidden), _relative_width(ratios + 2 * stride, hidden)
+    by_column = rank_one | (of_columns <= of_rows)
+    left = steps - 1 - tried
+    # Wider ratios give enclosures too wide: no bound rests on this guess.
+    hopeless = (rank_one == 0) & (tl.minimum(of_columns, of_rows) * left > 1)
+    if hopeless | rank_one:
+        tl.atomic_max(maxima + _SHARE, tl.full([], float("inf"), tl.float64).to(tl.int64, bitcast=True))
+        tl.atomic_max(maxima + _WIDTH, tl.full([], float("inf"), tl.float64).to(tl.int64, bitcast=True))
+    count = tl.where(hopeless, 0, left)
+
+    late, late_exponents = d + (tried + 1) * stride, d_exponents + tried + 1
+    source, source_exponents, other, other_exponents = h, h_exponents, late, late_exponents
+    if by_column:
+        source, source_exponents, other, other_exponents = late, late_exponents, h, h_exponents
+    at = ratios + tl.where(by_column, 0, 2) * stride + unit
+    least = tl.where(rank_one, tl.exp(log_rho), tl.load(at, live, other=0))
+    most = tl.where(rank_one, tl.exp(log_rho), tl.load(at + stride, live, other=0))
+    low, high, width = tl.zeros([_UNITS], tl.float64), tl.zeros([_UNITS], tl.float64), tl.zeros([_UNITS], tl.float64)
+    exponent, top = tl.full([_UNITS], ZERO, tl.int64), tl.full([_UNITS], ZERO, tl.int64)
+    for s in range(0, count):
+        t = tl.where(by_column, count - 1 - s, s)
+        place = t.to(tl.int64) * stride + unit
+        x, e = tl.load(source + place, live, other=0).to(tl.float64), tl.load(source_exponents + t)
+        joint = tl.maximum(exponent, e)
+        x = times_power(x, e - joint, True)
+        low = least * (x + times_power(low, exponent - joint, True))
+        high = most * (x + times_power(high, exponent - joint, True))
+        some = high > 0
+        m = tl.where(some, log2_floor(high, True), 0).to(tl.int64)
+        low, high = times_power(low, -m, True), times_power(high, -m, True)
+        exponent = tl.where(some, _settled(joint + own + m), ZERO)
+        middle = (low + high) / 2
+        width = tl.maximum(width, _certain(tl.where(high == 0, 0.0, (high - low) / 2 / middle)))
+        tl.store(filtered + place, middle.to(dtype), live)
+        tl.store(filtered_exponents + place, exponent, live)
+        top = tl.maximum(top, _settled(exponent + tl.load(other_exponents + t)))
+    width = tl.where(live, width, 0.0)
+    if rank_one == 0:
+        _raise(maxima, _WIDTH, width[:, None])
+    tl.debug_barrier()
+
+    # Of every term of the sums a number less than the least normal one may be missing, which was to meet one of h or δ.
+    missing = power_of_two(tl.full([], centre(DOUBLE) + 27, tl.int32), DOUBLE) * least_normal(DOUBLE)
+    missing = missing.to(tl.float64) * left
+    roundoff = 2.0**-52 if DOUBLE else 2.0**-23
+    for start in range(0, tl.where(hopeless, 0, hidden), _TILE):
+        o = start + tl.arange(0, _TILE)
+        inside = live[:, None] & (o < hidden)[None, :]
+        total = tl.zeros([_UNITS, _TILE], dtype)
+        for first in range(0, count, _DEPTH):
+            t = first + tl.arange(0, _DEPTH)
+            there = t < count
+            own_place = t.to(tl.int64)[None, :] * stride + unit[:, None]
+            e = tl.load(filtered_exponents + own_place, live[:, None] & there[None, :], other=ZERO)
+            e += tl.load(other_exponents + t, there, other=ZERO)[None, :]
+            y = tl.load(filtered + own_place, live[:, None] & there[None, :], other=0)
+            y = times_power(y, e - top[:, None], DOUBLE)
+            z = tl.load(
+                other + t.to(tl.int64)[:, None] * stride + o[None, :], there[:, None] & (o < hidden)[None, :], other=0
+            )
+            total = tl.dot(y, z, total, input_precision="ieee", out_dtype=dtype)
+        j = tl.where(by_column, unit[:, None], o[None, :])
+        k = tl.where(by_column, o[None, :], unit[:, None])
+        entry = j.to(tl.int64) * stride + k
+        e = tl.load(power_exponents + j, inside, other=ZERO)
+        p = tl.load(power + k.to(tl.int64) * stride + j, inside, other=0).to(tl.float64)
+        u, x = tl.load(vectors + stride + j, inside, other=0), tl.load(vectors + k, inside, other=0)
+        limits = tl.exp((tried - 1) * log_rho + ((tried - 1) * own - e).to(tl.float64) * _LN2) * u / dot * x
+        p = tl.where(rank_one, limits, p)
+        w = factor * square(tl.load(weight + entry, inside, other=0), scale).to(tl.float64)
+        scaled = _settled(e + top[:, None]) + own - e1
+        term = times_power(w * p * total.to(tl.float64), scaled, True)
+        known = tl.load(kappa + entry, inside, other=0)
+        weak = inside & (known > 0) & (times_power(w * p * missing, scaled, True) > roundoff * (known + term))
+        tl.store(kappa + entry, known + term, inside)
+        if rank_one:
+            tl.store(lost, 1, tl.max(tl.max(weak.to(tl.int32), 1), 0) > 0)
+        else:
+            share = tl.where(inside, _certain(_share(term * width[:, None], known)), 0.0)
+            _raise(maxima, _SHARE, tl.where(weak, float("inf"), share))
+
+
+# ---- the result ------------------------------------------------------------------------------------------------------
+
+
+@triton.jit(do_not_specialize=["factor_bits", "rtol", "steps", "hidden", "tried"])
+def _result(
+    weight, largest, kappa1, kappa1_exponent, factor_bits, sums, sum_exponents, kappa, numbers, maxima, rtol, found,
+    lags, bounds, lost, steps, hidden, tried, CERTIFIED: tl.constexpr, DOUBLE: tl.constexpr,
+):  # fmt: skip
+    """Program b: rows b of κ, in the dtype of the weights on the scale of κ⁽¹⁾."""
+    j = (tl.program_id(0) * _UNITS + tl.arange(0, _UNITS)).to(tl.int64)[:, None]
+    stride = hidden.to(tl.int64)
+    scale, own = _scaling(largest, DOUBLE)
+    factor, e1 = _number(factor_bits), tl.load(kappa1_exponent)
+    bound = tl.full([], float("inf"), tl.float64)
+    if CERTIFIED:
+        bound = tl.minimum(tl.load(numbers + _BOUND_A), _geometric_bound(maxima))
+        bound = tl.where(bound <= _number(rtol), bound, float("inf"))
+    certified = bound < float("inf")
+    if tl.program_id(0) == 0:
+        tl.store(lags, tl.where(certified, tried, steps - 1).to(tl.int64))
+        tl.store(bounds, tl.where(certified, bound, 0.0))
+    top = tl.full([_UNITS, 1], ZERO, tl.int64)
+    for i in range(tried):
+        top = tl.maximum(top, tl.load(sum_exponents + i * stride + j, j < hidden, other=ZERO))
+    # As in _tail, of all lags, with powers whose entries are 4 H at most.
+    missing = power_of_two(tl.full([], centre(DOUBLE) + 29, tl.int32), DOUBLE) * least_normal(DOUBLE)
+    missing = missing.to(tl.float64) * steps * steps * hidden
+    roundoff = 2.0**-52 if DOUBLE else 2.0**-23
+    for start in range(0, hidden, _TILE):
+        k = start + tl.arange(0, _TILE)[None, :]
+        inside = (j < hidden) & (k < hidden)
+        at = j * stride + k
+        every, w = _kappa_of(
+            weight, kappa1, sums, sum_exponents, at, j, inside, factor, scale, own, e1, hidden, tried, DOUBLE
+        )
+        if CERTIFIED:
+            every = tl.where(certified, tl.load(kappa + at, inside, other=0), every)
+        narrow = every.to(found.dtype.element_ty)
+        tl.store(found + at, narrow, inside)
+        # Where κ⁽¹⁾ is 0 there is nothing to lose: whoever meets a weight twice meets it once.
+        some = inside & (tl.load(kappa1 + at, inside, other=0) > 0)
+        error = times_power(w * missing, top + own - e1, True)
+        right = (error <= roundoff * every) & (narrow >= least_normal(DOUBLE))
+        tl.store(lost, 1, tl.max(tl.max((some & (right == 0)).to(tl.int32), 1), 0) > 0)
+
+
+def second_term(
+    weight: Tensor,
+    largest: Tensor,
     d: Tensor,
     d_exponents: Tensor,
     h: Tensor,
     h_exponents: Tensor,
-    offset: int,
-    weights: Tensor | None,
-    weight_exponents: Tensor | None,
-    previous: Tensor | None,
-    previous_exponent: Tensor | None,
-    lost: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    """previous + Σ_i weights[i]ᵀ ⊙ Σ_t δ_{t+offset+i} h_tᵀ and its exponent; without weights on a natural scale."""
-    hidden = d.shape[1]
-    lags = 1 if weights is None else len(weights)
-    tops = d_exponents.new_empty(lags, 2)
-    sums, exponent = d.new_empty(hidden, hidden), d_exponents.new_empty(1)
-    steps = (len(d), len(h), offset)
-    double = is_double(d)
-    tile = 32  # 64 spills
-    options = whole(4) if double else {"num_warps": 4, "enable_fp_fusion": True}
-    with on_device(d):
-        _tops[(lags,)](
-            d_exponents, h_exponents, either(weight_exponents, d_exponents), tops, *steps,
-            WEIGHTED=weights is not None, BLOCK=1024, enable_fp_fusion=True,
-        )  # fmt: skip
-        _pair_sums[(triton.cdiv(hidden, tile), triton.cdiv(hidden, tile))](
-            d, d_exponents, h, h_exponents, either(weights, d), tops, either(previous, d),
-            either(previous_exponent, d_exponents),
-            sums, exponent, either(lost, exponent), *steps, hidden, lags, double, weights is not None,
-            previous is not None, lost is not None,
-            TILE=tile, STEPS=16, **options,
-        )  # fmt: skip
-    return sums, exponent
+    kappa1: Tensor,
+    kappa1_exponent: Tensor,
+    factor: float,
+    rtol: float,
+    tried: int,
+    shrinks: bool,
+    maxima: Tensor,
+    lags: Tensor,
+    bounds: Tensor,
+    lost: Tensor,
+) -> Tensor:
+    """κ⁽¹⁾ + factor · W̃ ⊙ S ``[H, H]``, on the scale of κ⁽¹⁾; it sets ``lags``, ``bounds`` and ``lost``, each ``[1]``.
 
-
-@triton.jit(do_not_specialize=["count", "hidden", "reverse"])
-def _filtered(
-    rows, exponents, ratio, ratio_exponent, out, out_exponents, count, hidden, reverse,
-    DOUBLE: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """y_t = ratio ⊙ (x_t + y_before), centred at every step."""
-    unit = tl.arange(0, BLOCK)
-    live = unit < hidden
-    factor = tl.load(ratio + unit, live, other=0)
-    factor_e = tl.load(ratio_exponent)
-    y = tl.zeros([BLOCK], rows.dtype.element_ty)
-    e = tl.full([], ZERO, tl.int64)
-    for s in range(count):
-        t = tl.where(reverse != 0, count - 1 - s, s).to(tl.int64)
-        x = tl.load(rows + t * hidden + unit, live, other=0)
-        x_e = tl.load(exponents + t)
-        top = tl.maximum(x_e, e)
-        y = factor * (times_power(x, x_e - top, DOUBLE) + times_power(y, e - top, DOUBLE))
-        most = tl.max(y, 0)
-        shift = centre(DOUBLE) - log2_floor(most, DOUBLE)
-        y = times_power(y, shift, DOUBLE)
-        e = tl.where(most == 0, ZERO, top + factor_e - shift)
-        tl.store(out + t * hidden + unit, y, live)
-        tl.store(out_exponents + t, e)
-
-
-def filtered(
-    rows: Tensor, exponents: Tensor, ratio: Tensor, ratio_exponent: Tensor, reverse: bool
-) -> tuple[Tensor, Tensor]:
-    """y_t = ratio · 2^ratio_exponent ⊙ (x_t + y_{t-1}), y_{t+1} for reverse, from zero; and the exponents.
-
-    Raises:
-        ValueError: rows too long for one program.
+    ``tried`` lags are summed before a certificate is tried, where there are more and rtol is not 0; ``shrinks`` says
+    whether δ_t ≥ δ_{t+1}. ``maxima``, int64 ``[MAXIMA]``, are zeros.
     """
-    count, hidden = rows.shape
-    if hidden > HIDDEN_LIMIT:
-        raise ValueError(f"κ⁽²⁾ serves hidden sizes up to {HIDDEN_LIMIT}, not {hidden}; use rtol=0 or backend 'cuda'")
-    out, out_exponents = torch.empty_like(rows), torch.empty_like(exponents)
-    block = triton.next_power_of_2(hidden)
-    with on_device(rows):
-        _filtered[(1,)](
-            rows, exponents, ratio, ratio_exponent, out, out_exponents, count, hidden, int(reverse),
-            is_double(rows), BLOCK=block, num_warps=min(max(block >> 8, 1), 16), enable_fp_fusion=True,
+    steps, hidden = d.shape
+    tried = min(tried, steps - 1)
+    more = tried < steps - 1
+    certifies = more and rtol > 0 and tried > 1
+    double, bits = is_double(weight), (_bits(factor), _bits(rtol))
+    blocks, programs = triton.cdiv(hidden, _UNITS.value), whole(8 if double else 4)
+    sequences = (d, d_exponents, h, h_exponents)
+    last = tried if more else max(tried - 1, 1)
+    powers, exponents = weight.new_empty(last + 1, hidden, hidden), d_exponents.new_empty(last + 1, hidden)
+    sums, sum_exponents = weight.new_empty(tried, hidden, hidden), d_exponents.new_empty(tried, hidden)
+    found = torch.empty_like(weight)
+    # Without a certificate there is nothing in them.
+    overlap, overlap_exponent, scratch = found, exponents, powers
+    numbers, kappa = (weight.new_empty(n, dtype=torch.float64) for n in (NUMBERS, hidden * hidden if certifies else 0))
+    with on_device(d):
+        _powers[(blocks,)](weight, largest, powers, exponents, lost, hidden, last, double, **programs)
+        if certifies:
+            overlap, overlap_exponent = torch.empty_like(weight), d_exponents.new_empty(1)
+        lag_arguments = (sums, sum_exponents, overlap, overlap_exponent, numbers, maxima, bits[1], lost)
+        _lags[(blocks, tried)](
+            *sequences, powers, exponents, scratch, *lag_arguments, steps, hidden, tried, False, certifies, double,
+            **programs,
         )  # fmt: skip
-    return out, out_exponents
+        if certifies:
+            _certify(
+                weight, largest, sequences, powers, exponents, sums, sum_exponents, overlap, overlap_exponent, numbers,
+                kappa1, kappa1_exponent, bits, kappa, maxima, lost, tried, shrinks, programs,
+            )  # fmt: skip
+        if more:
+            scratch = torch.empty_like(sums)
+            _lags[(blocks, tried)](
+                *sequences, powers, exponents, scratch, *lag_arguments, steps, hidden, tried, True, certifies, double,
+                **programs,
+            )  # fmt: skip
+        _result[(blocks,)](
+            weight, largest, kappa1, kappa1_exponent, bits[0], sums, sum_exponents, kappa, numbers, maxima, bits[1],
+            found, lags, bounds, lost, steps, hidden, tried, certifies, double, **programs,
+        )  # fmt: skip
+    return found
+
+
+def _certify(
+    weight, largest, sequences, powers, exponents, sums, sum_exponents, overlap, overlap_exponent, numbers, kappa1,
+    kappa1_exponent, bits, kappa, maxima, lost, tried, shrinks, programs,
+):  # fmt: skip
+    """Launches what tries both certificates, with which ``numbers``, ``maxima`` and ``kappa`` are filled."""
+    d = sequences[0]
+    steps, hidden = d.shape
+    double, blocks = is_double(weight), triton.cdiv(hidden, _UNITS.value)
+    wide = [(6, hidden), (tried - 1, hidden), (hidden,), (4, hidden), (steps,)]
+    vectors, rows, columns, ratios, dots = (weight.new_empty(shape, dtype=torch.float64) for shape in wide)
+    vectors = vectors.view(-1)
+    filtered, filtered_exponents = torch.empty_like(d), torch.empty_like(d, dtype=torch.int64)
+    _perron[(2,)](
+        weight, largest, powers[-1], exponents[-1], vectors, numbers, bits[1], steps, hidden, _ITERATIONS, double,
+        **programs,
+    )  # fmt: skip
+    _deviations[(blocks, tried + 3)](
+        d, largest, powers, exponents, vectors, numbers, rows, columns, ratios, dots, steps, hidden, tried, double,
+        **programs,
+    )  # fmt: skip
+    _bounds[(blocks,)](
+        weight, largest, d, sums, sum_exponents, overlap, overlap_exponent, exponents[tried - 1], vectors, numbers,
+        rows, columns, dots, kappa1, kappa1_exponent, bits[0], kappa, maxima, steps, hidden, tried, double, **programs,
+    )  # fmt: skip
+    _tail[(blocks,)](
+        *sequences, weight, largest, powers[tried - 1], exponents[tried - 1], vectors, numbers, ratios, filtered,
+        filtered_exponents, kappa1_exponent, *bits, kappa, maxima, lost, steps, hidden, tried, shrinks, double,
+        **programs,
+    )  # fmt: skip
+
+
+def _bits(x: float) -> int:
+    """As int64, for ``_number``."""
+    found: int = struct.unpack("<q", struct.pack("<d", x))[0]
+    return found

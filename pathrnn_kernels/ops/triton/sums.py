@@ -30,6 +30,7 @@ from .scaled import (
     square,
     square_exponent,
     times_power,
+    whole,
 )
 
 #: Rows that one program sums by columns; of more, partial sums are added by a second launch.
@@ -40,6 +41,8 @@ _WIDE, _TALL = tl.constexpr(32), tl.constexpr(32)
 _CHUNK = tl.constexpr(1024)
 #: Steps that a program which sums over time takes at a time.
 _STEPS = tl.constexpr(64)
+#: Rows and columns of a program that sums over pairs: 64 spill.
+_PAIR_TILE = 32
 #: Units of a program of the drives, and inputs that it takes at a time.
 _UNITS, _INPUTS = tl.constexpr(16), tl.constexpr(64)
 _LN2 = tl.constexpr(math.log(2))
@@ -308,6 +311,80 @@ def row_sums(
     return found if both else found[:2]
 
 
+@triton.jit(do_not_specialize=["late", "early", "hidden"])
+def _pair_sums(
+    d, d_exponents, h, h_exponents, sums, exponent, lost, late, early, hidden,
+    DOUBLE: tl.constexpr, TILE: tl.constexpr, STEPS: tl.constexpr, CHUNK: tl.constexpr,
+):  # fmt: skip
+    """Program (j, k): TILE × TILE entries of Σ_t δ_t h_tᵀ."""
+    j = tl.program_id(0) * TILE + tl.arange(0, TILE)
+    k = tl.program_id(1) * TILE + tl.arange(0, TILE)
+    inside = (j < hidden)[:, None] & (k < hidden)[None, :]
+    count = tl.minimum(early, late)
+    tops = tl.full([CHUNK], ZERO, tl.int64)
+    for start in range(0, count, CHUNK):
+        t = start + tl.arange(0, CHUNK)
+        both = tl.load(d_exponents + t, t < count, other=ZERO) + tl.load(h_exponents + t, t < count, other=ZERO)
+        tops = tl.maximum(tops, both)
+    top = tl.max(tops, 0)
+    top = tl.where(top < HALF_ZERO, ZERO, top)
+    dtype = d.dtype.element_ty
+    summed = tl.zeros([TILE, TILE], dtype)
+    for start in range(0, count, STEPS):
+        t = start + tl.arange(0, STEPS)
+        live = t < count
+        shift = tl.load(d_exponents + t, live, other=ZERO) + tl.load(h_exponents + t, live, other=ZERO) - top
+        delta = tl.load(
+            d + t.to(tl.int64)[None, :] * hidden + j[:, None], (j < hidden)[:, None] & live[None, :], other=0
+        )
+        rows = tl.load(
+            h + t.to(tl.int64)[:, None] * hidden + k[None, :], live[:, None] & (k < hidden)[None, :], other=0
+        )
+        delta = times_power(delta, shift[None, :], DOUBLE)
+        summed = tl.dot(delta, rows, summed, input_precision="ieee", out_dtype=dtype)
+    result = natural_exponent(top, 2 * centre(DOUBLE))
+    total = times_power(summed, top - result, DOUBLE)
+    # Of an entry that has pairs and is yet too small, what underflowed counts. That was a number of δ, to meet one of
+    # h, which is near its centre: 2^24 above it at most, whatever the sizes.
+    tiny = total < least_normal(DOUBLE)
+    above = power_of_two(tl.full([], centre(DOUBLE) + 24, tl.int32), DOUBLE)
+    small = inside & (tiny | (summed < faint(DOUBLE) * above))
+    if tl.max(tl.max(small.to(tl.int32), 1), 0) > 0:
+        pairs, most = tl.zeros([TILE, TILE], tl.float32), tl.full([STEPS, TILE], 1, dtype)
+        for start in range(0, count, STEPS):
+            t = start + tl.arange(0, STEPS)
+            live = t < count
+            delta = tl.load(
+                d + t.to(tl.int64)[None, :] * hidden + j[:, None], (j < hidden)[:, None] & live[None, :], other=0
+            )
+            rows = tl.load(
+                h + t.to(tl.int64)[:, None] * hidden + k[None, :], live[:, None] & (k < hidden)[None, :], other=0
+            )
+            one = tl.dot((delta != 0).to(tl.float32), (rows != 0).to(tl.float32), input_precision="ieee")
+            pairs += one
+            most = tl.maximum(most, rows)
+        small &= tiny | (summed < 2 * faint(DOUBLE) * tl.max(most, 0)[None, :])
+        tl.store(lost, 1, tl.max(tl.max((small & (pairs > 0)).to(tl.int32), 1), 0) > 0)
+    tl.store(sums + j.to(tl.int64)[:, None] * hidden + k[None, :], total, inside)
+    if (tl.program_id(0) == 0) & (tl.program_id(1) == 0):
+        tl.store(exponent, result)
+
+
+def pair_sums(d: Tensor, d_exponents: Tensor, h: Tensor, h_exponents: Tensor, lost: Tensor) -> tuple[Tensor, Tensor]:
+    """Σ_t δ_t h_tᵀ ``[H, H]`` over the steps that both have, and its exponent, on a natural scale."""
+    hidden = d.shape[1]
+    sums, exponent = d.new_empty(hidden, hidden), d_exponents.new_empty(1)
+    double = is_double(d)
+    tiles = triton.cdiv(hidden, _PAIR_TILE)
+    options = whole(4) if double else {"num_warps": 4, "enable_fp_fusion": True}
+    with on_device(d):
+        _pair_sums[(tiles, tiles)](
+            d, d_exponents, h, h_exponents, sums, exponent, lost, len(d), len(h), hidden, double,
+            TILE=_PAIR_TILE, STEPS=16, CHUNK=_CHUNK.value, **options,
+        )  # fmt: skip
+    return sums, exponent
+
+
 @triton.jit
 def _log(x, exponent):
     """log(x · 2^exponent) of a float64 x ≥ 0. The exponents meet as integers, so that what cancels does so exactly."""
@@ -349,9 +426,10 @@ def _finish(
     top = tl.where(top > float("-inf"), top, 0.0)
     total = tl.exp(through - top) + tl.exp(bias - top)
     value = tl.where(total > 0, top + tl.log(tl.where(total > 0, total, 1.0)), float("-inf"))
-    tl.store(out, tl.where(tl.min(finite.to(tl.int32), 0) != 0, value, float("nan")))
+    missing = tl.load(lost) != 0
+    tl.store(out, tl.where((tl.min(finite.to(tl.int32), 0) != 0) & (missing == 0), value, float("nan")))
     tl.store(of_bias, steps)
-    tl.store(arithmetic, tl.where(tl.load(lost) != 0, -1, 0))
+    tl.store(arithmetic, tl.where(missing, -1, 0))
 
 
 def finish(
@@ -365,8 +443,8 @@ def finish(
     largest: Tensor,
     lost: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """log γ² of outputs · head + steps · head_bias, float64; nan where ``largest`` is not finite. Then ``steps``, and
-    -1 where something is lost."""
+    """log γ² of outputs · head + steps · head_bias, float64; nan where ``largest`` is not finite, or something is lost.
+    Then ``steps``, and -1 where something is lost."""
     log_norm, bias = outputs.new_empty((), dtype=torch.float64), outputs.new_empty(1)
     arithmetic = outputs.new_empty((), dtype=torch.int8)
     with on_device(outputs):

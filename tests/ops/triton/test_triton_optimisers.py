@@ -5,6 +5,7 @@ import math
 
 import pytest
 import torch
+from launches import Launches
 from step_cases import Launched
 from test_optim import SEQ_LEN, backward, make, through_a_file, values
 from triton_cases import DEVICE, F32, F64, MARKS
@@ -87,7 +88,8 @@ def test_three_launches_and_nothing_is_read(by_triton, kind):
     step(net, optimizer)
     backward(net)
     k = pk.kappa(net, SEQ_LEN)
-    by_triton.setattr(engine, "kappa", lambda *arguments, **options: k)
+    for name in ("kappa", "kappa_without_waiting"):
+        by_triton.setattr(engine, name, lambda *arguments, **options: k)
     with Launched(by_triton, triton_step) as launched:
         for _ in range(2):
             optimizer.step()
@@ -96,6 +98,23 @@ def test_three_launches_and_nothing_is_read(by_triton, kind):
     # No more than the status of the step before, which is on the host when it is asked for.
     reads = {"aten::_local_scalar_dense", "aten::is_nonzero", "aten::item", "aten::equal", "aten::nonzero"}
     assert [name for name in launched.calls if name in reads] == 2 * ["aten::_local_scalar_dense"]
+
+
+@pytest.mark.parametrize("second_term", (False, True))
+@pytest.mark.parametrize("kind", ("sgd", "gated"))
+def test_a_step_takes_few_launches_and_waits_for_nothing(by_triton, kind, second_term):
+    net = build(hidden_size=4, seed=1)
+    optimizer = KINDS[kind](net, second_term=second_term)
+    step(net, optimizer, seq_len=20)  # the first reads κ
+    backward(net, 20)
+    launches = Launches(by_triton)
+    with launches:
+        optimizer.step()
+    # Of the head's bias, in a group of its own, the rate becomes a tensor.
+    assert len(launches.names) <= (25 if second_term else 12) + 3, launches.names
+    # The status of the step before, which is on the host when it is asked for.
+    assert launches.reads == ["__int__", "_local_scalar_dense"]
+    optimizer.state_dict()
 
 
 def test_lr_may_be_a_tensor_and_groups_differ():
@@ -245,7 +264,7 @@ def test_fused_and_plain_torch(monkeypatch):
 @pytest.mark.parametrize("second_term", (False, True))
 def test_kappa_without_waiting(second_term):
     net = build()
-    found, wanted = kappa_without_waiting(net, 6, second_term), pk.kappa(net, 6, second_term, rtol=0.0)
+    found, wanted = kappa_without_waiting(net, 6, second_term, 0.0), pk.kappa(net, 6, second_term, rtol=0.0)
     assert torch.equal(found.log_path_norm, wanted.log_path_norm)
     for name, p in net.named_parameters():
         assert torch.equal(found.relative(name), wanted.relative(name)) and found.dense(name).shape == p.shape
@@ -260,10 +279,74 @@ def lossy():
     return net.to(DEVICE)
 
 
+def ordinary():
+    net = lossy()
+    with torch.no_grad():
+        net.rnn.weight_hh_l0.copy_(0.5 * torch.eye(2))
+    return net
+
+
+def pull(net):
+    for p in net.parameters():
+        p.grad = torch.ones_like(p)
+
+
+@pytest.mark.parametrize("every", (1, 2))
+@pytest.mark.parametrize("kind", (pk.PathSGD, pk.PathAdam))
+def test_a_step_whose_kappa_underflows_later_is_left_out_and_the_next_is_right(by_triton, kind, every):
+    """κ of the first step is read, later ones are not until one underflows."""
+    first, then, nets = ordinary(), lossy(), []
+    for backend in ("triton", "cpu"):
+        by_triton.setenv("PATHRNN_BACKEND", backend)
+        net = copy.deepcopy(first if backend == "triton" else first.cpu())
+        optimizer = kind(net, lr=1e-3, seq_len=60, **({"update_every": every} if kind is pk.PathSGD else {}))
+        for _ in range(every):
+            pull(net)
+            optimizer.step()
+        net.load_state_dict(then.state_dict())
+        before = values(net)
+        pull(net)
+        optimizer.step()
+        if backend == "triton":
+            assert all(torch.equal(p, before[name]) for name, p in net.named_parameters())
+            with pytest.warns(UserWarning, match=r"the last step was left out, for κ underflowed in torch.float32"):
+                optimizer.step()
+        assert not any(torch.equal(p, before[name]) for name, p in net.named_parameters())
+        nets.append(net)
+    for p, q in zip(*(net.parameters() for net in nets), strict=True):
+        torch.testing.assert_close(p.cpu(), q, rtol=1e-5, atol=1e-6)
+
+
+def test_a_network_whose_kappa_underflows_from_the_start_loses_no_step(by_triton):
+    net = lossy()
+    optimizer = pk.PathSGD(net, lr=1e-3, seq_len=60)
+    for _ in range(2):
+        before = values(net)
+        pull(net)
+        optimizer.step()
+        assert not any(torch.equal(p, before[name]) for name, p in net.named_parameters())
+
+
+def test_a_weight_that_is_not_finite_is_named_where_kappa_is_read_again():
+    net = build()
+    optimizer = KINDS["sgd"](net)
+    step(net, optimizer)
+    with torch.no_grad():
+        net.rnn.weight_hh_l0[0, 0] = math.nan
+    before = values(net)
+    pull(net)
+    optimizer.step()
+    with pytest.warns(UserWarning, match="or a weight is not finite"), pytest.raises(ValueError, match="weight_hh_l0"):
+        optimizer.step()
+    assert all(p.equal(before[name]) or name.endswith("hh_l0") for name, p in net.named_parameters())
+
+
 @pytest.mark.parametrize("kind", (pk.PathSGD, pk.PathAdam))
 def test_a_recorded_step_whose_kappa_underflows_is_left_out(monkeypatch, kind):
     net = lossy()
-    assert pk.kappa(net, 60).arithmetic == "float64" and kappa_without_waiting(net, 60, False).log_path_norm.isnan()
+    assert (
+        pk.kappa(net, 60).arithmetic == "float64" and kappa_without_waiting(net, 60, False, 0.0).log_path_norm.isnan()
+    )
     optimizer = kind(net, lr=1.0, seq_len=60, capturable=True)
     before = values(net)
     for p in net.parameters():

@@ -2,6 +2,7 @@
 
 import math
 
+import launches
 import oracles
 import pytest
 import tolerances
@@ -61,6 +62,12 @@ def test_every_kernel_in_its_place(case):
     for one, other in zip(oracles.parts(found, *layout), oracles.parts(wanted, *layout), strict=True):
         logs = [mantissa.cpu().log() + exponent.cpu().double() * math.log(2) for mantissa, exponent in (one, other)]
         torch.testing.assert_close(*logs, rtol=0, atol=tolerance)
+
+
+def test_launches(monkeypatch):
+    from pathrnn_kernels.ops import triton
+
+    launches.check_pass(triton, monkeypatch)
 
 
 @pytest.mark.parametrize("dtype", (F32, F64), ids=str)

@@ -141,10 +141,73 @@ def finish(*arguments):
     for flag in (True, False):
         found, bias, arithmetic = triton.finish(*map(moved, (*arguments, torch.tensor([flag]))))
         assert bias.tolist() == [arguments[6]] and arithmetic.dtype == torch.int8 and arithmetic == -int(flag)
+        assert found.isnan() or not flag
     again = triton.finish(*map(moved, (*arguments, torch.tensor([False]))))[0]
     assert found.shape == () and found.dtype == F64
     assert found == again or found.isnan()
     return found.cpu()
+
+
+# ---- pair_sums -------------------------------------------------------------------------------------------------------
+
+
+def rows(count, hidden, dtype, spread=20):
+    """Centred rows, one of them zero where there are several."""
+    x, exponents = 2.0**30 * torch.rand(count, hidden, dtype=dtype), torch.randint(-spread, spread + 1, (count,))
+    if count > 2:
+        x[count // 2], exponents[count // 2] = 0, ZERO
+    return x, exponents
+
+
+def check_sums(*arguments, terms):
+    *found, lost = run("pair_sums", *arguments)
+    assert not lost
+    same(found, truth("pair_sums", *arguments), tolerances.path(arguments[0].dtype, 1, terms))
+    return found
+
+
+@dtypes
+@pytest.mark.parametrize("hidden, steps", ((1, 1), (3, 2), (17, 40), (70, 3)))
+def test_pair_sums(hidden, steps, dtype):
+    """h has a row more than δ."""
+    check_sums(*rows(steps, hidden, dtype), *rows(steps + 1, hidden, dtype), terms=steps)
+
+
+@dtypes
+@pytest.mark.parametrize("usual", (-300, 0, 60, 61, 900))
+def test_natural_scale(usual, dtype):
+    """Exponent 0 for sums of ordinary size."""
+    centre = gpu_model.centre(dtype)
+    d, h = (2.0**centre * torch.rand(3, 5, dtype=dtype) for _ in range(2))
+    e = torch.tensor([usual, usual - 9, usual - 1]) - centre
+    sums, exponent = check_sums(d, e, h, torch.full((3,), -centre), terms=3)
+    assert exponent == (0 if 0 <= usual <= 60 else usual)
+    assert 2.0**-5 < torch.ldexp(sums.double(), exponent - usual).max() < 2.0**3
+
+
+@dtypes
+def test_room(dtype):
+    """Factors a step's growth above their centre, summed over many steps, stay finite."""
+    x = torch.full((40, 3), 2.0 ** (gpu_model.centre(dtype) + 12), dtype=dtype)
+    e = torch.zeros(40, dtype=torch.int64)
+    check_sums(x, e, x, e, terms=40)
+
+
+def test_nothing_meets():
+    x, e = torch.ones(2, 3, dtype=F64), torch.zeros(2, dtype=torch.int64)
+    sums, exponent, lost = run("pair_sums", 0 * x, e + ZERO, x, e + 700)
+    assert not sums.any() and exponent.item() == 0 and not lost
+
+
+@pytest.mark.parametrize("before", (0, 20))
+def test_what_underflows_before_it_meets_a_large_number_is_told(before):
+    arguments, wanted = gpu_model.dropped(before)
+    sums, exponent, lost = run("pair_sums", *arguments)
+    found, rtol = float(sums[1, 1]) * 2.0 ** int(exponent), tolerances.path(F32, 1, 400)
+    assert lost or found == pytest.approx(wanted, rel=rtol, abs=0)
+
+
+# ---- log γ² ----------------------------------------------------------------------------------------------------------
 
 
 @dtypes

@@ -110,69 +110,41 @@ __device__ T times_factor(T x, T factor) {
   return factor < T(0) ? scaled(x, static_cast<int64_t>(factor)) : x * factor;
 }
 
-// The arguments of the op, rows of h and d beyond the last pair left out.
 template <typename T>
 struct PairSums {
-  int64_t hidden, offset, d_rows, h_rows;
-  int64_t lags;  // those that have pairs
-  const T *d, *h;
+  int64_t hidden, pairs;
+  const T *d, *h;  // [pairs, hidden]
   const int64_t *d_exponents, *h_exponents;
-  const T* weights;                 // [c, H, H] or null: c is 1 and the weight one
-  const int64_t* weight_exponents;  // [c]
-  const T* previous;                // [H, H] or null
-  const int64_t* previous_exponent;
-  // With weights; without, one lag, whose exponents every block looks through for itself.
-  T* factors;     // [lags, pairs(0)]: pair_factor of each pair's exponent, seen from the largest of its lag
-  int64_t* tops;  // [lags]: that largest one, the weight's included
-  T* sums;        // [slices, H, H], to be added up
+  T* sums;  // [slices, H, H], to be added up
   int64_t* exponent;
-  bool* lost;  // of one lag: set where an entry has pairs and is yet too small; or null
+  bool* lost;  // set where an entry has pairs and is yet too small
 
-  __device__ int64_t pairs(int64_t lag) const { return min(d_rows - offset - lag, h_rows); }
-  __device__ int64_t step_of_d(int64_t t, int64_t lag) const { return t + offset + lag; }
-  // Whether entry (j, k) of a finished sum of one lag, on its natural scale, has lost what underflowed: numbers of d, to
-  // meet ones of h, which are near their centre, 2^24 above it at most, whatever the sizes.
+  __device__ int64_t pair_exponent(int64_t t) const { return settled(d_exponents[t] + h_exponents[t]); }
+  // Whether entry (j, k) of the finished sum, on its natural scale, has lost what underflowed: numbers of d, to meet ones
+  // of h, which are near their centre, 2^24 above it at most, whatever the sizes.
   __device__ bool loses(T sum, int64_t j, int64_t k) const {
-    if (lost == nullptr || sum >= scaled(faint<T>(), Format<T>::centre + 24)) return false;
+    if (sum >= scaled(faint<T>(), Format<T>::centre + 24)) return false;
     int64_t top = kZero;
     T most = 1;
     bool some = false;
-    for (int64_t t = 0; t < pairs(0); ++t) {
+    for (int64_t t = 0; t < pairs; ++t) {
       const T early = h[t * hidden + k];
-      top = max(top, pair_exponent(t, 0));
+      top = max(top, pair_exponent(t));
       most = max(most, early);
-      some |= d[step_of_d(t, 0) * hidden + j] != T(0) && early != T(0);
+      some |= d[t * hidden + j] != T(0) && early != T(0);
     }
     const T before = scaled(sum, natural(top, 2 * Format<T>::centre) - top);
     return some && (sum < power_of_two<T>(Format<T>::min_exponent) || before < 2 * faint<T>() * most);
   }
-  __device__ int64_t pair_exponent(int64_t t, int64_t lag) const {
-    return settled(d_exponents[step_of_d(t, lag)] + h_exponents[t]);
-  }
 };
-
-// Block i: the factors and the top of lag i.
-template <typename T>
-__global__ void __launch_bounds__(kPairThreads) scale_pairs(PairSums<T> p) {
-  SharedMemory memory;
-  const Shared<int64_t> scratch = memory.take<int64_t>(kPairThreads / kWarp);
-  const int64_t lag = blockIdx.x, pairs = p.pairs(lag);
-  int64_t top = kZero;
-  for (int64_t t = threadIdx.x; t < pairs; t += kPairThreads) top = max(top, p.pair_exponent(t, lag));
-  top = block_max(top, scratch);
-  for (int64_t t = threadIdx.x; t < pairs; t += kPairThreads) {
-    p.factors[lag * p.pairs(0) + t] = pair_factor<T>(p.pair_exponent(t, lag) - top);
-  }
-  if (threadIdx.x == 0) p.tops[lag] = settled(top + p.weight_exponents[lag]);
-}
 
 constexpr int64_t pair_tiles_shared(int64_t size, int micro) {
   return shared_bytes<int64_t>(kPairThreads / kWarp) + 4 * pair_depth(micro) * kPairSide * micro * size;
 }
 
-// A slice of the (lag, step) pairs for a tile of S: block (x, y) has tile x and slice y. Each thread keeps kMicro x
-// kMicro entries of the tile of S and of the lag's C = Σ_t d h in registers; steps pass through shared memory, a few at
-// a time, the next ones on their way while these are multiplied. Beyond the edge of S a tile repeats the last column.
+// A slice of the steps for a tile of Σ_t d hᵀ: block (x, y) has tile x and slice y. Each thread keeps kMicro x kMicro
+// entries of the tile in registers; steps pass through shared memory, a few at a time, the next ones on their way while
+// these are multiplied. Beyond the edge a tile repeats the last column.
 template <typename T, int kMicro>
 class PairTile {
  public:
@@ -188,31 +160,21 @@ class PairTile {
     const int thread = threadIdx.x;
     along_j_ = thread % 8 + thread / kWarp % 2 * 8;
     along_k_ = thread / 8 % 4 + thread / (2 * kWarp) * 4;
-    int64_t top = p.previous != nullptr ? settled(*p.previous_exponent) : kZero;
-    if (p.factors != nullptr) {
-      for (int64_t lag = thread; lag < p.lags; lag += kPairThreads) top = max(top, p.tops[lag]);
-    } else if (p.lags > 0) {
-      for (int64_t t = thread; t < p.pairs(0); t += kPairThreads) top = max(top, p.pair_exponent(t, 0));
-    }
+    int64_t top = kZero;
+    for (int64_t t = thread; t < p.pairs; t += kPairThreads) top = max(top, p.pair_exponent(t));
     top_ = block_max(top, scratch);
   }
 
   __device__ void run() {
-    begin();
-    const int64_t stages = p_.lags > 0 ? (p_.pairs(0) + kDepth - 1) / kDepth : 1, all = stages * p_.lags;
-    const int64_t first = all * blockIdx.y / gridDim.y, last = all * (blockIdx.y + 1) / gridDim.y;
-    Place here = from(first / stages, first % stages * kDepth);
-    const Place end{last / stages, last % stages * kDepth};
-    if (here.before(end)) fetch(here);
-    for (int buffer = 0; here.before(end); buffer ^= 1) {
+    const int64_t stages = (p_.pairs + kDepth - 1) / kDepth;
+    const int64_t first = stages * blockIdx.y / gridDim.y, last = stages * (blockIdx.y + 1) / gridDim.y;
+    if (first < last) fetch(first * kDepth);
+    for (int64_t stage = first; stage < last; ++stage) {
+      const int buffer = stage % 2;
       put(buffer);
       __syncthreads();
-      const Place next = from(here.lag, here.t + kDepth);
-      const bool more = next.before(end);
-      if (more) fetch(next);
+      if (stage + 1 < last) fetch((stage + 1) * kDepth);
       multiply(buffer);
-      if (!more || next.lag != here.lag) fold(here.lag);
-      here = next;
     }
     finish();
   }
@@ -222,49 +184,22 @@ class PairTile {
   static constexpr int kDepth = pair_depth(kMicro);
   static constexpr int kRows = kPairThreads / kTile, kSweeps = kDepth / kRows;  // how threads share a load
 
-  struct Place {
-    int64_t lag, t;
-    __device__ bool before(const Place& o) const { return lag < o.lag || (lag == o.lag && t < o.t); }
-  };
-  // Step t of a lag, or the first of the next lag if there is no such pair.
-  __device__ Place from(int64_t lag, int64_t t) const {
-    return lag >= p_.lags || t < p_.pairs(lag) ? Place{lag, t} : Place{lag + 1, 0};
-  }
-
   // The column of a thread's entry u: 16 bytes side by side, then those of the other threads.
   __device__ static int entry(int along, int u) { return u / kPack * (kPairSide * kPack) + along * kPack + u % kPack; }
   __device__ int j(int u) const { return j0_ + entry(along_j_, u); }
   __device__ int k(int v) const { return k0_ + entry(along_k_, v); }
   __device__ int within(int column) const { return min(column, hidden_ - 1); }
 
-  __device__ void begin() {
-    const bool continues = p_.previous != nullptr && blockIdx.y == 0;
-    const int64_t shift = continues ? settled(*p_.previous_exponent) - top_ : 0;
-#pragma unroll
-    for (int u = 0; u < kMicro; ++u) {
-      const int64_t row = within(j(u)) * p_.hidden;
-#pragma unroll
-      for (int v = 0; v < kMicro; ++v) {
-        sums_[u][v] = continues ? scaled(p_.previous[row + within(k(v))], shift) : T(0);
-        pairs_[u][v] = 0;
-      }
-    }
-  }
-
-  __device__ void fetch(const Place& at) {
+  __device__ void fetch(int64_t first) {
     const int column = threadIdx.x % kTile;
-    const int64_t last = p_.pairs(at.lag) - 1;
-    const T* d = p_.d + p_.step_of_d(0, at.lag) * p_.hidden + within(j0_ + column);
+    const T* d = p_.d + within(j0_ + column);
     const T* h = p_.h + within(k0_ + column);
-    const T* factors = p_.factors + at.lag * p_.pairs(0);
 #pragma unroll
     for (int i = 0; i < kSweeps; ++i) {
-      const int64_t step = at.t + threadIdx.x / kTile + i * kRows, t = min(step, last);
+      const int64_t step = first + threadIdx.x / kTile + i * kRows, t = min(step, p_.pairs - 1);
       d_next_[i] = d[t * p_.hidden];
       h_next_[i] = h[t * p_.hidden];
-      factor_next_[i] = step != t                ? T(0)
-                        : p_.factors != nullptr ? factors[t]
-                                                : pair_factor<T>(p_.pair_exponent(t, 0) - top_);
+      factor_next_[i] = step != t ? T(0) : pair_factor<T>(p_.pair_exponent(t) - top_);
     }
   }
 
@@ -295,32 +230,14 @@ class PairTile {
 #pragma unroll
       for (int u = 0; u < kMicro; ++u) {
 #pragma unroll
-        for (int v = 0; v < kMicro; ++v) pairs_[u][v] = fma(d[u], h[v], pairs_[u][v]);
-      }
-    }
-  }
-
-  // S += weightᵀ ⊙ C, and C starts again.
-  __device__ void fold(int64_t lag) {
-    const bool weighted = p_.weights != nullptr;
-    const T* weight = p_.weights + lag * p_.hidden * p_.hidden;
-    const T scale = weighted ? scaled(T(1), p_.tops[lag] - top_) : T(1);
-#pragma unroll
-    for (int v = 0; v < kMicro; ++v) {
-      const int64_t row = within(k(v)) * p_.hidden;
-#pragma unroll
-      for (int u = 0; u < kMicro; ++u) {
-        const T w = weighted ? weight[row + within(j(u))] : T(1);
-        sums_[u][v] = fma(pairs_[u][v] * scale, w, sums_[u][v]);
-        pairs_[u][v] = 0;
+        for (int v = 0; v < kMicro; ++v) sums_[u][v] = fma(d[u], h[v], sums_[u][v]);
       }
     }
   }
 
   __device__ void finish() {
     T* sums = p_.sums + blockIdx.y * p_.hidden * p_.hidden;
-    // A term of a longer sum wants the range that a natural scale would give away.
-    const int64_t exponent = p_.weights == nullptr ? natural(top_, 2 * Format<T>::centre) : top_;
+    const int64_t exponent = natural(top_, 2 * Format<T>::centre);
 #pragma unroll
     for (int u = 0; u < kMicro; ++u) {
 #pragma unroll
@@ -339,7 +256,7 @@ class PairTile {
   Shared<T> d_steps_, h_steps_;  // [2, kDepth, kTile]
   int j0_, k0_, along_j_, along_k_;
   int64_t top_;
-  T sums_[kMicro][kMicro], pairs_[kMicro][kMicro];
+  T sums_[kMicro][kMicro] = {};
   T d_next_[kSweeps], h_next_[kSweeps], factor_next_[kSweeps];
 };
 
@@ -358,74 +275,6 @@ __global__ void __launch_bounds__(kPairThreads) add_slices(PairSums<T> p, int64_
   for (int64_t slice = 0; slice < slices; ++slice) sum += p.sums[slice * count + n];
   result[n] = sum;
   if (p.loses(sum, n / p.hidden, n % p.hidden)) mark(p.lost);
-}
-
-// ---- filtered -------------------------------------------------------------------------------------------------------
-
-// A number x · 2^exponent, 1 <= x < 2 or both x = 0 and exponent = kZero.
-template <typename T>
-struct Scalar {
-  T x = 0;
-  int64_t exponent = kZero;
-
-  Scalar() = default;
-  __device__ Scalar(T value, int64_t value_exponent) {
-    if (value > T(0)) {
-      const int m = exponent_of(value);
-      x = scaled(value, -m);
-      exponent = value_exponent + m;
-    }
-  }
-};
-
-// A thread runs one column through all steps, with exponents of its own, so no step waits for other columns.
-template <typename T>
-__global__ void __launch_bounds__(kWarp, 1)
-    filter_columns(const T* rows, const int64_t* exponents, const T* ratio, const int64_t* ratio_exponent,
-                   int64_t count, int64_t width, bool reverse, T* out, int64_t* out_exponents) {
-  const int64_t column = int64_t{blockIdx.x} * kWarp + threadIdx.x;
-  if (column >= width) return;
-  const Scalar<T> r(ratio[column], *ratio_exponent);
-  const auto step = [&](int64_t i) { return reverse ? count - 1 - i : i; };
-  constexpr int batch = 64 / sizeof(T);  // steps that are loaded ahead
-  Scalar<T> y;
-  for (int64_t first = 0; first < count; first += batch) {
-    Scalar<T> x[batch];
-#pragma unroll
-    for (int i = 0; i < batch; ++i) {
-      if (first + i < count) {
-        const int64_t t = step(first + i);
-        x[i] = Scalar<T>(rows[t * width + column], exponents[t]);
-      }
-    }
-#pragma unroll
-    for (int i = 0; i < batch; ++i) {
-      if (first + i < count) {
-        const int64_t top = max(x[i].exponent, y.exponent);
-        y = Scalar<T>(r.x * (scaled(x[i].x, x[i].exponent - top) + scaled(y.x, y.exponent - top)), r.exponent + top);
-        const int64_t at = step(first + i) * width + column;
-        out[at] = y.x;
-        out_exponents[at] = y.exponent;
-      }
-    }
-  }
-}
-
-constexpr int kJoinThreads = 256;
-
-// Block t: row t, whose entries have exponents of their own, gets one for all, its largest entry near 2^centre.
-template <typename T>
-__global__ void __launch_bounds__(kJoinThreads)
-    join_exponents(const int64_t* entry_exponents, int64_t width, T* rows, int64_t* exponents) {
-  SharedMemory memory;
-  const Shared<int64_t> scratch = memory.take<int64_t>(kJoinThreads / kWarp);
-  T* row = rows + blockIdx.x * width;
-  const int64_t* own = entry_exponents + blockIdx.x * width;
-  int64_t top = kZero;
-  for (int64_t j = threadIdx.x; j < width; j += kJoinThreads) top = max(top, own[j]);
-  const int64_t exponent = settled(block_max(top, scratch) - Format<T>::centre);
-  for (int64_t j = threadIdx.x; j < width; j += kJoinThreads) row[j] = scaled(row[j], own[j] - exponent);
-  if (threadIdx.x == 0) exponents[blockIdx.x] = exponent;
 }
 
 }  // namespace pathrnn
