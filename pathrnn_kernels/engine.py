@@ -263,6 +263,7 @@ class Engine(Optimizer):
         """What is kept of other weights, before a module of the network was replaced, is of no use to these."""
         if len(weights) != len(self._known) or any(map(operator.is_not, weights, self._known)):
             self._known, self._kappa, self._lags = weights, None, None
+            self._trusted = self._underflowed = False
 
     def _taken(self) -> None:
         """A step has been: what is kept for the next."""
