@@ -68,10 +68,10 @@ OUTPUTS = pytest.mark.parametrize("outputs", ("all", pytest.param("last", marks=
 @pytest.mark.parametrize("dtype", (F32, pytest.param(F64, marks=pytest.mark.slow)), ids=str)
 @pytest.mark.parametrize("name", pass_cases.matrices(1))
 def test_lags_left_out_cost_no_more_than_the_bound(name, dtype, outputs):
-    net = network(name, outputs, dtype)
-    found = run(net, SEQ_LEN, 1e-6)
+    net, rtol = network(name, outputs, dtype), 2e-6
+    found = run(net, SEQ_LEN, rtol)
     bound, lags = found.bounds.item(), found.lags.item()
-    assert 0 <= bound <= 1e-6 and lags == (16 if name in CERTIFIED else SEQ_LEN - 1)
+    assert 0 <= bound <= rtol and lags == (16 if name in CERTIFIED else SEQ_LEN - 1)
     check(found, net, SEQ_LEN, dtype)
 
 
