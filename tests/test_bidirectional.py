@@ -3,7 +3,6 @@
 import itertools
 import math
 
-import gpu_model
 import oracles
 import pytest
 import tolerances
@@ -15,8 +14,6 @@ from torch import nn
 
 import pathrnn_kernels as pk
 from pathrnn_kernels import ops, reference
-from pathrnn_kernels.ops import gpu
-from pathrnn_kernels.ops.plan import Plan
 from pathrnn_kernels.rescale import node_rescale_
 
 pytestmark = pytest.mark.usefixtures("poisoned")
@@ -176,27 +173,17 @@ def test_kernels_are_within_their_bound(dtype, outputs, h0):
     assert warm.lags == found.lags | {"rnn.weight_hh_l1_reverse": 40}
 
 
-@pytest.mark.parametrize("backend", ("cpu", "gpu", "certified reference"))
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # Triton's interpreter divides by 0 in numpy
+@pytest.mark.parametrize("backend", ("cpu", pytest.param("triton", marks=pytest.mark.slow), "certified reference"))
 @pytest.mark.parametrize("ratio, rho, rtol", ((0.9, 0.3, 0.1), (0.9, 0.3, 0.01), (0.7, 0.3, 1e-4)))
 def test_delta_below_the_top_may_grow_with_time(ratio, rho, rtol, backend):
     """The layer above looks back, so that a certificate must not take δ_t ≥ δ_{t+1} for granted."""
     net, seq_len = growing_delta(ratio, rho), 40
     p, name = doubles(net), "rnn.weight_hh_l0"
     expected = reference.kappa(p, seq_len, "all", "ones", second_term=True)[name]
-    if backend == "cpu":
-        k = pk.kappa(net, seq_len, True, rtol=rtol)
+    if backend != "certified reference":
+        k = pk.kappa(net, seq_len, True, rtol=rtol, backend=backend, lags={name: 32})  # Triton's try certificates once
         found, lags, bound = k.dense(name), k.lags, k.bound
-    elif backend == "gpu":
-        options = (True, 4.0, rtol, (), 1 << 24, True)
-        steps = Plan("block", 1, 0.0)
-        chain = ops.PathChain._make(
-            gpu.path_chain(gpu_model, steps, *call(net, seq_len, ones_h0=True).values(), *options)
-        )
-        found, lags, bound = (
-            torch.ldexp(chain.kappa[1], chain.exponents[1]),
-            {name: chain.lags[0]},
-            chain.bounds[0].item(),
-        )
     else:
         terms, lags, bound = reference.kappa2_certified(p, seq_len, "all", "ones", rtol=rtol)
         found = reference.kappa1(p, seq_len, "all", "ones")[name] + terms[name]
