@@ -3,6 +3,8 @@
 import pytest
 import sass
 
+pytestmark = pytest.mark.slow  # nvcc compiles its sample
+
 BLOCK = "_ZN7pathrnn10run_chainsIfLNS_9ChainPlanE0EEEvNS_6ChainsIT_EE"
 STEPS = {
     "block": ["LDG.E R4, desc[UR8][R2.64]", "LDS.128 R8, [R6]", "BAR.SYNC.DEFER_BLOCKING 0x0"],

@@ -94,6 +94,7 @@ def test_every_number_of_lags(seq_len, dtype):
         check(found, net, seq_len, dtype)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("hidden", (1, 16, 17, 33))
 def test_sizes(hidden):
     net = pass_cases.network(hidden, dtype=F32)
@@ -101,6 +102,7 @@ def test_sizes(hidden):
         check(run(net, 21, rtol), net, 21, F32)
 
 
+@pytest.mark.slow
 def test_first_lags_are_tried_at_once():
     """As many as a former call needed, if the workspace holds their powers."""
     net = network("orthogonal")
@@ -111,6 +113,7 @@ def test_first_lags_are_tried_at_once():
         check(found, net, 40)
 
 
+@pytest.mark.slow
 def test_layers_and_directions():
     """Each chain has a certificate of its own."""
     net = pass_cases.network(6, 2, both=True, dtype=F32)
@@ -121,6 +124,7 @@ def test_layers_and_directions():
     check(found, net, 24, F32)
 
 
+@pytest.mark.slow
 @dtypes
 def test_growth_beyond_every_dtype(dtype):
     net = network("gaussian", dtype=dtype)
@@ -140,6 +144,7 @@ def test_dead_units_do_not_keep_others_from_a_certificate():
     check(run(net, SEQ_LEN, 1e-3), net, SEQ_LEN, F32)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", range(8))
 def test_what_is_lost_is_said(seed):
     """Weights over many orders of magnitude: float32 either equals float64 or says that it lost something."""
