@@ -178,11 +178,14 @@ def test_kernels_are_within_their_bound(dtype, outputs, h0):
 @pytest.mark.parametrize("ratio, rho, rtol", ((0.9, 0.3, 0.1), (0.9, 0.3, 0.01), (0.7, 0.3, 1e-4)))
 def test_delta_below_the_top_may_grow_with_time(ratio, rho, rtol, backend):
     """The layer above looks back, so that a certificate must not take δ_t ≥ δ_{t+1} for granted."""
+    if backend == "triton":
+        pytest.importorskip("triton")
     net, seq_len = growing_delta(ratio, rho), 40
     p, name = doubles(net), "rnn.weight_hh_l0"
     expected = reference.kappa(p, seq_len, "all", "ones", second_term=True)[name]
     if backend != "certified reference":
-        k = pk.kappa(net, seq_len, True, rtol=rtol, backend=backend, lags={name: 32})  # Triton's try certificates once
+        lags = {name: 32} if backend == "triton" else None  # Triton's kernels try certificates once
+        k = pk.kappa(net, seq_len, True, rtol=rtol, backend=backend, lags=lags)
         found, lags, bound = k.dense(name), k.lags, k.bound
     else:
         terms, lags, bound = reference.kappa2_certified(p, seq_len, "all", "ones", rtol=rtol)

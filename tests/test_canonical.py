@@ -141,6 +141,7 @@ def test_what_underflows_does_not_depend_on_the_rescaling(exponent):
         net.rnn.weight_hh_l0[1:, 1:] *= 2.0**-20
         net.rnn.weight_hh_l0[5, 9] = 2.0**exponent
     before = pk.kappa(net, 3)
+    assert all((scaled.parts()[0] > 0).all() for scaled in before.scaled.values())
     for seed in range(3):
         after, moved = rescaled(net, 4, seed)
         check_follows(before, pk.kappa(after, 3), moved)
