@@ -4,6 +4,8 @@
 #include <c10/core/InferenceMode.h>
 #include <torch/library.h>
 
+#include <deque>
+
 #include "../check.h"
 #include "isa.h"
 #include "path_chain.h"
@@ -23,6 +25,9 @@ constexpr double kInfinity = std::numeric_limits<double>::infinity();
 // Entries whose sums are one number, whatever the number of threads; and those that a thread takes at least: fewer where
 // κ has just been made by a team, each of whose members has a part of it in its cache.
 constexpr int64_t kTileEntries = 4096, kShareEntries = 1 << 16, kTeamShareEntries = 1 << 13;
+
+// Rows below this length are put one behind the other before a step takes them run by run.
+constexpr int64_t kShortRow = 16;
 
 // What a step returns when it has changed nothing; optim's sentences say what to do. Those of one weight add 4 times its
 // place in `weights`.
@@ -225,10 +230,32 @@ class Step {
     }
     w.tables = tables_;
     w.most_down = 2 * spread_;
+    if (w.columns < std::min(w.size, kShortRow) && !w.entry_exponents) unfold(w);
     const Tensor weight = contiguous(own, written);
     if (written) w.moved = weight.mutable_data_ptr<T>();
     w.weight = weight.const_data_ptr<T>();
     return w;
+  }
+
+  // Of a matrix of short rows, one long row; whatever the scaling, as sums go by rows.
+  void unfold(StepWeight<T>& w) {
+    Unfolded& u = unfolded_.emplace_back();
+    for (int64_t i = 0; i < w.size; ++i) {
+      const int64_t row = i / w.columns, column = i % w.columns;
+      u.kappa.push_back(w.kappa[row * w.row_stride + column * w.column_stride]);
+      u.exponent.push_back((w.row ? w.row[row] : 0) + (w.column ? w.column[column] : 0));
+      if (!tables_) continue;
+      u.up.push_back((w.row ? w.row_up[row] : T(1)) * (w.column ? w.column_up[column] : T(1)));
+      u.down.push_back((w.row ? w.row_down[row] : T(1)) * (w.column ? w.column_down[column] : T(1)));
+    }
+    w.columns = w.row_stride = w.size;
+    w.column_stride = 1;
+    w.kappa = u.kappa.data();
+    w.row = nullptr;
+    w.row_up = w.row_down = nullptr;
+    w.column = u.exponent.data();
+    w.column_up = u.up.data();
+    w.column_down = u.down.data();
   }
 
   void add(int64_t s) {
@@ -272,8 +299,10 @@ class Step {
   std::vector<Tile> tiles(int64_t without = -1) const {
     std::vector<Tile> result;
     for (size_t v = 0; v < views_.size(); ++v) {
-      for (int64_t i = 0; static_cast<int64_t>(v) != without && i < views_[v].size; i += kTileEntries) {
-        result.push_back({static_cast<int64_t>(v), i, std::min(views_[v].size, i + kTileEntries)});
+      const int64_t size = views_[v].size, columns = views_[v].columns;
+      const int64_t entries = columns < kTileEntries ? kTileEntries / columns * columns : kTileEntries;  // whole rows
+      for (int64_t i = 0; static_cast<int64_t>(v) != without && i < size; i += entries) {
+        result.push_back({static_cast<int64_t>(v), i, std::min(size, i + entries)});
       }
     }
     return result;
@@ -558,6 +587,11 @@ class Step {
   bool tables_ = true, wide_;
   int64_t spread_ = 0;
   std::vector<StepWeight<T>> views_;
+  struct Unfolded {
+    std::vector<T> kappa, up, down;
+    std::vector<int64_t> exponent;
+  };
+  std::deque<Unfolded> unfolded_;
   std::vector<Tensor> kept_;
   std::vector<std::pair<Tensor, Tensor>> copies_;
   int64_t numbers_per_weight_ = 0;

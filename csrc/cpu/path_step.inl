@@ -1,8 +1,27 @@
-// path_step: a step of the optimisers entry by entry. Runs of entries are brought to canonical coordinates (ops.h), which
-// is exact, and all arithmetic is done there by the same vector loops whatever the scaling. U is what it is done in.
+// path_step: a step of the optimisers entry by entry, in runs of one row each. A run is brought to canonical coordinates
+// (ops.h), which is exact, and all arithmetic is done there by the same vector loops whatever the scaling. U is what it is
+// done in.
 
 constexpr int64_t kRun = 256;
 
+// Entries [i, i + n) of a weight, which lie in one row, from `column` on.
+struct Span {
+  int64_t i, n, row, column;
+};
+
+// Calls f(span) for the runs of entries [first, last).
+template <typename F>
+inline void for_runs(int64_t columns, int64_t first, int64_t last, const F& f) {
+  Span s{first, 0, first / columns, first % columns};
+  for (; s.i < last; s.i += s.n) {
+    s.n = std::min({kRun, columns - s.column, last - s.i});
+    f(s);
+    s.column += s.n;
+    if (s.column == columns) ++s.row, s.column = 0;
+  }
+}
+
+// Buffers of a run; entries beyond n hold nothing of use.
 template <typename U>
 struct alignas(64) Run {
   U gradient[kRun], weight[kRun], kappa[kRun], first[kRun], second[kRun], step[kRun], delta[kRun];
@@ -12,104 +31,102 @@ template <typename U>
 inline Vec<U> all(double value) {
   return Vec<U>{} + static_cast<U>(value);
 }
-
-// Calls f(row, column, j, m) for the pieces [i + j, i + j + m) of entries [i, i + n) that lie in one row.
-template <typename F>
-inline void for_rows(int64_t columns, int64_t i, int64_t n, const F& f) {
-  int64_t row = i / columns, column = i % columns;
-  for (int64_t j = 0; j < n; ++row, column = 0) {
-    const int64_t m = std::min(columns - column, n - j);
-    f(row, column, j, m);
-    j += m;
-  }
-}
+template <typename U>
+constexpr std::array<U, kRun> kOnes = [] {
+  std::array<U, kRun> ones{};
+  for (U& one : ones) one = 1;
+  return ones;
+}();
 
 // e of an entry.
 template <typename T>
 inline int64_t exponent_at(const StepWeight<T>& w, int64_t row, int64_t column) {
   return (w.row ? w.row[row] : 0) + (w.column ? w.column[column] : 0);
 }
-
-// out = in · 2^e, or in · 2^-e: into canonical coordinates and back.
-template <bool down, typename U, typename T, typename In, typename Out>
-void shift(const StepWeight<T>& w, int64_t i, int64_t n, const In* in, Out* out) {
+// 2^-e or 2^e of a row, and of a run's columns.
+template <bool down, typename T>
+inline T row_factor(const StepWeight<T>& w, const Span& s) {
   const T* const rows = down ? w.row_down : w.row_up;
+  return rows ? rows[s.row] : T(1);
+}
+template <bool down, typename T>
+inline const T* column_factors(const StepWeight<T>& w, const Span& s) {
   const T* const columns = down ? w.column_down : w.column_up;
-  for_rows(w.columns, i, n, [&](int64_t row, int64_t column, int64_t j, int64_t m) {
-    const In* from = in + j;
-    Out* to = out + j;
-    if (w.tables) {
-      const U r = rows ? rows[row] : T(1);
-      if (columns) {
-        const T* const c = columns + column;
-#pragma GCC ivdep
-        for (int64_t q = 0; q < m; ++q) to[q] = static_cast<Out>(static_cast<U>(from[q]) * (r * static_cast<U>(c[q])));
-      } else {
-#pragma GCC ivdep
-        for (int64_t q = 0; q < m; ++q) to[q] = static_cast<Out>(static_cast<U>(from[q]) * r);
-      }
-      return;
-    }
-    for (int64_t q = 0; q < m; ++q) {
-      const int64_t e = std::clamp<int64_t>(exponent_at(w, row, column + q), -1000, 1000);
-      to[q] = static_cast<Out>(static_cast<double>(from[q]) * power_of_two<double>(down ? -e : e));
-    }
-  });
+  return columns ? columns + s.column : kOnes<T>.data();
 }
 
-// The run's κ, without exponents, in whole vectors: entries beyond the last are 1.
-template <typename T, typename U>
-const U* gather_kappa(const StepWeight<T>& w, int64_t i, int64_t n, U* out) {
-  const bool dense = w.row_stride == w.columns && w.column_stride == 1;
-  if constexpr (std::is_same_v<T, U>) {
-    if (dense && n % Simd<U>::width == 0) return w.kappa + i;
+// out = in · 2^-e, or in · 2^e, of a run.
+template <bool down, typename U, typename T, typename In, typename Out>
+void shift(const StepWeight<T>& w, const Span& s, const In* in, Out* out) {
+  if (w.tables) {
+    const U r = row_factor<down>(w, s);
+    const T* const c = column_factors<down>(w, s);
+#pragma GCC ivdep
+    for (int64_t q = 0; q < s.n; ++q) out[q] = static_cast<Out>(static_cast<U>(in[q]) * (r * static_cast<U>(c[q])));
+    return;
   }
-  for_rows(w.columns, i, n, [&](int64_t row, int64_t column, int64_t j, int64_t m) {
-    const int64_t at = row * w.row_stride + column * w.column_stride;
-    const T* const from = w.kappa + at;
-    if (w.column_stride == 0) {
-      std::fill(out + j, out + j + m, static_cast<U>(*from));
-    } else {
-      for (int64_t q = 0; q < m; ++q) out[j + q] = static_cast<U>(from[q]);
-    }
-  });
-  std::fill(out + n, out + padded<U>(n), U(1));
-  return out;
+  for (int64_t q = 0; q < s.n; ++q) {
+    const int64_t e = std::clamp<int64_t>(exponent_at(w, s.row, s.column + q), -1000, 1000);
+    out[q] = static_cast<Out>(static_cast<double>(in[q]) * power_of_two<double>(down ? -e : e));
+  }
 }
 
-// In κ's coordinates, padded with 0: a gradient scales as 1/weight does.
-template <typename T, typename U>
-void gather_gradient(const StepWeight<T>& w, int64_t i, int64_t n, Run<U>& run) {
-  shift<true, U>(w, i, n, w.gradient + i, run.gradient);
-  std::fill(run.gradient + n, run.gradient + padded<U>(n), U(0));
+// A run in canonical coordinates: where it is, with its factors, or a copy.
+template <typename U>
+struct Canonically {
+  const U* x;
+  U row;
+  const U* columns;
+
+  // The vector from q on, m of whose lanes are in the run; the others are 0.
+  Vec<U> at(int64_t q, int64_t m) const { return load(x + q, m) * (row * load(columns + q, m)); }
+};
+// A gradient scales as 1/weight does: `down`.
+template <bool down, typename U, typename T>
+Canonically<U> canonically(const StepWeight<T>& w, const Span& s, const T* x, U* copy) {
+  if constexpr (std::is_same_v<T, U>) {
+    if (w.tables) return {x + s.i, row_factor<down>(w, s), column_factors<down>(w, s)};
+  }
+  shift<down, U>(w, s, x + s.i, copy);
+  return {copy, U(1), kOnes<U>.data()};
 }
+
+// The run's κ, without exponents.
 template <typename T, typename U>
-void gather_weight(const StepWeight<T>& w, int64_t i, int64_t n, Run<U>& run) {
-  shift<false, U>(w, i, n, w.weight + i, run.weight);
-  std::fill(run.weight + n, run.weight + padded<U>(n), U(0));
+const U* gather_kappa(const StepWeight<T>& w, const Span& s, U* out) {
+  const T* const from = w.kappa + s.row * w.row_stride + s.column * w.column_stride;
+  if (w.column_stride == 0) {
+    std::fill(out, out + s.n, static_cast<U>(*from));
+    return out;
+  }
+  if constexpr (std::is_same_v<T, U>) {
+    if (w.column_stride == 1) return from;
+  }
+  for (int64_t q = 0; q < s.n; ++q) out[q] = static_cast<U>(from[q * w.column_stride]);
+  return out;
 }
 
 // w += x · 2^-e: canonical coordinates' x.
 template <typename T, typename U, typename Out>
-void add_step(const StepWeight<T>& w, int64_t i, int64_t n, const U* x, Out* weight) {
-  for_rows(w.columns, i, n, [&](int64_t row, int64_t column, int64_t j, int64_t m) {
-    const U* const from = x + j;
-    Out* const to = weight + j;
-    const U r = w.tables && w.row_down ? w.row_down[row] : T(1);
-    if (w.tables && w.column_down) {
-      const T* const c = w.column_down + column;
-#pragma GCC ivdep
-      for (int64_t q = 0; q < m; ++q) to[q] = static_cast<Out>(static_cast<U>(to[q]) + from[q] * (r * static_cast<U>(c[q])));
-    } else if (w.tables) {
-#pragma GCC ivdep
-      for (int64_t q = 0; q < m; ++q) to[q] = static_cast<Out>(static_cast<U>(to[q]) + from[q] * r);
-    } else {
-      for (int64_t q = 0; q < m; ++q) {
-        const int64_t e = exponent_at(w, row, column + q);
-        to[q] = static_cast<Out>(static_cast<double>(to[q]) + Number{static_cast<double>(from[q]), -e}.value());
-      }
+void add_step(const StepWeight<T>& w, const Span& s, const U* x, Out* weight) {
+  if (!w.tables) {
+    for (int64_t q = 0; q < s.n; ++q) {
+      const Number step{static_cast<double>(x[q]), -exponent_at(w, s.row, s.column + q)};
+      weight[q] = static_cast<Out>(static_cast<double>(weight[q]) + step.value());
     }
-  });
+    return;
+  }
+  const T r = row_factor<true>(w, s), *const c = column_factors<true>(w, s);
+  if constexpr (std::is_same_v<T, U> && std::is_same_v<T, Out>) {
+    const Canonically<T> step{x, r, c};
+    for (int64_t q = 0; q < s.n; q += Simd<T>::width) {
+      store(weight + q, load(weight + q, s.n - q) + step.at(q, s.n - q), s.n - q);
+    }
+  } else {
+    for (int64_t q = 0; q < s.n; ++q) {
+      weight[q] = static_cast<Out>(static_cast<U>(weight[q]) + x[q] * (static_cast<U>(r) * static_cast<U>(c[q])));
+    }
+  }
 }
 
 // The κ of one entry, without `exponent`; `at` by its strides.
@@ -117,13 +134,10 @@ template <typename T>
 Number entry_kappa(const StepWeight<T>& w, int64_t at) {
   return {static_cast<double>(w.kappa[at]), w.entry_exponents ? w.entry_exponents[at] : 0};
 }
-
-// Calls f(j, at) for entries i + j, j < n, `at` being where κ has them.
-template <typename T, typename F>
-void for_entries(const StepWeight<T>& w, int64_t i, int64_t n, const F& f) {
-  for_rows(w.columns, i, n, [&](int64_t row, int64_t column, int64_t j, int64_t m) {
-    for (int64_t q = 0; q < m; ++q) f(j + q, row * w.row_stride + (column + q) * w.column_stride);
-  });
+// Where κ has the q-th entry of a run.
+template <typename T>
+inline int64_t kappa_at(const StepWeight<T>& w, const Span& s, int64_t q) {
+  return s.row * w.row_stride + (s.column + q) * w.column_stride;
 }
 
 // A sum of squares: in double while it is in range, and what is not.
@@ -133,46 +147,44 @@ struct Squares {
   Number total() const { return far + Number{near, 0}; }
 };
 
-// Adds Σ a b² of a run (b² without a), in U where that loses nothing of note, else in double or as numbers of any size.
+// Adds Σ a b² of a run (b² without a), `sums` by lanes, where U lost nothing of note; else it sums them again, in double or
+// as numbers of any size.
 template <typename U>
-void add_squares(const U* a, const U* b, int64_t end, Squares& squares) {
-  constexpr int64_t width = Simd<U>::width, part = Simd<double>::width;
-  Vec<U> sum{};
-  for (int64_t j = 0; j < end; j += width) {
-    const Vec<U> x = load(b + j);
-    sum += a ? load(a + j) * x * x : x * x;
-  }
-  double total = 0;
-  for (int64_t l = 0; l < width; ++l) total += static_cast<double>(sum[l]);
-  const bool single = sizeof(U) < sizeof(double);
+void add_squares(const Vec<U>& sums, const U* a, const U* b, int64_t n, Squares& squares) {
+  const double total = static_cast<double>(lane_sum<U>(sums));
+  constexpr bool single = sizeof(U) < sizeof(double);
   // Terms below the range are then as nothing beside it, and none is above.
   if (total >= (single ? 0x1p-52 : 0x1p-792) && total <= (single ? 0x1p100 : 0x1p900)) {
     squares.near += total;
     return;
   }
-  if constexpr (single) {
-    Vec<double> wide{};
-    for (int64_t j = 0; j < end; j += part) {
-      const Vec<double> v = load_wide(b + j);
-      wide += a ? v * v * load_wide(a + j) : v * v;
-    }
-    for (int64_t l = 0; l < part; ++l) squares.near += wide[l];
-  } else {
-    for (int64_t j = 0; j < end; ++j) {
-      const Number x = Number{b[j], 0}.normal();
-      if (x.mantissa != 0) squares.far = squares.far + x * x * Number{a ? a[j] : 1.0, 0}.normal();
+  for (int64_t q = 0; q < n; ++q) {
+    if constexpr (single) {
+      squares.near += static_cast<double>(b[q]) * b[q] * (a ? a[q] : U(1));
+    } else {
+      const Number x = Number{b[q], 0}.normal();
+      if (x.mantissa != 0) squares.far = squares.far + x * x * Number{a ? a[q] : 1.0, 0}.normal();
     }
   }
+}
+template <typename U>
+void add_squares(const U* a, const U* b, int64_t n, Squares& squares) {
+  Vec<U> sums{};
+  for (int64_t q = 0; q < n; q += Simd<U>::width) {
+    const Vec<U> x = load(b + q, n - q);
+    sums += a ? load(a + q, n - q) * x * x : x * x;
+  }
+  add_squares(sums, a, b, n, squares);
 }
 
 // Σ κ b², without `exponent`; `kappa` is gathered.
 template <typename T, typename U>
-void add_lengths(const StepWeight<T>& w, int64_t i, int64_t n, const U* kappa, const U* b, Squares& squares) {
-  if (!w.entry_exponents) return add_squares(kappa, b, padded<U>(n), squares);
-  for_entries(w, i, n, [&](int64_t j, int64_t at) {
-    const Number x = Number{static_cast<double>(b[j]), 0}.normal();
-    if (x.mantissa != 0) squares.far = squares.far + x * x * entry_kappa(w, at).normal();
-  });
+void add_lengths(const StepWeight<T>& w, const Span& s, const U* kappa, const U* b, Squares& squares) {
+  if (!w.entry_exponents) return add_squares(kappa, b, s.n, squares);
+  for (int64_t q = 0; q < s.n; ++q) {
+    const Number x = Number{static_cast<double>(b[q]), 0}.normal();
+    if (x.mantissa != 0) squares.far = squares.far + x * x * entry_kappa(w, kappa_at(w, s, q)).normal();
+  }
 }
 
 // The largest |x|, above every number where one is nan. The bits of numbers without a sign are in order.
@@ -193,108 +205,99 @@ class Largest {
 
 // Whether a finite gradient's step is too large in the weight's own coordinates.
 template <typename T, typename U>
-bool lost_entries(const StepWeight<T>& w, double limit, int64_t i, int64_t n, const U* step) {
+bool lost_entries(const StepWeight<T>& w, double limit, const Span& s, const U* step) {
   double own[kRun];
-  shift<true, double>(w, i, n, step, own);
+  shift<true, double>(w, s, step, own);
   bool lost = false;
-  for (int64_t j = 0; j < n; ++j) lost |= std::isfinite(w.gradient[i + j]) && !(std::abs(own[j]) <= limit);
+  for (int64_t q = 0; q < s.n; ++q) lost |= std::isfinite(w.gradient[s.i + q]) && !(std::abs(own[q]) <= limit);
   return lost;
 }
 
-// d of entries [i, i + n) one by one, as numbers of any size.
+// d of a run's entries one by one, as numbers of any size.
 template <typename T, typename U>
-void exact_descent(const StepWeight<T>& w, const SgdRule& rule, int64_t i, int64_t n, const Run<U>& run, U* step) {
-  for_entries(w, i, n, [&](int64_t j, int64_t at) {
-    Number divisor = entry_kappa(w, at) * rule.kappa_share;
-    const int64_t e = exponent_at(w, (i + j) / w.columns, (i + j) % w.columns);
+void exact_descent(const StepWeight<T>& w, const SgdRule& rule, const Span& s, const Canonically<U>& weight, U* step) {
+  for (int64_t q = 0; q < s.n; ++q) {
+    Number divisor = entry_kappa(w, kappa_at(w, s, q)) * rule.kappa_share;
+    const int64_t e = exponent_at(w, s.row, s.column + q);
     if (rule.damping.mantissa != 0) divisor = divisor + rule.damping * Number{1, -2 * e};
-    const double g = static_cast<double>(w.gradient[i + j]);
+    const double g = static_cast<double>(w.gradient[s.i + q]);
     double d = g - g;
     if (divisor.mantissa != 0) d = (Number{g, -e}.normal() * rule.quotient / divisor.normal()).normal().value();
-    if (rule.decay != 0) d += rule.decay * static_cast<double>(run.weight[j]);
-    step[j] = static_cast<U>(d);
-  });
+    if (rule.decay != 0) d += rule.decay * static_cast<double>(weight.at(q, 1)[0]);
+    step[q] = static_cast<U>(d);
+  }
 }
 
-// The quotient with the decay, d, into `step`, of whole vectors.
+// What a run's quotients came to.
+template <typename U>
+struct Found {
+  Largest<U> steps, paths, pulls;
+  Vec<U> squares{};  // Σ κ d², by lanes
+};
+
+// The quotient with the decay, d, of a run.
 template <typename T, typename U, bool measure>
-void descent(const StepWeight<T>& w, const SgdRule& rule, int64_t i, int64_t n, Run<U>& run, const U* kappa, U* step,
-             StepSums& sums) {
-  const int64_t end = padded<U>(n);
+void descent(const StepWeight<T>& w, const SgdRule& rule, const Span& s, Run<U>& run, const U* kappa, U* step,
+             Found<U>& found) {
+  constexpr int64_t width = Simd<U>::width;
   if (rule.given) {
-    shift<false, U>(w, i, n, w.gradient + i, step);
-    gather_weight(w, i, n, run);
-    for (int64_t j = 0; j < n; ++j) step[j] -= run.weight[j];
-    std::fill(step + n, step + end, U(0));
+    const Canonically<U> after = canonically<false>(w, s, w.gradient, run.gradient);
+    const Canonically<U> before = canonically<false>(w, s, w.weight, run.weight);
+    for (int64_t q = 0; q < s.n; q += width) store(step + q, after.at(q, s.n - q) - before.at(q, s.n - q));
     return;
   }
-  gather_gradient(w, i, n, run);
-  if (rule.decay != 0) gather_weight(w, i, n, run);
-  const U before = static_cast<U>(rule.before), after = static_cast<U>(rule.after);
-  const U decay = static_cast<U>(rule.decay);
+  const Canonically<U> gradient = canonically<true>(w, s, w.gradient, run.gradient);
+  const U before = static_cast<U>(rule.before), after = static_cast<U>(rule.after), decay = static_cast<U>(rule.decay);
+  Canonically<U> weight{};
+  if (decay != 0) weight = canonically<false>(w, s, w.weight, run.weight);
   const U* divisor = kappa;
   if (rule.damping.mantissa != 0) {
     // γ² is one number for all weights: its share is 2^-2e of it.
     const double share = rule.kappa_share.value();
-    std::fill(run.second, run.second + n, static_cast<U>(std::sqrt(rule.damping.value())));
-    shift<true, U>(w, i, n, run.second, run.second);
-    for (int64_t j = 0; j < n; ++j) {
-      run.second[j] = static_cast<U>(kappa[j] * share + run.second[j] * run.second[j]);
-    }
-    std::fill(run.second + n, run.second + end, U(1));
+    std::fill(run.second, run.second + s.n, static_cast<U>(std::sqrt(rule.damping.value())));
+    shift<true, U>(w, s, run.second, run.second);
+    for (int64_t q = 0; q < s.n; ++q) run.second[q] = static_cast<U>(kappa[q] * share + run.second[q] * run.second[q]);
     divisor = run.second;
   }
-  Largest<U> steps, paths, pulls;
   const Vec<U> infinity = all<U>(std::numeric_limits<double>::infinity());
-  for (int64_t j = 0; j < end; j += Simd<U>::width) {
-    const Vec<U> g = load(run.gradient + j), k = load(divisor + j);
+  for (int64_t q = 0; q < s.n; q += width) {
+    const int64_t m = s.n - q;
+    const Vec<U> g = gradient.at(q, m), k = load(divisor + q, m);
     // On no path there is no step.
     Vec<U> d = g * before / (k == Vec<U>{} ? infinity : k) * after;
-    if (rule.decay != 0) d += decay * load(run.weight + j);
-    store(step + j, d);
+    if (decay != 0) d += decay * weight.at(q, m);
+    store(step + q, d);
     if (measure) {
-      steps.add(d);
-      pulls.add(g);
-      if (n == end) paths.add(load(kappa + j));
+      const Vec<U> path = divisor == kappa ? k : load(kappa + q, m);
+      found.steps.add(d);
+      found.pulls.add(g);
+      found.paths.add(path);
+      found.squares += path * d * d;
     }
   }
-  if (rule.exact) exact_descent(w, rule, i, n, run, step);
-  if (!measure) return;
-  sums.pulled |= pulls.value() != 0;
-  sums.paths |= paths.value() > 0;
-  for (int64_t j = 0; n != end && j < n; ++j) sums.paths |= kappa[j] > U(0);
-  const double most = steps.value() * power_of_two<double>(std::clamp<int64_t>(w.most_down, -1000, 1000));
-  if (rule.exact || !(most <= rule.limit)) {
-    sums.lost |= lost_entries(w, rule.limit, i, n, step);
-  }
+  if (rule.exact) exact_descent(w, rule, s, weight, step);
 }
 
-// Where a run's steps are kept from one pass to the other: in κ's place, if whole vectors are there.
+// Where a run's steps are kept from one pass to the other: in κ's place, if that is free.
 template <typename T, typename U>
-U* kept(const StepWeight<T>& w, int64_t i, int64_t n) {
+U* kept(const StepWeight<T>& w, const Span& s) {
   if constexpr (std::is_same_v<T, U>) {
-    if (w.spare && n == kRun) return w.spare + i;
+    if (w.spare) return w.spare + s.i;
   }
   return nullptr;
 }
 
-// From d to Δ, unshortened, in run.delta, and the new momentum in run.first.
+// From d to Δ, unshortened, in run.delta, and the new momentum in run.first, in place.
 template <typename T, typename U>
-void momentum_step(const StepWeight<T>& w, const SgdRule& rule, int64_t i, int64_t n, const U* d, Run<U>& run) {
-  const int64_t end = padded<U>(n);
+void momentum_step(const StepWeight<T>& w, const SgdRule& rule, const Span& s, const U* d, Run<U>& run) {
   const U momentum = static_cast<U>(rule.momentum), rate = static_cast<U>(-rule.rate);
-  if (w.first) {
-    shift<false, U>(w, i, n, w.first + i, run.first);
-    std::fill(run.first + n, run.first + end, U(0));
-  }
-  for (int64_t j = 0; j < end; j += Simd<U>::width) {
-    Vec<U> step = load(d + j);
-    if (w.first) {
-      const Vec<U> m = momentum * load(run.first + j) + step;
-      store(run.first + j, m);
-      step = rule.nesterov ? step + momentum * m : m;
-    }
-    store(run.delta + j, rate * step);
+  const Canonically<U> average = canonically<false>(w, s, w.first, run.first);
+  for (int64_t q = 0; q < s.n; q += Simd<U>::width) {
+    Vec<U> step = load(d + q, s.n - q);
+    const Vec<U> m = momentum * average.at(q, s.n - q) + step;
+    store(run.first + q, m);
+    step = rule.nesterov ? step + momentum * m : m;
+    store(run.delta + q, rate * step);
   }
 }
 
@@ -303,14 +306,24 @@ StepSums sgd_measure(const StepWeight<T>& w, const SgdRule& rule, int64_t first,
   Run<U> run;
   StepSums sums{};
   Squares squares;
-  for (int64_t i = first; i < last; i += kRun) {
-    const int64_t n = std::min(kRun, last - i);
-    const U* const kappa = gather_kappa(w, i, n, run.kappa);
-    descent<T, U, true>(w, rule, i, n, run, kappa, run.step, sums);
-    if (rule.bounded && w.first) momentum_step(w, rule, i, n, run.step, run);
-    if (rule.bounded) add_lengths(w, i, n, kappa, w.first ? run.delta : run.step, squares);
-    if (U* const place = kept<T, U>(w, i, n)) std::memcpy(place, run.step, sizeof(run.step));
-  }
+  const double down = power_of_two<double>(std::clamp<int64_t>(w.most_down, -1000, 1000));
+  for_runs(w.columns, first, last, [&](const Span& s) {
+    Found<U> found;
+    const U* const kappa = gather_kappa(w, s, run.kappa);
+    descent<T, U, true>(w, rule, s, run, kappa, run.step, found);
+    sums.pulled |= found.pulls.value() != 0;
+    sums.paths |= found.paths.value() > 0;
+    if (rule.exact || !(found.steps.value() * down <= rule.limit)) sums.lost |= lost_entries(w, rule.limit, s, run.step);
+    if (rule.bounded && w.first) {
+      momentum_step(w, rule, s, run.step, run);
+      add_lengths(w, s, kappa, run.delta, squares);
+    } else if (rule.bounded && (rule.given || rule.exact)) {
+      add_lengths(w, s, kappa, run.step, squares);
+    } else if (rule.bounded) {
+      add_squares(found.squares, kappa, run.step, s.n, squares);
+    }
+    if (U* const place = kept<T, U>(w, s)) std::copy(run.step, run.step + s.n, place);
+  });
   sums.square = squares.total();
   if (!w.first) sums.square = sums.square * Number{rule.rate, 0}.normal() * Number{rule.rate, 0}.normal();
   return sums;
@@ -323,42 +336,42 @@ void sgd_apply(const StepWeight<T>& w, const SgdRule& rule, int64_t first, int64
     return;
   }
   Run<U> run;
-  StepSums sums{};
+  Found<U> found;
   const U factor = static_cast<U>(rule.factor), more = static_cast<U>(rule.more);
-  for (int64_t i = first; i < last; i += kRun) {
-    const int64_t n = std::min(kRun, last - i);
-    const U* step = kept<T, U>(w, i, n);
+  for_runs(w.columns, first, last, [&](const Span& s) {
+    const U* step = kept<T, U>(w, s);
     if (!step) {
-      descent<T, U, false>(w, rule, i, n, run, gather_kappa(w, i, n, run.kappa), run.step, sums);
+      descent<T, U, false>(w, rule, s, run, gather_kappa(w, s, run.kappa), run.step, found);
       step = run.step;
     }
     if (w.first) {
-      momentum_step(w, rule, i, n, step, run);
+      momentum_step(w, rule, s, step, run);
       step = run.delta;
     }
-    for (int64_t j = 0; j < padded<U>(n); j += Simd<U>::width) store(run.delta + j, factor * load(step + j) * more);
-    add_step(w, i, n, run.delta, w.moved + i);
-    if (w.first) shift<true, U>(w, i, n, run.first, w.first + i);
-  }
+    for (int64_t q = 0; q < s.n; q += Simd<U>::width) {
+      store(run.delta + q, factor * load(step + q, s.n - q) * more);
+    }
+    add_step(w, s, run.delta, w.moved + s.i);
+    if (w.first) shift<true, U>(w, s, run.first, w.first + s.i);
+  });
 }
 
 // The largest 1/sqrt(κ): finite, so that 0 times it is 0.
 constexpr double kFarthest = 0x1p1000;
 
-// 1/sqrt(κ) of a run, without `exponent`, and 0 on no path; padded with 1.
+// 1/sqrt(κ) of a run, without `exponent`, and 0 on no path.
 template <typename T, typename U>
-void gather_units(const StepWeight<T>& w, int64_t i, int64_t n, U* out) {
+void gather_units(const StepWeight<T>& w, const Span& s, U* out) {
   const Vec<U> zero{};
-  const U* const kappa = gather_kappa(w, i, n, out);
-  for (int64_t j = 0; j < padded<U>(n); j += Simd<U>::width) {
-    const Vec<U> k = load(kappa + j);
-    store(out + j, k > zero ? inverse_root(k) : zero);
+  const U* const kappa = gather_kappa(w, s, out);
+  for (int64_t q = 0; q < s.n; q += Simd<U>::width) {
+    const Vec<U> k = load(kappa + q, s.n - q);
+    store(out + q, k > zero ? inverse_root(k) : zero);
   }
-  if (!w.entry_exponents) return;
-  for_entries(w, i, n, [&](int64_t j, int64_t at) {
-    const Number k = entry_kappa(w, at);
-    if (k.mantissa > 0) out[j] = static_cast<U>(std::min((Number{1, 0} / k.root()).normal().value(), kFarthest));
-  });
+  for (int64_t q = 0; w.entry_exponents && q < s.n; ++q) {
+    const Number k = entry_kappa(w, kappa_at(w, s, q));
+    if (k.mantissa > 0) out[q] = static_cast<U>(std::min((Number{1, 0} / k.root()).normal().value(), kFarthest));
+  }
 }
 
 template <typename T, typename U>
@@ -367,23 +380,23 @@ StepSums coordinate_measure(const StepWeight<T>& w, int64_t first, int64_t last)
   StepSums sums{};
   Squares squares;
   Largest<U> units, pulls;
-  for (int64_t i = first; i < last; i += kRun) {
-    const int64_t n = std::min(kRun, last - i), end = padded<U>(n);
-    gather_gradient(w, i, n, run);
-    gather_units(w, i, n, run.kappa);
-    std::fill(run.kappa + n, run.kappa + end, U(0));
-    for (int64_t j = 0; j < end; j += Simd<U>::width) {
-      const Vec<U> unit = load(run.kappa + j), g = load(run.gradient + j);
+  for_runs(w.columns, first, last, [&](const Span& s) {
+    const Canonically<U> gradient = canonically<true>(w, s, w.gradient, run.gradient);
+    gather_units(w, s, run.kappa);
+    Vec<U> lanes{};
+    for (int64_t q = 0; q < s.n; q += Simd<U>::width) {
+      const Vec<U> unit = load(run.kappa + q, s.n - q), g = gradient.at(q, s.n - q), x = g * unit;
       units.add(unit);
       pulls.add(g);
-      store(run.gradient + j, g * unit);
+      lanes += x * x;
+      store(run.step + q, x);
     }
-    for (int64_t j = 0; w.entry_exponents && j < n; ++j) sums.lost |= run.kappa[j] == kFarthest && w.gradient[i + j] != 0;
-    add_squares<U>(nullptr, run.gradient, end, squares);
-    if constexpr (std::is_same_v<T, U>) {
-      if (w.spare) std::copy(run.kappa, run.kappa + n, w.spare + i);
+    for (int64_t q = 0; w.entry_exponents && q < s.n; ++q) {
+      sums.lost |= run.kappa[q] == kFarthest && w.gradient[s.i + q] != 0;
     }
-  }
+    add_squares<U>(lanes, nullptr, run.step, s.n, squares);
+    if (U* const place = kept<T, U>(w, s)) std::copy(run.kappa, run.kappa + s.n, place);
+  });
   sums.square = squares.total();
   sums.largest_unit = units.value();
   sums.paths = sums.largest_unit > 0;
@@ -417,54 +430,55 @@ bool coordinate_apply(const StepWeight<T>& w, const CoordinateRule& rule, int64_
   const U eps = static_cast<U>(rule.eps), rate = static_cast<U>(rule.rate);
   const Vec<U> zero{}, one = all<U>(1);
   bool lost = false;
-  for (int64_t i = first; i < last; i += kRun) {
-    const int64_t n = std::min(kRun, last - i), end = padded<U>(n);
-    gather_gradient(w, i, n, run);
-    const U* units = run.kappa;
-    if (std::is_same_v<T, U> && w.spare) units = gather_kappa(w, i, n, run.kappa);  // what was measured is there
-    else gather_units(w, i, n, run.kappa);
-    // Whole vectors of the averages are changed where they are.
-    bool copied = true;
+  for_runs(w.columns, first, last, [&](const Span& s) {
+    const Canonically<U> gradient = canonically<true>(w, s, w.gradient, run.gradient);
+    const U* units = kept<T, U>(w, s);  // what was measured is there
+    if (!units) {
+      gather_units(w, s, run.kappa);
+      units = run.kappa;
+    }
+    // The averages are changed where they are, if they may be.
     U *average = run.first, *square = run.second;
+    bool copied = true;
     if constexpr (std::is_same_v<T, U>) {
-      copied = n != end || !write;
-      if (!copied) average = w.first + i, square = w.second + i;
+      copied = !write;
+      if (write) average = w.first + s.i, square = w.second + s.i;
     }
     if (copied) {
-      std::copy(w.first + i, w.first + i + n, average);
-      std::copy(w.second + i, w.second + i + n, square);
-      std::fill(average + n, average + end, U(0));
-      std::fill(square + n, square + end, U(0));
+      std::copy(w.first + s.i, w.first + s.i + s.n, average);
+      std::copy(w.second + s.i, w.second + s.i + s.n, square);
     }
-    for (int64_t j = 0; j < end; j += width) {
-      const Vec<U> unit = load(units + j), g = load(run.gradient + j) * unit * before * after;
-      Vec<U> m = load(average + j), v = load(square + j);
+    for (int64_t q = 0; q < s.n; q += width) {
+      const int64_t n = s.n - q;
+      const Vec<U> unit = load(units + q, n), g = gradient.at(q, n) * unit * before * after;
+      Vec<U> m = load(average + q, n), v = load(square + q, n);
       m += take1 * (g - m);
       v = keep * v + take2 * g * g;
-      store(average + j, m);
-      store(square + j, v);
+      store(average + q, m, n);
+      store(square + q, v, n);
       const Vec<U> square_seen = v * correction, inverse = inverse_root(square_seen), size = m < zero ? -m : m;
       // Squares below the dtype's range belong to entries that are as good as on no path.
       Vec<U> ratio = square_seen > zero ? size * inverse : zero;
       if (rule.eps > 0) ratio = square_seen > zero ? ratio / (one + eps * inverse) : zero;
       ratio = ratio > one ? one : ratio;
       const Vec<U> step = raise<U>(ratio, rule.power) * rate * unit;
-      store(run.delta + j, m < zero ? step : -step);
+      store(run.delta + q, m < zero ? step : -step);
     }
     if (!write) {
       double own[kRun];
-      std::copy(w.weight + i, w.weight + i + n, own);
-      add_step(w, i, n, run.delta, own);
-      for (int64_t j = 0; j < n; ++j) {
-        lost |= std::isfinite(w.gradient[i + j]) && std::isfinite(w.weight[i + j]) && !(std::abs(own[j]) <= rule.limit);
+      std::copy(w.weight + s.i, w.weight + s.i + s.n, own);
+      add_step(w, s, run.delta, own);
+      for (int64_t q = 0; q < s.n; ++q) {
+        const bool finite = std::isfinite(w.gradient[s.i + q]) && std::isfinite(w.weight[s.i + q]);
+        lost |= finite && !(std::abs(own[q]) <= rule.limit);
       }
-      continue;
+      return;
     }
-    add_step(w, i, n, run.delta, w.moved + i);
-    if (!copied) continue;
-    std::copy(average, average + n, w.first + i);
-    std::copy(square, square + n, w.second + i);
-  }
+    add_step(w, s, run.delta, w.moved + s.i);
+    if (!copied) return;
+    std::copy(average, average + s.n, w.first + s.i);
+    std::copy(square, square + s.n, w.second + s.i);
+  });
   return lost;
 }
 
@@ -473,11 +487,10 @@ template <typename T>
 Number path_mass(const StepWeight<T>& w, int64_t first, int64_t last) {
   Run<double> run;
   Squares squares;
-  for (int64_t i = first; i < last; i += kRun) {
-    const int64_t n = std::min(kRun, last - i);
-    gather_weight(w, i, n, run);
-    add_lengths(w, i, n, gather_kappa(w, i, n, run.kappa), run.weight, squares);
-  }
+  for_runs(w.columns, first, last, [&](const Span& s) {
+    shift<false, double>(w, s, w.weight + s.i, run.weight);
+    add_lengths(w, s, gather_kappa(w, s, run.kappa), run.weight, squares);
+  });
   return squares.total();
 }
 
@@ -488,16 +501,15 @@ void raw_and_divided(const StepWeight<T>& w, const SgdRule& rule, int64_t first,
   Run<double> run;
   SgdRule plain = rule;
   plain.decay = 0;
-  StepSums sums{};
+  Found<double> found;
   Squares whole, parts;
-  for (int64_t i = first; i < last; i += kRun) {
-    const int64_t n = std::min(kRun, last - i);
-    descent<T, double, false>(w, plain, i, n, run, gather_kappa(w, i, n, run.kappa), run.step, sums);
-    shift<true, double>(w, i, n, run.step, run.step);
-    std::copy(w.gradient + i, w.gradient + i + n, run.gradient);
-    add_squares<double>(nullptr, run.gradient, padded<double>(n), whole);
-    add_squares<double>(nullptr, run.step, padded<double>(n), parts);
-  }
+  for_runs(w.columns, first, last, [&](const Span& s) {
+    descent<T, double, false>(w, plain, s, run, gather_kappa(w, s, run.kappa), run.step, found);
+    shift<true, double>(w, s, run.step, run.step);
+    std::copy(w.gradient + s.i, w.gradient + s.i + s.n, run.gradient);
+    add_squares<double>(nullptr, run.gradient, s.n, whole);
+    add_squares<double>(nullptr, run.step, s.n, parts);
+  });
   *raw = whole.total();
   *divided = parts.total();
 }
@@ -510,22 +522,19 @@ inline double split(double x, int64_t& exponent) {
   return mantissa;
 }
 
-// Entries [i, i + n) one by one, as numbers of any size.
+// A run's entries one by one, as numbers of any size.
 template <typename T>
-void norm_gradient_exactly(const StepWeight<T>& w, const Number& factor, int64_t i, int64_t n, T* out) {
-  for_rows(w.columns, i, n, [&](int64_t row, int64_t column, int64_t j, int64_t m) {
-    for (int64_t q = 0; q < m; ++q) {
-      const int64_t at = row * w.row_stride + (column + q) * w.column_stride;
-      const int64_t e = exponent_at(w, row, column + q);
-      // κ scales as 1/weight² does.
-      int64_t exponent = factor.exponent + 2 * e + (w.entry_exponents ? w.entry_exponents[at] : 0);
-      const double product = split(static_cast<double>(w.weight[i + j + q]), exponent) *
-                             split(static_cast<double>(w.kappa[at]), exponent);
-      const double scaled = product * split(factor.mantissa, exponent);
-      const int bounded = static_cast<int>(std::clamp<int64_t>(exponent, -100000, 100000));
-      out[j + q] = product == 0 ? T(0) : static_cast<T>(std::ldexp(scaled, bounded));
-    }
-  });
+void norm_gradient_exactly(const StepWeight<T>& w, const Number& factor, const Span& s, T* out) {
+  for (int64_t q = 0; q < s.n; ++q) {
+    const int64_t at = kappa_at(w, s, q), e = exponent_at(w, s.row, s.column + q);
+    // κ scales as 1/weight² does.
+    int64_t exponent = factor.exponent + 2 * e + (w.entry_exponents ? w.entry_exponents[at] : 0);
+    const double product =
+        split(static_cast<double>(w.weight[s.i + q]), exponent) * split(static_cast<double>(w.kappa[at]), exponent);
+    const double scaled = product * split(factor.mantissa, exponent);
+    const int bounded = static_cast<int>(std::clamp<int64_t>(exponent, -100000, 100000));
+    out[q] = product == 0 ? T(0) : static_cast<T>(std::ldexp(scaled, bounded));
+  }
 }
 
 template <typename T>
@@ -537,20 +546,19 @@ void norm_gradient(const StepWeight<T>& w, const Number& scale, int64_t first, i
                       std::abs(factor.mantissa) > 0x1p-100 && std::abs(factor.mantissa) < 0x1p100;
   const auto home = [](double x) { return std::abs(x) > 0x1p-200 && std::abs(x) < 0x1p200; };
   Run<double> run;
-  for (int64_t i = first; i < last; i += kRun) {
-    const int64_t n = std::min(kRun, last - i);
+  for_runs(w.columns, first, last, [&](const Span& s) {
     bool all = common;
     if (common) {
-      gather_weight(w, i, n, run);
-      const double* const kappa = gather_kappa(w, i, n, run.kappa);
-      for (int64_t j = 0; j < n; ++j) {
+      shift<false, double>(w, s, w.weight + s.i, run.weight);
+      const double* const kappa = gather_kappa(w, s, run.kappa);
+      for (int64_t q = 0; q < s.n; ++q) {
         // Of a zero, or without a path, it is 0, whatever the scale.
-        const bool zero = w.weight[i + j] == T(0) || kappa[j] == 0;
-        all &= zero || (home(run.weight[j]) && home(kappa[j]));
-        run.step[j] = zero ? 0 : run.weight[j] * kappa[j] * before * after;
+        const bool zero = w.weight[s.i + q] == T(0) || kappa[q] == 0;
+        all &= zero || (home(run.weight[q]) && home(kappa[q]));
+        run.step[q] = zero ? 0 : run.weight[q] * kappa[q] * before * after;
       }
     }
-    if (all) shift<false, double>(w, i, n, run.step, out + (i - first));
-    else norm_gradient_exactly(w, factor, i, n, out + (i - first));
-  }
+    if (all) shift<false, double>(w, s, run.step, out + (s.i - first));
+    else norm_gradient_exactly(w, factor, s, out + (s.i - first));
+  });
 }
