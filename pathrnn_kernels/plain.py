@@ -163,30 +163,12 @@ def sgd(
     fixed = constant
     if scale == "first_step":
         assert constant is not None
-        quotients = [w.quotient(unscaled, one, eps, norm) for w in weights]
-        total = _total([Number.of(w.gradient.double() * unscaled).squares() for w in weights])
-        divided = _total([Number(q.m, q.e - w.shift).squares() for w, q in zip(weights, quotients, strict=True)])
-        found = (total.m.log() + (total.e - divided.e).double() * math.log(2) - divided.m.log()) / 2
-        bad = ~(total.m.isfinite() & divided.m.isfinite())
-        statuses.append(torch.where(constant.isnan() & bad, NO_CONSTANT, 0))
-        none = (total.m == 0) | (divided.m == 0) | bad
-        fixed = torch.where(constant.isnan() & ~none, found, constant)
+        fixed, status = _first_constant(weights, norm, one, eps, constant, unscaled)
+        statuses.append(status)
         factor = Number(*power_of_e(torch.where(fixed.isnan(), 0.0, fixed)))
 
-    steps: list[Number] = []
-    firsts: list[Tensor | None] = []
-    lost: list[Tensor] = []
-    for w in weights:
-        _, momentum, decay, nesterov, maximize = w.numbers
-        d = w.quotient(unscaled, factor, eps, norm).value()
-        lost.append((w.gradient.isfinite() & ~(w.down(d).abs() <= torch.finfo(w.weight.dtype).max)).any())
-        d = (-d if maximize else d) + (decay * w.up(w.weight) if decay else 0)
-        first = None if w.first is None else momentum * w.up(w.first) + d
-        firsts.append(first)
-        if first is not None:
-            d = d + momentum * first if nesterov else first
-        rate = torch.as_tensor(-w.rate, dtype=torch.float64, device=norm.m.device)
-        steps.append(Number.of(d) * Number.of(rate))
+    found = [_descent(w, norm, factor, eps, unscaled) for w in weights]
+    steps, firsts, lost = map(list, zip(*found, strict=True))
     share = one
     if bounded:
         squares = [step.squares(w.divisor) for step, w in zip(steps, weights, strict=True)]
@@ -205,6 +187,34 @@ def sgd(
             _keep(constant, fixed, ok)  # type: ignore[arg-type]
 
     return _first(*statuses), commit
+
+
+def _first_constant(
+    weights: Sequence[Weight], norm: Number, one: Number, eps: float, constant: Tensor, unscaled: Tensor | float
+) -> tuple[Tensor, Tensor]:
+    """log(‖g‖ / ‖g/κ‖), if ``constant`` is nan yet; it stays so where either is 0. And a status."""
+    quotients = [w.quotient(unscaled, one, eps, norm) for w in weights]
+    total = _total([Number.of(w.gradient.double() * unscaled).squares() for w in weights])
+    divided = _total([Number(q.m, q.e - w.shift).squares() for w, q in zip(weights, quotients, strict=True)])
+    found = (total.m.log() + (total.e - divided.e).double() * math.log(2) - divided.m.log()) / 2
+    bad = ~(total.m.isfinite() & divided.m.isfinite())
+    none = (total.m == 0) | (divided.m == 0) | bad
+    return torch.where(constant.isnan() & ~none, found, constant), torch.where(constant.isnan() & bad, NO_CONSTANT, 0)
+
+
+def _descent(
+    w: Weight, norm: Number, factor: Number, eps: float, unscaled: Tensor | float
+) -> tuple[Number, Tensor | None, Tensor]:
+    """The step before it is shortened, the new momentum, and whether a finite gradient's quotient is out of range."""
+    _, momentum, decay, nesterov, maximize = w.numbers
+    d = w.quotient(unscaled, factor, eps, norm).value()
+    lost = (w.gradient.isfinite() & ~(w.down(d).abs() <= torch.finfo(w.weight.dtype).max)).any()
+    d = (-d if maximize else d) + (decay * w.up(w.weight) if decay else 0)
+    first = None if w.first is None else momentum * w.up(w.first) + d
+    if first is not None:
+        d = d + momentum * first if nesterov else first
+    rate = torch.as_tensor(-w.rate, dtype=torch.float64, device=norm.m.device)
+    return Number.of(d) * Number.of(rate), first, lost
 
 
 def given(weights: Sequence[Weight], log_path_norm: Tensor, radius: float) -> Decided:
@@ -261,18 +271,7 @@ def coordinates(
         going = going & (length.m > 0) & length.m.isfinite()
         root = norm.root()
         for w, gradient, unit in zip(weights, gradients, units, strict=True):
-            _, beta1, beta2, power, eps, _, warmup, maximize = w.numbers
-            assert w.first is not None and w.second is not None and w.count is not None
-            g = (gradient / length).value()
-            g = -g if maximize else g
-            m = w.first.double() + (1 - beta1) * (g - w.first.double())
-            v = beta2 * w.second.double() + (1 - beta2) * g * g
-            steps = w.count.double() + 1
-            denominator = (v / (1 - beta2**steps)).sqrt()
-            ratio = torch.where(denominator > 0, m.abs() / (denominator + eps), 0.0).clamp(max=1)
-            rate = w.rate * (steps / max(warmup, 1)).clamp(max=1) / w.weight.numel() ** 0.5
-            step = ldexp(rate * (ratio**power).copysign(m) * unit.m * root.m, unit.e + root.e)
-            moves.append((w.down(w.up(w.weight) - step), m, v))
+            moves.append(_move(w, (gradient / length).value(), unit, root))
         lost = [
             going
             & (w.gradient.isfinite() & w.weight.isfinite() & ~(new.abs() <= torch.finfo(w.weight.dtype).max)).any()
@@ -292,3 +291,18 @@ def coordinates(
             w.count.add_(taken.to(w.count.dtype))  # type: ignore[union-attr]
 
     return _first(*statuses), commit
+
+
+def _move(w: Weight, g: Tensor, unit: Number, root: Number) -> tuple[Tensor, Tensor, Tensor]:
+    """The weight and its averages after the step, from g̃/‖g̃‖, 1/sqrt(κ) and γ."""
+    _, beta1, beta2, power, eps, _, warmup, maximize = w.numbers
+    assert w.first is not None and w.second is not None and w.count is not None
+    g = -g if maximize else g
+    m = w.first.double() + (1 - beta1) * (g - w.first.double())
+    v = beta2 * w.second.double() + (1 - beta2) * g * g
+    steps = w.count.double() + 1
+    denominator = (v / (1 - beta2**steps)).sqrt()
+    ratio = torch.where(denominator > 0, m.abs() / (denominator + eps), 0.0).clamp(max=1)
+    rate = w.rate * (steps / max(warmup, 1)).clamp(max=1) / w.weight.numel() ** 0.5
+    step = ldexp(rate * (ratio**power).copysign(m) * unit.m * root.m, unit.e + root.e)
+    return w.down(w.up(w.weight) - step), m, v
