@@ -12,9 +12,10 @@ from torch.optim import Optimizer
 
 from . import plain
 from .bases import Step, Together, bases_of, check_base, without_hooks
-from .engine import SCALES, Moving, check_written, gradients_used, raw
+from .engine import SCALES, Moving, check_written
 from .feedforward import FeedForward
-from .network import PathNetwork
+from .kappa_state import raw
+from .network import PathNetwork, gradients_used
 from .ops.backend import without_numbers
 from .ops.step import path_update_
 from .path_sgd import PathSGD
