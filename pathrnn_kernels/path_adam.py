@@ -124,8 +124,8 @@ class PathAdam(InCoordinates):
 
     ‖g̃‖ is over all tensors, and n the number of entries of the tensor: no tensor's step is longer than lr γ in the path
     metric. m has no bias correction: the first 1/(1 - β₁) steps grow to full length. :class:`GatedPathSGD` with
-    ``power=1`` is this, and with a higher power trusts noisy gradients less; what γ² is, how the output's bias moves and
-    which steps are left out is said there.
+    ``power=1`` is this, and with a higher power trusts noisy gradients less; there is said what γ² is, how the output's
+    bias moves, and which steps are left out.
 
     Args:
         net: the network, float32 or float64; every trainable parameter is held, its output's bias in a parameter
