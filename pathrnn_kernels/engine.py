@@ -22,7 +22,7 @@ from .kappa import KAPPA2_FACTOR, Kappa, kappa, kappa_without_waiting, precision
 from .kappa_state import from_state, moved, raw, to_state
 from .network import WHOLE_SEQUENCES, PathNetwork, gradients_used, sequence_length
 from .ops.backend import choose, refusals, transformed, without_numbers
-from .ops.step import LOST, NO_CONSTANT, NO_PATH, UNBOUNDED, UNREACHED, path_step_, path_update_
+from .ops.step import NO_CONSTANT, NO_PATH, OVERFLOW, UNBOUNDED, UNREACHED, path_step_, path_update_
 
 #: The module, whose name torch.optim has made away with.
 _HOOKS = sys.modules[Optimizer.__module__]
@@ -212,7 +212,7 @@ class Engine(Optimizer):
 
     def _unwatched(self, closure: Callable[[], Any] | None = None) -> Any:
         if self._pending is not None:
-            self._settle()
+            self._raise_pending()
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -383,7 +383,7 @@ class Engine(Optimizer):
                 self._pending = _Pending(*_to_host(status), moving.layout.names, weights[0].dtype, not unread)
         return 0
 
-    def _settle(self) -> None:
+    def _raise_pending(self) -> None:
         """Raises what the last step would have raised, had it waited."""
         pending, self._pending = self._pending, None
         assert pending is not None
@@ -513,7 +513,7 @@ class Engine(Optimizer):
             raise FloatingPointError(
                 "γ² overflows in the reference backend, which does not rescale: use backend 'cpu' (see explain)"
             )
-        name = names[(status - LOST) // 4]
+        name = names[(status - OVERFLOW) // 4]
         if status % 4 == UNREACHED % 4:
             raise ValueError(
                 f"κ of {name} is 0, but its gradient is not: T is not that of the gradient; {WHOLE_SEQUENCES}"
@@ -532,7 +532,7 @@ class Engine(Optimizer):
     def state_dict(self) -> dict[str, Any]:
         """torch's, with an entry ``"path"``: tensors and plain Python values only. May raise what ``step`` does."""
         if self._pending is not None:
-            self._settle()
+            self._raise_pending()
         return {**super().state_dict(), "path": self._path()}
 
     def _path(self) -> dict[str, Any]:

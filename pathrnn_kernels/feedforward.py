@@ -27,7 +27,7 @@ from .squared import WEIGHT_RANGE, Kind, Run, Squared, normalised, shifted
 _LN2 = math.log(2)
 
 #: Of ∂γ²/∂p̃ in the units of the run. Derivatives that are smaller by what a tensor may hold, 2^400, are denormal.
-_LOST = 2.0**-600
+_UNDERFLOW = 2.0**-600
 
 #: Modules that are refused whatever they are made of.
 _REFUSED: tuple[tuple[tuple[type[nn.Module], ...], str], ...] = (
@@ -279,7 +279,7 @@ class _Pass:
                     f"κ of {name} overflows: units on the same paths differ by more than float64 holds; rescale the "
                     "weights"
                 )
-            if self.run.aligned and name in output.weights and largest < _LOST:
+            if self.run.aligned and name in output.weights and largest < _UNDERFLOW:
                 raise FloatingPointError(
                     f"κ of {name} underflows: γ² or another path is so much larger that float64 does not hold both; "
                     "use weights of less unequal size"

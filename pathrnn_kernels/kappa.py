@@ -25,6 +25,7 @@ _LN2 = math.log(2)
 #: Below minus this there is no exponent.
 _FAR = 1 << 60
 
+_UNCHANGED = contextlib.nullcontext()  # one for all: making it takes longer than entering it
 _PLAIN = frozenset((Tensor, nn.Parameter))
 _CPU = frozenset(("auto", "cpu"))
 
@@ -489,7 +490,7 @@ def _without_autocast(net: PathNetwork) -> contextlib.AbstractContextManager[Any
     device_type = weight.device.type
     if torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type):
         return torch.autocast(device_type, enabled=False)
-    return contextlib.nullcontext()
+    return _UNCHANGED
 
 
 def _check(net: PathNetwork, seq_len: int) -> int:
@@ -530,7 +531,7 @@ class Layout(NamedTuple):
     #: Weights of a chain.
     per_chain: int
     #: Places of the head's weight and bias and of the embedding among the weights; None where there is none.
-    ends: tuple[int | None, ...]
+    boundary: tuple[int | None, ...]
 
     def arguments(self, net: PathNetwork, weights: list[Tensor], seq_len: int) -> Any:
         """Of ``ops.path_chain``, those that a network and T are."""
@@ -541,7 +542,7 @@ class Layout(NamedTuple):
             weights[1:n:step],
             weights[2:n:step] if step == 4 else [],
             weights[3:n:step] if step == 4 else [],
-            *[None if i is None else weights[i] for i in self.ends],
+            *[None if i is None else weights[i] for i in self.boundary],
             seq_len,
             net.outputs == "last",
             net.h0 == "ones",
@@ -566,8 +567,9 @@ def layout_of(recurrent: tuple[str, ...], names: tuple[str, ...]) -> Layout:
                 None,
                 slice(chains - directions, chains) if name == "head.weight" else None,
             )
-    ends = ("head.weight", "head.bias", "embedding.weight")
-    return Layout(recurrent, places, per_chain, tuple(names.index(name) if name in places else None for name in ends))
+    outer = ("head.weight", "head.bias", "embedding.weight")
+    boundary = tuple(names.index(name) if name in places else None for name in outer)
+    return Layout(recurrent, places, per_chain, boundary)
 
 
 def _launch(net: PathNetwork, parameters: dict[str, Tensor], seq_len: int, **options: Any) -> ops.PathChain:

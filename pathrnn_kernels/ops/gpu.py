@@ -28,8 +28,8 @@ ZERO = -(1 << 40)
 CENTRE = {torch.float32: 30, torch.float64: 300}
 
 _BIAS = {torch.float32: 127, torch.float64: 1023}
-#: Products have this much room to be scaled down in before they underflow.
-_ROOM = 2.0**40
+#: Products have this much headroom to be scaled down in before they underflow.
+_HEADROOM = 2.0**40
 
 #: Lags of κ⁽²⁾ that are summed before its certificates are tried. Of small matrices more: they cost launches, not work.
 _LAGS, _LAGS_LARGE, _LARGE = 16, 8, 512
@@ -83,9 +83,9 @@ class Network(NamedTuple):
     largest: Tensor
 
     def tensors(self) -> list[Tensor]:
-        ends = (self.head_weight, self.head_bias, self.embedding_weight)
+        boundary = (self.head_weight, self.head_bias, self.embedding_weight)
         lists = [*self.weight_ih, *self.weight_hh, *self.bias_ih, *self.bias_hh]
-        return lists + [t for t in ends if t is not None]
+        return lists + [t for t in boundary if t is not None]
 
     def with_tensors(self, tensors: Iterable[Tensor], largest: Tensor) -> Network:
         """The same network with these in their place."""
@@ -158,7 +158,7 @@ def path_chain(
 class State(NamedTuple):
     """Of one zeroed piece of memory: what kernels set as they go."""
 
-    lost: Tensor  # bool [1]: whether something underflowed
+    underflow: Tensor  # bool [1]: whether something underflowed
     lags: Tensor  # int64 [C]
     bounds: Tensor  # float64 [C]
     zero: Tensor  # int64 [1]
@@ -169,8 +169,8 @@ class State(NamedTuple):
     def of(cls, chains: int, weights: int, like: Tensor) -> State:
         counts = [1, chains, chains, 1, chains * _MAXIMA, weights]
         zeros = torch.zeros(sum(counts), dtype=torch.int64, device=like.device)
-        lost, lags, bounds, zero, maxima, largest = zeros.split(counts)
-        bits = lost.view(torch.bool)[:1], lags, bounds.view(torch.float64)
+        underflow, lags, bounds, zero, maxima, largest = zeros.split(counts)
+        bits = underflow.view(torch.bool)[:1], lags, bounds.view(torch.float64)
         return cls(*bits, zero, maxima.view(chains, _MAXIMA), largest.view(like.dtype)[:weights])
 
 
@@ -195,7 +195,7 @@ def canonical(kernels: Kernels, given: Network) -> tuple[Network, Tensor, State]
         *(0 if t is None else len(t) for t in (net.head_weight, net.head_bias, net.embedding_weight)),
         not net.ones_h0,
         state.largest,
-        state.lost,
+        state.underflow,
     )
     return net, unit_exponents, state
 
@@ -305,20 +305,20 @@ class _Pass:
         self.directions, self.count = net.directions, len(net.weight_hh)
         like = net.weight_hh[0]
         self.dtype, self.hidden = like.dtype, len(like)
-        self.lost = state.lost
-        # Whether products outside kernels lost something.
-        self.losses: list[Tensor] = []
+        self.underflow = state.underflow
+        # Whether products outside kernels underflow.
+        self.underflows: list[Tensor] = []
 
     def run(
         self, kappa1: bool, second_factor: float, rtol: float, first_lags: Sequence[int], workspace_bytes: int
     ) -> tuple[list[Tensor], Tensor, Tensor, Tensor, Tensor, Tensor]:
-        """κ, its exponents, log γ², lags, bounds, and -1 where something is lost."""
+        """κ, its exponents, log γ², lags, bounds, and -1 where something underflows."""
         net, kernels = self.net, self.kernels
         inputs = None
         if net.embedding_weight is not None:
-            inputs = Rows(*kernels.column_sums(net.embedding_weight, net.largest[-1:], self.lost))
-        ends = [self.ends(e, inputs) for e in range(self.directions)]
-        h, d = self.chains(kappa1, [head for _, head, _ in ends], [drive for drive, _, _ in ends])
+            inputs = Rows(*kernels.column_sums(net.embedding_weight, net.largest[-1:], self.underflow))
+        terms = [self.boundary_terms(e, inputs) for e in range(self.directions)]
+        h, d = self.chains(kappa1, [head for _, head, _ in terms], [drive for drive, _, _ in terms])
 
         steps = 1 if net.last_only else net.seq_len
         # Sums of the top chains' h at the outputs, and of every δ.
@@ -329,12 +329,12 @@ class _Pass:
             factors += self.of_chain(c, h, d, deltas[c], inputs, second_factor, rtol, tried)
         place_of_bias = len(factors) + (net.head_weight is not None)
         if kappa1:
-            factors += self.of_ends(outputs, deltas)
-        if self.losses:
-            self.lost.logical_or_(torch.cat(self.losses).any())
+            factors += self.of_boundary(outputs, deltas)
+        if self.underflows:
+            self.underflow.logical_or_(torch.cat(self.underflows).any())
         norms = []
-        for e, (_, _, rest) in enumerate(ends):
-            norm, of_bias, arithmetic = kernels.finish(*outputs[e], *rest, steps, net.largest, self.lost)
+        for e, (_, _, of_norm) in enumerate(terms):
+            norm, of_bias, arithmetic = kernels.finish(*outputs[e], *of_norm, steps, net.largest, self.underflow)
             norms.append(norm)
             if kappa1 and net.head_bias is not None and e == 0:
                 factors[place_of_bias] = Rows(of_bias, self.state.zero)
@@ -367,7 +367,7 @@ class _Pass:
             kappa_hh = self.second_term(c, h[c], d[c], kappa_hh, second_factor, rtol, tried)
         return [kappa_ih, kappa_hh, *([deltas] if net.bias_ih else [])]
 
-    def of_ends(self, outputs: list[Rows], deltas: list[Rows]) -> list[Rows]:
+    def of_boundary(self, outputs: list[Rows], deltas: list[Rows]) -> list[Rows]:
         """κ of the head's weight and bias and of the embedding, those that exist."""
         net = self.net
         found = []
@@ -381,7 +381,7 @@ class _Pass:
                 self.product(Rows(sums[None], exponents), net.weight_ih[c], net.largest_of(0, c), True)
                 for c, (sums, exponents) in enumerate(deltas[: self.directions])
             ]
-            found.append(self.total([_alive(part) for part in parts]))
+            found.append(self.total([_with_zero_exponent(part) for part in parts]))
         return found
 
     def sums(self, h: list[Rows], d: list[Rows], steps: int) -> tuple[list[Rows], list[Rows]]:
@@ -390,17 +390,17 @@ class _Pass:
         found: list[Rows] = []
         for i in range(0, len(wanted), 2):  # a launch serves two
             sums = self.kernels.row_sums(
-                *wanted[i], *(wanted[i + 1] if i + 1 < len(wanted) else (None, None)), self.lost
+                *wanted[i], *(wanted[i + 1] if i + 1 < len(wanted) else (None, None)), self.underflow
             )
             found += [Rows(*sums[n : n + 2]) for n in range(0, len(sums), 2)]
         return found[: self.directions], found[self.directions :]
 
     # ---- the chains --------------------------------------------------------------------------------------------------
 
-    def ends(self, direction: int, inputs: Rows | None) -> tuple[Rows, Rows, list[Tensor]]:
-        """Of one direction: the first drive and the biases by layers, the head's sums, and the rest for ``finish``."""
+    def boundary_terms(self, direction: int, inputs: Rows | None) -> tuple[Rows, Rows, list[Tensor]]:
+        """Of one direction: the first drive and the biases by layers, the head's sums, and what ``finish`` is given."""
         net = self.net.one_direction(direction)
-        ends = self.kernels.ends(
+        terms = self.kernels.ends(
             net.weight_ih[0],
             net.bias_ih,
             net.bias_hh,
@@ -409,16 +409,16 @@ class _Pass:
             *(inputs or (None, None)),
             len(net.weight_hh),
             net.largest,
-            self.lost,
+            self.underflow,
         )
         if net.head_weight is None:
             # The units themselves are read, and each is rescaled.
             units = self.unit_exponents[self.count - self.directions + direction]
             most = units.amax(0, keepdim=True)
             ones = power_of_two(units - most + CENTRE[self.dtype], self.dtype)
-            self.losses.append((ones == 0).any().reshape(1))
-            ends = [*ends[:2], ones, most - CENTRE[self.dtype], *ends[4:]]
-        return Rows(*ends[:2]), Rows(*ends[2:4]), ends[2:]
+            self.underflows.append((ones == 0).any().reshape(1))
+            terms = [*terms[:2], ones, most - CENTRE[self.dtype], *terms[4:]]
+        return Rows(*terms[:2]), Rows(*terms[2:4]), terms[2:]
 
     def chains(self, kappa1: bool, heads: list[Rows], drives: list[Rows]) -> tuple[list[Rows], list[Rows]]:
         """h and δ of every chain, in its own time; h from the bottom up beside δ from the top down."""
@@ -440,9 +440,8 @@ class _Pass:
             backward = (net.weight_hh[j], net.largest_of(1, j), *above) if kappa1 else (None, None, None, None)
             forward = (net.weight_hh[c], net.largest_of(1, c), *below)
             last_only = net.last_only and i == 0
-            found = self.kernels.chains(
-                *forward, *backward, net.seq_len, last_only, net.ones_h0, self.plan.name, self.plan.blocks, self.lost
-            )
+            options = net.seq_len, last_only, net.ones_h0, self.plan.name, self.plan.blocks
+            found = self.kernels.chains(*forward, *backward, *options, self.underflow)
             rows, deltas = Rows(*found[:2]), Rows(*found[2:])
             h.append(rows)
             d[j] = deltas
@@ -478,13 +477,13 @@ class _Pass:
     def product(self, rows: Rows, weight: Tensor, largest: Tensor, transposed: bool) -> Rows:
         """Times the squared matrix, downwards, or its transpose, upwards; an underflow counts as a loss."""
         squares, exponent = self.squares(weight, largest)
-        self.losses += [_loses(rows.data, squares), _faded(squares, weight != 0, 1.0)]
+        self.underflows += [_may_underflow(rows.data, squares), _underflowed(squares, weight != 0, 1.0)]
         return Rows(rows.data @ (squares if transposed else squares.T), rows.exponents + exponent)
 
     # ---- sums --------------------------------------------------------------------------------------------------------
 
     def pair_sums(self, d: Rows, h: Rows) -> Rows:
-        return Rows(*self.kernels.pair_sums(*d, *h, self.lost))
+        return Rows(*self.kernels.pair_sums(*d, *h, self.underflow))
 
     def lags_tried(self, first: int, workspace_bytes: int) -> int:
         """Lags summed before a certificate is tried: those that a former call needed, if the budget holds them."""
@@ -512,7 +511,7 @@ class _Pass:
             state.maxima[chain],
             state.lags[own],
             state.bounds[own],
-            self.lost,
+            self.underflow,
         )
         return Rows(data, kappa1.exponents)
 
@@ -524,10 +523,10 @@ class _Pass:
         """Matrices with one exponent each as the columns of one matrix, on the largest of the exponents."""
         if len(parts) == 1:
             return parts[0]
-        parts = [_alive(part) for part in parts]
+        parts = [_with_zero_exponent(part) for part in parts]
         top = torch.stack([part.exponents for part in parts]).amax(0)
         data = torch.cat([part.data * power_of_two(part.exponents - top, self.dtype) for part in parts], 1)
-        self.losses.append(_faded(data, torch.cat([part.data for part in parts], 1) != 0, 1.0))
+        self.underflows.append(_underflowed(data, torch.cat([part.data for part in parts], 1) != 0, 1.0))
         return Rows(data, torch.where(top == ZERO, 0, top))
 
     def add(self, rows: Rows, row: Rows) -> Rows:
@@ -535,7 +534,7 @@ class _Pass:
         top = torch.maximum(rows.exponents, row.exponents)
         total = rows.data * power_of_two(rows.exponents - top, self.dtype)[:, None]
         total += row.data * power_of_two(row.exponents - top, self.dtype)[:, None]
-        self.losses.append(_faded(total, (rows.data != 0) | (row.data != 0)))
+        self.underflows.append(_underflowed(total, (rows.data != 0) | (row.data != 0)))
         return Rows(total, top)
 
     def squares(self, weight: Tensor, largest: Tensor) -> tuple[Tensor, Tensor]:
@@ -564,7 +563,7 @@ def centred(rows: Rows, dtype: torch.dtype | None = None) -> Rows:
     return Rows(data, torch.where(most > 0, rows.exponents - shift, ZERO))
 
 
-def _alive(rows: Rows) -> Rows:
+def _with_zero_exponent(rows: Rows) -> Rows:
     """A zero matrix or vector with the exponent of a zero, which pushes nothing aside."""
     return Rows(rows.data, torch.where(rows.data.amax() > 0, rows.exponents, ZERO))
 
@@ -573,11 +572,11 @@ def _least_positive(x: Tensor) -> Tensor:
     return torch.where(x > 0, x, math.inf).amin()
 
 
-def _loses(rows: Tensor, matrix: Tensor) -> Tensor:
+def _may_underflow(rows: Tensor, matrix: Tensor) -> Tensor:
     """Whether a product of two entries that are not zero may underflow; conservative."""
-    return (_least_positive(rows) * _least_positive(matrix) < _ROOM * torch.finfo(rows.dtype).tiny).reshape(1)
+    return (_least_positive(rows) * _least_positive(matrix) < _HEADROOM * torch.finfo(rows.dtype).tiny).reshape(1)
 
 
-def _faded(result: Tensor, expected: Tensor, room: float = _ROOM) -> Tensor:
+def _underflowed(result: Tensor, expected: Tensor, headroom: float = _HEADROOM) -> Tensor:
     """Whether an entry that is ``expected`` to be positive is so small that some of it may have underflowed."""
-    return (expected & (result < room * torch.finfo(result.dtype).tiny)).any().reshape(1)
+    return (expected & (result < headroom * torch.finfo(result.dtype).tiny)).any().reshape(1)

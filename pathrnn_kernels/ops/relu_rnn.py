@@ -195,14 +195,14 @@ def _packed(
     if bias_hh is not None:
         drive = drive + bias_hh
     h = x.new_zeros(len(sizes), len(weight_hh)) if h_0 is None else h_0[order_of_rows]
-    steps, ends = [], []
+    steps, finals = [], []
     for step in drive.split([count for count in alive if count]):
-        ends.append(h[len(step) :])
+        finals.append(h[len(step) :])
         h = torch.relu(step + h[: len(step)] @ weight_hh.t())
         steps.append(h)
     packed = torch.cat(steps)
     y = packed.new_zeros(x[..., 0].numel(), packed.shape[-1]).index_copy(0, place, packed)
-    return y.view(*x.shape[:-1], -1), torch.cat([h, *reversed(ends)])[order_of_rows.argsort()]
+    return y.view(*x.shape[:-1], -1), torch.cat([h, *reversed(finals)])[order_of_rows.argsort()]
 
 
 _op = operator("relu_rnn")

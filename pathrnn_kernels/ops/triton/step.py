@@ -80,18 +80,18 @@ _CONSTANT = tl.constexpr(4)  # log, of scale="first_step"
 _NO_CONSTANT = tl.constexpr(5)
 _HEADER = tl.constexpr(6)
 _RULE = tl.constexpr(3)  # then of every row correction, rate and its exponent
-# Then, an array each, what every program has found: a word of these bits and of a weight that is lost; an exponent; a
+# Then, an array each, what every program has found: a word of these bits and of a weight that overflows; an exponent; a
 # sum; and that of gradients, for scale="first_step", or by rule "coordinates" the exponent of a bound of its steps.
 _PULLED = tl.constexpr(1)  # some gradient is not 0
 _PATHS = tl.constexpr(2)  # some κ is not
 _INFINITE = tl.constexpr(4)  # some step of the bias is not finite
-_LOST = tl.constexpr(3)  # bits to the left: the code of the weight
+_CODE_BITS = tl.constexpr(3)  # bits to the left: the code of the weight
 _NONE = tl.constexpr(1 << 40)  # the code of no weight
 
 _NO_PATH = tl.constexpr(codes.NO_PATH)
 _NO_FIRST = tl.constexpr(codes.NO_CONSTANT)
 _UNBOUNDED = tl.constexpr(codes.UNBOUNDED)
-_IS_LOST = tl.constexpr(codes.LOST)
+_OVERFLOW = tl.constexpr(codes.OVERFLOW)
 _UNREACHED = tl.constexpr(codes.UNREACHED)
 
 
@@ -276,7 +276,7 @@ def _descent(
     SCALE: tl.constexpr, DAMPED: tl.constexpr, LIMIT: tl.constexpr, DTYPE: tl.constexpr, U: tl.constexpr,
 ):  # fmt: skip
     """-Δ over the learning rate, before it is shortened, and that, as a mantissa and an exponent; the new momentum; and
-    whether the step of a finite gradient is lost."""
+    whether the step of a finite gradient overflows."""
     norm, norm_exponent = _power_of_e(tl.load(log_norm).to(tl.float64))
     gradient = _read(entry, _GRADIENT, i, inside, DTYPE).to(U)
     divisor, exponent = _divisor(entry, kappa, exponent, up, norm, norm_exponent, DAMPED)
@@ -390,12 +390,12 @@ def _measure(
         factor = tl.where(is_mass, kappa, unit * unit)
         exponent = tl.where(is_mass, exponent + 2 * up, 2 * (of_unit - up))
     else:
-        x, rate, rate_exponent, _first, lost = _descent(
+        x, rate, rate_exponent, _first, overflows = _descent(
             entry, i, inside, up, kappa, exponent, scratch, log_norm, grad_scale, SCALE, DAMPED, LIMIT, DTYPE, U
         )
-        code = tl.where(_any(lost), tl.load(entry + _CODE), _NONE)
+        code = tl.where(_any(overflows), tl.load(entry + _CODE), _NONE)
         factor, exponent = factor * (rate * rate).to(U), exponent + 2 * rate_exponent
-    tl.store(words, (code << _LOST) | bits)
+    tl.store(words, (code << _CODE_BITS) | bits)
     _sum_up(words, programs, inside, factor, exponent, x)
 
 
@@ -424,13 +424,13 @@ def _total(values, exponents, first, last):
 
 @triton.jit
 def _bits(words, first, last):
-    """All bits of programs, spread over _CHUNK words, and the code of the first weight that is lost."""
+    """All bits of programs, spread over _CHUNK words, and the code of the first weight that overflows."""
     slots = tl.arange(0, _CHUNK)
     bits, code = tl.zeros([_CHUNK], tl.int64), tl.full([_CHUNK], _NONE, tl.int64)
     for start in range(first, last, _CHUNK):
-        word = tl.load(words + start + slots, start + slots < last, other=_NONE << _LOST)
+        word = tl.load(words + start + slots, start + slots < last, other=_NONE << _CODE_BITS)
         bits |= word
-        code = tl.minimum(code, word >> _LOST)
+        code = tl.minimum(code, word >> _CODE_BITS)
     return bits, tl.min(code, 0)
 
 
@@ -452,7 +452,7 @@ def _power(x, power):
 
 @triton.jit
 def _in_coordinates(entry, scratch, which, i, inside, up, kappa, exponent, DTYPE: tl.constexpr, U: tl.constexpr):
-    """The weight and its averages after the step, and whether it is lost."""
+    """The weight and its averages after the step, and whether it overflows."""
     rule = scratch + _HEADER + which * _RULE
     correction, rate, rate_exponent = _number(rule, 0).to(U), _number(rule, 1).to(U), tl.load(rule + 2)
     beta1, beta2 = _number(entry, _NUMBERS + 1), _number(entry, _NUMBERS + 2)
@@ -472,8 +472,8 @@ def _in_coordinates(entry, scratch, which, i, inside, up, kappa, exponent, DTYPE
     step = _power(tl.minimum(size, 1.0), _number(entry, _NUMBERS + 3)) * (rate * unit)
     step = _times(step, rate_exponent + of_unit - up)
     value = weight - tl.where(m < 0, -step, step)
-    lost = inside & _is_finite(gradient) & _is_finite(weight) & (_is_finite(value) == 0)
-    return value, m, v, lost
+    overflows = inside & _is_finite(gradient) & _is_finite(weight) & (_is_finite(value) == 0)
+    return value, m, v, overflows
 
 
 @triton.jit
@@ -486,7 +486,7 @@ def _overflow(
     What is below 2^SAFE is nothing beside the largest number.
     """
     slots = tl.arange(0, _CHUNK)
-    most, lost = tl.full([_CHUNK], _ZERO, tl.int64), tl.full([], _NONE, tl.int64)
+    most, overflow = tl.full([_CHUNK], _ZERO, tl.int64), tl.full([], _NONE, tl.int64)
     for start in range(0, programs, _CHUNK):
         most = tl.maximum(most, tl.load(reaches + start + slots, start + slots < programs, other=_ZERO))
     if tl.max(most, 0) + root_exponent > SAFE:
@@ -497,8 +497,8 @@ def _overflow(
                 up = _up(entry, row, column, inside)
                 kappa, exponent = _kappa(entry, row, column, inside, ENTRIES, KAPPA, U)
                 _value, _m, _v, gone = _in_coordinates(entry, scratch, which, i, inside, up, kappa, exponent, DTYPE, U)
-                lost = tl.where(_any(gone), tl.minimum(lost, tl.load(entry + _CODE)), lost)
-    return lost
+                overflow = tl.where(_any(gone), tl.minimum(overflow, tl.load(entry + _CODE)), overflow)
+    return overflow
 
 
 @triton.jit
@@ -578,7 +578,7 @@ def _decide(
     if MASS:
         norm, norm_exponent = _total(sums, exponents, pulling_programs, programs)
         norm = tl.where(log == log, norm, log)  # a κ that is none
-    bits, lost = _bits(words, 0, pulling_programs)
+    bits, overflow = _bits(words, 0, pulling_programs)
     pulled = _any((bits & _PULLED) != 0)
     unreached = _unreached(table, words, recurrent)
     code = tl.where(_is_finite(norm), unreached, _UNBOUNDED)
@@ -593,11 +593,11 @@ def _decide(
         )
         tl.debug_barrier()  # what threads have read or written here, others write or read below
         if goes & (code == 0):
-            lost = _overflow(
+            overflow = _overflow(
                 table, scratch, words + 3 * programs, root_exponent + 1, moving, weight_programs, ENTRIES, SAFE, DTYPE,
                 KAPPA, U, ROWS,
             )  # fmt: skip
-    code = tl.where((code == 0) & (lost != _NONE), _IS_LOST + lost, code)
+    code = tl.where((code == 0) & (overflow != _NONE), _OVERFLOW + overflow, code)
     taken = tl.full([], True, tl.int1)
     if found_inf is not None:
         taken = tl.load(found_inf).to(tl.float64) == 0  # nan is a word, too
