@@ -13,6 +13,11 @@ from torch import Tensor
 
 _Error = type[Exception]
 
+#: What parameters may be; with halves, sums are formed in float32.
+FULL_DTYPES = (torch.float32, torch.float64)
+HALF_DTYPES = (torch.bfloat16, torch.float16)
+DTYPES = FULL_DTYPES + HALF_DTYPES
+
 #: What an int64, and so every shape and counter of torch, can hold.
 _INT64 = 2**63
 
@@ -59,6 +64,28 @@ def check_choice(name: str, value: Any, choices: Iterable[str], show: Callable[[
     allowed = tuple(choices)
     if not isinstance(value, str) or value not in allowed:  # a tensor compares entry by entry
         raise ValueError(f"{name} is {value!r}; use one of {', '.join(map(show, allowed))}")
+
+
+def check_dtype(what: str, dtype: Any) -> None:
+    if dtype not in DTYPES:
+        raise TypeError(f"{what} {dtype}; use one of {', '.join(map(str, DTYPES))}")
+
+
+def check_alike(name: str, tensor: Tensor, first: tuple[str, Tensor], whole: str) -> None:
+    """That one parameter is of the dtype and on the device of another."""
+    if tensor.dtype != first[1].dtype or tensor.device != first[1].device:
+        raise TypeError(
+            f"{name} is {tensor.dtype} on {tensor.device}, but {first[0]} is {first[1].dtype} on {first[1].device}: "
+            f"move all parts of the {whole} to one dtype and device"
+        )
+
+
+def check_finite(name: str, p: Tensor) -> None:
+    """A device is waited for."""
+    if p.numel() and not math.isfinite(torch.linalg.vector_norm(p.detach(), math.inf)):
+        raise ValueError(
+            f"{name} has a nan or infinite entry; κ and γ² need finite weights: restore them, or lower the step size"
+        )
 
 
 def check_writable(name: str, tensor: Tensor) -> None:

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from . import reference
+from .arguments import DTYPES, HALF_DTYPES
 from .kappa import kappa, log_path_norm, precision
 from .network import PathNetwork
 from .ops import backend as backends
@@ -26,10 +27,8 @@ from .ops import plan as plans
 from .path_sgd import PathSGD
 from .rnn import ReLURNN
 
-DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 _BATCH = 3
 _RATE = 2.0**-10
-_HALVES = (torch.bfloat16, torch.float16)
 
 Values = dict[str, Tensor]
 
@@ -134,7 +133,7 @@ def rnn_error(dtype: torch.dtype, seq_len: int, layers: int, size: int, contract
     In half precision sums are formed in float32, and h_t, δ_t and results rounded once: at most 8 roundings a layer,
     as each decays by half with every step.
     """
-    if dtype in _HALVES:
+    if dtype in HALF_DTYPES:
         return 8 * layers * _roundoff(dtype) + rnn_error(torch.float32, seq_len, layers, size)
     carried = 4 if contracts else seq_len
     sums = carried * (4 + 2 * math.sqrt(size)) + 2 * math.sqrt(seq_len * _BATCH)
@@ -173,7 +172,7 @@ def rows() -> list[Row]:
                 if backends.refusals(device, wide)[name] is not None or (name == "triton" and device.type == "cpu"):
                     continue
                 choices = ["auto"]
-                if name in ("cuda", "triton") and dtype not in _HALVES:
+                if name in ("cuda", "triton") and dtype not in HALF_DTYPES:
                     call = (name, plans.describe(device), max(case.hidden for case in CASES), 40, wide.itemsize)
                     choices = [plan for plan, cost in plans.plans(*call).items() if isinstance(cost, plans.Plan)]
                 found += [Row(device, name, plan, dtype) for plan in choices]
@@ -281,7 +280,7 @@ def _check_module(row: Row, case: Case) -> Comparisons:
     theirs = theirs.double()
     generator = torch.Generator().manual_seed(2)
     x = _grid(generator, (case.seq_len, _BATCH, case.inputs), 1.0)
-    if row.dtype in _HALVES:
+    if row.dtype in HALF_DTYPES:
         # All positive, so that no rounding opens or shuts a ReLU, and contracting by half.
         x = x.abs()
         with torch.no_grad():
@@ -363,12 +362,14 @@ def check(seconds: float = 25.0, say: Callable[[str], None] = print) -> bool:
         if len(row.failures) > 5:
             say(f"  and {len(row.failures) - 5} more")
     if skipped := sum(row.skipped for row in todo):
-        say(f"{skipped} rows were not run; pathrnn check --seconds 600 runs them")
+        was, them = ("row was", "it") if skipped == 1 else ("rows were", "them")
+        say(f"{skipped} {was} not run; pathrnn check --seconds 600 runs {them}")
     done = len(todo) - skipped
     if failed:
-        say(f"{len(failed)} of {done} rows FAILED. In a bug report, send all of this output from its first line on.")
-    else:
-        say(f"all {done} rows agree with the oracle")
+        rows_run = "1 row" if done == 1 else f"{done} rows"
+        say(f"{len(failed)} of {rows_run} FAILED. In a bug report, send all of this output from its first line on.")
+    elif done:
+        say("the one row agrees with the oracle" if done == 1 else f"all {done} rows agree with the oracle")
     return not failed
 
 

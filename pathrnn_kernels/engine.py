@@ -18,13 +18,12 @@ from . import plain
 from .arguments import check_count, check_flags, check_number, check_writable, checked
 from .bases import without_hooks
 from .feedforward import FeedForward
-from .kappa import KAPPA2_FACTOR, Kappa, Scaled, kappa, kappa_without_waiting, precision
-from .network import PathNetwork
+from .kappa import KAPPA2_FACTOR, Kappa, kappa, kappa_without_waiting, precision
+from .kappa_state import from_state, moved, raw, to_state
+from .network import WHOLE_SEQUENCES, PathNetwork, gradients_used, sequence_length
 from .ops.backend import choose, refusals, transformed, without_numbers
-from .ops.step import LOST, NO_CONSTANT, NO_PATH, UNBOUNDED, UNREACHED, path_step_, path_update_
-from .rnn import ReLURNN
+from .ops.step import NO_CONSTANT, NO_PATH, OVERFLOW, UNBOUNDED, UNREACHED, path_step_, path_update_
 
-_LN2 = math.log(2)
 #: The module, whose name torch.optim has made away with.
 _HOOKS = sys.modules[Optimizer.__module__]
 
@@ -36,6 +35,33 @@ SWITCHES = """foreach, fused: as for ``torch.optim.SGD``: by default and with ``
             error be known at the next step, or at ``state_dict()``, weights and state intact.
         maximize: climb instead of descend.
         differentiable: refused, as κ is a constant of the step."""
+
+
+class Switches(NamedTuple):
+    """Those keywords."""
+
+    maximize: bool
+    foreach: bool | None
+    fused: bool | None
+    capturable: bool
+    differentiable: bool
+
+    def check(self, optimizer: str, net: object) -> None:
+        check_flags(maximize=self.maximize, capturable=self.capturable, differentiable=self.differentiable)
+        for name, choice in (("foreach", self.foreach), ("fused", self.fused)):
+            if choice not in (None, True, False):
+                raise TypeError(f"{name} is {choice!r}; it must be True, False or None")
+        if self.differentiable:
+            raise ValueError(
+                f"differentiable is True, but the step of {optimizer} takes κ and its own coordinates for constants, "
+                "so that its derivative would be wrong: leave it False"
+            )
+        if self.foreach and self.fused:
+            raise ValueError("foreach and fused are both True; give one of them")
+        if self.fused and isinstance(net, FeedForward):
+            raise ValueError(
+                "fused is True, but net is a FeedForward, whose steps are taken in plain torch: leave it out"
+            )
 
 
 class _Pending(NamedTuple):
@@ -96,31 +122,12 @@ class Engine(Optimizer):
         net: PathNetwork | FeedForward,
         groups: list[dict[str, Any]],
         defaults: dict[str, Any],
-        *,
         second_term: bool,
         seq_len: int | None,
         rtol: float,
-        maximize: bool,
-        foreach: bool | None,
-        fused: bool | None,
-        capturable: bool,
-        differentiable: bool,
+        switches: Switches,
     ) -> None:
-        check_flags(maximize=maximize, capturable=capturable, differentiable=differentiable)
-        for name, choice in (("foreach", foreach), ("fused", fused)):
-            if choice not in (None, True, False):
-                raise TypeError(f"{name} is {choice!r}; it must be True, False or None")
-        if differentiable:
-            raise ValueError(
-                f"differentiable is True, but the step of {type(self).__name__} takes κ and its own coordinates for "
-                "constants, so that its derivative would be wrong: leave it False"
-            )
-        if foreach and fused:
-            raise ValueError("foreach and fused are both True; give one of them")
-        if fused and isinstance(net, FeedForward):
-            raise ValueError(
-                "fused is True, but net is a FeedForward, whose steps are taken in plain torch: leave it out"
-            )
+        switches.check(type(self).__name__, net)
         self.net = net
         self.second_term = second_term
         self.seq_len = seq_len
@@ -133,8 +140,7 @@ class Engine(Optimizer):
         #: Per chain, of the last κ: lags of κ⁽²⁾ that the next one tries first.
         self._lags: Tensor | None = None
         self._constant: Tensor | None = None  # log, of scale="first_step"; nan until a step has fixed it
-        switches = {"maximize": maximize, "foreach": foreach, "capturable": capturable, "differentiable": False}
-        super().__init__(groups, {**defaults, **switches, "fused": fused})
+        super().__init__(groups, {**defaults, **switches._asdict()})
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         own = {id(p) for p in self.net.parameters()}
@@ -206,7 +212,7 @@ class Engine(Optimizer):
 
     def _unwatched(self, closure: Callable[[], Any] | None = None) -> Any:
         if self._pending is not None:
-            self._settle()
+            self._raise_pending()
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -377,7 +383,7 @@ class Engine(Optimizer):
                 self._pending = _Pending(*_to_host(status), moving.layout.names, weights[0].dtype, not unread)
         return 0
 
-    def _settle(self) -> None:
+    def _raise_pending(self) -> None:
         """Raises what the last step would have raised, had it waited."""
         pending, self._pending = self._pending, None
         assert pending is not None
@@ -448,7 +454,7 @@ class Engine(Optimizer):
             dtype, device = precision(weights[0].dtype), weights[0].device
             first = next(iter(self._kappa.scaled.values())).mantissa
             if (first.dtype, first.device) != (dtype, device):  # the network has been cast or moved since
-                self._kappa = _moved(self._kappa.scaled, self._kappa.log_path_norm, dtype, device)
+                self._kappa = moved(self._kappa.scaled, self._kappa.log_path_norm, dtype, device)
             return self._kappa
         if isinstance(self.net, FeedForward):
             k = self.net.kappa()
@@ -507,13 +513,10 @@ class Engine(Optimizer):
             raise FloatingPointError(
                 "γ² overflows in the reference backend, which does not rescale: use backend 'cpu' (see explain)"
             )
-        name = names[(status - LOST) // 4]
+        name = names[(status - OVERFLOW) // 4]
         if status % 4 == UNREACHED % 4:
             raise ValueError(
-                f"κ of {name} is 0, but its gradient is not: T is not that of the gradient; give the optimiser "
-                "seq_len=, the steps of whole sequences; where states are passed on without their graph, "
-                'PathNetwork(…, h0="ones") '
-                "has κ > 0"
+                f"κ of {name} is 0, but its gradient is not: T is not that of the gradient; {WHOLE_SEQUENCES}"
             )
         raise FloatingPointError(self._overflow(name, dtype))
 
@@ -529,7 +532,7 @@ class Engine(Optimizer):
     def state_dict(self) -> dict[str, Any]:
         """torch's, with an entry ``"path"``: tensors and plain Python values only. May raise what ``step`` does."""
         if self._pending is not None:
-            self._settle()
+            self._raise_pending()
         return {**super().state_dict(), "path": self._path()}
 
     def _path(self) -> dict[str, Any]:
@@ -541,7 +544,7 @@ class Engine(Optimizer):
             "steps": self._steps,
             "log_constant": None if self._constant is None or self._constant.isnan() else float(self._constant),
             "lags": {name: count for name, count in lags.items() if count},
-            "kappa": None if self._kappa is None else _to_state(self._kappa),
+            "kappa": None if self._kappa is None else to_state(self._kappa),
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -575,9 +578,7 @@ class Engine(Optimizer):
             name in names and type(count) is int and count >= 0 for name, count in lags.items()
         ):
             raise ValueError(f"state_dict has lags={lags!r}; they must be counts by recurrent weight")
-        found = (
-            None if path.get("kappa") is None else _from_state(path["kappa"], dict(zip(names, weights, strict=True)))
-        )
+        found = None if path.get("kappa") is None else from_state(path["kappa"], dict(zip(names, weights, strict=True)))
         groups, state = state_dict.get("param_groups"), state_dict.get("state")
         if not isinstance(groups, list) or not isinstance(state, dict):
             raise ValueError(f"state_dict lacks the {self._owner}'s 'state' and 'param_groups': it is damaged")
@@ -721,105 +722,3 @@ def _to_host(status: Tensor) -> tuple[Tensor, torch.cuda.Event | None]:
     done = torch.cuda.Event()
     done.record(torch.cuda.current_stream(status.device))
     return host, done
-
-
-def raw(k: Kappa, net: PathNetwork) -> tuple[list[Tensor], Tensor, Tensor, list[Tensor], Tensor]:
-    """κ as the op path_chain gives it, and log γ²."""
-    if k._chain is not None:
-        return (*k._chain[:4], k.log_path_norm)  # type: ignore[return-value]
-    each = [s for name, s in k.scaled.items() if ".bias_hh_" not in name]  # both biases have one
-    hidden = [k.scaled[name] for name in net.recurrent]
-    size = len(hidden[0].mantissa)
-    none = torch.zeros(size, dtype=torch.int64, device=hidden[0].mantissa.device)
-    units = torch.stack([none if s.columns is None else s.columns for s in hidden])
-    nothing = none[:0]
-    return (
-        [s.mantissa for s in each],
-        torch.stack([s.exponent for s in each]),
-        units,
-        [nothing if s.entries is None else s.entries for s in each],
-        k.log_path_norm,
-    )
-
-
-def _moved(scaled: dict[str, Scaled], log_norm: Tensor, dtype: torch.dtype, device: torch.device) -> Kappa:
-    def move(s: Scaled) -> Scaled:
-        rows, columns, entries = (None if part is None else part.to(device) for part in (s.rows, s.columns, s.entries))
-        return Scaled(s.mantissa.to(device, dtype), s.exponent.to(device), rows, columns, entries)
-
-    moved = {name: move(s) for name, s in scaled.items()}
-    return Kappa.of(moved, log_norm.to(device), {name: s.mantissa.shape for name, s in moved.items()})
-
-
-def _to_state(k: Kappa) -> dict[str, Any]:
-    entries = {name: s._asdict() for name, s in k.scaled.items()}
-    return {"entries": entries, "log_path_norm": k.log_path_norm}
-
-
-def _from_state(state: Any, parameters: dict[str, Tensor]) -> Kappa:
-    """What ``_to_state`` gave; older state dicts have factors with the logarithm of one scale each."""
-    try:
-        if "factors" in state:
-            logs = state["log_scales"]
-            exponents = {n: torch.tensor(round(logs[n] / _LN2), device=f.device) for n, f in state["factors"].items()}
-            fits = set(logs) == set(parameters)
-            scaled = {name: Scaled(factor, exponents[name]) for name, factor in state["factors"].items()}
-        else:
-            fits = True
-            scaled = {name: Scaled(**entry) for name, entry in state["entries"].items()}
-        device = next(iter(parameters.values())).device
-        log_norm = torch.as_tensor(state["log_path_norm"], dtype=torch.float64, device=device)
-        fits &= set(scaled) == set(parameters) and not bool(log_norm.isnan())
-        fits &= len({s.mantissa.dtype for s in scaled.values()}) == 1
-        for name, p in parameters.items():
-            s = scaled[name]
-            fits &= s.mantissa.dtype.is_floating_point and s.mantissa.expand_as(p).shape == p.shape
-            fits &= all(part is None or part.dtype == torch.int64 for part in s[1:]) and s.exponent.dim() == 0
-            fits &= s.entries is None or s.entries.shape == s.mantissa.shape
-            s.exponents().expand_as(p)
-    except (AttributeError, IndexError, KeyError, OverflowError, RuntimeError, TypeError, ValueError):
-        fits = False
-    if not fits:
-        raise ValueError("state_dict holds a cached κ that does not fit this network: it is damaged")
-    first = next(iter(parameters.values()))
-    return _moved(scaled, log_norm, precision(first.dtype), first.device)
-
-
-def sequence_length(net: PathNetwork, seq_len: int | None) -> int | None:
-    """T for a step: the optimiser's own, or that of the gradients.
-
-    None where no T is known but every gradient is 0: it stays so, whatever T is.
-
-    Raises:
-        ValueError: no T is known; or κ of a recurrent matrix is 0, since T = 1, and its gradient is not.
-    """
-    if seq_len is not None:
-        return seq_len
-    found = net.last_seq_len
-    if found is None:
-        _check_zero(
-            net.parameters(),
-            "seq_len is None and the network's RNN has recorded no forward pass (torch.nn.RNN records none): "
-            "run one before the step, or give the optimiser its seq_len",
-        )
-    elif found == 1 and net.h0 == "zeros":
-        weights = net.weights()
-        for name in net.recurrent:
-            _check_zero(
-                [weights[name]],
-                f"κ of {name} is 0, for T is 1, but its gradient is not: give the optimiser seq_len=, the steps of "
-                'whole sequences; where states are passed on without their graph, PathNetwork(…, h0="ones") has κ > 0',
-            )
-    return found
-
-
-def gradients_used(net: PathNetwork | FeedForward) -> None:
-    """T of the gradients that the network gets next has nothing to do with those that it has now."""
-    if isinstance(net, PathNetwork) and isinstance(rnn := net._modules["rnn"], ReLURNN):
-        rnn.steps.begin_anew()
-
-
-def _check_zero(weights: Iterable[Tensor], error: str) -> None:
-    """A ValueError unless their gradients are; a device is waited for."""
-    if any(p.grad is not None and p.grad.any() for p in weights):
-        raise ValueError(error)

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import os
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import nn
@@ -11,7 +10,7 @@ from torch import nn
 from .arguments import check_count
 from .kappa import layout_of, precision
 from .network import PathNetwork
-from .ops.backend import ENVIRONMENT, choose, refusals, without_numbers
+from .ops.backend import choose, environment, refusals, without_numbers
 from .ops.plan import Plan, check_plan, describe, plans
 from .ops.plan import choose as choose_plan
 from .rnn import ReLURNN
@@ -82,24 +81,22 @@ def explain(
     weight = next(rnn_or_net.parameters())
     served = weight.device, precision(weight.dtype)
     reasons = refusals(*served)
-    requested = os.environ.get(ENVIRONMENT, "auto") if backend == "auto" else backend
+    requested = environment() if backend == "auto" else backend
     try:
         chosen = choose(*served, backend)
     except ValueError:
         if requested not in ("auto", *reasons):
             raise
         chosen = None
+    found = Explanation(chosen, reasons, requested, weight.device, weight.dtype)
     if chosen == "cpu" and isinstance(rnn_or_net, PathNetwork):
         steps = seq_len or rnn_or_net.last_seq_len
-        return Explanation(
-            *(chosen, reasons, requested, weight.device, weight.dtype),
-            chains=_chains(rnn_or_net, steps) if steps else (),
-        )
-    if chosen not in ("cuda", "triton"):
-        return Explanation(chosen, reasons, requested, weight.device, weight.dtype)
-    steps = seq_len or getattr(getattr(rnn_or_net, "rnn", rnn_or_net), "last_seq_len", None) or 100
-    call = (chosen, describe(weight.device), rnn_or_net.hidden_size, steps, weight.element_size())
-    return Explanation(chosen, reasons, requested, weight.device, weight.dtype, choose_plan(*call, plan), plans(*call))
+        return replace(found, chains=_chains(rnn_or_net, steps)) if steps else found
+    if chosen in ("cuda", "triton"):
+        steps = seq_len or getattr(getattr(rnn_or_net, "rnn", rnn_or_net), "last_seq_len", None) or 100
+        call = (chosen, describe(weight.device), rnn_or_net.hidden_size, steps, weight.element_size())
+        return replace(found, plan=choose_plan(*call, plan), plans=plans(*call))
+    return found
 
 
 def _chains(net: PathNetwork, seq_len: int) -> tuple[str, ...]:
@@ -113,12 +110,7 @@ def _chains(net: PathNetwork, seq_len: int) -> tuple[str, ...]:
         return ("a weight is not finite, and κ is not to be had",)
     own = layout_of(net.recurrent, tuple(weights)).arguments(net, [*weights.values()], seq_len)
     ways, threads = _C.path_chain_ways(*own, net.rnn.bidirectional)  # type: ignore[call-arg]
-    words = (
-        "{0} steps",
-        "{0} steps, then converged",
-        "{0} steps, then in closed form",
-        "blocks of {0} steps",
-    )
+    words = ("{0} steps", "{0} steps, then converged", "{0} steps, then in closed form", "blocks of {0} steps")
     said = [words[way].format(number) for way, number in zip(ways[::2], ways[1::2], strict=True)]
     count = len(net.endings)
     lines = [f"T = {seq_len} by {threads} thread{'s' * (threads > 1)}"]

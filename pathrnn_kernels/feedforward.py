@@ -18,16 +18,16 @@ from typing import Any
 import torch
 from torch import nn
 
+from .arguments import FULL_DTYPES, check_alike, check_finite
 from .kappa import Kappa, Scaled
 from .ops.backend import without_numbers
 from .rnn import ReLURNN
 from .squared import WEIGHT_RANGE, Kind, Run, Squared, normalised, shifted
 
-_DTYPES = (torch.float32, torch.float64)
 _LN2 = math.log(2)
 
 #: Of ∂γ²/∂p̃ in the units of the run. Derivatives that are smaller by what a tensor may hold, 2^400, are denormal.
-_LOST = 2.0**-600
+_UNDERFLOW = 2.0**-600
 
 #: Modules that are refused whatever they are made of.
 _REFUSED: tuple[tuple[tuple[type[nn.Module], ...], str], ...] = (
@@ -160,27 +160,19 @@ def _check(module: nn.Module, input_shape: Sequence[int]) -> dict[str, nn.Parame
     parameters = dict(module.named_parameters())
     if not parameters:
         raise ValueError(f"module is a {type(module).__name__} without parameters: κ has nothing to be computed for")
-    first = next(iter(parameters))
+    first = next(iter(parameters.items()))
     for name, p in parameters.items():
         if isinstance(p, nn.parameter.UninitializedParameter):
             raise ValueError(f"{name} has no shape yet; run the lazy module once before")
-        if p.dtype not in _DTYPES:
+        if p.dtype not in FULL_DTYPES:
             raise TypeError(f"{name} has dtype {p.dtype}; κ is computed for float32 or float64: convert the module")
-        if p.dtype != parameters[first].dtype or p.device != parameters[first].device:
-            raise TypeError(
-                f"{name} is {p.dtype} on {p.device}, but {first} is {parameters[first].dtype} on "
-                f"{parameters[first].device}: move all parts of the module to one dtype and device"
-            )
+        check_alike(name, p, first, "module")
         if without_numbers(p):
             raise ValueError(
                 f"{name} has a shape but no numbers (meta device, or FakeTensorMode), and the pass for κ of a module "
                 "depends on them: move the module to a device first, with to_empty() and initialised"
             )
-        if p.numel() and not math.isfinite(torch.linalg.vector_norm(p.detach(), math.inf)):
-            raise ValueError(
-                f"{name} has a nan or infinite entry; κ and γ² need finite weights: restore them, or lower the step "
-                "size"
-            )
+        check_finite(name, p)
     return parameters
 
 
@@ -287,7 +279,7 @@ class _Pass:
                     f"κ of {name} overflows: units on the same paths differ by more than float64 holds; rescale the "
                     "weights"
                 )
-            if self.run.aligned and name in output.weights and largest < _LOST:
+            if self.run.aligned and name in output.weights and largest < _UNDERFLOW:
                 raise FloatingPointError(
                     f"κ of {name} underflows: γ² or another path is so much larger that float64 does not hold both; "
                     "use weights of less unequal size"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from .arguments import check_count, check_number
-from .engine import SWITCHES
+from .engine import SWITCHES, Switches
 from .network import PathNetwork
 from .path_adam import InCoordinates
 
@@ -81,18 +81,6 @@ class GatedPathSGD(InCoordinates):
         check_number("power", power, zero=False)
         for name, count in (("hold", hold), ("warmup", warmup)):
             check_count(name, count, 0, error=ValueError)
-        super().__init__(
-            net,
-            lr,
-            betas,
-            bias_lr,
-            {"power": power, "hold": hold, "warmup": warmup},
-            second_term=second_term,
-            seq_len=seq_len,
-            rtol=rtol,
-            maximize=maximize,
-            foreach=foreach,
-            fused=fused,
-            capturable=capturable,
-            differentiable=differentiable,
-        )
+        switches = Switches(maximize, foreach, fused, capturable, differentiable)
+        own = {"power": power, "hold": hold, "warmup": warmup}
+        super().__init__(net, lr, betas, bias_lr, own, second_term, seq_len, rtol, switches)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import math
 from collections.abc import Callable, Collection, Iterable, Mapping
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from . import ops
-from .arguments import check_choice, check_count, check_flags, check_number
+from .arguments import FULL_DTYPES, HALF_DTYPES, check_choice, check_count, check_finite, check_flags, check_number
 from .network import PathNetwork
 from .ops.backend import choose, environment, extension_problem, transformed, without_numbers
 from .ops.step import path_norm_gradients
@@ -24,15 +25,14 @@ _LN2 = math.log(2)
 #: Below minus this there is no exponent.
 _FAR = 1 << 60
 
+_UNCHANGED = contextlib.nullcontext()  # one for all: making it takes longer than entering it
 _PLAIN = frozenset((Tensor, nn.Parameter))
-_SERVED = frozenset((torch.float32, torch.float64))
 _CPU = frozenset(("auto", "cpu"))
-_HALVES = frozenset((torch.bfloat16, torch.float16))
 
 
 def precision(dtype: torch.dtype) -> torch.dtype:
     """What κ and γ² of parameters of this dtype are computed and returned in: float32 for halves."""
-    return torch.float32 if dtype in _HALVES else dtype
+    return torch.float32 if dtype in HALF_DTYPES else dtype
 
 
 class Scaled(NamedTuple):
@@ -251,46 +251,46 @@ def kappa(
         if found is not None:
             return found
     seq_len = _check(net, seq_len)
-    if _autocasts(net):
-        with torch.autocast(_device_type(net), enabled=False):
-            return kappa(
-                net, seq_len, second_term, kappa2, rtol, backend, lags=lags, workspace_bytes=workspace_bytes, plan=plan
-            )
     check_choice("kappa2", kappa2, KAPPA2_FACTOR)
     check_flags(second_term=second_term)
     check_number("rtol", rtol, zero=True, error=ValueError)
     if workspace_bytes is not None:
         check_count("workspace_bytes", workspace_bytes, 0, 2**63)
-    parameters = _weights(net)
-    layout = layout_of(net.recurrent, tuple(parameters))
-    first_lags = _first_lags(lags, layout.recurrent)
-
-    backend = _choose(net, parameters, backend)
-    if backend == "reference":
-        from . import reference
-
-        # κ is made of derivatives; callers often hold no_grad or inference_mode.
-        with torch.inference_mode(False), torch.enable_grad():
-            copies = {name: p.detach().clone() for name, p in parameters.items()}
-            factors = reference.kappa(copies, seq_len, net.outputs, net.h0, second_term, kappa2)
-            log_norm = reference.path_norm(copies, seq_len, net.outputs, net.h0).double().log()
-        all_lags = dict.fromkeys(layout.recurrent, seq_len - 1 if second_term else 0)
-        shapes = {name: p.shape for name, p in parameters.items()}
-        one = torch.tensor(0, device=log_norm.device)
-        return Kappa.of({name: Scaled(factor, one) for name, factor in factors.items()}, log_norm, shapes, all_lags)
-
-    chain = _launch(
-        net,
-        parameters,
-        seq_len,
-        backend=backend,
-        plan=plan,
-        second_factor=KAPPA2_FACTOR[kappa2] if second_term else 0.0,
-        rtol=min(float(rtol), 1.0),
-        first_lags=first_lags,
-        workspace_bytes=workspace_bytes,
-    )
+    with _without_autocast(net):
+        parameters = _weights(net)
+        layout = layout_of(net.recurrent, tuple(parameters))
+        first_lags = _first_lags(lags, layout.recurrent)
+        backend = _choose(net, parameters, backend)
+        if backend == "reference":
+            return _by_reference(net, parameters, seq_len, second_term, kappa2)
+        chain = _launch(
+            net,
+            parameters,
+            seq_len,
+            backend=backend,
+            plan=plan,
+            second_factor=KAPPA2_FACTOR[kappa2] if second_term else 0.0,
+            rtol=min(float(rtol), 1.0),
+            first_lags=first_lags,
+            workspace_bytes=workspace_bytes,
+        )
     return Kappa.from_chain(chain, layout, [p.shape for p in parameters.values()])
+
+
+def _by_reference(
+    net: PathNetwork, parameters: dict[str, Tensor], seq_len: int, second_term: bool, kappa2: str
+) -> Kappa:
+    from . import reference
+
+    # κ is made of derivatives; callers often hold no_grad or inference_mode.
+    with torch.inference_mode(False), torch.enable_grad():
+        copies = {name: p.detach().clone() for name, p in parameters.items()}
+        factors = reference.kappa(copies, seq_len, net.outputs, net.h0, second_term, kappa2)
+        log_norm = reference.path_norm(copies, seq_len, net.outputs, net.h0).double().log()
+    one = torch.tensor(0, device=log_norm.device)
+    scaled = {name: Scaled(factor, one) for name, factor in factors.items()}
+    all_lags = dict.fromkeys(net.recurrent, seq_len - 1 if second_term else 0)
+    return Kappa.of(scaled, log_norm, {name: p.shape for name, p in parameters.items()}, all_lags)
 
 
 def kappa_without_waiting(net: PathNetwork, seq_len: int, second_term: bool, rtol: float) -> Kappa:
@@ -299,7 +299,7 @@ def kappa_without_waiting(net: PathNetwork, seq_len: int, second_term: bool, rto
     log γ² is nan where a weight is not finite, or where something underflowed in the weights' dtype.
     """
     seq_len = _check(net, seq_len)
-    with torch.autocast(_device_type(net), enabled=False):
+    with _without_autocast(net):
         parameters = _weights(net)
         factor = KAPPA2_FACTOR["exact"] if second_term else 0.0
         backend = _choose(net, parameters, "auto")
@@ -320,7 +320,7 @@ def _at_once(net: PathNetwork, seq_len: int, second_term: bool, rtol: float) -> 
         or not 0 <= rtol < math.inf
         or not 1 <= seq_len < 2**31
         or not weight.is_cpu
-        or weight.dtype not in _SERVED
+        or weight.dtype not in FULL_DTYPES
         or environment() not in _CPU
         or extension_problem() is not None
         or torch.is_autocast_enabled("cpu")
@@ -385,17 +385,15 @@ def log_path_norm(net: PathNetwork, seq_len: int, backend: str = "auto") -> Tens
 
 def _norm(net: PathNetwork, seq_len: int, backend: str, logarithm: bool) -> Tensor:
     seq_len = _check(net, seq_len)
-    if _autocasts(net):
-        with torch.autocast(_device_type(net), enabled=False):
-            return _norm(net, seq_len, backend, logarithm)
-    parameters = _weights(net)
-    backend = _choose(net, parameters, backend)
-    if backend == "reference":
-        from . import reference
+    with _without_autocast(net):
+        parameters = _weights(net)
+        backend = _choose(net, parameters, backend)
+        if backend == "reference":
+            from . import reference
 
-        norm = reference.path_norm(parameters, seq_len, net.outputs, net.h0)
-        return norm.log() if logarithm else norm
-    return _Norm.apply(net, seq_len, backend, logarithm, list(parameters), *parameters.values())
+            norm = reference.path_norm(parameters, seq_len, net.outputs, net.h0)
+            return norm.log() if logarithm else norm
+        return _Norm.apply(net, seq_len, backend, logarithm, list(parameters), *parameters.values())
 
 
 class _Norm(torch.autograd.Function):
@@ -480,21 +478,19 @@ class _FirstOrder(torch.autograd.Function):
 def _weights(net: PathNetwork) -> dict[str, Tensor]:
     """The network's weights in the dtype that κ is computed in, converted differentiably."""
     parameters = net.weights()
-    if parameters["rnn.weight_hh_l0"].dtype not in _HALVES:
+    if parameters["rnn.weight_hh_l0"].dtype not in HALF_DTYPES:
         return parameters
     net.check_parameters()  # conversion would hide mixed dtypes
     return {name: p.float() for name, p in parameters.items()}
 
 
-def _device_type(net: PathNetwork) -> str:
+def _without_autocast(net: PathNetwork) -> contextlib.AbstractContextManager[Any]:
+    """Torch's products would come in half precision, in which κ means nothing."""
     weight: Tensor = net.rnn.weight_hh_l0  # type: ignore[assignment]
-    return weight.device.type
-
-
-def _autocasts(net: PathNetwork) -> bool:
-    """Whether torch's products would come in half precision, in which κ means nothing."""
-    device_type = _device_type(net)
-    return torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
+    device_type = weight.device.type
+    if torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type):
+        return torch.autocast(device_type, enabled=False)
+    return _UNCHANGED
 
 
 def _check(net: PathNetwork, seq_len: int) -> int:
@@ -535,7 +531,7 @@ class Layout(NamedTuple):
     #: Weights of a chain.
     per_chain: int
     #: Places of the head's weight and bias and of the embedding among the weights; None where there is none.
-    ends: tuple[int | None, ...]
+    boundary: tuple[int | None, ...]
 
     def arguments(self, net: PathNetwork, weights: list[Tensor], seq_len: int) -> Any:
         """Of ``ops.path_chain``, those that a network and T are."""
@@ -546,7 +542,7 @@ class Layout(NamedTuple):
             weights[1:n:step],
             weights[2:n:step] if step == 4 else [],
             weights[3:n:step] if step == 4 else [],
-            *[None if i is None else weights[i] for i in self.ends],
+            *[None if i is None else weights[i] for i in self.boundary],
             seq_len,
             net.outputs == "last",
             net.h0 == "ones",
@@ -571,8 +567,9 @@ def layout_of(recurrent: tuple[str, ...], names: tuple[str, ...]) -> Layout:
                 None,
                 slice(chains - directions, chains) if name == "head.weight" else None,
             )
-    ends = ("head.weight", "head.bias", "embedding.weight")
-    return Layout(recurrent, places, per_chain, tuple(names.index(name) if name in places else None for name in ends))
+    outer = ("head.weight", "head.bias", "embedding.weight")
+    boundary = tuple(names.index(name) if name in places else None for name in outer)
+    return Layout(recurrent, places, per_chain, boundary)
 
 
 def _launch(net: PathNetwork, parameters: dict[str, Tensor], seq_len: int, **options: Any) -> ops.PathChain:
@@ -632,8 +629,5 @@ def _scaled(chain: ops.PathChain, layout: Layout) -> dict[str, Scaled]:
 
 def _check_finite(parameters: dict[str, Tensor]) -> None:
     for name, p in parameters.items():
-        if not without_numbers(p) and not bool(p.detach().isfinite().all()):
-            raise ValueError(
-                f"{name} has a nan or infinite entry; κ and γ² need finite weights: restore them, or lower the step "
-                "size"
-            )
+        if not without_numbers(p):
+            check_finite(name, p)

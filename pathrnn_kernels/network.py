@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
+from .arguments import check_alike, check_dtype
 from .ops.backend import transformed, without_numbers
 from .rnn import ReLURNN
 
-_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 #: Of what κ is known for: not, for example, of the tensors that a weight is computed from.
 _NAMES = re.compile(r"rnn\.(weight|bias)_(ih|hh)_l\d+(_reverse)?|head\.(weight|bias)|embedding\.weight")
 
@@ -145,15 +146,9 @@ class PathNetwork(nn.Module):
                     "which is not supported: untie them, or leave that module out of the network"
                 )
             seen[place] = name
-            if p.dtype not in _DTYPES:
-                raise TypeError(f"{name} has dtype {p.dtype}; use one of {', '.join(map(str, _DTYPES))}")
-            if first is None:
-                first = (name, p)
-            elif p.dtype != first[1].dtype or p.device != first[1].device:
-                raise TypeError(
-                    f"{name} is {p.dtype} on {p.device}, but {first[0]} is {first[1].dtype} on {first[1].device}: "
-                    "move all parts of the network to one dtype and device"
-                )
+            check_dtype(f"{name} has dtype", p.dtype)
+            first = first or (name, p)
+            check_alike(name, p, first, "network")
 
     @property
     def structure(self) -> tuple[int, bool, bool, bool, bool, bool]:
@@ -185,8 +180,7 @@ class PathNetwork(nn.Module):
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         super().zero_grad(set_to_none)
-        if isinstance(self.rnn, ReLURNN):
-            self.rnn.steps.begin_anew()  # T of gradients that are 0 is nobody's
+        gradients_used(self)  # T of gradients that are 0 is nobody's
 
     def forward(self, x: Tensor) -> Tensor:
         """Outputs of the network.
@@ -213,6 +207,49 @@ class PathNetwork(nn.Module):
 
     def extra_repr(self) -> str:
         return f"outputs={self.outputs!r}, h0={self.h0!r}"
+
+
+#: What to do where T is not that of the gradients.
+WHOLE_SEQUENCES = (
+    "give the optimiser seq_len=, the steps of whole sequences; where states are passed on without their graph, "
+    'PathNetwork(…, h0="ones") has κ > 0'
+)
+
+
+def sequence_length(net: PathNetwork, seq_len: int | None) -> int | None:
+    """T for a step: the optimiser's own, or that of the gradients.
+
+    None where no T is known but every gradient is 0: it stays so, whatever T is.
+
+    Raises:
+        ValueError: no T is known; or κ of a recurrent matrix is 0, since T = 1, and its gradient is not.
+    """
+    if seq_len is not None:
+        return seq_len
+    found = net.last_seq_len
+    if found is None:
+        _check_zero(
+            net.parameters(),
+            "seq_len is None and the network's RNN has recorded no forward pass (torch.nn.RNN records none): "
+            "run one before the step, or give the optimiser its seq_len",
+        )
+    elif found == 1 and net.h0 == "zeros":
+        weights = net.weights()
+        for name in net.recurrent:
+            _check_zero([weights[name]], f"κ of {name} is 0, for T is 1, but its gradient is not: {WHOLE_SEQUENCES}")
+    return found
+
+
+def _check_zero(weights: Iterable[Tensor], error: str) -> None:
+    """A ValueError unless their gradients are; a device is waited for."""
+    if any(p.grad is not None and p.grad.any() for p in weights):
+        raise ValueError(error)
+
+
+def gradients_used(net: object) -> None:
+    """T of the gradients that the network gets next has nothing to do with those that it has now."""
+    if isinstance(net, PathNetwork) and isinstance(rnn := net._modules["rnn"], ReLURNN):
+        rnn.steps.begin_anew()
 
 
 def check_network(net: object) -> None:

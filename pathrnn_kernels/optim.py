@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
@@ -12,21 +13,22 @@ from torch.optim import Optimizer
 
 from . import plain
 from .bases import Step, Together, bases_of, check_base, without_hooks
-from .engine import SCALES, Moving, check_written, gradients_used, raw
+from .engine import SCALES, Moving, check_written
 from .feedforward import FeedForward
-from .network import PathNetwork
+from .kappa_state import raw
+from .network import PathNetwork, gradients_used
 from .ops.backend import without_numbers
 from .ops.step import path_update_
 from .path_sgd import PathSGD
 
 
-def _option(name: str) -> Any:
-    """One that the preconditioner holds."""
+def _held_by(part: str, name: str) -> Any:
+    """An attribute that is a part's."""
 
     def change(self: PathOptimizer, value: Any) -> None:
-        setattr(self._preconditioner, name, value)
+        setattr(getattr(self, part), name, value)
 
-    return property(lambda self: getattr(self._preconditioner, name), change)
+    return property(operator.attrgetter(f"{part}.{name}"), change)
 
 
 class PathOptimizer(Optimizer):
@@ -38,9 +40,8 @@ class PathOptimizer(Optimizer):
     ``p.grad`` holds the preconditioned gradient; torch's global hooks run once a step, around all of it.
 
     T is that of the gradients: of the forward passes that they came from, the longest since the last step or
-    ``zero_grad()``, where calls of the RNN that pass the state on with its graph are one. Evaluations do not count, nor
-    does what no gradient reached. In code compiled by torch.compile and in torch.func's transforms, which have no place
-    for the hook that finds it, T is that of the RNN's last call with gradients enabled.
+    ``zero_grad()``, where calls of the RNN that pass the state on with its graph are one. In compiled code and in
+    torch.func's transforms, where no hook can be, it is that of the RNN's last call with gradients enabled.
 
     One step commutes with every node-wise rescaling of the network (Theorem 2) for a base that is linear in gradients
     and weights: SGD with or without momentum, Nesterov's included (a rescaling between two steps would have to rescale
@@ -84,12 +85,15 @@ class PathOptimizer(Optimizer):
     """
 
     divides_by_kappa = True
-    second_term = _option("second_term")
-    scale = _option("scale")
-    eps = _option("eps")
-    update_every = _option("update_every")
-    seq_len = _option("seq_len")
-    rtol = _option("rtol")
+    second_term = _held_by("_preconditioner", "second_term")
+    scale = _held_by("_preconditioner", "scale")
+    eps = _held_by("_preconditioner", "eps")
+    update_every = _held_by("_preconditioner", "update_every")
+    seq_len = _held_by("_preconditioner", "seq_len")
+    rtol = _held_by("_preconditioner", "rtol")
+    param_groups = _held_by("base", "param_groups")
+    state = _held_by("base", "state")
+    defaults = _held_by("base", "defaults")
 
     def __init__(
         self,
@@ -149,26 +153,6 @@ class PathOptimizer(Optimizer):
         for base in bases_of(self.base) if radius is not None else ():
             check_base(base, True)
         self._preconditioner.trust_radius = radius
-
-    @property
-    def param_groups(self) -> list[dict[str, Any]]:  # type: ignore[override]
-        return self.base.param_groups
-
-    @param_groups.setter
-    def param_groups(self, groups: list[dict[str, Any]]) -> None:
-        self.base.param_groups = groups
-
-    @property
-    def state(self) -> Any:  # type: ignore[override]
-        return self.base.state
-
-    @state.setter
-    def state(self, state: Any) -> None:
-        self.base.state = state
-
-    @property
-    def defaults(self) -> dict[str, Any]:  # type: ignore[override]
-        return self.base.defaults
 
     def __getattr__(self, name: str) -> Any:
         # Where the base has them, and else not: callers ask by hasattr.

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from . import plain
-from .arguments import check_number
-from .engine import SWITCHES, Engine, Moving, check_rate, zeros_like
+from .arguments import FULL_DTYPES, check_number
+from .engine import SWITCHES, Engine, Moving, Switches, check_rate, zeros_like
 from .kappa import Kappa
 from .network import PathNetwork, check_network
 
@@ -31,21 +31,23 @@ class InCoordinates(Engine):
         betas: tuple[float, float],
         bias_lr: float | Tensor,
         defaults: dict[str, Any],
-        **keywords: Any,
+        second_term: bool,
+        seq_len: int | None,
+        rtol: float,
+        switches: Switches,
     ) -> None:
         check_network(net)
         for name, value in (("lr", lr), ("bias_lr", bias_lr)):
             check_rate(name, value)
         _check_betas(betas)
         parameters = net.weights()
-        dtype = next(iter(parameters.values())).dtype
-        if dtype not in (torch.float32, torch.float64):
-            raise TypeError(f"the network is {dtype}; use float32 parameters, under torch.autocast for half precision")
+        _check_dtype(next(iter(parameters.values())).dtype)
         inner = {"params": [p for name, p in parameters.items() if name != _OUTPUT_BIAS]}
         groups: list[dict[str, Any]] = [inner]
         if _OUTPUT_BIAS in parameters:
             groups.append({"params": [parameters[_OUTPUT_BIAS]], "lr": bias_lr})
-        super().__init__(net, groups, {"lr": lr, "betas": tuple(betas), **defaults}, **keywords)
+        defaults = {"lr": lr, "betas": tuple(betas), **defaults}
+        super().__init__(net, groups, defaults, second_term, seq_len, rtol, switches)
 
     def _settings(self) -> dict[str, Any]:
         return {"rule": self._rule_of(self.defaults), **super()._settings()}
@@ -64,6 +66,7 @@ class InCoordinates(Engine):
     def _state(self, name: str, p: Tensor, group: dict[str, Any]) -> dict[str, Any]:
         state: dict[str, Any] = self.state.get(p, {})
         if not state:
+            _check_dtype(p.dtype)  # it may have been cast since
             state = {"step": zeros_like(p.new_empty((), dtype=torch.float32))}
             if name != _OUTPUT_BIAS:
                 state |= {key: zeros_like(p) for key in self.buffers}
@@ -120,12 +123,9 @@ class PathAdam(InCoordinates):
         Δp = -lr γ u / sqrt(n κ)
 
     ‖g̃‖ is over all tensors, and n the number of entries of the tensor: no tensor's step is longer than lr γ in the path
-    metric. m has no bias correction: the first 1/(1 - β₁) steps grow to full length. γ² is that of the paths through
-    the RNN: paths of the output's bias alone (κ = 1 at one step) are left out. The output's bias follows eq. (8) as it
-    stands, Δb = -bias_lr · g/κ, no entry of g/κ counting for more than 1. A step whose gradient, the output's
-    bias apart, is 0 or not finite is left out but for that bias, and so are entries with κ = 0 (on no path).
-
-    :class:`GatedPathSGD` with ``power=1`` is this, and with a higher power trusts noisy gradients less.
+    metric. m has no bias correction: the first 1/(1 - β₁) steps grow to full length. :class:`GatedPathSGD` with
+    ``power=1`` is this, and with a higher power trusts noisy gradients less; there is said what γ² is, how the output's
+    bias moves, and which steps are left out.
 
     Args:
         net: the network, float32 or float64; every trainable parameter is held, its output's bias in a parameter
@@ -165,25 +165,17 @@ class PathAdam(InCoordinates):
         differentiable: bool = False,
     ) -> None:
         check_number("eps", eps, zero=True)
-        super().__init__(
-            net,
-            lr,
-            betas,
-            bias_lr,
-            {"eps": eps},
-            second_term=second_term,
-            seq_len=seq_len,
-            rtol=rtol,
-            maximize=maximize,
-            foreach=foreach,
-            fused=fused,
-            capturable=capturable,
-            differentiable=differentiable,
-        )
+        switches = Switches(maximize, foreach, fused, capturable, differentiable)
+        super().__init__(net, lr, betas, bias_lr, {"eps": eps}, second_term, seq_len, rtol, switches)
 
 
 #: Stands for the averages of the output's bias, which has none.
 _NONE = zeros_like(torch.empty(0, device="cpu"))
+
+
+def _check_dtype(dtype: torch.dtype) -> None:
+    if dtype not in FULL_DTYPES:
+        raise TypeError(f"the network is {dtype}; use float32 parameters, under torch.autocast for half precision")
 
 
 def _check_betas(betas: Any) -> None:

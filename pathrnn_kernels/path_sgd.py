@@ -8,7 +8,7 @@ from torch import Tensor
 
 from . import plain
 from .arguments import check_choice, check_count, check_number, checked
-from .engine import SCALES, SWITCHES, Engine, Moving, check_rate, zeros_like
+from .engine import SCALES, SWITCHES, Engine, Moving, Switches, check_rate, zeros_like
 from .feedforward import FeedForward
 from .kappa import Kappa
 from .network import PathNetwork
@@ -99,20 +99,11 @@ class PathSGD(Engine):
         self.eps = eps
         self.trust_radius = trust_radius
         self.update_every = update_every
-        super().__init__(
-            net,
-            # In the order of a state dict, whatever the module's.
-            [{"params": list(net.weights().values() if isinstance(net, PathNetwork) else net.parameters())}],
-            {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "nesterov": nesterov},
-            second_term=second_term,
-            seq_len=seq_len,
-            rtol=rtol,
-            maximize=maximize,
-            foreach=foreach,
-            fused=fused,
-            capturable=capturable,
-            differentiable=differentiable,
-        )
+        # In the order of a state dict, whatever the module's.
+        parameters = list(net.weights().values() if isinstance(net, PathNetwork) else net.parameters())
+        own = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "nesterov": nesterov}
+        switches = Switches(maximize, foreach, fused, capturable, differentiable)
+        super().__init__(net, [{"params": parameters}], own, second_term, seq_len, rtol, switches)
 
     def _states(self, moving: Moving) -> list[dict[str, Any]]:
         if all(group["momentum"] == 0 for group in self.param_groups):

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from .kappa import Scaled, ldexp, power_of_e
-from .ops.step import LOST, NO_CONSTANT, NO_PATH, UNBOUNDED, UNREACHED
+from .ops.step import NO_CONSTANT, NO_PATH, OVERFLOW, UNBOUNDED, UNREACHED
 
 
 @dataclass(frozen=True)
@@ -88,17 +88,17 @@ class Weight:
         #: κ in these coordinates.
         self.divisor = Number(self.kappa.mantissa.double(), self.kappa.exponent + entries).normal()
 
-    def up(self, x: Tensor) -> Tensor:
+    def to_canonical(self, x: Tensor) -> Tensor:
         return ldexp(x.double(), self.shift)
 
-    def down(self, x: Tensor) -> Tensor:
+    def from_canonical(self, x: Tensor) -> Tensor:
         return ldexp(x.double(), -self.shift)
 
-    def pulled(self) -> Tensor:
+    def has_gradient(self) -> Tensor:
         return (self.gradient != 0).any()
 
     def unreached(self) -> Tensor:
-        return self.pulled() & ~(self.divisor.m > 0).any() if self.recurrent else torch.zeros_like(self.pulled())
+        return self.has_gradient() & ~(self.divisor.m > 0).any() & self.recurrent
 
     def unit(self) -> Number:
         """1/sqrt(κ); 0 on no path."""
@@ -149,11 +149,11 @@ def sgd(
     unscaled: Tensor | float,
 ) -> Decided:
     norm = Number(*power_of_e(log_path_norm))
-    no_path, pulled = norm.m == 0, torch.stack([w.pulled() for w in weights]).any()
+    no_path, any_gradient = norm.m == 0, torch.stack([w.has_gradient() for w in weights]).any()
     bounded = bool(radius)  # 0, as the op has it, is none
     needs_paths = scale == "path_norm" or bounded
     statuses = [
-        torch.where(no_path & pulled & needs_paths, NO_PATH, 0),
+        torch.where(no_path & any_gradient & needs_paths, NO_PATH, 0),
         torch.where(norm.m.isfinite(), 0, UNBOUNDED),
         _status(weights, [w.unreached() for w in weights], UNREACHED),
     ]
@@ -163,60 +163,70 @@ def sgd(
     fixed = constant
     if scale == "first_step":
         assert constant is not None
-        quotients = [w.quotient(unscaled, one, eps, norm) for w in weights]
-        total = _total([Number.of(w.gradient.double() * unscaled).squares() for w in weights])
-        divided = _total([Number(q.m, q.e - w.shift).squares() for w, q in zip(weights, quotients, strict=True)])
-        found = (total.m.log() + (total.e - divided.e).double() * math.log(2) - divided.m.log()) / 2
-        bad = ~(total.m.isfinite() & divided.m.isfinite())
-        statuses.append(torch.where(constant.isnan() & bad, NO_CONSTANT, 0))
-        none = (total.m == 0) | (divided.m == 0) | bad
-        fixed = torch.where(constant.isnan() & ~none, found, constant)
+        fixed, status = _first_constant(weights, norm, one, eps, constant, unscaled)
+        statuses.append(status)
         factor = Number(*power_of_e(torch.where(fixed.isnan(), 0.0, fixed)))
 
-    steps: list[Number] = []
-    firsts: list[Tensor | None] = []
-    lost: list[Tensor] = []
-    for w in weights:
-        _, momentum, decay, nesterov, maximize = w.numbers
-        d = w.quotient(unscaled, factor, eps, norm).value()
-        lost.append((w.gradient.isfinite() & ~(w.down(d).abs() <= torch.finfo(w.weight.dtype).max)).any())
-        d = (-d if maximize else d) + (decay * w.up(w.weight) if decay else 0)
-        first = None if w.first is None else momentum * w.up(w.first) + d
-        firsts.append(first)
-        if first is not None:
-            d = d + momentum * first if nesterov else first
-        rate = torch.as_tensor(-w.rate, dtype=torch.float64, device=norm.m.device)
-        steps.append(Number.of(d) * Number.of(rate))
+    found = [_descent(w, norm, factor, eps, unscaled) for w in weights]
+    steps, firsts, overflows = map(list, zip(*found, strict=True))
     share = one
     if bounded:
         squares = [step.squares(w.divisor) for step, w in zip(steps, weights, strict=True)]
         # No length, though the gradients are finite.
         for i, w in enumerate(weights):
-            lost[i] |= ~squares[i].m.isfinite() & w.gradient.isfinite().all()
+            overflows[i] |= ~squares[i].m.isfinite() & w.gradient.isfinite().all()
         share = _share(squares, norm, radius)  # type: ignore[arg-type]
-    statuses.append(_status(weights, lost, LOST))
+    statuses.append(_status(weights, overflows, OVERFLOW))
 
     def commit(ok: Tensor) -> None:
         for w, step, first in zip(weights, steps, firsts, strict=True):
-            _keep(w.weight, w.down(w.up(w.weight) + (step * share).value()), ok)
+            _keep(w.weight, w.from_canonical(w.to_canonical(w.weight) + (step * share).value()), ok)
             if first is not None:
-                _keep(w.first, w.down(first), ok)  # type: ignore[arg-type]
+                _keep(w.first, w.from_canonical(first), ok)  # type: ignore[arg-type]
         if constant is not None and fixed is not constant:
             _keep(constant, fixed, ok)  # type: ignore[arg-type]
 
     return _first(*statuses), commit
 
 
+def _first_constant(
+    weights: Sequence[Weight], norm: Number, one: Number, eps: float, constant: Tensor, unscaled: Tensor | float
+) -> tuple[Tensor, Tensor]:
+    """log(‖g‖ / ‖g/κ‖), if ``constant`` is nan yet; it stays so where either is 0. And a status."""
+    quotients = [w.quotient(unscaled, one, eps, norm) for w in weights]
+    total = _total([Number.of(w.gradient.double() * unscaled).squares() for w in weights])
+    divided = _total([Number(q.m, q.e - w.shift).squares() for w, q in zip(weights, quotients, strict=True)])
+    found = (total.m.log() + (total.e - divided.e).double() * math.log(2) - divided.m.log()) / 2
+    bad = ~(total.m.isfinite() & divided.m.isfinite())
+    none = (total.m == 0) | (divided.m == 0) | bad
+    return torch.where(constant.isnan() & ~none, found, constant), torch.where(constant.isnan() & bad, NO_CONSTANT, 0)
+
+
+def _descent(
+    w: Weight, norm: Number, factor: Number, eps: float, unscaled: Tensor | float
+) -> tuple[Number, Tensor | None, Tensor]:
+    """The step before it is shortened, the new momentum, and whether a finite gradient's quotient is out of range."""
+    _, momentum, decay, nesterov, maximize = w.numbers
+    d = w.quotient(unscaled, factor, eps, norm).value()
+    overflows = (w.gradient.isfinite() & ~(w.from_canonical(d).abs() <= torch.finfo(w.weight.dtype).max)).any()
+    d = (-d if maximize else d) + (decay * w.to_canonical(w.weight) if decay else 0)
+    first = None if w.first is None else momentum * w.to_canonical(w.first) + d
+    if first is not None:
+        d = d + momentum * first if nesterov else first
+    rate = torch.as_tensor(-w.rate, dtype=torch.float64, device=norm.m.device)
+    return Number.of(d) * Number.of(rate), first, overflows
+
+
 def given(weights: Sequence[Weight], log_path_norm: Tensor, radius: float) -> Decided:
     """Of a step that another optimiser has taken: ``gradient`` is the weight after it."""
     norm = Number(*power_of_e(log_path_norm))
-    steps = [Number.of(w.up(w.gradient) - w.up(w.weight)) for w in weights]
+    steps = [Number.of(w.to_canonical(w.gradient) - w.to_canonical(w.weight)) for w in weights]
     share = _share([step.squares(w.divisor) for step, w in zip(steps, weights, strict=True)], norm, radius)
 
     def commit(ok: Tensor) -> None:
         for w, step in zip(weights, steps, strict=True):
             # To the bit, where it is not shortened.
-            shortened = w.down(w.up(w.weight) + (step * share).value()).to(w.weight.dtype)
+            shortened = w.from_canonical(w.to_canonical(w.weight) + (step * share).value()).to(w.weight.dtype)
             _keep(w.weight, torch.where(share.value() == 1, w.gradient, shortened), ok)
 
     return torch.where(norm.m.isfinite(), 0, UNBOUNDED), commit
@@ -236,11 +246,11 @@ def coordinates(
     """``head``: the head's weight, of whose paths γ² is, where it has a bias; ``bias``: that, where it moves."""
     norm = Number(*power_of_e(log_path_norm))
     if head is not None:
-        norm = Number.of(head.up(head.weight)).squares(head.divisor)
+        norm = Number.of(head.to_canonical(head.weight)).squares(head.divisor)
     everything = [*weights, *([bias] if bias is not None else [])]
-    pulled = torch.stack([w.pulled() for w in everything]).any()
+    any_gradient = torch.stack([w.has_gradient() for w in everything]).any()
     statuses = [
-        torch.where((norm.m == 0) & pulled, NO_PATH, 0),
+        torch.where((norm.m == 0) & any_gradient, NO_PATH, 0),
         torch.where(norm.m.isfinite(), 0, UNBOUNDED),
         *([_status(weights, [w.unreached() for w in weights], UNREACHED)] if weights else []),
     ]
@@ -256,29 +266,20 @@ def coordinates(
     moves: list[tuple[Tensor, Tensor, Tensor]] = []
     if weights:
         units = [w.unit() for w in weights]
-        gradients = [Number(w.down(w.gradient) * unit.m, unit.e) for w, unit in zip(weights, units, strict=True)]
+        gradients = [
+            Number(w.from_canonical(w.gradient) * unit.m, unit.e) for w, unit in zip(weights, units, strict=True)
+        ]
         length = _total([g.squares() for g in gradients]).root()
         going = going & (length.m > 0) & length.m.isfinite()
         root = norm.root()
         for w, gradient, unit in zip(weights, gradients, units, strict=True):
-            _, beta1, beta2, power, eps, _, warmup, maximize = w.numbers
-            assert w.first is not None and w.second is not None and w.count is not None
-            g = (gradient / length).value()
-            g = -g if maximize else g
-            m = w.first.double() + (1 - beta1) * (g - w.first.double())
-            v = beta2 * w.second.double() + (1 - beta2) * g * g
-            steps = w.count.double() + 1
-            denominator = (v / (1 - beta2**steps)).sqrt()
-            ratio = torch.where(denominator > 0, m.abs() / (denominator + eps), 0.0).clamp(max=1)
-            rate = w.rate * (steps / max(warmup, 1)).clamp(max=1) / w.weight.numel() ** 0.5
-            step = ldexp(rate * (ratio**power).copysign(m) * unit.m * root.m, unit.e + root.e)
-            moves.append((w.down(w.up(w.weight) - step), m, v))
-        lost = [
+            moves.append(_move(w, (gradient / length).value(), unit, root))
+        overflows = [
             going
             & (w.gradient.isfinite() & w.weight.isfinite() & ~(new.abs() <= torch.finfo(w.weight.dtype).max)).any()
             for w, (new, _, _) in zip(weights, moves, strict=True)
         ]
-        statuses.append(_status(weights, lost, LOST))
+        statuses.append(_status(weights, overflows, OVERFLOW))
 
     def commit(ok: Tensor) -> None:
         if bias is not None:
@@ -292,3 +293,18 @@ def coordinates(
             w.count.add_(taken.to(w.count.dtype))  # type: ignore[union-attr]
 
     return _first(*statuses), commit
+
+
+def _move(w: Weight, g: Tensor, unit: Number, root: Number) -> tuple[Tensor, Tensor, Tensor]:
+    """The weight and its averages after the step, from g̃/‖g̃‖, 1/sqrt(κ) and γ."""
+    _, beta1, beta2, power, eps, _, warmup, maximize = w.numbers
+    assert w.first is not None and w.second is not None and w.count is not None
+    g = -g if maximize else g
+    m = w.first.double() + (1 - beta1) * (g - w.first.double())
+    v = beta2 * w.second.double() + (1 - beta2) * g * g
+    steps = w.count.double() + 1
+    denominator = (v / (1 - beta2**steps)).sqrt()
+    ratio = torch.where(denominator > 0, m.abs() / (denominator + eps), 0.0).clamp(max=1)
+    rate = w.rate * (steps / max(warmup, 1)).clamp(max=1) / w.weight.numel() ** 0.5
+    step = ldexp(rate * (ratio**power).copysign(m) * unit.m * root.m, unit.e + root.e)
+    return w.from_canonical(w.to_canonical(w.weight) - step), m, v

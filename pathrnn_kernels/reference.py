@@ -357,11 +357,11 @@ def _discounted(h: Tensor, delta: Tensor, lag: int, ratio: Tensor, side: str) ->
     """Σ_{m ≥ 0} r^{m+1} C_{lag+m} as one product; r_j for the columns j of the powers, r_k for their rows k."""
     late, early = delta[lag + 1 :], h[: len(h) - 1 - lag]
     if side == "column":
-        return (ratio * _filtered(late.flip(0), ratio).flip(0)).T @ early
-    return late.T @ (ratio * _filtered(early, ratio))
+        return (ratio * _geometric_scan(late.flip(0), ratio).flip(0)).T @ early
+    return late.T @ (ratio * _geometric_scan(early, ratio))
 
 
-def _filtered(steps: Tensor, ratio: Tensor) -> Tensor:
+def _geometric_scan(steps: Tensor, ratio: Tensor) -> Tensor:
     """y_s = steps_s + r ⊙ y_{s-1}."""
     result = [steps[0]]
     for step in steps[1:]:

@@ -14,12 +14,11 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
 from . import ops
-from .arguments import check_count, check_flags
+from .arguments import check_count, check_dtype, check_flags
 from .ops.backend import constant_when_traced, transformed
 from .steps import Steps
 
 _Weights = tuple[Tensor, Tensor, Tensor | None, Tensor | None]
-_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 #: Far beyond any network. A number mistaken for one of layers would fill the memory, layer by layer.
 _MOST = {"input_size": 2**31 - 1, "hidden_size": 2**31 - 1, "num_layers": 10_000}
@@ -146,8 +145,7 @@ class ReLURNN(nn.RNNBase):
                 stacklevel=3,
             )
         dtype = torch.get_default_dtype() if dtype is None else dtype
-        if dtype not in _DTYPES:
-            raise TypeError(f"dtype is {dtype}; use one of {', '.join(map(str, _DTYPES))}")
+        check_dtype("dtype is", dtype)
         self.input_size = int(input_size)
         self.hidden_size = int(hidden_size)
         self.num_layers = int(num_layers)

@@ -428,16 +428,7 @@ _register(
         *("reshape", "view", "flatten", "ravel", "unflatten", "squeeze", "unsqueeze", "expand", "broadcast_to"),
         *("transpose", "swapaxes", "permute", "movedim", "t", "T", "mT", "flip", "roll"),
         *("clone", "contiguous"),
-        *(
-            "chunk",
-            "split",
-            "tensor_split",
-            "unbind",
-            "select",
-            "narrow",
-            "__getitem__",
-            "index_select",
-        ),
+        *("chunk", "split", "tensor_split", "unbind", "select", "narrow", "__getitem__", "index_select"),
         *("repeat", "tile", "repeat_interleave", "pixel_shuffle", "pixel_unshuffle", "channel_shuffle", "unfold"),
     ),
 )

@@ -118,13 +118,28 @@ def test_the_command(capsys, monkeypatch):
     monkeypatch.setattr(check, "rows", lambda: [row()])
     assert cli.main(["check"]) == 0
     out = capsys.readouterr().out
-    for text in (torch.__version__, "isa_active", "float32", *check.CHECKS, "all 1 rows agree with the oracle"):
+    for text in (torch.__version__, "isa_active", "float32", *check.CHECKS, "the one row agrees with the oracle"):
         assert text in out
     monkeypatch.setattr(check, "kappa", lambda net, *_, **__: pk.kappa(net, 1))
     assert cli.main(["check"]) == 1
     out = capsys.readouterr().out
-    assert "FAILED" in out and "1 of 1 rows FAILED. In a bug report, send all of this output" in out
+    assert "FAILED" in out and "1 of 1 row FAILED. In a bug report, send all of this output" in out
     assert "cpu on cpu, plan auto, float32:" in out and "one unit: κ⁽¹⁾ of rnn.weight_hh_l0 is off by" in out
+
+
+def test_the_last_lines_count_rows(monkeypatch):
+    monkeypatch.setattr(check, "run", lambda row: None)
+
+    def last(count, seconds):
+        lines = []
+        monkeypatch.setattr(check, "rows", lambda: [row() for _ in range(count)])
+        assert check.check(seconds, lines.append)
+        return lines[-1]
+
+    assert last(1, 9.0) == "the one row agrees with the oracle"
+    assert last(2, 9.0) == "all 2 rows agree with the oracle"
+    assert last(1, 0.0) == "1 row was not run; pathrnn check --seconds 600 runs it"
+    assert last(2, 0.0) == "2 rows were not run; pathrnn check --seconds 600 runs them"
 
 
 def test_the_time_is_heeded(capsys):
@@ -134,7 +149,7 @@ def test_the_time_is_heeded(capsys):
     assert cli.main(["check", "--seconds", "1e-9"]) == 0
     out = capsys.readouterr().out
     assert out.count("not run: the time was up") == len(check.rows())
-    assert "pathrnn check --seconds 600 runs them" in out
+    assert "rows were not run; pathrnn check --seconds 600 runs them" in out and "agree" not in out
 
 
 @pytest.mark.parametrize(

@@ -608,6 +608,19 @@ def test_halves(dtype):
         assert torch.equal(p, q.to(dtype))
 
 
+@FUSED
+@pytest.mark.parametrize("kind", (pk.PathAdam, pk.GatedPathSGD))
+def test_a_network_cast_to_halves_later_is_named_as_the_cause(kind, fused):
+    net = make()
+    optimizer = kind(net, fused=fused, seq_len=SEQ_LEN)
+    before = values(net.bfloat16())
+    for p in net.parameters():
+        p.grad = torch.ones_like(p)
+    with pytest.raises(TypeError, match=r"the network is torch.bfloat16; use float32 parameters, under torch.autocast"):
+        optimizer.step()
+    assert all(torch.equal(p, before[name]) for name, p in net.named_parameters())
+
+
 def test_the_counts_are_torchs():
     net = make()
     optimizer = pk.PathAdam(net)

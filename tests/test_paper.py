@@ -352,13 +352,35 @@ def test_the_exact_distance_is_that_of_all_paths_and_the_balance_undoes_rescalin
     torch.testing.assert_close(ratio, ratio[:1].expand(4), rtol=1e-12, atol=0)
 
 
-def test_an_error_in_a_run_is_one_sentence(monkeypatch, tmp_path, capsys):
+@pytest.fixture
+def pathrnn(monkeypatch):
+    """The command with this subcommand, which an installed package has."""
     found = metadata.EntryPoints([metadata.EntryPoint("paper", "bench.paper.command:main", cli.COMMANDS)])
     monkeypatch.setattr(cli, "further_commands", lambda: found)
-    arguments = ["table3", "--quick", "--only", "text8/rnn-relu", "--seeds", "1", "--out", str(tmp_path)]
-    assert cli.main(["paper", *arguments, "--text8", str(tmp_path / "absent")]) == 1
-    err = capsys.readouterr().err
-    assert re.search(r"\npathrnn: .*absent is missing; it should be the 100,000,000 .*text8\.zip", err)
+    return cli.main
+
+
+def test_an_error_in_a_run_is_one_sentence(pathrnn, tmp_path, capsys):
+    folder = tmp_path / "runs" / "adding-100" / "irnn" / "seed-0"
+    folder.mkdir(parents=True)
+    (folder / training.CHECKPOINT).touch()
+    arguments = ["table2", "--quick", "--only", "adding-100/irnn", "--seeds", "1", "--out", str(tmp_path)]
+    assert pathrnn(["paper", *arguments]) == 1
+    assert re.search(r"\npathrnn: .*checkpoint.pt is damaged, or no checkpoint .*", capsys.readouterr().err)
+
+
+@pytest.mark.parametrize(
+    ("table", "option", "sentence"),
+    [
+        ("table2", "--mnist", "there is no data folder .*absent; it should hold MNIST's four files"),
+        ("table3", "--text8", r"absent is missing; it should be the 100,000,000 .*text8\.zip"),
+    ],
+)
+def test_a_path_without_data_is_refused_before_any_run(pathrnn, monkeypatch, tmp_path, capsys, table, option, sentence):
+    monkeypatch.setattr(command, "run_all", lambda *_: pytest.fail("a run was begun"))
+    arguments = [table, "--quick", option, str(tmp_path / "absent"), "--out", str(tmp_path / "out")]
+    assert pathrnn(["paper", *arguments]) == 1
+    assert re.fullmatch(f"pathrnn: .*{sentence}.*\n", capsys.readouterr().err) and not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(

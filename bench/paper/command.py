@@ -12,7 +12,7 @@ from pathlib import Path
 
 from pathrnn_kernels.cli import Parser
 from pathrnn_kernels.tasks import DataError
-from pathrnn_kernels.training import TrainingError
+from pathrnn_kernels.training import TrainingError, make_task
 
 from . import ratios, report
 from .rows import TABLES, cells
@@ -76,6 +76,8 @@ def _table(given: argparse.Namespace, out: Path) -> int:
         for seed in range(seeds)
         for cell in chosen
     ]
+    for experiment in {job.experiment.data: job.experiment for job in jobs if job.experiment.data}.values():
+        make_task(experiment)  # what is no data set is refused now, not after the rows before it, hours later
     committed = out / f"{given.what}.json"
     report.restore(committed, jobs)
     signal.signal(signal.SIGTERM, signal.default_int_handler)

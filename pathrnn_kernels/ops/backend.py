@@ -11,6 +11,8 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from ..arguments import FULL_DTYPES
+
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 
 #: In the order in which "auto" tries them.
@@ -202,7 +204,7 @@ def refusals(device: torch.device, dtype: torch.dtype, op: str = "path_chain") -
     """For every backend, why it would not serve tensors of this device and dtype; None where it would."""
     reasons: dict[str, str | None] = dict.fromkeys(BACKENDS)
     wrong_dtype = None
-    if dtype not in (torch.float32, torch.float64):
+    if dtype not in FULL_DTYPES:
         wrong_dtype = f"the tensors are {dtype}; it serves torch.float32 and torch.float64"
     wrong_device = None if device.type == "cpu" else f"the tensors are on {device}; it serves the CPU"
     reasons["cpu"] = wrong_device or wrong_dtype or extension_problem()
@@ -219,7 +221,7 @@ def choose(device: torch.device, dtype: torch.dtype, backend: str = "auto", op: 
     """
     if backend == "auto":
         backend = environment()
-    served = device.type == "cpu" and dtype in (torch.float32, torch.float64)
+    served = device.type == "cpu" and dtype in FULL_DTYPES
     if backend == "auto" and served and extension_problem() is None:
         return "cpu"  # the hot path: no table of reasons is built
     if backend not in (*BACKENDS, "auto"):

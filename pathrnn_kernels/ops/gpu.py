@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -28,8 +28,8 @@ ZERO = -(1 << 40)
 CENTRE = {torch.float32: 30, torch.float64: 300}
 
 _BIAS = {torch.float32: 127, torch.float64: 1023}
-#: Products have this much room to be scaled down in before they underflow.
-_ROOM = 2.0**40
+#: Products have this much headroom to be scaled down in before they underflow.
+_HEADROOM = 2.0**40
 
 #: Lags of κ⁽²⁾ that are summed before its certificates are tried. Of small matrices more: they cost launches, not work.
 _LAGS, _LAGS_LARGE, _LARGE = 16, 8, 512
@@ -66,7 +66,7 @@ class Rows(NamedTuple):
 
 
 class Network(NamedTuple):
-    """The arguments of ``ops.path_chain``, contiguous, with the largest magnitude of every tensor."""
+    """The arguments of ``ops.path_chain``, contiguous."""
 
     weight_ih: list[Tensor]
     weight_hh: list[Tensor]
@@ -79,7 +79,20 @@ class Network(NamedTuple):
     last_only: bool
     ones_h0: bool
     directions: int
+    #: The largest magnitude of every tensor, in the order of ``tensors``.
     largest: Tensor
+
+    def tensors(self) -> list[Tensor]:
+        boundary = (self.head_weight, self.head_bias, self.embedding_weight)
+        lists = [*self.weight_ih, *self.weight_hh, *self.bias_ih, *self.bias_hh]
+        return lists + [t for t in boundary if t is not None]
+
+    def with_tensors(self, tensors: Iterable[Tensor], largest: Tensor) -> Network:
+        """The same network with these in their place."""
+        given = iter(tensors)
+        ih, hh, b_ih, b_hh = ([next(given) for _ in kind] for kind in self[:4])
+        head, b_head, embedding = (None if t is None else next(given) for t in self[4:7])
+        return Network(ih, hh, b_ih, b_hh, head, b_head, embedding, *self[7:11], largest)
 
     def largest_of(self, kind: int, chain: int) -> Tensor:
         """Of weight_ih, weight_hh, bias_ih, bias_hh, as 1-element tensors: kinds 0 to 3."""
@@ -91,19 +104,16 @@ class Network(NamedTuple):
         if self.directions == 1:
             return self
         own = slice(direction, None, self.directions)
-        lists = [self.weight_ih[own], self.weight_hh[own], self.bias_ih[own], self.bias_hh[own]]
-        count = self.directions * sum(map(len, lists))
+        count = sum(map(len, self[:4]))
         largest = torch.cat([self.largest[:count].reshape(-1, self.directions)[:, direction], self.largest[count:]])
         head = self.head_weight
-        head = None if head is None else head.chunk(self.directions, 1)[direction].contiguous()
-        bias = self.head_bias if direction == 0 else None
         return self._replace(
-            weight_ih=lists[0],
-            weight_hh=lists[1],
-            bias_ih=lists[2],
-            bias_hh=lists[3],
-            head_weight=head,
-            head_bias=bias,
+            weight_ih=self.weight_ih[own],
+            weight_hh=self.weight_hh[own],
+            bias_ih=self.bias_ih[own],
+            bias_hh=self.bias_hh[own],
+            head_weight=None if head is None else head.chunk(self.directions, 1)[direction].contiguous(),
+            head_bias=self.head_bias if direction == 0 else None,
             directions=1,
             largest=largest,
         )
@@ -130,122 +140,101 @@ def path_chain(
     bidirectional: bool = False,
 ) -> tuple[list[Tensor], Tensor, Tensor, list[Tensor], Tensor, Tensor, Tensor, Tensor]:
     """The results of ``ops.path_chain``, whose log γ² is nan where a weight is not finite; arguments are checked."""
-    directions = 2 if bidirectional else 1
-    heads = (head_weight, head_bias, embedding_weight)
+    ih, hh, b_ih, b_hh = (list(kind) for kind in (weight_ih, weight_hh, bias_ih, bias_hh))
+    directions, none = 2 if bidirectional else 1, hh[0][:0]
+    given = Network(
+        ih, hh, b_ih, b_hh, head_weight, head_bias, embedding_weight, seq_len, last_only, ones_h0, directions, none
+    )
     with torch.no_grad(), _exact_products():
-        net, unit_exponents, state = canonical(
-            kernels, weight_ih, weight_hh, bias_ih, bias_hh, *heads, seq_len, last_only, ones_h0, directions
-        )
+        net, unit_exponents, state = canonical(kernels, given)
         found = _Pass(kernels, plan, net, unit_exponents, state).run(
             kappa1, second_factor, rtol, first_lags, workspace_bytes
         )
     factors, exponents, log_path_norm, lags, bounds, arithmetic = found
-    none = [unit_exponents.new_empty(0) for _ in factors]
-    return factors, exponents, unit_exponents, none, log_path_norm, lags, bounds, arithmetic
+    no_entries = [unit_exponents.new_empty(0) for _ in factors]
+    return factors, exponents, unit_exponents, no_entries, log_path_norm, lags, bounds, arithmetic
 
 
 class State(NamedTuple):
     """Of one zeroed piece of memory: what kernels set as they go."""
 
-    lost: Tensor  # bool [1]: whether something underflowed
+    underflow: Tensor  # bool [1]: whether something underflowed
     lags: Tensor  # int64 [C]
     bounds: Tensor  # float64 [C]
     zero: Tensor  # int64 [1]
     maxima: Tensor  # int64 [C, _MAXIMA]
     largest: Tensor  # of every weight
 
+    @classmethod
+    def of(cls, chains: int, weights: int, like: Tensor) -> State:
+        counts = [1, chains, chains, 1, chains * _MAXIMA, weights]
+        zeros = torch.zeros(sum(counts), dtype=torch.int64, device=like.device)
+        underflow, lags, bounds, zero, maxima, largest = zeros.split(counts)
+        bits = underflow.view(torch.bool)[:1], lags, bounds.view(torch.float64)
+        return cls(*bits, zero, maxima.view(chains, _MAXIMA), largest.view(like.dtype)[:weights])
 
-def canonical(
-    kernels: Kernels,
-    weight_ih: Sequence[Tensor],
-    weight_hh: Sequence[Tensor],
-    bias_ih: Sequence[Tensor],
-    bias_hh: Sequence[Tensor],
-    head_weight: Tensor | None,
-    head_bias: Tensor | None,
-    embedding: Tensor | None,
-    seq_len: int,
-    last_only: bool,
-    ones_h0: bool,
-    directions: int,
-) -> tuple[Network, Tensor, State]:
+
+def canonical(kernels: Kernels, given: Network) -> tuple[Network, Tensor, State]:
     """The network in canonical coordinates, in which no rescaling of units by powers of two is seen, and their d.
 
     Unit j's incoming weights are divided by 2^(d_j/2) and its outgoing ones multiplied. d_j is half the difference
     between the exponents of what reaches unit j and of what it reaches (``reach``), rounded down to an even number, so
     that a rescaling by 2^a changes it by 2a. A start from h_0 = 1 is no node of its own: there all d are 0.
     """
-    like, chains = weight_hh[0], len(weight_hh)
-    hidden, inputs, bias = len(like), weight_ih[0].shape[1], bool(bias_ih)
-    ends = [t for t in (head_weight, head_bias, embedding) if t is not None]
-    weights = [*weight_ih, *weight_hh, *bias_ih, *bias_hh, *ends]
+    weights = given.tensors()
     flat = torch.cat([t.detach().reshape(-1) for t in weights])
     parts = flat.split([t.numel() for t in weights])
-
-    counts = [1, chains, chains, 1, chains * _MAXIMA, len(weights)]
-    zeros = torch.zeros(sum(counts), dtype=torch.int64, device=like.device)
-    lost, lags, bounds, zero, maxima, tops = zeros.split(counts)
-    largest = tops.view(like.dtype)[: len(weights)]
-    state = State(
-        lost.view(torch.bool)[:1], lags, bounds.view(torch.float64), zero, maxima.view(chains, _MAXIMA), largest
+    state = State.of(len(given.weight_hh), len(weights), flat)
+    net = given.with_tensors([part.view(t.shape) for part, t in zip(parts, weights, strict=True)], state.largest)
+    unit_exponents = kernels.canonical_(
+        flat,
+        *_reached(kernels, net),
+        net.directions,
+        net.weight_ih[0].shape[1],
+        bool(net.bias_ih),
+        *(0 if t is None else len(t) for t in (net.head_weight, net.head_bias, net.embedding_weight)),
+        not net.ones_h0,
+        state.largest,
+        state.underflow,
     )
+    return net, unit_exponents, state
 
-    wide = directions * hidden
-    layers = chains // directions
 
-    def joint(first: int, rows: int, columns: int, layer: int) -> Tensor:
-        """Both directions' tensors of one kind and layer, which lie side by side, as one."""
-        at = parts[first + layer * directions]
-        return flat.as_strided((directions * rows, columns), (columns, 1), at.storage_offset())
+def _reached(kernels: Kernels, net: Network) -> tuple[Tensor, Tensor]:
+    """Exponents of what reaches every unit and of what it reaches, int32 ``[C, H]``; weights lie end to end."""
+    directions, hidden = net.directions, len(net.weight_hh[0])
+    layers = len(net.weight_hh) // directions
 
-    def of_units(first: int, layer: int) -> Tensor | None:
-        return joint(first, 1, hidden, layer) if bias else None
+    def joint(kind: list[Tensor], layer: int, columns: int) -> Tensor:
+        """Both directions' tensors of a layer, which lie side by side, as one."""
+        first = kind[layer * directions]
+        return first.as_strided((directions * first.numel() // columns, columns), (columns, 1))
+
+    def of_units(kind: list[Tensor], layer: int) -> Tensor | None:
+        return joint(kind, layer, hidden) if kind else None
 
     def recurrent(layer: int) -> Tensor:
-        return joint(chains, hidden, hidden, layer).view(directions, hidden, hidden)
+        return joint(net.weight_hh, layer, hidden).view(directions, hidden, hidden)
 
     source = None
-    if embedding is not None:
-        source = kernels.maxima(None, None, parts[-1].view(embedding.shape), None)[1]
-    head = None if head_weight is None else parts[4 * chains if bias else 2 * chains].view(head_weight.shape)
+    if net.embedding_weight is not None:
+        source = kernels.maxima(None, None, net.embedding_weight, None)[1]
     f: list[Tensor] = []
     g: list[Tensor] = []
     for i in range(layers):
-        below = joint(0, hidden, inputs if i == 0 else wide, i)
-        above, target = (head, None) if i == 0 else (joint(0, hidden, wide, layers - i), g[-1].view(-1))
+        below = joint(net.weight_ih, i, net.weight_ih[i * directions].shape[1])
+        above, target = net.head_weight, None
+        if i > 0:
+            above, target = joint(net.weight_ih, layers - i, directions * hidden), g[-1].view(-1)
         starts = kernels.maxima(below, source, above, target)
         starts = [x.view(directions, hidden) if len(x) else x.new_zeros(directions, hidden) for x in starts]
-        found = kernels.reach(
-            recurrent(i),
-            starts[0],
-            of_units(2 * chains, i),
-            of_units(3 * chains, i),
-            recurrent(layers - 1 - i),
-            starts[1],
-        )
+        biases = of_units(net.bias_ih, i), of_units(net.bias_hh, i)
+        found = kernels.reach(recurrent(i), starts[0], *biases, recurrent(layers - 1 - i), starts[1])
         source = found[0].view(-1)
         f.append(found[0])
         g.append(found[1])
     g.reverse()
-    both = (f[0], g[0]) if layers == 1 else (torch.cat(f), torch.cat(g))
-    unit_exponents = kernels.canonical_(
-        flat,
-        *both,
-        directions,
-        inputs,
-        bias,
-        0 if head_weight is None else len(head_weight),
-        0 if head_bias is None else len(head_bias),
-        0 if embedding is None else len(embedding),
-        not ones_h0,
-        largest,
-        state.lost,
-    )
-    shaped = iter([part.view(t.shape) for part, t in zip(parts, weights, strict=True)])
-    w_ih, w_hh, b_ih, b_hh = ([next(shaped) for _ in given] for given in (weight_ih, weight_hh, bias_ih, bias_hh))
-    w_out, b_out, table = (None if t is None else next(shaped) for t in (head_weight, head_bias, embedding))
-    net = Network(w_ih, w_hh, b_ih, b_hh, w_out, b_out, table, seq_len, last_only, ones_h0, directions, largest)
-    return net, unit_exponents, state
+    return (f[0], g[0]) if layers == 1 else (torch.cat(f), torch.cat(g))
 
 
 class _exact_products:
@@ -316,65 +305,84 @@ class _Pass:
         self.directions, self.count = net.directions, len(net.weight_hh)
         like = net.weight_hh[0]
         self.dtype, self.hidden = like.dtype, len(like)
-        self.lost = state.lost
-        # Whether products outside kernels lost something.
-        self.losses: list[Tensor] = []
+        self.underflow = state.underflow
+        # Whether products outside kernels underflow.
+        self.underflows: list[Tensor] = []
 
     def run(
         self, kappa1: bool, second_factor: float, rtol: float, first_lags: Sequence[int], workspace_bytes: int
     ) -> tuple[list[Tensor], Tensor, Tensor, Tensor, Tensor, Tensor]:
-        """κ, its exponents, log γ², lags, bounds, and -1 where something is lost."""
+        """κ, its exponents, log γ², lags, bounds, and -1 where something underflows."""
         net, kernels = self.net, self.kernels
         inputs = None
         if net.embedding_weight is not None:
-            inputs = Rows(*kernels.column_sums(net.embedding_weight, net.largest[-1:], self.lost))
-        ends = [self.ends(e, inputs) for e in range(self.directions)]
-        h, d = self.chains(kappa1, [head for _, head, _ in ends], [drive for drive, _, _ in ends])
+            inputs = Rows(*kernels.column_sums(net.embedding_weight, net.largest[-1:], self.underflow))
+        terms = [self.boundary_terms(e, inputs) for e in range(self.directions)]
+        h, d = self.chains(kappa1, [head for _, head, _ in terms], [drive for drive, _, _ in terms])
 
         steps = 1 if net.last_only else net.seq_len
         # Sums of the top chains' h at the outputs, and of every δ.
-        outputs, sums_of_d = self.sums(h, d, steps)
-        lags, bounds = self.state.lags, self.state.bounds
+        outputs, deltas = self.sums(h, d, steps)
         factors: list[Rows] = []
         for c in range(self.count if kappa1 else 0):
-            deltas = sums_of_d[c]
-            if c >= self.directions:
-                factors.append(self.side_by_side([self.pair_sums(d[c], rows) for rows in self.below(h, c)]))
-            elif inputs is None:
-                factors.append(Rows(deltas.data[:, None], deltas.exponents))
-            else:
-                factors.append(Rows(torch.outer(deltas.data, inputs.data), deltas.exponents + inputs.exponents))
-            kappa_hh = self.pair_sums(d[c], h[c])
-            if second_factor > 0 and net.seq_len > 1:
-                tried = self.lags_tried(first_lags[c] if first_lags else 0, workspace_bytes)
-                kappa_hh = self.second_term(c, h[c], d[c], kappa_hh, second_factor, rtol, tried)
-            factors.append(kappa_hh)
-            if net.bias_ih:
-                factors.append(deltas)
+            tried = self.lags_tried(first_lags[c] if first_lags else 0, workspace_bytes)
+            factors += self.of_chain(c, h, d, deltas[c], inputs, second_factor, rtol, tried)
+        place_of_bias = len(factors) + (net.head_weight is not None)
         if kappa1:
-            if net.head_weight is not None:
-                factors.append(self.side_by_side([Rows(sums.data[None], sums.exponents) for sums in outputs]))
-            if net.head_bias is not None:
-                place_of_bias = len(factors)
-                factors.append(Rows(outputs[0].data[:1], self.state.zero))  # finish gives its value
-            if net.embedding_weight is not None:
-                # Not centred: users divide by this factor as it comes.
-                parts = [
-                    self.product(Rows(sums[None], exponents), net.weight_ih[c], net.largest_of(0, c), True)
-                    for c, (sums, exponents) in enumerate(sums_of_d[: self.directions])
-                ]
-                factors.append(self.total([_alive(part) for part in parts]))
-        if self.losses:
-            self.lost.logical_or_(torch.cat(self.losses).any())
+            factors += self.of_boundary(outputs, deltas)
+        if self.underflows:
+            self.underflow.logical_or_(torch.cat(self.underflows).any())
         norms = []
-        for e, (_, _, rest) in enumerate(ends):
-            norm, of_bias, arithmetic = kernels.finish(*outputs[e], *rest, steps, net.largest, self.lost)
+        for e, (_, _, of_norm) in enumerate(terms):
+            norm, of_bias, arithmetic = kernels.finish(*outputs[e], *of_norm, steps, net.largest, self.underflow)
             norms.append(norm)
             if kappa1 and net.head_bias is not None and e == 0:
                 factors[place_of_bias] = Rows(of_bias, self.state.zero)
         log_norm = norms[0] if self.directions == 1 else torch.logaddexp(*norms)
+        lags, bounds = self.state.lags, self.state.bounds
         scales = torch.cat([f.exponents for f in factors]) if factors else lags[:0]
         return [f.data for f in factors], scales, log_norm, lags, bounds, arithmetic
+
+    def of_chain(
+        self,
+        c: int,
+        h: list[Rows],
+        d: list[Rows],
+        deltas: Rows,
+        inputs: Rows | None,
+        second_factor: float,
+        rtol: float,
+        tried: int,
+    ) -> list[Rows]:
+        """κ of one chain's weight_ih, weight_hh and, with biases, of both of these."""
+        net = self.net
+        if c >= self.directions:
+            kappa_ih = self.side_by_side([self.pair_sums(d[c], rows) for rows in self.below(h, c)])
+        elif inputs is None:
+            kappa_ih = Rows(deltas.data[:, None], deltas.exponents)
+        else:
+            kappa_ih = Rows(torch.outer(deltas.data, inputs.data), deltas.exponents + inputs.exponents)
+        kappa_hh = self.pair_sums(d[c], h[c])
+        if second_factor > 0 and net.seq_len > 1:
+            kappa_hh = self.second_term(c, h[c], d[c], kappa_hh, second_factor, rtol, tried)
+        return [kappa_ih, kappa_hh, *([deltas] if net.bias_ih else [])]
+
+    def of_boundary(self, outputs: list[Rows], deltas: list[Rows]) -> list[Rows]:
+        """κ of the head's weight and bias and of the embedding, those that exist."""
+        net = self.net
+        found = []
+        if net.head_weight is not None:
+            found.append(self.side_by_side([Rows(sums.data[None], sums.exponents) for sums in outputs]))
+        if net.head_bias is not None:
+            found.append(Rows(outputs[0].data[:1], self.state.zero))  # finish gives its value
+        if net.embedding_weight is not None:
+            # Not centred: users divide by this factor as it comes.
+            parts = [
+                self.product(Rows(sums[None], exponents), net.weight_ih[c], net.largest_of(0, c), True)
+                for c, (sums, exponents) in enumerate(deltas[: self.directions])
+            ]
+            found.append(self.total([_with_zero_exponent(part) for part in parts]))
+        return found
 
     def sums(self, h: list[Rows], d: list[Rows], steps: int) -> tuple[list[Rows], list[Rows]]:
         wanted = [rows.from_row(self.net.seq_len + 1 - steps) for rows in h[-self.directions :]]
@@ -382,17 +390,17 @@ class _Pass:
         found: list[Rows] = []
         for i in range(0, len(wanted), 2):  # a launch serves two
             sums = self.kernels.row_sums(
-                *wanted[i], *(wanted[i + 1] if i + 1 < len(wanted) else (None, None)), self.lost
+                *wanted[i], *(wanted[i + 1] if i + 1 < len(wanted) else (None, None)), self.underflow
             )
             found += [Rows(*sums[n : n + 2]) for n in range(0, len(sums), 2)]
         return found[: self.directions], found[self.directions :]
 
     # ---- the chains --------------------------------------------------------------------------------------------------
 
-    def ends(self, direction: int, inputs: Rows | None) -> tuple[Rows, Rows, list[Tensor]]:
-        """Of one direction: the first drive and the biases by layers, the head's sums, and the rest for ``finish``."""
+    def boundary_terms(self, direction: int, inputs: Rows | None) -> tuple[Rows, Rows, list[Tensor]]:
+        """Of one direction: the first drive and the biases by layers, the head's sums, and what ``finish`` is given."""
         net = self.net.one_direction(direction)
-        ends = self.kernels.ends(
+        terms = self.kernels.ends(
             net.weight_ih[0],
             net.bias_ih,
             net.bias_hh,
@@ -401,16 +409,16 @@ class _Pass:
             *(inputs or (None, None)),
             len(net.weight_hh),
             net.largest,
-            self.lost,
+            self.underflow,
         )
         if net.head_weight is None:
             # The units themselves are read, and each is rescaled.
             units = self.unit_exponents[self.count - self.directions + direction]
             most = units.amax(0, keepdim=True)
             ones = power_of_two(units - most + CENTRE[self.dtype], self.dtype)
-            self.losses.append((ones == 0).any().reshape(1))
-            ends = [*ends[:2], ones, most - CENTRE[self.dtype], *ends[4:]]
-        return Rows(*ends[:2]), Rows(*ends[2:4]), ends[2:]
+            self.underflows.append((ones == 0).any().reshape(1))
+            terms = [*terms[:2], ones, most - CENTRE[self.dtype], *terms[4:]]
+        return Rows(*terms[:2]), Rows(*terms[2:4]), terms[2:]
 
     def chains(self, kappa1: bool, heads: list[Rows], drives: list[Rows]) -> tuple[list[Rows], list[Rows]]:
         """h and δ of every chain, in its own time; h from the bottom up beside δ from the top down."""
@@ -432,9 +440,8 @@ class _Pass:
             backward = (net.weight_hh[j], net.largest_of(1, j), *above) if kappa1 else (None, None, None, None)
             forward = (net.weight_hh[c], net.largest_of(1, c), *below)
             last_only = net.last_only and i == 0
-            found = self.kernels.chains(
-                *forward, *backward, net.seq_len, last_only, net.ones_h0, self.plan.name, self.plan.blocks, self.lost
-            )
+            options = net.seq_len, last_only, net.ones_h0, self.plan.name, self.plan.blocks
+            found = self.kernels.chains(*forward, *backward, *options, self.underflow)
             rows, deltas = Rows(*found[:2]), Rows(*found[2:])
             h.append(rows)
             d[j] = deltas
@@ -470,13 +477,13 @@ class _Pass:
     def product(self, rows: Rows, weight: Tensor, largest: Tensor, transposed: bool) -> Rows:
         """Times the squared matrix, downwards, or its transpose, upwards; an underflow counts as a loss."""
         squares, exponent = self.squares(weight, largest)
-        self.losses += [_loses(rows.data, squares), _faded(squares, weight != 0, 1.0)]
+        self.underflows += [_may_underflow(rows.data, squares), _underflowed(squares, weight != 0, 1.0)]
         return Rows(rows.data @ (squares if transposed else squares.T), rows.exponents + exponent)
 
     # ---- sums --------------------------------------------------------------------------------------------------------
 
     def pair_sums(self, d: Rows, h: Rows) -> Rows:
-        return Rows(*self.kernels.pair_sums(*d, *h, self.lost))
+        return Rows(*self.kernels.pair_sums(*d, *h, self.underflow))
 
     def lags_tried(self, first: int, workspace_bytes: int) -> int:
         """Lags summed before a certificate is tried: those that a former call needed, if the budget holds them."""
@@ -504,7 +511,7 @@ class _Pass:
             state.maxima[chain],
             state.lags[own],
             state.bounds[own],
-            self.lost,
+            self.underflow,
         )
         return Rows(data, kappa1.exponents)
 
@@ -516,10 +523,10 @@ class _Pass:
         """Matrices with one exponent each as the columns of one matrix, on the largest of the exponents."""
         if len(parts) == 1:
             return parts[0]
-        parts = [_alive(part) for part in parts]
+        parts = [_with_zero_exponent(part) for part in parts]
         top = torch.stack([part.exponents for part in parts]).amax(0)
         data = torch.cat([part.data * power_of_two(part.exponents - top, self.dtype) for part in parts], 1)
-        self.losses.append(_faded(data, torch.cat([part.data for part in parts], 1) != 0, 1.0))
+        self.underflows.append(_underflowed(data, torch.cat([part.data for part in parts], 1) != 0, 1.0))
         return Rows(data, torch.where(top == ZERO, 0, top))
 
     def add(self, rows: Rows, row: Rows) -> Rows:
@@ -527,7 +534,7 @@ class _Pass:
         top = torch.maximum(rows.exponents, row.exponents)
         total = rows.data * power_of_two(rows.exponents - top, self.dtype)[:, None]
         total += row.data * power_of_two(row.exponents - top, self.dtype)[:, None]
-        self.losses.append(_faded(total, (rows.data != 0) | (row.data != 0)))
+        self.underflows.append(_underflowed(total, (rows.data != 0) | (row.data != 0)))
         return Rows(total, top)
 
     def squares(self, weight: Tensor, largest: Tensor) -> tuple[Tensor, Tensor]:
@@ -556,7 +563,7 @@ def centred(rows: Rows, dtype: torch.dtype | None = None) -> Rows:
     return Rows(data, torch.where(most > 0, rows.exponents - shift, ZERO))
 
 
-def _alive(rows: Rows) -> Rows:
+def _with_zero_exponent(rows: Rows) -> Rows:
     """A zero matrix or vector with the exponent of a zero, which pushes nothing aside."""
     return Rows(rows.data, torch.where(rows.data.amax() > 0, rows.exponents, ZERO))
 
@@ -565,11 +572,11 @@ def _least_positive(x: Tensor) -> Tensor:
     return torch.where(x > 0, x, math.inf).amin()
 
 
-def _loses(rows: Tensor, matrix: Tensor) -> Tensor:
+def _may_underflow(rows: Tensor, matrix: Tensor) -> Tensor:
     """Whether a product of two entries that are not zero may underflow; conservative."""
-    return (_least_positive(rows) * _least_positive(matrix) < _ROOM * torch.finfo(rows.dtype).tiny).reshape(1)
+    return (_least_positive(rows) * _least_positive(matrix) < _HEADROOM * torch.finfo(rows.dtype).tiny).reshape(1)
 
 
-def _faded(result: Tensor, expected: Tensor, room: float = _ROOM) -> Tensor:
+def _underflowed(result: Tensor, expected: Tensor, headroom: float = _HEADROOM) -> Tensor:
     """Whether an entry that is ``expected`` to be positive is so small that some of it may have underflowed."""
-    return (expected & (result < room * torch.finfo(result.dtype).tiny)).any().reshape(1)
+    return (expected & (result < headroom * torch.finfo(result.dtype).tiny)).any().reshape(1)

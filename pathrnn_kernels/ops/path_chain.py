@@ -81,56 +81,35 @@ def path_chain(
 
     On the CPU a pass in which something underflows is run again in float64, and then in extended range.
 
-    Peak memory, in numbers of the weights' dtype: ``(2 C + 3) T H`` for C chains (``2 C + 5`` of a bidirectional
-    network); with the second term another ``T H``, ``6 H²`` and the cached powers of W̃, ``H²`` each, as many as the
-    budget holds, at least eight. On a GPU: ``3 T H`` and ``(3 N + 5) H²`` for N lags that are tried, sixteen, or eight
-    for H > 512.
-
     Args:
         weight_ih, weight_hh, bias_ih, bias_hh: one tensor a layer, or two of a bidirectional network: forward, reverse;
             the bias lists may be empty.
-        head_weight, head_bias, embedding_weight: ``[O, H]`` (``[O, 2 H]`` if bidirectional), ``[O]``, ``[V, I]``.
-        seq_len: T.
-        last_only: outputs at the last step alone (step T; of a reverse direction step 1), instead of at every step.
-        ones_h0: h_0 = 1 instead of 0.
+        seq_len, last_only, ones_h0: T, ``outputs="last"`` and ``h0="ones"`` of a ``PathNetwork``.
         kappa1: whether to return κ at all; log γ² comes always.
         second_factor: f > 0 adds κ⁽²⁾ = f · W̃ ⊙ S to κ of every weight_hh (``reference.kappa2``).
-        rtol: truncation error allowed in κ, relative, entry by entry; 0 sums all lags.
-        first_lags: per chain, how many lags a former call needed: no fewer are tried.
-        workspace_bytes: budget for cached powers of W̃; 16 MiB by default.
+        first_lags: the ``lags`` of :func:`pathrnn_kernels.kappa` by chains; ``rtol``, ``workspace_bytes`` (16 MiB by
+            default) and ``plan`` as there.
         backend: ``"cpu"``, ``"cuda"`` or ``"triton"``.
-        plan: on a GPU, how the chains run (plan.py); ``"auto"`` heeds PATHRNN_PLAN.
-        bidirectional: whether every layer has a reverse direction, too.
 
     Raises:
         TypeError: tensors on different devices, or of different dtypes.
         ValueError: arguments that do not fit, a plan that does not serve, or (on the CPU; on a GPU, where nothing waits
             for an answer, log γ² is nan instead) a weight that is nan or infinite.
     """
-    if workspace_bytes is None:
-        workspace_bytes = WORKSPACE_BYTES
+    workspace = WORKSPACE_BYTES if workspace_bytes is None else workspace_bytes
     weights = (weight_ih, weight_hh, bias_ih, bias_hh, head_weight, head_bias, embedding_weight)
-    options: tuple[Any, ...] = (
-        seq_len,
-        last_only,
-        ones_h0,
-        kappa1,
-        second_factor,
-        rtol,
-        first_lags,
-        workspace_bytes,
-        bidirectional,
-    )
+    run = (seq_len, last_only, ones_h0)
+    options: tuple[Any, ...] = (kappa1, second_factor, rtol, first_lags, workspace, bidirectional)
     if backend == "cpu":
         if plan != "auto":
             raise ValueError(f"plan is {plan!r}; backend 'cpu' has none to choose from: leave it at 'auto'")
-        return PathChain._make(_op(*weights, *options))
+        return PathChain._make(_op(*weights, *run, *options))
     _check(*weights, 2 if bidirectional else 1)
     from . import gpu
 
     like = weight_hh[0]
     chosen = choose_plan(backend, describe(like.device), len(like), seq_len, like.element_size(), plan)
-    return PathChain._make(gpu.path_chain(_kernels(backend), chosen, *weights, *options))
+    return PathChain._make(gpu.path_chain(_kernels(backend), chosen, *weights, *run, *options))
 
 
 def _kernels(backend: str) -> Any:

@@ -6,25 +6,23 @@ Autograd is registered in C++ (csrc/relu_rnn_autograd.cpp): the Python route cos
 from __future__ import annotations
 
 import functools
-import os
 
 import torch
 from torch import Tensor
 
+from ..arguments import HALF_DTYPES
 from . import flops
 from .backend import (
     BACKENDS,
-    ENVIRONMENT,
     check_devices,
     choose,
     constant_when_traced,
+    environment,
     fake,
     operator,
     refusals,
     transformed,
 )
-
-HALF = (torch.bfloat16, torch.float16)
 
 #: What ATen asks of cuDNN before it runs an RNN in bfloat16, beside a GPU of compute capability 8.
 _CUDNN_WITH_BFLOAT16 = 91300
@@ -103,14 +101,14 @@ def _is_capturing() -> bool:
 @constant_when_traced
 def working_dtype(device: torch.device, dtype: torch.dtype) -> torch.dtype:
     """In which dtype tensors of ``dtype`` are computed with: float32 for half ones, except where cuDNN serves them."""
-    if dtype not in HALF:
+    if dtype not in HALF_DTYPES:
         return dtype
-    native = os.environ.get(ENVIRONMENT, "auto") in ("auto", "cuda") and device.type == "cuda"
+    native = environment() in ("auto", "cuda") and device.type == "cuda"
     return dtype if native and _refusal_of_cudnn(device, dtype) is None else torch.float32
 
 
 def _refusal_of_cudnn(device: torch.device, dtype: torch.dtype) -> str | None:
-    if (reason := refusals(device, torch.float32 if dtype in HALF else dtype, "relu_rnn")["cuda"]) is not None:
+    if (reason := refusals(device, torch.float32 if dtype in HALF_DTYPES else dtype, "relu_rnn")["cuda"]) is not None:
         return reason
     if not (torch.backends.cudnn.enabled and torch.backends.cudnn.is_available()):
         return "it is cuDNN, which this torch lacks or torch.backends.cudnn.enabled forbids"
@@ -129,7 +127,7 @@ def _serving(
     if torch._C._len_torch_dispatch_stack() > 0:
         flops.be_counted()
     if backend == "auto":
-        backend = os.environ.get(ENVIRONMENT, "auto")
+        backend = environment()
     if transformed() and backend != "reference":
         if backend != "auto":
             raise ValueError(
@@ -151,7 +149,7 @@ def _choose(
     ``cudnn``, torch.backends.cudnn.enabled, is here for the cache.
     """
     reasons = refusals(device, dtype, "relu_rnn")
-    if dtype in HALF or reasons["cuda"] is None:
+    if dtype in HALF_DTYPES or reasons["cuda"] is None:
         reasons["cuda"] = _refusal_of_cudnn(device, dtype)
     chosen = backend if backend == "cuda" and reasons["cuda"] is None else choose(device, dtype, backend, "relu_rnn")
     if reasons["triton"] is None:
@@ -197,14 +195,14 @@ def _packed(
     if bias_hh is not None:
         drive = drive + bias_hh
     h = x.new_zeros(len(sizes), len(weight_hh)) if h_0 is None else h_0[order_of_rows]
-    steps, ends = [], []
+    steps, finals = [], []
     for step in drive.split([count for count in alive if count]):
-        ends.append(h[len(step) :])
+        finals.append(h[len(step) :])
         h = torch.relu(step + h[: len(step)] @ weight_hh.t())
         steps.append(h)
     packed = torch.cat(steps)
     y = packed.new_zeros(x[..., 0].numel(), packed.shape[-1]).index_copy(0, place, packed)
-    return y.view(*x.shape[:-1], -1), torch.cat([h, *reversed(ends)])[order_of_rows.argsort()]
+    return y.view(*x.shape[:-1], -1), torch.cat([h, *reversed(finals)])[order_of_rows.argsort()]
 
 
 _op = operator("relu_rnn")

@@ -35,7 +35,7 @@ path_step_ = direct("path_step_")
 path_norm_gradients = operator("path_norm_gradients")
 
 #: What a status means; those of one weight add 4 times its place in ``weights``.
-NO_PATH, NO_CONSTANT, UNBOUNDED, LOST, UNREACHED = 1, 2, 3, 4, 5
+NO_PATH, NO_CONSTANT, UNBOUNDED, OVERFLOW, UNREACHED = 1, 2, 3, 4, 5
 
 
 @fake("path_update_")

@@ -20,7 +20,7 @@ from step_cases import (
 )
 
 from pathrnn_kernels import plain
-from pathrnn_kernels.ops.step import LOST, NO_PATH, UNREACHED, path_update_
+from pathrnn_kernels.ops.step import NO_PATH, OVERFLOW, UNREACHED, path_update_
 
 pytestmark = pytest.mark.usefixtures("poisoned")
 
@@ -203,7 +203,7 @@ def test_what_may_not_be_done_changes_nothing():
     case = Case(1, 1, 5, 3, 2, dtype=F32)
     before = snapshot(case)
     case.gradients[2].fill_(1e38)
-    assert sgd(case, (1.0, 0.0, 0.0, 0.0, 0.0), scale="path_norm") == LOST + 4 * 2
+    assert sgd(case, (1.0, 0.0, 0.0, 0.0, 0.0), scale="path_norm") == OVERFLOW + 4 * 2
     assert_untouched(case, before)
 
     case = Case(1, 1, 5, 3, 2, dtype=F32)

@@ -10,7 +10,7 @@ from step_cases import F32, F64, SCALES, Case, fresh, in_plain_torch
 
 from pathrnn_kernels import plain
 from pathrnn_kernels.kappa import Scaled
-from pathrnn_kernels.ops.step import LOST, path_update_
+from pathrnn_kernels.ops.step import OVERFLOW, path_update_
 from pathrnn_kernels.ops.triton import problem
 
 pytestmark = [
@@ -144,10 +144,10 @@ def test_path_sgd_is_right_or_says_so(how, seed, dtype, options, eps, rate, radi
     before = [w.clone() for w in case.weights]
     status = take(case, how, (rate, 0.0, 0.0, 0.0, 0.0), radius, eps=eps)
     if beyond:
-        assert status == LOST + 4 * min(beyond)
+        assert status == OVERFLOW + 4 * min(beyond)
     elif status:
         # Where a length or a step is no number of the dtype's.
-        assert status % 4 == LOST % 4
+        assert status % 4 == OVERFLOW % 4
         assert any(abs(delta) > limit for _, _, _, delta in steps)
     if status:
         assert all(torch.equal(w, old) for w, old in zip(case.weights, before, strict=True))
@@ -222,7 +222,7 @@ def test_steps_in_path_coordinates_are_right_or_say_so(how, seed, dtype, options
         status = update(how, case, "coordinates", numbers, state)
     if status:
         # Of an entry whose square the dtype does not hold, both answers are right.
-        assert status in {LOST + 4 * i for i in {*perhaps, *sorted(beyond)[:1]}}
+        assert status in {OVERFLOW + 4 * i for i in {*perhaps, *sorted(beyond)[:1]}}
         assert all(torch.equal(w, old) for w, old in zip(case.weights, before, strict=True))
         assert not any(t.any() for part in state for t in part)
         return

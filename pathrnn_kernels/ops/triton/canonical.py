@@ -162,15 +162,9 @@ def _unit_exponent(f, g):
     return tl.where(g == NONE, tl.where(f == NONE, 0, f), tl.where(f == NONE, -g, ((f - g) >> 2) * 2))
 
 
-@triton.jit(
-    do_not_specialize=["chains", "directions", "hidden", "inputs", "biases", "outputs", "head_bias", "vocabulary"]
-)
-def _canonical(
-    flat, f, g, units, largest, lost, chains, directions, hidden, inputs, biases, outputs, head_bias, vocabulary,
-    BALANCED: tl.constexpr, DOUBLE: tl.constexpr,
-):  # fmt: skip
-    """Program (x, y): tile x of weight y. ``biases``: 2 C, or 0."""
-    tile, y = tl.program_id(0).to(tl.int64) * _TILE, tl.program_id(1)
+@triton.jit
+def _place(y, chains, directions, hidden, inputs, biases, outputs, head_bias, vocabulary):
+    """Weight y of those that lie end to end: its start, rows and columns, and the units of these, -1 for none."""
     wide = (directions * hidden).to(tl.int64)
     all_ih = wide * inputs + (chains - directions) * hidden * wide
     square = hidden.to(tl.int64) * hidden
@@ -202,8 +196,42 @@ def _canonical(
         columns = tl.where(is_head, wide, tl.where(is_bias, 1, inputs))
         source = tl.where(is_head, (chains - directions) * hidden.to(tl.int64), none)
         at = tl.where(is_head, at, tl.where(is_bias, after, after + head_bias))
+    return at, rows, columns, target, source
 
-    n = tile + tl.arange(0, _TILE)
+
+@triton.jit
+def _rescaled(w, f, g, n, count, columns, target, source, DOUBLE: tl.constexpr):
+    """Entries n of a weight in canonical coordinates, and where one that is not zero leaves the normal numbers."""
+    row, column = n // columns, n % columns
+    has_target, has_source = n < tl.where(target >= 0, count, 0), n < tl.where(source >= 0, count, 0)
+    to_f = tl.load(f + target + row, has_target, other=0)
+    to_g = tl.load(g + target + row, has_target, other=0)
+    of_f = tl.load(f + source + column, has_source, other=0)
+    of_g = tl.load(g + source + column, has_source, other=0)
+    shift = (_unit_exponent(of_f, of_g) - _unit_exponent(to_f, to_g)) >> 1
+    finite = tl.abs(w) < float("inf")
+    idle = (of_f == NONE) & (to_g == NONE)
+    found = tl.where(idle, 0.0, times_power(w, shift.to(tl.int64), DOUBLE)).to(w.dtype)
+    limit = 2000 if DOUBLE else 250
+    over = tl.abs(found) == float("inf")
+    underflows = (tl.abs(found) < least_normal(DOUBLE)) | over | (shift > limit) | (shift < -limit)
+    underflows &= (w != 0) & finite & (idle == 0)
+    most = power_of_two(tl.full([], 1023 if DOUBLE else 127, tl.int32), DOUBLE)
+    return tl.where(underflows & over, tl.where(w < 0, -most, most), found), underflows
+
+
+@triton.jit(
+    do_not_specialize=["chains", "directions", "hidden", "inputs", "biases", "outputs", "head_bias", "vocabulary"]
+)
+def _canonical(
+    flat, f, g, units, largest, underflow, chains, directions, hidden, inputs, biases, outputs, head_bias, vocabulary,
+    BALANCED: tl.constexpr, DOUBLE: tl.constexpr,
+):  # fmt: skip
+    """Program (x, y): tile x of weight y. ``biases``: 2 C, or 0."""
+    n, y = tl.program_id(0).to(tl.int64) * _TILE + tl.arange(0, _TILE), tl.program_id(1)
+    at, rows, columns, target, source = _place(
+        y, chains, directions, hidden, inputs, biases, outputs, head_bias, vocabulary
+    )
     if y == 0:
         inside = n < chains * hidden
         d = tl.full([_TILE], 0, tl.int32)
@@ -212,27 +240,11 @@ def _canonical(
         tl.store(units + n, d.to(tl.int64), inside)
     count = rows * columns
     live = n < count
-    w = tl.load(flat + at + n, live, other=0)
-    found = w
+    found = tl.load(flat + at + n, live, other=0)
     if BALANCED:
-        row, column = n // columns, n % columns
-        has_target, has_source = n < tl.where(target >= 0, count, 0), n < tl.where(source >= 0, count, 0)
-        to_f = tl.load(f + target + row, has_target, other=0)
-        to_g = tl.load(g + target + row, has_target, other=0)
-        of_f = tl.load(f + source + column, has_source, other=0)
-        of_g = tl.load(g + source + column, has_source, other=0)
-        shift = (_unit_exponent(of_f, of_g) - _unit_exponent(to_f, to_g)) >> 1
-        finite = tl.abs(w) < float("inf")
-        idle = (of_f == NONE) & (to_g == NONE)
-        found = tl.where(idle, 0.0, times_power(w, shift.to(tl.int64), DOUBLE)).to(w.dtype)
-        limit = 2000 if DOUBLE else 250
-        over = tl.abs(found) == float("inf")
-        bad = (tl.abs(found) < least_normal(DOUBLE)) | over | (shift > limit) | (shift < -limit)
-        bad &= (w != 0) & finite & (idle == 0)
-        most = power_of_two(tl.full([], 1023 if DOUBLE else 127, tl.int32), DOUBLE)
-        found = tl.where(bad & over, tl.where(w < 0, -most, most), found)
+        found, underflows = _rescaled(found, f, g, n, count, columns, target, source, DOUBLE)
         tl.store(flat + at + n, found, live)
-        tl.store(lost, 1, tl.max(bad.to(tl.int32), 0) > 0)
+        tl.store(underflow, 1, tl.max(underflows.to(tl.int32), 0) > 0)
     # By their bits magnitudes are ordered, nan above all.
     if DOUBLE:
         bits = tl.max(tl.abs(found).to(tl.int64, bitcast=True), 0)
@@ -254,7 +266,7 @@ def canonical_(
     vocabulary: int,
     balanced: bool,
     largest: Tensor,
-    lost: Tensor,
+    underflow: Tensor,
 ) -> Tensor:
     """Rescales all weights, end to end in ``flat``; their largest magnitudes, and d of every unit, int64 ``[C, H]``."""
     chains, hidden = f.shape
@@ -263,7 +275,7 @@ def canonical_(
     most = max(hidden * max(inputs, wide), outputs * wide, head_bias, vocabulary * inputs, chains * hidden)
     with on_device(flat):
         _canonical[(triton.cdiv(most, _TILE.value), len(largest))](
-            flat, f, g, units, largest, lost, chains, directions, hidden, inputs, 2 * chains if bias else 0, outputs,
-            head_bias, vocabulary, balanced, is_double(flat), enable_fp_fusion=True,
+            flat, f, g, units, largest, underflow, chains, directions, hidden, inputs, 2 * chains if bias else 0,
+            outputs, head_bias, vocabulary, balanced, is_double(flat), enable_fp_fusion=True,
         )  # fmt: skip
     return units

@@ -45,7 +45,9 @@ from .scaled import (
     power_of_two,
     square,
     square_exponent,
+    tile,
     times_power,
+    transposed_tile,
     whole,
 )
 
@@ -70,7 +72,7 @@ MAXIMA = 5
 
 
 @triton.jit
-def _settled(exponent):
+def _flushed(exponent):
     """ZERO for whatever exponent a zero has got by multiplication."""
     return tl.where(exponent < HALF_ZERO, ZERO, exponent)
 
@@ -121,12 +123,12 @@ def _scaling(largest, DOUBLE: tl.constexpr):
 
 @triton.jit
 def _advance(
-    matrix, scale, exponents, top, old, shift, new, j, hidden, lost, SQUARED: tl.constexpr, DOUBLE: tl.constexpr
+    matrix, scale, exponents, top, old, shift, new, j, hidden, underflow, SQUARED: tl.constexpr, DOUBLE: tl.constexpr
 ):
     """new[:, j] = matrix · old[:, j] · 2^shift, and the largest entry of every column.
 
     ``matrix`` is W, to be scaled and squared, or a power, whose columns count 2^(exponents - top). Where an entry is so
-    small that what underflowed in it may count, and there is a path, it is lost.
+    small that what underflowed in it may count, and there is a path, ``underflow`` is set.
     """
     dtype = matrix.dtype.element_ty
     stride = hidden.to(tl.int64)
@@ -137,14 +139,13 @@ def _advance(
         total = tl.zeros([_ROWS, _UNITS], dtype)
         for start in range(0, hidden, _DEPTH):
             i = start + tl.arange(0, _DEPTH)
-            there = i < hidden
-            w = tl.load(matrix + k[:, None] * stride + i[None, :], (k < hidden)[:, None] & there[None, :], other=0)
-            p = tl.load(old + i[:, None] * stride + j[None, :], there[:, None] & live, other=0)
+            w, p = tile(matrix, k, i, hidden, hidden), tile(old, i, j, hidden, hidden)
             if SQUARED:
                 w = square(w, scale)
                 p = times_power(p, shift[None, :], DOUBLE)
             else:
-                p = times_power(p, shift[None, :] + (tl.load(exponents + i, there, other=ZERO) - top)[:, None], DOUBLE)
+                own = tl.load(exponents + i, i < hidden, other=ZERO) - top
+                p = times_power(p, shift[None, :] + own[:, None], DOUBLE)
             total = tl.dot(w, p, total, input_precision="ieee", out_dtype=dtype)
         inside = (k < hidden)[:, None] & live
         tl.store(new + k[:, None] * stride + j[None, :], total, inside)
@@ -154,12 +155,10 @@ def _advance(
             paths = tl.zeros([_ROWS, _UNITS], tl.float32)
             for start in range(0, hidden, _DEPTH):
                 i = start + tl.arange(0, _DEPTH)
-                there = i < hidden
-                w = tl.load(matrix + k[:, None] * stride + i[None, :], (k < hidden)[:, None] & there[None, :], other=0)
-                p = tl.load(old + i[:, None] * stride + j[None, :], there[:, None] & live, other=0)
+                w, p = tile(matrix, k, i, hidden, hidden), tile(old, i, j, hidden, hidden)
                 one = tl.dot((w != 0).to(tl.float32), (p != 0).to(tl.float32), input_precision="ieee")
                 paths += one
-            tl.store(lost, 1, tl.max(tl.max((small & (paths > 0)).to(tl.int32), 1), 0) > 0)
+            tl.store(underflow, 1, tl.max(tl.max((small & (paths > 0)).to(tl.int32), 1), 0) > 0)
     return most
 
 
@@ -170,7 +169,7 @@ def _shift(most, DOUBLE: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=["hidden", "count"])
-def _powers(weight, largest, powers, exponents, lost, hidden, count, DOUBLE: tl.constexpr):
+def _powers(weight, largest, powers, exponents, underflow, hidden, count, DOUBLE: tl.constexpr):
     """Program b: columns b of P_0 … P_count, as they come, and their exponents."""
     j = tl.program_id(0) * _UNITS + tl.arange(0, _UNITS)
     stride = hidden.to(tl.int64)
@@ -191,8 +190,8 @@ def _powers(weight, largest, powers, exponents, lost, hidden, count, DOUBLE: tl.
         tl.debug_barrier()  # what all threads stored is read
         shift = _shift(most, DOUBLE)
         old = powers + n * matrix
-        most = _advance(weight, scale, exponents, own, old, shift, old + matrix, j, hidden, lost, True, DOUBLE)
-        exponent = tl.where(most > 0, _settled(exponent + own - shift), ZERO)
+        most = _advance(weight, scale, exponents, own, old, shift, old + matrix, j, hidden, underflow, True, DOUBLE)
+        exponent = tl.where(most > 0, _flushed(exponent + own - shift), ZERO)
         tl.store(exponents + (n + 1) * stride + j, exponent, j < hidden)
 
 
@@ -211,8 +210,8 @@ def _add_lag(
         t = start + tl.arange(0, _CHUNK)
         both = tl.load(d_exponents + t + n + 1, t < pairs, other=ZERO) + tl.load(h_exponents + t, t < pairs, other=ZERO)
         tops = tl.maximum(tops, both)
-    top = _settled(tl.max(tops, 0))
-    term = _settled(exponent + top)
+    top = _flushed(tl.max(tops, 0))
+    term = _flushed(exponent + top)
     joint = tl.maximum(total_exponent, term)
     if keeps:
         tl.store(overlap_exponent, top)
@@ -223,10 +222,9 @@ def _add_lag(
             t = start + tl.arange(0, _DEPTH)
             there = t < pairs
             shift = tl.load(d_exponents + t + n + 1, there, other=ZERO) + tl.load(h_exponents + t, there, other=ZERO)
-            late = tl.load(d + (t + n + 1)[None, :] * stride + j[:, None], live & there[None, :], other=0)
-            early = tl.load(h + t[:, None] * stride + k[None, :], there[:, None] & (k < hidden)[None, :], other=0)
+            late = transposed_tile(d + (n + 1) * stride, t, j, pairs, hidden)
             late = times_power(late, (shift - top)[None, :], DOUBLE)
-            products = tl.dot(late, early, products, input_precision="ieee", out_dtype=dtype)
+            products = tl.dot(late, tile(h, t, k, pairs, hidden), products, input_precision="ieee", out_dtype=dtype)
         at, inside = j[:, None] * stride + k[None, :], live & (k < hidden)[None, :]
         if keeps:
             tl.store(overlap + at, products, inside)
@@ -240,7 +238,7 @@ def _add_lag(
 @triton.jit(do_not_specialize=["rtol", "steps", "hidden", "tried"])
 def _lags(
     d, d_exponents, h, h_exponents, powers, exponents, scratch, sums, sum_exponents, overlap, overlap_exponent,
-    numbers, maxima, rtol, lost, steps, hidden, tried,
+    numbers, maxima, rtol, underflow, steps, hidden, tried,
     OTHERS: tl.constexpr, CERTIFIED: tl.constexpr, DOUBLE: tl.constexpr,
 ):  # fmt: skip
     """Program (b, i): rows b of S of lag i or, with OTHERS, of lags i + tried, i + 2 tried, … on top of it.
@@ -268,10 +266,10 @@ def _lags(
         shift = tl.zeros([_UNITS], tl.int64)
         for n in range(lag + tried, count, tried):
             most = _advance(
-                powers + tried * matrix, 0.0, exponents + tried * stride, top, old, shift, new, j, hidden, lost, False,
-                DOUBLE,
+                powers + tried * matrix, 0.0, exponents + tried * stride, top, old, shift, new, j, hidden, underflow,
+                False, DOUBLE,
             )  # fmt: skip
-            exponent = tl.where(most > 0, _settled(exponent + top - shift), ZERO)
+            exponent = tl.where(most > 0, _flushed(exponent + top - shift), ZERO)
             tl.debug_barrier()
             total_exponent = _add_lag(
                 d, d_exponents, h, h_exponents, new, exponent, sums + place, total_exponent, overlap, overlap_exponent,
@@ -375,7 +373,7 @@ def _limits(exponents, vectors, log_rho, dot, j, n, own, hidden):
 def _squared_deviation(power, vectors, limits, k, j, hidden):
     """z², z = P_n[k, j] / (ρⁿ x_k u_j) - 1; 0 outside."""
     inside = (k < hidden)[:, None] & (j < hidden)[None, :]
-    p = tl.load(power + k.to(tl.int64)[:, None] * hidden + j[None, :], inside, other=0).to(tl.float64)
+    p = tile(power, k, j, hidden, hidden).to(tl.float64)
     x = tl.load(vectors + k, k < hidden, other=1)
     z = p / (x[:, None] * limits[None, :]) - 1
     return tl.where(inside, z * z, 0.0)
@@ -440,8 +438,7 @@ def _dots(d, vectors, dots, first, every, steps, hidden):
         total = tl.zeros([_UNITS, _TILE], tl.float64)
         for start in range(0, hidden, _TILE):
             i = start + tl.arange(0, _TILE)
-            inside = (t < steps - 1)[:, None] & (i < hidden)[None, :]
-            late = tl.load(d + (t + 1).to(tl.int64)[:, None] * hidden + i[None, :], inside, other=0)
+            late = tile(d + hidden, t, i, steps - 1, hidden)
             total += late.to(tl.float64) * tl.load(vectors + i, i < hidden, other=0)[None, :]
         tl.store(dots + t, tl.sum(total, 1), t < steps - 1)
 
@@ -510,7 +507,7 @@ def _bounds(
     for first in range(0, steps - 1, _TILE):
         t = first + tl.arange(0, _TILE)
         inside = (t < steps - 1)[:, None] & (j < hidden)[None, :]
-        late = tl.load(d + (t + 1).to(tl.int64)[:, None] * stride + j[None, :], inside, other=0).to(tl.float64)
+        late = tile(d + stride, t, j, steps - 1, hidden).to(tl.float64)
         shares = late / tl.load(dots + t, t < steps - 1, other=1)[:, None]
         least = tl.minimum(least, tl.min(tl.where(inside, tl.where(shares > 0, shares, 0.0), float("inf")), 0))
         most = tl.maximum(most, tl.max(tl.where(inside, _certain(shares), 0.0), 0))
@@ -597,46 +594,29 @@ def _relative_width(ratios, hidden):
     return tl.max(most, 0)
 
 
-@triton.jit(do_not_specialize=["factor_bits", "rtol", "steps", "hidden", "tried"])
-def _tail(
-    d, d_exponents, h, h_exponents, weight, largest, power, power_exponents, vectors, numbers, ratios, filtered,
-    filtered_exponents, kappa1_exponent, factor_bits, rtol, kappa, maxima, lost, steps, hidden, tried,
-    SHRINKS: tl.constexpr, DOUBLE: tl.constexpr,
-):  # fmt: skip
-    """Program b: rows b of κ, with the tail by filtering units b of δ, or columns b, by filtering h.
-
-    y_t = r ⊙ (x_t + y_{t-1}), with both ends of the ratio: δ against time, from the first step that no lag has taken,
-    and ratios of the columns of powers; or h and those of their rows. For A both ends are ρ.
-    """
-    unit = tl.program_id(0) * _UNITS + tl.arange(0, _UNITS)
-    live = unit < hidden
-    stride = hidden.to(tl.int64)
-    dtype = d.dtype.element_ty
-    scale, own = _scaling(largest, DOUBLE)
-    factor, e1 = _number(factor_bits), tl.load(kappa1_exponent)
-    log_rho, theta, dot = _spectrum(vectors, numbers, steps, hidden)
-    rho = tl.exp(log_rho + own.to(tl.float64) * _LN2)
-    bound = _rank_one_bound(numbers, maxima, theta, rho, tried, SHRINKS)
-    if tl.program_id(0) == 0:
-        tl.store(numbers + _BOUND_A, bound)
-    rank_one = bound <= _number(rtol)
-    of_columns, of_rows = _relative_width(ratios, hidden), _relative_width(ratios + 2 * stride, hidden)
-    by_column = rank_one | (of_columns <= of_rows)
-    left = steps - 1 - tried
+@triton.jit
+def _way(ratios, maxima, rank_one, left, hidden):
+    """Whether the tail of ``left`` steps scans δ, and whether neither certificate is to be had."""
+    of_columns, of_rows = _relative_width(ratios, hidden), _relative_width(ratios + 2 * hidden.to(tl.int64), hidden)
     # Wider ratios give enclosures too wide: no bound rests on this guess.
     hopeless = (rank_one == 0) & (tl.minimum(of_columns, of_rows) * left > 1)
     if hopeless | rank_one:
         tl.atomic_max(maxima + _SHARE, tl.full([], float("inf"), tl.float64).to(tl.int64, bitcast=True))
         tl.atomic_max(maxima + _WIDTH, tl.full([], float("inf"), tl.float64).to(tl.int64, bitcast=True))
-    count = tl.where(hopeless, 0, left)
+    return rank_one | (of_columns <= of_rows), hopeless
 
-    late, late_exponents = d + (tried + 1) * stride, d_exponents + tried + 1
-    source, source_exponents, other, other_exponents = h, h_exponents, late, late_exponents
-    if by_column:
-        source, source_exponents, other, other_exponents = late, late_exponents, h, h_exponents
-    at = ratios + tl.where(by_column, 0, 2) * stride + unit
-    least = tl.where(rank_one, tl.exp(log_rho), tl.load(at, live, other=0))
-    most = tl.where(rank_one, tl.exp(log_rho), tl.load(at + stride, live, other=0))
+
+@triton.jit
+def _scan(
+    source, source_exponents, other_exponents, scanned, scanned_exponents, least, most, unit, live, by_column, count,
+    own, stride,
+):  # fmt: skip
+    """y_t = r ⊙ (x_t + y_{t-1}) for r between both ends of the ratios: their middle is stored.
+
+    Returned are half the distance over the middle, the largest over the steps, and the largest exponent of a pair with
+    the ``other`` sequence.
+    """
+    dtype = scanned.dtype.element_ty
     low, high, width = tl.zeros([_UNITS], tl.float64), tl.zeros([_UNITS], tl.float64), tl.zeros([_UNITS], tl.float64)
     exponent, top = tl.full([_UNITS], ZERO, tl.int64), tl.full([_UNITS], ZERO, tl.int64)
     for s in range(0, count):
@@ -650,37 +630,85 @@ def _tail(
         some = high > 0
         m = tl.where(some, log2_floor(high, True), 0).to(tl.int64)
         low, high = times_power(low, -m, True), times_power(high, -m, True)
-        exponent = tl.where(some, _settled(joint + own + m), ZERO)
+        exponent = tl.where(some, _flushed(joint + own + m), ZERO)
         middle = (low + high) / 2
         width = tl.maximum(width, _certain(tl.where(high == 0, 0.0, (high - low) / 2 / middle)))
-        tl.store(filtered + place, middle.to(dtype), live)
-        tl.store(filtered_exponents + place, exponent, live)
-        top = tl.maximum(top, _settled(exponent + tl.load(other_exponents + t)))
-    width = tl.where(live, width, 0.0)
+        tl.store(scanned + place, middle.to(dtype), live)
+        tl.store(scanned_exponents + place, exponent, live)
+        top = tl.maximum(top, _flushed(exponent + tl.load(other_exponents + t)))
+    return tl.where(live, width, 0.0), top
+
+
+@triton.jit
+def _scanned_pairs(
+    scanned, scanned_exponents, other, other_exponents, top, unit, live, o, count, hidden, DOUBLE: tl.constexpr
+):
+    """Σ_t y_t z_tᵀ of the scanned units and entries o of the other sequence, on the scales 2^top."""
+    dtype = scanned.dtype.element_ty
+    stride = hidden.to(tl.int64)
+    total = tl.zeros([_UNITS, _TILE], dtype)
+    for first in range(0, count, _DEPTH):
+        t = first + tl.arange(0, _DEPTH)
+        there = t < count
+        place = t.to(tl.int64)[None, :] * stride + unit[:, None]
+        e = tl.load(scanned_exponents + place, live[:, None] & there[None, :], other=ZERO)
+        e += tl.load(other_exponents + t, there, other=ZERO)[None, :]
+        y = tl.load(scanned + place, live[:, None] & there[None, :], other=0)
+        y = times_power(y, e - top[:, None], DOUBLE)
+        total = tl.dot(y, tile(other, t, o, count, hidden), total, input_precision="ieee", out_dtype=dtype)
+    return total
+
+
+@triton.jit(do_not_specialize=["factor_bits", "rtol", "steps", "hidden", "tried"])
+def _tail(
+    d, d_exponents, h, h_exponents, weight, largest, power, power_exponents, vectors, numbers, ratios, scanned,
+    scanned_exponents, kappa1_exponent, factor_bits, rtol, kappa, maxima, underflow, steps, hidden, tried,
+    SHRINKS: tl.constexpr, DOUBLE: tl.constexpr,
+):  # fmt: skip
+    """Program b: rows b of κ, with the tail by scanning units b of δ, or columns b, by scanning h.
+
+    δ against time, from the first step that no lag has taken, with ratios of the columns of powers; or h with those of
+    their rows. For A both ends are ρ.
+    """
+    unit = tl.program_id(0) * _UNITS + tl.arange(0, _UNITS)
+    live = unit < hidden
+    stride = hidden.to(tl.int64)
+    scale, own = _scaling(largest, DOUBLE)
+    factor, e1 = _number(factor_bits), tl.load(kappa1_exponent)
+    log_rho, theta, dot = _spectrum(vectors, numbers, steps, hidden)
+    rho = tl.exp(log_rho + own.to(tl.float64) * _LN2)
+    bound = _rank_one_bound(numbers, maxima, theta, rho, tried, SHRINKS)
+    if tl.program_id(0) == 0:
+        tl.store(numbers + _BOUND_A, bound)
+    rank_one = bound <= _number(rtol)
+    by_column, hopeless = _way(ratios, maxima, rank_one, steps - 1 - tried, hidden)
+    count = tl.where(hopeless, 0, steps - 1 - tried)
+
+    late, late_exponents = d + (tried + 1) * stride, d_exponents + tried + 1
+    source, source_exponents, other, other_exponents = h, h_exponents, late, late_exponents
+    if by_column:
+        source, source_exponents, other, other_exponents = late, late_exponents, h, h_exponents
+    at = ratios + tl.where(by_column, 0, 2) * stride + unit
+    least = tl.where(rank_one, tl.exp(log_rho), tl.load(at, live, other=0))
+    most = tl.where(rank_one, tl.exp(log_rho), tl.load(at + stride, live, other=0))
+    width, top = _scan(
+        source, source_exponents, other_exponents, scanned, scanned_exponents, least, most, unit, live, by_column,
+        count, own, stride,
+    )  # fmt: skip
     if rank_one == 0:
         _raise(maxima, _WIDTH, width[:, None])
     tl.debug_barrier()
 
     # Of every term of the sums a number less than the least normal one may be missing, which was to meet one of h or δ.
     missing = power_of_two(tl.full([], centre(DOUBLE) + 27, tl.int32), DOUBLE) * least_normal(DOUBLE)
-    missing = missing.to(tl.float64) * left
+    missing = missing.to(tl.float64) * (steps - 1 - tried)
     roundoff = 2.0**-52 if DOUBLE else 2.0**-23
     for start in range(0, tl.where(hopeless, 0, hidden), _TILE):
         o = start + tl.arange(0, _TILE)
         inside = live[:, None] & (o < hidden)[None, :]
-        total = tl.zeros([_UNITS, _TILE], dtype)
-        for first in range(0, count, _DEPTH):
-            t = first + tl.arange(0, _DEPTH)
-            there = t < count
-            own_place = t.to(tl.int64)[None, :] * stride + unit[:, None]
-            e = tl.load(filtered_exponents + own_place, live[:, None] & there[None, :], other=ZERO)
-            e += tl.load(other_exponents + t, there, other=ZERO)[None, :]
-            y = tl.load(filtered + own_place, live[:, None] & there[None, :], other=0)
-            y = times_power(y, e - top[:, None], DOUBLE)
-            z = tl.load(
-                other + t.to(tl.int64)[:, None] * stride + o[None, :], there[:, None] & (o < hidden)[None, :], other=0
-            )
-            total = tl.dot(y, z, total, input_precision="ieee", out_dtype=dtype)
+        total = _scanned_pairs(
+            scanned, scanned_exponents, other, other_exponents, top, unit, live, o, count, hidden, DOUBLE
+        )
         j = tl.where(by_column, unit[:, None], o[None, :])
         k = tl.where(by_column, o[None, :], unit[:, None])
         entry = j.to(tl.int64) * stride + k
@@ -690,13 +718,13 @@ def _tail(
         limits = tl.exp((tried - 1) * log_rho + ((tried - 1) * own - e).to(tl.float64) * _LN2) * u / dot * x
         p = tl.where(rank_one, limits, p)
         w = factor * square(tl.load(weight + entry, inside, other=0), scale).to(tl.float64)
-        scaled = _settled(e + top[:, None]) + own - e1
+        scaled = _flushed(e + top[:, None]) + own - e1
         term = times_power(w * p * total.to(tl.float64), scaled, True)
         known = tl.load(kappa + entry, inside, other=0)
         weak = inside & (known > 0) & (times_power(w * p * missing, scaled, True) > roundoff * (known + term))
         tl.store(kappa + entry, known + term, inside)
         if rank_one:
-            tl.store(lost, 1, tl.max(tl.max(weak.to(tl.int32), 1), 0) > 0)
+            tl.store(underflow, 1, tl.max(tl.max(weak.to(tl.int32), 1), 0) > 0)
         else:
             share = tl.where(inside, _certain(_share(term * width[:, None], known)), 0.0)
             _raise(maxima, _SHARE, tl.where(weak, float("inf"), share))
@@ -708,7 +736,7 @@ def _tail(
 @triton.jit(do_not_specialize=["factor_bits", "rtol", "steps", "hidden", "tried"])
 def _result(
     weight, largest, kappa1, kappa1_exponent, factor_bits, sums, sum_exponents, kappa, numbers, maxima, rtol, found,
-    lags, bounds, lost, steps, hidden, tried, CERTIFIED: tl.constexpr, DOUBLE: tl.constexpr,
+    lags, bounds, underflow, steps, hidden, tried, CERTIFIED: tl.constexpr, DOUBLE: tl.constexpr,
 ):  # fmt: skip
     """Program b: rows b of κ, in the dtype of the weights on the scale of κ⁽¹⁾."""
     j = (tl.program_id(0) * _UNITS + tl.arange(0, _UNITS)).to(tl.int64)[:, None]
@@ -745,7 +773,7 @@ def _result(
         some = inside & (tl.load(kappa1 + at, inside, other=0) > 0)
         error = times_power(w * missing, top + own - e1, True)
         right = (error <= roundoff * every) & (narrow >= least_normal(DOUBLE))
-        tl.store(lost, 1, tl.max(tl.max((some & (right == 0)).to(tl.int32), 1), 0) > 0)
+        tl.store(underflow, 1, tl.max(tl.max((some & (right == 0)).to(tl.int32), 1), 0) > 0)
 
 
 def second_term(
@@ -764,9 +792,9 @@ def second_term(
     maxima: Tensor,
     lags: Tensor,
     bounds: Tensor,
-    lost: Tensor,
+    underflow: Tensor,
 ) -> Tensor:
-    """κ⁽¹⁾ + factor · W̃ ⊙ S ``[H, H]``, on the scale of κ⁽¹⁾; it sets ``lags``, ``bounds`` and ``lost``, each ``[1]``.
+    """κ⁽¹⁾ + factor · W̃ ⊙ S ``[H, H]``, on the scale of κ⁽¹⁾; it sets ``lags``, ``bounds`` and ``underflow``, ``[1]``.
 
     ``tried`` lags are summed before a certificate is tried, where there are more and rtol is not 0; ``shrinks`` says
     whether δ_t ≥ δ_{t+1}. ``maxima``, int64 ``[MAXIMA]``, are zeros.
@@ -786,10 +814,10 @@ def second_term(
     overlap, overlap_exponent, scratch = found, exponents, powers
     numbers, kappa = (weight.new_empty(n, dtype=torch.float64) for n in (NUMBERS, hidden * hidden if certifies else 0))
     with on_device(d):
-        _powers[(blocks,)](weight, largest, powers, exponents, lost, hidden, last, double, **programs)
+        _powers[(blocks,)](weight, largest, powers, exponents, underflow, hidden, last, double, **programs)
         if certifies:
             overlap, overlap_exponent = torch.empty_like(weight), d_exponents.new_empty(1)
-        lag_arguments = (sums, sum_exponents, overlap, overlap_exponent, numbers, maxima, bits[1], lost)
+        lag_arguments = (sums, sum_exponents, overlap, overlap_exponent, numbers, maxima, bits[1], underflow)
         _lags[(blocks, tried)](
             *sequences, powers, exponents, scratch, *lag_arguments, steps, hidden, tried, False, certifies, double,
             **programs,
@@ -797,7 +825,7 @@ def second_term(
         if certifies:
             _certify(
                 weight, largest, sequences, powers, exponents, sums, sum_exponents, overlap, overlap_exponent, numbers,
-                kappa1, kappa1_exponent, bits, kappa, maxima, lost, tried, shrinks, programs,
+                kappa1, kappa1_exponent, bits, kappa, maxima, underflow, tried, shrinks, programs,
             )  # fmt: skip
         if more:
             scratch = torch.empty_like(sums)
@@ -807,14 +835,14 @@ def second_term(
             )  # fmt: skip
         _result[(blocks,)](
             weight, largest, kappa1, kappa1_exponent, bits[0], sums, sum_exponents, kappa, numbers, maxima, bits[1],
-            found, lags, bounds, lost, steps, hidden, tried, certifies, double, **programs,
+            found, lags, bounds, underflow, steps, hidden, tried, certifies, double, **programs,
         )  # fmt: skip
     return found
 
 
 def _certify(
     weight, largest, sequences, powers, exponents, sums, sum_exponents, overlap, overlap_exponent, numbers, kappa1,
-    kappa1_exponent, bits, kappa, maxima, lost, tried, shrinks, programs,
+    kappa1_exponent, bits, kappa, maxima, underflow, tried, shrinks, programs,
 ):  # fmt: skip
     """Launches what tries both certificates, with which ``numbers``, ``maxima`` and ``kappa`` are filled."""
     d = sequences[0]
@@ -823,7 +851,7 @@ def _certify(
     wide = [(6, hidden), (tried - 1, hidden), (hidden,), (4, hidden), (steps,)]
     vectors, rows, columns, ratios, dots = (weight.new_empty(shape, dtype=torch.float64) for shape in wide)
     vectors = vectors.view(-1)
-    filtered, filtered_exponents = torch.empty_like(d), torch.empty_like(d, dtype=torch.int64)
+    scanned, scanned_exponents = torch.empty_like(d), torch.empty_like(d, dtype=torch.int64)
     _perron[(2,)](
         weight, largest, powers[-1], exponents[-1], vectors, numbers, bits[1], steps, hidden, _ITERATIONS, double,
         **programs,
@@ -837,8 +865,8 @@ def _certify(
         rows, columns, dots, kappa1, kappa1_exponent, bits[0], kappa, maxima, steps, hidden, tried, double, **programs,
     )  # fmt: skip
     _tail[(blocks,)](
-        *sequences, weight, largest, powers[tried - 1], exponents[tried - 1], vectors, numbers, ratios, filtered,
-        filtered_exponents, kappa1_exponent, *bits, kappa, maxima, lost, steps, hidden, tried, shrinks, double,
+        *sequences, weight, largest, powers[tried - 1], exponents[tried - 1], vectors, numbers, ratios, scanned,
+        scanned_exponents, kappa1_exponent, *bits, kappa, maxima, underflow, steps, hidden, tried, shrinks, double,
         **programs,
     )  # fmt: skip
 

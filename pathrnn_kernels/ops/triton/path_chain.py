@@ -36,8 +36,8 @@ from .scaled import (
 RESIDENT_BYTES = 64 << 10
 #: Longer rows do not fit the registers of a program that reads them whole.
 HIDDEN_LIMIT = 1 << 14
-#: A chain looks for rest every so many steps: often enough, and the look costs little.
-_LOOK = tl.constexpr(8)
+#: Steps after which a chain is tested for convergence: often enough, and the test costs little.
+_CHECK_EVERY = tl.constexpr(8)
 #: Where a program streams W, it has so many tiles of so many bytes under way: latency times its bandwidth.
 _STAGES = tl.constexpr(5)
 _TILE_BYTES = 8 << 10
@@ -82,11 +82,51 @@ def _meet(arrivals, target):
     tl.debug_barrier()
 
 
+@triton.jit
+def _least_streamed(weight, scale, first, every, hidden, ROWS: tl.constexpr, TILE: tl.constexpr):
+    """The same of every ``every``-th group of rows."""
+    least = tl.full([], float("inf"), weight.dtype.element_ty)
+    for row in range(first, hidden, every):
+        for start in range(0, hidden, TILE):
+            w = _weights(weight, row + tl.arange(0, ROWS), start + tl.arange(0, TILE), hidden)
+            least = tl.minimum(least, _least(w, scale))
+    return least
+
+
+@triton.jit
+def _next_row(
+    weight, matrix, scale, before, centred, shift, width, product_shift, drive, drive_width, drive_shift, result,
+    first, every, hidden, DOUBLE: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr,
+):  # fmt: skip
+    """This program's part of W̃ y_{s-1} + drive_s, which it stores, and where it underflows.
+
+    TILE 0: ``matrix`` is its part of W̃, and ``centred`` is y_{s-1} · 2^shift. Else both are read from memory, and what
+    is returned is of its last group of rows.
+    """
+    if TILE == 0:
+        out = first + tl.arange(0, ROWS)
+        driven = tl.load(drive + out, out < drive_width, other=0)
+        product = tl.sum(matrix * centred[None, :], 1)
+        y, underflows = _joined(product, product_shift, driven, drive_shift, DOUBLE)
+        tl.store(result + out, y, out < hidden)
+    else:
+        y = tl.zeros([ROWS], weight.dtype.element_ty)
+        underflows = tl.zeros([ROWS], tl.int1)
+        for row in range(first, hidden, every):
+            out = row + tl.arange(0, ROWS)
+            driven = tl.load(drive + out, out < drive_width, other=0)
+            product = _streamed(weight, scale, before, row, width, hidden, shift, DOUBLE, ROWS, TILE)
+            y, small = _joined(product, product_shift, driven, drive_shift, DOUBLE)
+            underflows |= small
+            tl.store(result + out, y, out < hidden)
+    return y, underflows
+
+
 @triton.jit(do_not_specialize=["hidden", "seq_len", "drive_h_rows", "drive_d_rows", "last_only", "ones_h0"])
 def _chains(
     weight_h, largest_h, drive_h, drive_h_exponents, h, h_exponents,
     weight_d, largest_d, drive_d, drive_d_exponents, d, d_exponents,
-    lost, arrivals, hidden, seq_len, drive_h_rows, drive_d_rows, last_only, ones_h0,
+    any_underflow, arrivals, hidden, seq_len, drive_h_rows, drive_d_rows, last_only, ones_h0,
     DOUBLE: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr, SHARED: tl.constexpr,
 ):  # fmt: skip
     """y_s = W̃ y_{s-1} + drive_s. Program (b, c): ROWS units (where W̃ is streamed, every such group of its own) of chain
@@ -115,23 +155,19 @@ def _chains(
 
     unit = tl.arange(0, BLOCK)
     live = unit < hidden
-    out = block * ROWS + tl.arange(0, ROWS)
     if TILE == 0:
-        w = _weights(weight, out, unit, hidden)
+        w = _weights(weight, block * ROWS + tl.arange(0, ROWS), unit, hidden)
         matrix = square(w, scale)
         least = _least(w, scale)
     else:
-        least = tl.full([], float("inf"), dtype)
-        for first in range(block * ROWS, hidden, blocks * ROWS):
-            for start in range(0, hidden, TILE):
-                w = _weights(weight, first + tl.arange(0, ROWS), start + tl.arange(0, TILE), hidden)
-                least = tl.minimum(least, _least(w, scale))
+        matrix = scale  # is not read
+        least = _least_streamed(weight, scale, block * ROWS, blocks * ROWS, hidden, ROWS, TILE)
     # An entry below this may underflow when it is multiplied.
     threshold = power_of_two(least_exponent(DOUBLE) - log2_floor(least, DOUBLE), DOUBLE)
     threshold = tl.maximum(threshold, least_normal(DOUBLE))
     underflow = least < least_normal(DOUBLE)
-    x_lost = tl.zeros([BLOCK], tl.int1)
-    out_lost = tl.zeros([ROWS], tl.int1)
+    x_underflows = tl.zeros([BLOCK], tl.int1)
+    out_underflows = tl.zeros([ROWS], tl.int1)
 
     start = (ones_h0 != 0) & forward
     x = (unit < tl.where(start, hidden, 0)).to(dtype)
@@ -154,24 +190,16 @@ def _chains(
         x_most = tl.max(x, 0)
         shift = centre(DOUBLE) - log2_floor(x_most, DOUBLE)
         centred = times_power(x, shift, DOUBLE)
-        x_lost |= (x != 0) & (centred < threshold)
+        x_underflows |= (x != 0) & (centred < threshold)
         product_e = tl.where((x_most == 0) | (most == 0), ZERO, e - shift + 2 * m)
         e_next = tl.maximum(product_e, drive_e)
-        if TILE == 0:
-            pushed = tl.load(drive + place * hidden + out, out < drive_width, other=0)
-            product = tl.sum(matrix * centred[None, :], 1)
-            y, faded = _joined(product, product_e - e_next, pushed, drive_e - e_next, DOUBLE)
-            out_lost |= faded
-            tl.store(rows + here * hidden + out, y, out < hidden)
-        else:
-            width = tl.where(x_most == 0, 0, hidden)  # h_0 and a row of zeros are not read
-            for first in range(block * ROWS, hidden, blocks * ROWS):
-                out = first + tl.arange(0, ROWS)
-                pushed = tl.load(drive + place * hidden + out, out < drive_width, other=0)
-                product = _streamed(weight, scale, before, first, width, hidden, shift, DOUBLE, ROWS, TILE)
-                y, faded = _joined(product, product_e - e_next, pushed, drive_e - e_next, DOUBLE)
-                out_lost |= faded
-                tl.store(rows + here * hidden + out, y, out < hidden)
+        width = tl.where(x_most == 0, 0, hidden)  # h_0 and a row of zeros are not read
+        y, underflows = _next_row(
+            weight, matrix, scale, before, centred, shift, width, product_e - e_next, drive + place * hidden,
+            drive_width, drive_e - e_next, rows + here * hidden, block * ROWS, blocks * ROWS, hidden,
+            DOUBLE, ROWS, TILE,
+        )  # fmt: skip
+        out_underflows |= underflows
         if SHARED:
             _meet(arrivals, s * blocks)
             x_next = tl.load(rows + here * hidden + unit, live, other=0)
@@ -181,16 +209,16 @@ def _chains(
         if block == 0:
             tl.store(row_exponents + here, e_next)
         moving = s < seq_len
-        if (s % _LOOK == 0) & (drive_rows == 1):
+        if (s % _CHECK_EVERY == 0) & (drive_rows == 1):
             moving &= (e_next != e) | (tl.max((x_next != x).to(tl.int32), 0) != 0)
         x, e = x_next, e_next
-    # At rest: the programs share out the copies.
+    # It has converged: the programs share out the copies.
     for later in range(s + 1 + block, seq_len + 1, blocks):
         here = (origin + direction * later).to(tl.int64)
         tl.store(rows + here * hidden + unit, x, live)
         tl.store(row_exponents + here, e)
-    some = underflow | (tl.max(x_lost.to(tl.int32), 0) != 0) | (tl.max(out_lost.to(tl.int32), 0) != 0)
-    tl.store(lost, 1, some)
+    some = underflow | (tl.max(x_underflows.to(tl.int32), 0) != 0) | (tl.max(out_underflows.to(tl.int32), 0) != 0)
+    tl.store(any_underflow, 1, some)
 
 
 @triton.jit
@@ -258,7 +286,7 @@ def chains(
     ones_h0: bool,
     plan: str,
     blocks: int,
-    lost: Tensor,
+    any_underflow: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """h ``[T + 1, H]``, its exponents, δ ``[T, H]`` (no rows without weight_d) and its exponents."""
     hidden = len(weight_h)
@@ -278,7 +306,7 @@ def chains(
                 weight_h.t().contiguous(), largest_h, drive_h, drive_h_exponents, h, h_exponents,
                 either(weight_d, weight_h), either(largest_d, largest_h), either(drive_d, drive_h),
                 either(drive_d_exponents, drive_h_exponents), d, d_exponents,
-                lost, arrivals, hidden, seq_len, len(drive_h), 1 if drive_d is None else len(drive_d),
+                any_underflow, arrivals, hidden, seq_len, len(drive_h), 1 if drive_d is None else len(drive_d),
                 int(last_only), int(ones_h0), is_double(h),
                 layout.BLOCK, layout.ROWS, layout.TILE, plan == "grid", **options,
             )  # fmt: skip

@@ -108,6 +108,20 @@ def square(w, scale):  # type: ignore[no-untyped-def]
 
 
 @triton.jit
+def tile(matrix, row, column, rows, columns):  # type: ignore[no-untyped-def]
+    """Some entries of a contiguous matrix, 0 outside."""
+    inside = (row < rows)[:, None] & (column < columns)[None, :]
+    return tl.load(matrix + row.to(tl.int64)[:, None] * columns + column[None, :], inside, other=0)
+
+
+@triton.jit
+def transposed_tile(matrix, row, column, rows, columns):  # type: ignore[no-untyped-def]
+    """The same, ``[column, row]``."""
+    inside = (column < columns)[:, None] & (row < rows)[None, :]
+    return tl.load(matrix + row.to(tl.int64)[None, :] * columns + column[:, None], inside, other=0)
+
+
+@triton.jit
 def natural_exponent(top, usual):  # type: ignore[no-untyped-def]
     """Of a result whose entries are about 2^(top + usual): 0 for values of ordinary size, and for a zero."""
     m = top + usual

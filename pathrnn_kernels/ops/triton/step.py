@@ -19,7 +19,6 @@ Bytes moved, for n weights of b bytes each and κ counted where it is dense: 5 b
 
 from __future__ import annotations
 
-import itertools
 import math
 import struct
 from collections import OrderedDict
@@ -81,18 +80,18 @@ _CONSTANT = tl.constexpr(4)  # log, of scale="first_step"
 _NO_CONSTANT = tl.constexpr(5)
 _HEADER = tl.constexpr(6)
 _RULE = tl.constexpr(3)  # then of every row correction, rate and its exponent
-# Then, an array each, what every program has found: a word of these bits and of a weight that is lost; an exponent; a
+# Then, an array each, what every program has found: a word of these bits and of a weight that overflows; an exponent; a
 # sum; and that of gradients, for scale="first_step", or by rule "coordinates" the exponent of a bound of its steps.
 _PULLED = tl.constexpr(1)  # some gradient is not 0
 _PATHS = tl.constexpr(2)  # some κ is not
 _INFINITE = tl.constexpr(4)  # some step of the bias is not finite
-_LOST = tl.constexpr(3)  # bits to the left: the code of the weight
+_CODE_BITS = tl.constexpr(3)  # bits to the left: the code of the weight
 _NONE = tl.constexpr(1 << 40)  # the code of no weight
 
 _NO_PATH = tl.constexpr(codes.NO_PATH)
 _NO_FIRST = tl.constexpr(codes.NO_CONSTANT)
 _UNBOUNDED = tl.constexpr(codes.UNBOUNDED)
-_IS_LOST = tl.constexpr(codes.LOST)
+_OVERFLOW = tl.constexpr(codes.OVERFLOW)
 _UNREACHED = tl.constexpr(codes.UNREACHED)
 
 
@@ -273,23 +272,11 @@ def _divisor(entry, kappa, exponent, up, norm, norm_exponent, DAMPED: tl.constex
 
 @triton.jit
 def _descent(
-    entry,
-    i,
-    inside,
-    up,
-    kappa,
-    exponent,
-    scratch,
-    log_norm,
-    grad_scale,
-    SCALE: tl.constexpr,
-    DAMPED: tl.constexpr,
-    LIMIT: tl.constexpr,
-    DTYPE: tl.constexpr,
-    U: tl.constexpr,
-):
+    entry, i, inside, up, kappa, exponent, scratch, log_norm, grad_scale,
+    SCALE: tl.constexpr, DAMPED: tl.constexpr, LIMIT: tl.constexpr, DTYPE: tl.constexpr, U: tl.constexpr,
+):  # fmt: skip
     """-Δ over the learning rate, before it is shortened, and that, as a mantissa and an exponent; the new momentum; and
-    whether the step of a finite gradient is lost."""
+    whether the step of a finite gradient overflows."""
     norm, norm_exponent = _power_of_e(tl.load(log_norm).to(tl.float64))
     gradient = _read(entry, _GRADIENT, i, inside, DTYPE).to(U)
     divisor, exponent = _divisor(entry, kappa, exponent, up, norm, norm_exponent, DAMPED)
@@ -330,19 +317,9 @@ def _weight(entry, i, inside, up, DTYPE: tl.constexpr, U: tl.constexpr):
 
 @triton.jit(do_not_specialize=["rows", "programs"])
 def _measure_first(
-    table,
-    scratch,
-    rows,
-    programs,
-    log_norm,
-    constant,
-    grad_scale,
-    DAMPED: tl.constexpr,
-    ENTRIES: tl.constexpr,
-    DTYPE: tl.constexpr,
-    KAPPA: tl.constexpr,
-    ROWS: tl.constexpr,
-):
+    table, scratch, rows, programs, log_norm, constant, grad_scale,
+    DAMPED: tl.constexpr, ENTRIES: tl.constexpr, DTYPE: tl.constexpr, KAPPA: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
     """Σ g² and Σ (g/κ)² in the weights' own coordinates, where the constant is to be found."""
     found = tl.load(constant)
     if found != found:
@@ -384,25 +361,10 @@ def _decide_first(scratch, programs, constant, ROWS: tl.constexpr):
 
 @triton.jit(do_not_specialize=["rows", "programs", "bias", "mass"])
 def _measure(
-    table,
-    scratch,
-    rows,
-    programs,
-    bias,
-    mass,
-    log_norm,
-    grad_scale,
-    GIVEN: tl.constexpr,
-    COORDINATES: tl.constexpr,
-    SCALE: tl.constexpr,
-    DAMPED: tl.constexpr,
-    ENTRIES: tl.constexpr,
-    LIMIT: tl.constexpr,
-    DTYPE: tl.constexpr,
-    KAPPA: tl.constexpr,
-    U: tl.constexpr,
-    ROWS: tl.constexpr,
-):
+    table, scratch, rows, programs, bias, mass, log_norm, grad_scale,
+    GIVEN: tl.constexpr, COORDINATES: tl.constexpr, SCALE: tl.constexpr, DAMPED: tl.constexpr, ENTRIES: tl.constexpr,
+    LIMIT: tl.constexpr, DTYPE: tl.constexpr, KAPPA: tl.constexpr, U: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
     """Of every program Σ κ Δ², by rule "coordinates" Σ g²/κ, and what may not be."""
     program = tl.program_id(0)
     entry, which = _entry(table, program, rows, ROWS)
@@ -428,12 +390,12 @@ def _measure(
         factor = tl.where(is_mass, kappa, unit * unit)
         exponent = tl.where(is_mass, exponent + 2 * up, 2 * (of_unit - up))
     else:
-        x, rate, rate_exponent, _first, lost = _descent(
+        x, rate, rate_exponent, _first, overflows = _descent(
             entry, i, inside, up, kappa, exponent, scratch, log_norm, grad_scale, SCALE, DAMPED, LIMIT, DTYPE, U
         )
-        code = tl.where(_any(lost), tl.load(entry + _CODE), _NONE)
+        code = tl.where(_any(overflows), tl.load(entry + _CODE), _NONE)
         factor, exponent = factor * (rate * rate).to(U), exponent + 2 * rate_exponent
-    tl.store(words, (code << _LOST) | bits)
+    tl.store(words, (code << _CODE_BITS) | bits)
     _sum_up(words, programs, inside, factor, exponent, x)
 
 
@@ -462,13 +424,13 @@ def _total(values, exponents, first, last):
 
 @triton.jit
 def _bits(words, first, last):
-    """All bits of programs, spread over _CHUNK words, and the code of the first weight that is lost."""
+    """All bits of programs, spread over _CHUNK words, and the code of the first weight that overflows."""
     slots = tl.arange(0, _CHUNK)
     bits, code = tl.zeros([_CHUNK], tl.int64), tl.full([_CHUNK], _NONE, tl.int64)
     for start in range(first, last, _CHUNK):
-        word = tl.load(words + start + slots, start + slots < last, other=_NONE << _LOST)
+        word = tl.load(words + start + slots, start + slots < last, other=_NONE << _CODE_BITS)
         bits |= word
-        code = tl.minimum(code, word >> _LOST)
+        code = tl.minimum(code, word >> _CODE_BITS)
     return bits, tl.min(code, 0)
 
 
@@ -490,7 +452,7 @@ def _power(x, power):
 
 @triton.jit
 def _in_coordinates(entry, scratch, which, i, inside, up, kappa, exponent, DTYPE: tl.constexpr, U: tl.constexpr):
-    """The weight and its averages after the step, and whether it is lost."""
+    """The weight and its averages after the step, and whether it overflows."""
     rule = scratch + _HEADER + which * _RULE
     correction, rate, rate_exponent = _number(rule, 0).to(U), _number(rule, 1).to(U), tl.load(rule + 2)
     beta1, beta2 = _number(entry, _NUMBERS + 1), _number(entry, _NUMBERS + 2)
@@ -510,8 +472,8 @@ def _in_coordinates(entry, scratch, which, i, inside, up, kappa, exponent, DTYPE
     step = _power(tl.minimum(size, 1.0), _number(entry, _NUMBERS + 3)) * (rate * unit)
     step = _times(step, rate_exponent + of_unit - up)
     value = weight - tl.where(m < 0, -step, step)
-    lost = inside & _is_finite(gradient) & _is_finite(weight) & (_is_finite(value) == 0)
-    return value, m, v, lost
+    overflows = inside & _is_finite(gradient) & _is_finite(weight) & (_is_finite(value) == 0)
+    return value, m, v, overflows
 
 
 @triton.jit
@@ -524,7 +486,7 @@ def _overflow(
     What is below 2^SAFE is nothing beside the largest number.
     """
     slots = tl.arange(0, _CHUNK)
-    most, lost = tl.full([_CHUNK], _ZERO, tl.int64), tl.full([], _NONE, tl.int64)
+    most, overflow = tl.full([_CHUNK], _ZERO, tl.int64), tl.full([], _NONE, tl.int64)
     for start in range(0, programs, _CHUNK):
         most = tl.maximum(most, tl.load(reaches + start + slots, start + slots < programs, other=_ZERO))
     if tl.max(most, 0) + root_exponent > SAFE:
@@ -535,37 +497,79 @@ def _overflow(
                 up = _up(entry, row, column, inside)
                 kappa, exponent = _kappa(entry, row, column, inside, ENTRIES, KAPPA, U)
                 _value, _m, _v, gone = _in_coordinates(entry, scratch, which, i, inside, up, kappa, exponent, DTYPE, U)
-                lost = tl.where(_any(gone), tl.minimum(lost, tl.load(entry + _CODE)), lost)
-    return lost
+                overflow = tl.where(_any(gone), tl.minimum(overflow, tl.load(entry + _CODE)), overflow)
+    return overflow
+
+
+@triton.jit
+def _unreached(table, words, recurrent):
+    """The status if a recurrent weight is on no path and its gradient is not 0, for the first such; else 0."""
+    status = tl.full([], 0, tl.int64)
+    for row in range(recurrent):
+        entry = table + row * _FIELDS
+        start = tl.load(entry + _START)
+        bits, _lost = _bits(words, start, start + tl.cdiv(tl.load(entry + _SIZE), _BLOCK))
+        found = (status == 0) & _any((bits & _PULLED) != 0) & (_any((bits & _PATHS) != 0) == 0)
+        status = tl.where(found, _UNREACHED + tl.load(entry + _CODE), status)
+    return status
+
+
+@triton.jit
+def _counts(table, rows, ROWS: tl.constexpr):
+    """Of every row, where its steps are counted."""
+    slots = tl.arange(0, ROWS)
+    return tl.load(table + slots * _FIELDS + _COUNT, slots < rows, other=0).to(tl.pointer_type(tl.float32))
+
+
+@triton.jit
+def _decide_rates(
+    table, scratch, moving, rows, norm, norm_exponent, length, length_exponent, BIAS: tl.constexpr, ROWS: tl.constexpr
+):
+    """By rule "coordinates", from γ² and the gradient's squared length: whether weights move, all counts, γ's exponent.
+
+    Leaves what _in_coordinates reads.
+    """
+    slots = tl.arange(0, ROWS)
+    weights, entries = slots < moving, table + slots * _FIELDS
+    steps = tl.load(_counts(table, rows, ROWS), slots < rows, other=0) + 1
+    length, length_exponent = _root(length, length_exponent)
+    goes = (length > 0) & _is_finite(length)
+    if BIAS:
+        of_bias = tl.sum(tl.where(slots == moving, steps, 0.0), 0)
+        goes &= of_bias > _number(table, _NUMBERS + 5)
+    beta2 = tl.load(entries + _NUMBERS + 2, weights, other=0).to(tl.float64, bitcast=True)
+    warmup = tl.load(entries + _NUMBERS + 6, weights, other=0).to(tl.float64, bitcast=True)
+    root, root_exponent = _root(norm, norm_exponent)
+    rate = _rate(entries, weights) * tl.minimum(steps.to(tl.float64) / tl.maximum(warmup, 1.0), 1.0)
+    rate, rate_exponent = _normal(rate / tl.sqrt(tl.load(entries + _SIZE, weights, other=1).to(tl.float64)))
+    correction = 1 / (1 - tl.exp(steps.to(tl.float64) * tl.log(beta2)))
+    tl.store(scratch + _LENGTH, (1 / length).to(tl.int64, bitcast=True))
+    tl.store(scratch + _LENGTH + 1, -length_exponent)
+    rules = scratch + _HEADER + slots * _RULE
+    tl.store(rules, correction.to(tl.int64, bitcast=True))
+    tl.store(rules + 1, (rate * root).to(tl.int64, bitcast=True))
+    tl.store(rules + 2, rate_exponent + root_exponent)
+    return goes, steps, root_exponent
+
+
+@triton.jit
+def _share(total, exponent, norm, norm_exponent, radius):
+    """What the radius leaves of a step whose squared length this is, as a mantissa and an exponent."""
+    length, length_exponent = _root(total / tl.where(norm > 0, norm, 1.0), exponent - norm_exponent)
+    # nan, from a gradient that is not finite, is not longer: torch's own optimisers let it through too.
+    longer = (_times(length / radius, length_exponent) > 1) & _is_finite(length) & (norm > 0)
+    share, share_exponent = _normal(tl.where(longer, radius / tl.where(longer, length, 1.0), 1.0))
+    return share, share_exponent - tl.where(longer, length_exponent, 0)
 
 
 @triton.jit(do_not_specialize=["recurrent", "moving", "rows", "programs", "weight_programs", "pulling_programs"])
 def _decide(
-    table,
-    scratch,
-    status,
-    recurrent,
-    moving,
-    rows,
-    programs,
-    weight_programs,
-    pulling_programs,
-    log_norm,
-    constant,
+    table, scratch, status, recurrent, moving, rows, programs, weight_programs, pulling_programs, log_norm, constant,
     found_inf,
-    GIVEN: tl.constexpr,
-    COORDINATES: tl.constexpr,
-    SCALE: tl.constexpr,
-    ENTRIES: tl.constexpr,
-    SAFE: tl.constexpr,
-    DTYPE: tl.constexpr,
-    KAPPA: tl.constexpr,
-    U: tl.constexpr,
-    BOUNDED: tl.constexpr,
-    BIAS: tl.constexpr,
-    MASS: tl.constexpr,
-    ROWS: tl.constexpr,
-):
+    GIVEN: tl.constexpr, COORDINATES: tl.constexpr, SCALE: tl.constexpr, ENTRIES: tl.constexpr, SAFE: tl.constexpr,
+    DTYPE: tl.constexpr, KAPPA: tl.constexpr, U: tl.constexpr, BOUNDED: tl.constexpr, BIAS: tl.constexpr,
+    MASS: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
     """One program: the status, and what apply needs to know. ``rows`` is without that of γ²."""
     words = scratch + _HEADER + _RULE * ROWS
     exponents, sums = words + programs, words + 2 * programs
@@ -574,54 +578,26 @@ def _decide(
     if MASS:
         norm, norm_exponent = _total(sums, exponents, pulling_programs, programs)
         norm = tl.where(log == log, norm, log)  # a κ that is none
-    bits, lost = _bits(words, 0, pulling_programs)
+    bits, overflow = _bits(words, 0, pulling_programs)
     pulled = _any((bits & _PULLED) != 0)
-    unreached = tl.full([], 0, tl.int64)
-    for row in range(recurrent):
-        entry = table + row * _FIELDS
-        start = tl.load(entry + _START)
-        last = start + tl.cdiv(tl.load(entry + _SIZE), _BLOCK)
-        of_row, _lost = _bits(words, start, last)
-        found = (unreached == 0) & _any((of_row & _PULLED) != 0) & (_any((of_row & _PATHS) != 0) == 0)
-        unreached = tl.where(found, _UNREACHED + tl.load(entry + _CODE), unreached)
-
+    unreached = _unreached(table, words, recurrent)
     code = tl.where(_is_finite(norm), unreached, _UNBOUNDED)
     if COORDINATES or ((SCALE == 1 or BOUNDED) and not GIVEN):
         code = tl.where((norm == 0) & pulled, _NO_PATH, code)
     if SCALE == 2:
         code = tl.where(code == 0, tl.load(scratch + _NO_CONSTANT), code)
     if COORDINATES:
-        slots = tl.arange(0, ROWS)
-        entries = table + slots * _FIELDS
-        addresses = tl.load(entries + _COUNT, slots < rows, other=0)
-        counts = addresses.to(tl.pointer_type(tl.float32))
-        steps = tl.load(counts, slots < rows, other=0) + 1
         length, length_exponent = _total(sums, exponents, 0, weight_programs)
-        length, length_exponent = _root(length, length_exponent)
-        goes = (length > 0) & _is_finite(length)
-        if BIAS:
-            of_bias = tl.sum(tl.where(slots == moving, steps, 0.0), 0)
-            goes &= of_bias > _number(table, _NUMBERS + 5)
-        weights = slots < moving
-        beta2 = tl.load(entries + _NUMBERS + 2, weights, other=0).to(tl.float64, bitcast=True)
-        warmup = tl.load(entries + _NUMBERS + 6, weights, other=0).to(tl.float64, bitcast=True)
-        root, root_exponent = _root(norm, norm_exponent)
-        rate = _rate(entries, weights) * tl.minimum(steps.to(tl.float64) / tl.maximum(warmup, 1.0), 1.0)
-        rate, rate_exponent = _normal(rate / tl.sqrt(tl.load(entries + _SIZE, weights, other=1).to(tl.float64)))
-        correction = 1 / (1 - tl.exp(steps.to(tl.float64) * tl.log(beta2)))
-        tl.store(scratch + _LENGTH, (1 / length).to(tl.int64, bitcast=True))
-        tl.store(scratch + _LENGTH + 1, -length_exponent)
-        rules = scratch + _HEADER + slots * _RULE
-        tl.store(rules, correction.to(tl.int64, bitcast=True))
-        tl.store(rules + 1, (rate * root).to(tl.int64, bitcast=True))
-        tl.store(rules + 2, rate_exponent + root_exponent)
+        goes, steps, root_exponent = _decide_rates(
+            table, scratch, moving, rows, norm, norm_exponent, length, length_exponent, BIAS, ROWS
+        )
         tl.debug_barrier()  # what threads have read or written here, others write or read below
         if goes & (code == 0):
-            lost = _overflow(
+            overflow = _overflow(
                 table, scratch, words + 3 * programs, root_exponent + 1, moving, weight_programs, ENTRIES, SAFE, DTYPE,
                 KAPPA, U, ROWS,
             )  # fmt: skip
-    code = tl.where((code == 0) & (lost != _NONE), _IS_LOST + lost, code)
+    code = tl.where((code == 0) & (overflow != _NONE), _OVERFLOW + overflow, code)
     taken = tl.full([], True, tl.int1)
     if found_inf is not None:
         taken = tl.load(found_inf).to(tl.float64) == 0  # nan is a word, too
@@ -634,17 +610,14 @@ def _decide(
         goes &= taken
         tl.store(scratch + _BIAS_MOVES, (taken & fine).to(tl.int64))
         tl.store(scratch + _MOVES, goes.to(tl.int64))
-        tl.store(counts, steps, (slots < rows) & (tl.where(weights, goes.to(tl.int32), taken.to(tl.int32)) != 0))
+        slots = tl.arange(0, ROWS)
+        counted = (slots < rows) & (tl.where(slots < moving, goes.to(tl.int32), taken.to(tl.int32)) != 0)
+        tl.store(_counts(table, rows, ROWS), steps, counted)
     else:
         share, share_exponent = tl.full([], 1, tl.float64), tl.full([], 0, tl.int64)
         if BOUNDED:
             total, exponent = _total(sums, exponents, 0, weight_programs)
-            length, length_exponent = _root(total / tl.where(norm > 0, norm, 1.0), exponent - norm_exponent)
-            radius = _number(table, _RADIUS)
-            # nan, from a gradient that is not finite, is not longer: torch's own optimisers let it through too.
-            longer = (_times(length / radius, length_exponent) > 1) & _is_finite(length) & (norm > 0)
-            share, share_exponent = _normal(tl.where(longer, radius / tl.where(longer, length, 1.0), 1.0))
-            share_exponent -= tl.where(longer, length_exponent, 0)
+            share, share_exponent = _share(total, exponent, norm, norm_exponent, _number(table, _RADIUS))
         tl.store(scratch + _MOVES, taken.to(tl.int64))
         tl.store(scratch + _SHARE, share.to(tl.int64, bitcast=True))
         tl.store(scratch + _SHARE + 1, share_exponent)
@@ -654,23 +627,10 @@ def _decide(
 
 @triton.jit(do_not_specialize=["rows", "bias"])
 def _apply(
-    table,
-    scratch,
-    rows,
-    bias,
-    log_norm,
-    grad_scale,
-    GIVEN: tl.constexpr,
-    COORDINATES: tl.constexpr,
-    SCALE: tl.constexpr,
-    DAMPED: tl.constexpr,
-    ENTRIES: tl.constexpr,
-    LIMIT: tl.constexpr,
-    DTYPE: tl.constexpr,
-    KAPPA: tl.constexpr,
-    U: tl.constexpr,
-    ROWS: tl.constexpr,
-):
+    table, scratch, rows, bias, log_norm, grad_scale,
+    GIVEN: tl.constexpr, COORDINATES: tl.constexpr, SCALE: tl.constexpr, DAMPED: tl.constexpr, ENTRIES: tl.constexpr,
+    LIMIT: tl.constexpr, DTYPE: tl.constexpr, KAPPA: tl.constexpr, U: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
     """Every weight and its state, written once, where a step is taken."""
     program = tl.program_id(0)
     entry, which = _entry(table, program, rows, ROWS)
@@ -744,45 +704,78 @@ _tables: OrderedDict[tuple[Any, ...], tuple[Tensor, _Shape]] = OrderedDict()
 _TABLES = 16
 
 
-def path_update_(
-    weights: Sequence[Tensor],
-    gradients: Sequence[Tensor | None],
-    first: Sequence[Tensor],
-    second: Sequence[Tensor],
-    counts: Sequence[Tensor],
-    constant: Tensor | None,
-    rates: Sequence[Tensor],
-    numbers: Sequence[float],
-    rule: str,
-    chains: int,
-    bidirectional: bool,
-    bias: bool,
-    head: bool,
-    head_bias: bool,
-    embedding: bool,
-    scale: int,
-    eps: float,
-    radius: float,
-    grad_scale: Tensor | None,
-    found_inf: Tensor | None,
-    kappas: Sequence[Tensor],
-    exponents: Tensor,
-    unit_exponents: Tensor,
-    entry_exponents: Sequence[Tensor],
-    log_path_norm: Tensor,
-) -> Tensor:
+class _Update(NamedTuple):
+    """The arguments of ops/step.py, in their order."""
+
+    weights: Sequence[Tensor]
+    gradients: Sequence[Any]
+    first: Sequence[Tensor]
+    second: Sequence[Tensor]
+    counts: Sequence[Tensor]
+    constant: Tensor | None
+    rates: Sequence[Tensor]
+    numbers: Sequence[float]
+    rule: str
+    chains: int
+    bidirectional: bool
+    bias: bool
+    head: bool
+    head_bias: bool
+    embedding: bool
+    scale: int
+    eps: float
+    radius: float
+    grad_scale: Tensor | None
+    found_inf: Tensor | None
+    kappas: Sequence[Tensor]
+    exponents: Tensor
+    unit_exponents: Tensor
+    entry_exponents: Sequence[Tensor]
+    log_path_norm: Tensor
+
+
+def path_update_(*arguments: Any) -> Tensor:
     """The status, int64, 0-dim, on the device: 0 once the step is taken or left out; with any other it is left out.
 
     Raises:
-        TypeError: tensors on different devices.
+        TypeError: tensors on different devices, or state of another dtype than its weight.
         ValueError: arguments that do not fit.
     """
-    structure = chains, bidirectional, bias, head, head_bias, embedding
-    moving = [i for i, g in enumerate(gradients) if g is not None]
-    _check(rule, structure, weights, len(moving), (first, second, counts), rates, numbers)
-    device = log_path_norm.device
+    given = _Update(*arguments)
+    moving = [i for i, g in enumerate(given.gradients) if g is not None]
+    _check(given, len(moving))
     if not moving:
-        return torch.zeros((), dtype=torch.int64, device=device)
+        return torch.zeros((), dtype=torch.int64, device=given.log_path_norm.device)
+    dense, copies = _dense(given, moving)
+    with on_device(given.log_path_norm):
+        status = _launch(*_table(dense, moving), dense)
+    for own, copy in copies:
+        own.copy_(copy)
+    # Autograd has to hear of a change behind its back.
+    state = [*given.first, *given.second, *given.counts]
+    changed = [*(given.weights[i] for i in moving), *state, *([] if given.constant is None else [given.constant])]
+    torch.autograd.graph.increment_version(changed)
+    return status
+
+
+def _check(given: _Update, moving: int) -> None:
+    if given.rule not in _COUNTS:
+        raise ValueError(f"rule is {given.rule!r}; use one of {', '.join(map(repr, _COUNTS))}")
+    expected = (4 if given.bias else 2) * given.chains + given.head + given.head_bias + given.embedding
+    if len(given.weights) != expected:
+        raise ValueError(f"there are {len(given.weights)} weights; these chains have {expected}")
+    each, numbers, rates = _COUNTS[given.rule], len(given.numbers), len(given.rates)
+    if each and numbers not in (each, moving * each):
+        raise ValueError(f"there are {numbers} numbers for {moving} gradients; give {each} once, or for each")
+    if rates not in (0, 1, moving):
+        raise ValueError(f"there are {rates} rates for {moving} gradients; give none, one, or one for each")
+    for state in (given.first, given.second, given.counts):
+        if len(state) not in (0, moving):
+            raise ValueError(f"there are {len(state)} tensors of state for {moving} gradients; give none, or each")
+
+
+def _dense(given: _Update, moving: list[int]) -> tuple[_Update, list[tuple[Tensor, Tensor]]]:
+    """With contiguous tensors and the gradients of ``moving`` alone; and what is to be copied back to what."""
     copies: list[tuple[Tensor, Tensor]] = []
 
     def dense(t: Tensor, written: bool = False) -> Tensor:
@@ -793,98 +786,56 @@ def path_update_(
             copies.append((t, copy))
         return copy
 
-    places = [dense(w, written=gradients[i] is not None) for i, w in enumerate(weights)]
-    slopes = [dense(g) for g in gradients if g is not None]
-    states = [[dense(t, written=True) for t in given] for given in (first, second, counts)]
-    factors, entries = [dense(k) for k in kappas], [dense(e) for e in entry_exponents]
-    units = dense(unit_exponents)
-    tensors = [*places, *slopes, *itertools.chain(*states), *rates, *factors, *entries, exponents, units]
+    first, second, counts = (
+        [dense(t, written=True) for t in state] for state in (given.first, given.second, given.counts)
+    )
+    return given._replace(
+        weights=[dense(w, written=g is not None) for w, g in zip(given.weights, given.gradients, strict=True)],
+        gradients=[dense(given.gradients[i]) for i in moving],
+        first=first,
+        second=second,
+        counts=counts,
+        kappas=[dense(k) for k in given.kappas],
+        unit_exponents=dense(given.unit_exponents),
+        entry_exponents=[dense(e) for e in given.entry_exponents],
+    ), copies
+
+
+def _table(given: _Update, moving: list[int]) -> tuple[Tensor, _Shape]:
+    """On the device: one that was made before, or a new one."""
+    device = given.log_path_norm.device
+    of_weights = (*given.weights, *given.gradients, *given.first, *given.second, *given.counts, *given.rates)
+    tensors = (*of_weights, *given.kappas, *given.entry_exponents, given.exponents, given.unit_exponents)
     if any(t.device != device and t.numel() > 0 for t in tensors):
         devices = sorted({str(t.device) for t in tensors if t.numel() > 0} | {str(device)})
         raise TypeError(f"the tensors of a step are on {', '.join(devices)}: move all of them to one device")
-
-    with on_device(log_path_norm):
-        made_from: tuple[Any, ...] = (
-            *structure,
-            rule,
-            tuple(numbers),
-            eps,
-            radius,
-            tuple(moving),
-            tuple(t.data_ptr() for t in tensors),
-            tuple(t.shape for t in (*places, *factors)),
-            tuple(t.dtype for t in (places[0], *rates)),
-            # Of this stream, on which the table's memory is its own, and filled.
-            torch.cuda.current_stream().cuda_stream if device.type == "cuda" else device,
-        )
-        capturing = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
-        found = None if capturing else _tables.get(made_from)
-        if found is None:
-            rows, shape = _rows(rule, structure, moving, places, slopes, states, rates, numbers, eps, radius, factors,
-                                exponents, units, entries)  # fmt: skip
-            found = _on_device(rows, device, capturing), shape
-            if not capturing:
-                _tables[made_from] = found
-                while len(_tables) > _TABLES:
-                    _tables.popitem(last=False)
-        else:
-            _tables.move_to_end(made_from)
-        like = places[moving[0]]
-        # Both weights of another's step may be at opposite ends of the range, a step of odd size may be below it.
-        wide = rule == "given" or (
-            rule == "sgd" and any(x and not 2.0**-60 <= x <= 2.0**60 for x in numbers[:: _COUNTS[rule]])
-        )
-        status = _launch(*found, rule, like.dtype, factors[0].dtype, wide, any(map(Tensor.numel, entries)), scale,
-                         eps > 0, radius > 0, log_path_norm, constant, grad_scale, found_inf)  # fmt: skip
-    for own, copy in copies:
-        own.copy_(copy)
-    # Autograd has to hear of a change behind its back.
-    changed = [*(weights[i] for i in moving), *first, *second, *counts, *([] if constant is None else [constant])]
-    torch.autograd.graph.increment_version(changed)
-    return status
+    made_from: tuple[Any, ...] = (
+        *given[_Update._fields.index("rule") : _Update._fields.index("scale")],
+        tuple(given.numbers),
+        given.eps,
+        given.radius,
+        tuple(moving),
+        tuple(t.data_ptr() for t in tensors),
+        tuple(t.shape for t in (*given.weights, *given.kappas)),
+        tuple(t.dtype for t in (given.weights[0], *given.rates)),
+        # Of this stream, on which the table's memory is its own, and filled.
+        torch.cuda.current_stream().cuda_stream if device.type == "cuda" else device,
+    )
+    capturing = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+    found = None if capturing else _tables.get(made_from)
+    if found is not None:
+        _tables.move_to_end(made_from)
+        return found
+    rows, shape = _rows(given, moving)
+    table = _on_device(rows, device, capturing), shape
+    if not capturing:
+        _tables[made_from] = table
+        while len(_tables) > _TABLES:
+            _tables.popitem(last=False)
+    return table
 
 
-def _check(
-    rule: str,
-    structure: tuple[Any, ...],
-    weights: Sequence[Tensor],
-    moving: int,
-    states: tuple[Sequence[Tensor], ...],
-    rates: Sequence[Tensor],
-    numbers: Sequence[float],
-) -> None:
-    if rule not in _COUNTS:
-        raise ValueError(f"rule is {rule!r}; use one of {', '.join(map(repr, _COUNTS))}")
-    chains, _, bias, *ends = structure
-    expected = (4 if bias else 2) * chains + sum(ends)
-    if len(weights) != expected:
-        raise ValueError(f"there are {len(weights)} weights; these chains have {expected}")
-    each = _COUNTS[rule]
-    if each and len(numbers) not in (each, moving * each):
-        raise ValueError(f"there are {len(numbers)} numbers for {moving} gradients; give {each} once, or for each")
-    if len(rates) not in (0, 1, moving):
-        raise ValueError(f"there are {len(rates)} rates for {moving} gradients; give none, one, or one for each")
-    for given in states:
-        if len(given) not in (0, moving):
-            raise ValueError(f"there are {len(given)} tensors of state for {moving} gradients; give none, or each")
-
-
-def _launch(
-    table: Tensor,
-    shape: _Shape,
-    rule: str,
-    dtype: torch.dtype,
-    kappa_dtype: torch.dtype,
-    wide: bool,
-    has_entries: bool,
-    scale: int,
-    damped: bool,
-    bounded: bool,
-    log_norm: Tensor,
-    constant: Tensor | None,
-    grad_scale: Tensor | None,
-    found_inf: Tensor | None,
-) -> Tensor:
+def _launch(table: Tensor, shape: _Shape, given: _Update) -> Tensor:
     recurrent, moving, rows, programs, weight_programs, pulling_programs = shape
     all_rows = rows + (programs > pulling_programs)
     slots = triton.next_power_of_2(all_rows)
@@ -892,11 +843,22 @@ def _launch(
     size = _HEADER.value + _RULE.value * slots + 4 * programs
     scratch = torch.empty(size, dtype=torch.int64, device=table.device)
     bias, mass = (moving if moving < rows else -1), (rows if rows < all_rows else -1)
-    kind = {"GIVEN": rule == "given", "COORDINATES": rule == "coordinates", "SCALE": scale if rule == "sgd" else 0}
-    of_kappa = {"ENTRIES": has_entries, "DTYPE": _DTYPES[dtype], "KAPPA": _DTYPES[kappa_dtype], "ROWS": slots}
-    damping = {"DAMPED": damped and rule == "sgd"}
+    rule, constant, log_norm, grad_scale = given.rule, given.constant, given.log_path_norm, given.grad_scale
+    # Both weights of another's step may be at opposite ends of the range, a step of odd size may be below it.
+    rates = given.numbers[:: _COUNTS[rule]] if rule == "sgd" else ()
+    dtype = given.weights[0].dtype
+    wide = rule == "given" or dtype == torch.float64 or any(x and not 2.0**-60 <= x <= 2.0**60 for x in rates)
+    kind = {
+        "GIVEN": rule == "given",
+        "COORDINATES": rule == "coordinates",
+        "SCALE": given.scale if rule == "sgd" else 0,
+    }
+    has_entries = any(map(Tensor.numel, given.entry_exponents))
+    kappa_dtype = _DTYPES[given.kappas[0].dtype]
+    of_kappa = {"ENTRIES": has_entries, "DTYPE": _DTYPES[dtype], "KAPPA": kappa_dtype, "ROWS": slots}
+    damping = {"DAMPED": given.eps > 0 and rule == "sgd"}
     limits = torch.finfo(dtype)
-    options = {**kind, **of_kappa, "U": tl.float64 if wide or dtype == torch.float64 else tl.float32}
+    options = {**kind, **of_kappa, "U": tl.float64 if wide else tl.float32}
     if kind["SCALE"] == 2:
         first = _measure_first[(programs,)]
         first(table, scratch, rows, programs, log_norm, constant, grad_scale, **of_kappa, **damping, **whole(8))
@@ -905,97 +867,85 @@ def _launch(
     _measure[(programs,)](table, scratch, all_rows, programs, bias, mass, log_norm, grad_scale, **entries)
     _decide[(1,)](
         table, scratch, status, recurrent, moving, rows, programs, weight_programs, pulling_programs, log_norm,
-        constant, found_inf, **options, BOUNDED=bounded, BIAS=bias >= 0, MASS=mass >= 0,
+        constant, given.found_inf, **options, BOUNDED=given.radius > 0, BIAS=bias >= 0, MASS=mass >= 0,
         SAFE=math.frexp(limits.max)[1] + math.frexp(limits.eps)[1] - 3, **whole(8),
     )  # fmt: skip
     _apply[(pulling_programs,)](table, scratch, rows, bias, log_norm, grad_scale, **entries)
     return status
 
 
-def _rows(
-    rule: str,
-    structure: tuple[Any, ...],
-    moving: list[int],
-    weights: list[Tensor],
-    gradients: list[Tensor],
-    states: list[list[Tensor]],
-    rates: Sequence[Tensor],
-    numbers: Sequence[float],
-    eps: float,
-    radius: float,
-    kappas: list[Tensor],
-    exponents: Tensor,
-    units: Tensor,
-    entries: list[Tensor],
-) -> tuple[list[int], _Shape]:
+def _rows(given: _Update, moving: list[int]) -> tuple[list[int], _Shape]:
     """The table, row by row."""
-    chains, bidirectional, bias, head, head_bias, _ = structure
-    directions, per_chain, per_kappa = (2 if bidirectional else 1), (4 if bias else 2), (3 if bias else 2)
-    at_head = per_chain * chains if head else -1
-    at_bias = at_head + 1 if rule == "coordinates" and head_bias else -1
-    each, several = _COUNTS[rule], len(numbers) > _COUNTS[rule]
-
-    def own_numbers(s: int) -> list[float]:
-        own = list(numbers[s * each : (s + 1) * each] if several else numbers[:each])
-        if rates:
-            own[0] = 0.0
-        if rule == "sgd" and not (states[0] and states[0][s].numel()):  # no momentum where there is none of it
-            own[1] = own[3] = 0.0
-        return own + [0.0] * (8 - each)
-
-    def row(i: int, s: int | None, start: int) -> list[int]:
-        """Of weight i, the s-th of those that move; None: of γ²."""
-        chain, kind = divmod(i, per_chain)
-        of_chain = chain < chains
-        place = per_kappa * chain + min(kind, 2) if of_chain else i + (per_kappa - per_chain) * chains
-        reads = chain if kind == 1 else chain - chain % directions - directions if kind == 0 else -1
-        if not of_chain:
-            reads = chains - directions if i == at_head else -1
-        of_units = [units.data_ptr() + c * units.stride(0) * 8 if c >= 0 else 0
-                    for c in (chain if of_chain else -1, reads)]  # fmt: skip
-        weight, kappa = weights[i], kappas[place]
-        strides = kappa.expand_as(weight).stride()
-        state = [0 if s is None or not given else given[s].data_ptr() for given in states]
-        rate = None if s is None or not rates else rates[s if len(rates) > 1 else 0]
-        single = rate is not None and rate.dtype == torch.float32
-        return [
-            start,
-            weight.numel(),
-            weight.shape[1] if weight.dim() == 2 else 1,
-            kappa.data_ptr(),
-            strides[0],
-            strides[1] if weight.dim() == 2 else 0,
-            exponents.data_ptr() + place * exponents.stride(0) * 8,
-            entries[place].data_ptr(),
-            *of_units,
-            weight.data_ptr(),
-            (weight if s is None else gradients[s]).data_ptr(),
-            *state,
-            rate.data_ptr() if rate is not None and single else 0,
-            rate.data_ptr() if rate is not None and not single else 0,
-            4 * i,
-            *map(_float_bits, [eps, radius, *([0.0] * 8 if s is None else own_numbers(s))]),
-        ]
-
-    ranks = {s: (i == at_bias, not (i < per_chain * chains and i % per_chain == 1)) for s, i in enumerate(moving)}
-    order: list[tuple[int, int | None]] = [(moving[s], s) for s in sorted(ranks, key=ranks.__getitem__)]
-    rows_of_weights = sum(not is_bias for is_bias, _ in ranks.values())
-    if at_bias >= 0:
-        order.append((at_head, None))
+    per_chain = 4 if given.bias else 2
+    of_chains = per_chain * given.chains
+    head = of_chains if given.head else -1
+    bias = head + 1 if given.rule == "coordinates" and given.head_bias else -1
+    recurrent, bias_last = 0, 2
+    ranks = [bias_last if i == bias else recurrent if i < of_chains and i % per_chain == 1 else 1 for i in moving]
+    order: list[tuple[int, int | None]] = [(moving[s], s) for s in sorted(range(len(moving)), key=ranks.__getitem__)]
+    if bias >= 0:
+        order.append((head, None))
     table: list[int] = []
     starts = [0]
     for i, s in order:
-        table += row(i, s, starts[-1])
-        starts.append(starts[-1] + triton.cdiv(weights[i].numel(), _BLOCK.value))
-    shape = _Shape(
-        sum(rank == (False, False) for rank in ranks.values()),
-        rows_of_weights,
-        len(moving),
-        starts[-1],
-        starts[rows_of_weights],
-        starts[len(moving)],
-    )
-    return table, shape
+        table += _row(given, i, s, starts[-1])
+        starts.append(starts[-1] + triton.cdiv(given.weights[i].numel(), _BLOCK.value))
+    weights = len(moving) - ranks.count(bias_last)
+    counts = ranks.count(recurrent), weights, len(moving)
+    return table, _Shape(*counts, starts[-1], starts[weights], starts[len(moving)])
+
+
+def _row(given: _Update, i: int, s: int | None, start: int) -> list[int]:
+    """Of weight i, the s-th of those that move; None: of γ²."""
+    directions, per_chain = (2 if given.bidirectional else 1), (4 if given.bias else 2)
+    shared = per_chain // 4  # both biases of a chain have one κ
+    chain, kind = divmod(i, per_chain)
+    if chain < given.chains:
+        place = (per_chain - shared) * chain + min(kind, 2)
+        units = chain, (chain - chain % directions - directions, chain, -1, -1)[kind]
+    else:
+        place = i - shared * given.chains
+        units = -1, given.chains - directions if given.head and i == per_chain * given.chains else -1
+    weight, kappa, exponents = given.weights[i], given.kappas[place], given.unit_exponents
+    states = [None if s is None or not state else state[s] for state in (given.first, given.second, given.counts)]
+    for state in states[:2]:
+        if state is not None and state.numel() > 0 and state.dtype != weight.dtype:
+            raise TypeError(
+                f"a tensor of state is {state.dtype}, but its weight is {weight.dtype} (cast since?): convert one"
+            )
+    strides = kappa.expand_as(weight).stride()
+    rate = None if s is None or not given.rates else given.rates[s if len(given.rates) > 1 else 0]
+    single = rate is not None and rate.dtype == torch.float32
+    return [
+        start,
+        weight.numel(),
+        weight.shape[1] if weight.dim() == 2 else 1,
+        kappa.data_ptr(),
+        strides[0],
+        strides[1] if weight.dim() == 2 else 0,
+        given.exponents.data_ptr() + place * given.exponents.stride(0) * 8,
+        given.entry_exponents[place].data_ptr(),
+        *(exponents.data_ptr() + c * exponents.stride(0) * 8 if c >= 0 else 0 for c in units),
+        weight.data_ptr(),
+        (weight if s is None else given.gradients[s]).data_ptr(),
+        *(0 if state is None else state.data_ptr() for state in states),
+        rate.data_ptr() if rate is not None and single else 0,
+        rate.data_ptr() if rate is not None and not single else 0,
+        4 * i,
+        *map(_float_bits, [given.eps, given.radius, *([0.0] * 8 if s is None else _numbers(given, s))]),
+    ]
+
+
+def _numbers(given: _Update, s: int) -> list[float]:
+    """Of the s-th weight that moves."""
+    each = _COUNTS[given.rule]
+    first = s * each if len(given.numbers) > each else 0
+    own = list(given.numbers[first : first + each])
+    if given.rates:
+        own[0] = 0.0
+    if given.rule == "sgd" and not (given.first and given.first[s].numel()):  # no momentum where there is none of it
+        own[1] = own[3] = 0.0
+    return own + [0.0] * (8 - each)
 
 
 def _float_bits(x: float) -> int:

@@ -29,7 +29,9 @@ from .scaled import (
     power_of_two,
     square,
     square_exponent,
+    tile,
     times_power,
+    transposed_tile,
     whole,
 )
 
@@ -66,7 +68,9 @@ def _nonzero(w, squares):
 
 
 @triton.jit
-def _columns(w, largest, sums, exponent, lost, block, split, rows, columns, DOUBLE: tl.constexpr, NEAR: tl.constexpr):
+def _columns(
+    w, largest, sums, exponent, underflow, block, split, rows, columns, DOUBLE: tl.constexpr, NEAR: tl.constexpr
+):
     """Of the squares, the sums of the block-th _WIDE columns over the split-th _SPLIT rows."""
     most = tl.load(largest)
     scale = _scale(most, DOUBLE)
@@ -76,35 +80,34 @@ def _columns(w, largest, sums, exponent, lost, block, split, rows, columns, DOUB
     first = split * _SPLIT
     for start in range(first, tl.minimum(first + _SPLIT, rows), _TALL):
         row = start + tl.arange(0, _TALL)
-        mask = (row < rows)[:, None] & (column < columns)[None, :]
-        tile = tl.load(w + row.to(tl.int64)[:, None] * columns + column[None, :], mask, other=0)
-        squares = square(tile, scale)
+        entries = tile(w, row, column, rows, columns)
+        squares = square(entries, scale)
         total += squares
-        least = tl.minimum(least, _nonzero(tile, squares))
+        least = tl.minimum(least, _nonzero(entries, squares))
     found = tl.sum(total, 0)
     up = 0
     if NEAR:
         found *= _near(DOUBLE)
         up = centre(DOUBLE)
     tl.store(sums + split.to(tl.int64) * columns + column, found, column < columns)
-    tl.store(lost, 1, tl.min(tl.min(least, 1), 0) < least_normal(DOUBLE))
+    tl.store(underflow, 1, tl.min(tl.min(least, 1), 0) < least_normal(DOUBLE))
     if (block == 0) & (split == 0):
         tl.store(exponent, square_exponent(most, DOUBLE) - up)
 
 
 @triton.jit(do_not_specialize=["rows", "columns"])
-def _column_sums(w, largest, sums, exponent, lost, rows, columns, DOUBLE: tl.constexpr):
-    _columns(w, largest, sums, exponent, lost, tl.program_id(0), tl.program_id(1), rows, columns, DOUBLE, False)
+def _column_sums(w, largest, sums, exponent, underflow, rows, columns, DOUBLE: tl.constexpr):
+    _columns(w, largest, sums, exponent, underflow, tl.program_id(0), tl.program_id(1), rows, columns, DOUBLE, False)
 
 
-def column_sums(w: Tensor, largest: Tensor, lost: Tensor) -> tuple[Tensor, Tensor]:
+def column_sums(w: Tensor, largest: Tensor, underflow: Tensor) -> tuple[Tensor, Tensor]:
     """Σ_r (w[r, n] · 2^-m)² and its exponent 2m."""
     rows, columns = w.shape
     splits = triton.cdiv(rows, _SPLIT.value)
     sums, exponent = w.new_empty(splits, columns), largest.new_empty(1, dtype=torch.int64)
     with on_device(w):
         _column_sums[(triton.cdiv(columns, _WIDE.value), splits)](
-            w, largest, sums, exponent, lost, rows, columns, is_double(w), enable_fp_fusion=True
+            w, largest, sums, exponent, underflow, rows, columns, is_double(w), enable_fp_fusion=True
         )
     return _total(sums), exponent
 
@@ -115,7 +118,8 @@ def _total(sums: Tensor) -> Tensor:
 
 @triton.jit
 def _drive(
-    weight, bias_ih, bias_hh, inputs, inputs_exponent, largest, drive, exponents, lost, block, hidden, width, layers,
+    weight, bias_ih, bias_hh, inputs, inputs_exponent, largest, drive, exponents, underflow, block, hidden, width,
+    layers,
     DOUBLE: tl.constexpr, INPUTS: tl.constexpr, BIAS: tl.constexpr,
 ):  # fmt: skip
     """The block-th _UNITS entries of every layer's drive."""
@@ -130,8 +134,7 @@ def _drive(
     given = tl.zeros([_UNITS, _INPUTS], tl.int1)
     for start in range(0, width, _INPUTS):
         column = start + tl.arange(0, _INPUTS)
-        mask = live[:, None] & (column < width)[None, :]
-        w = tl.load(weight + row.to(tl.int64)[:, None] * width + column[None, :], mask, other=0)
+        w = tile(weight, row, column, hidden, width)
         squares = square(w, scale)
         least = tl.minimum(least, _nonzero(w, squares))
         if INPUTS:
@@ -141,7 +144,7 @@ def _drive(
         else:
             given |= w != 0
         total += squares
-    faded = tl.min(tl.min(least, 1), 0) < least_normal(DOUBLE)
+    underflows = tl.min(tl.min(least, 1), 0) < least_normal(DOUBLE)
     pushed = tl.sum(total, 1)
     driven = tl.max(given.to(tl.int32), 1) > 0
     top = square_exponent(most, DOUBLE)
@@ -153,25 +156,25 @@ def _drive(
             most_ih, most_hh = tl.load(largest + 2 * layers + i), tl.load(largest + 3 * layers + i)
             b_ih, b_hh = tl.load(bias_ih + at, live, other=0), tl.load(bias_hh + at, live, other=0)
             ih, hh = square(b_ih, _scale(most_ih, DOUBLE)), square(b_hh, _scale(most_hh, DOUBLE))
-            faded |= tl.min(tl.minimum(_nonzero(b_ih, ih), _nonzero(b_hh, hh)), 0) < least_normal(DOUBLE)
+            underflows |= tl.min(tl.minimum(_nonzero(b_ih, ih), _nonzero(b_hh, hh)), 0) < least_normal(DOUBLE)
             driven |= (b_ih != 0) | (b_hh != 0)
             e_ih, e_hh = square_exponent(most_ih, DOUBLE), square_exponent(most_hh, DOUBLE)
             joint = tl.maximum(top, tl.maximum(e_ih, e_hh))
             pushed = times_power(pushed, top - joint, DOUBLE)
             pushed += times_power(ih, e_ih - joint, DOUBLE) + times_power(hh, e_hh - joint, DOUBLE)
             top = joint
-        faded |= tl.max((driven & (pushed < least_normal(DOUBLE))).to(tl.int32), 0) > 0
+        underflows |= tl.max((driven & (pushed < least_normal(DOUBLE))).to(tl.int32), 0) > 0
         tl.store(drive + at, pushed * _near(DOUBLE), live)
         if block == 0:
             tl.store(exponents + i, tl.where(top < HALF_ZERO, ZERO, top - centre(DOUBLE)))
         # Only the first layer has inputs of its own.
         pushed, driven = tl.zeros([_UNITS], dtype), tl.zeros([_UNITS], tl.int1)
         top = tl.full([], ZERO, tl.int64)
-    tl.store(lost, 1, faded)
+    tl.store(underflow, 1, underflows)
 
 
 @triton.jit
-def _square_sum(x, largest, total, exponent, lost, count, DOUBLE: tl.constexpr):
+def _square_sum(x, largest, total, exponent, underflow, count, DOUBLE: tl.constexpr):
     most = tl.load(largest)
     scale = _scale(most, DOUBLE)
     sums = tl.zeros([_CHUNK], x.dtype.element_ty)
@@ -184,13 +187,13 @@ def _square_sum(x, largest, total, exponent, lost, count, DOUBLE: tl.constexpr):
         least = tl.minimum(least, _nonzero(entry, squares))
     tl.store(total, tl.sum(sums, 0))
     tl.store(exponent, square_exponent(most, DOUBLE))
-    tl.store(lost, 1, tl.min(least, 0) < least_normal(DOUBLE))
+    tl.store(underflow, 1, tl.min(least, 0) < least_normal(DOUBLE))
 
 
 @triton.jit(do_not_specialize=["hidden", "width", "layers", "outputs"])
 def _ends(
     weight, bias_ih, bias_hh, head_weight, head_bias, inputs, inputs_exponent, largest,
-    drive, drive_exponents, head, head_exponent, bias, bias_exponent, lost, hidden, width, layers, outputs,
+    drive, drive_exponents, head, head_exponent, bias, bias_exponent, underflow, hidden, width, layers, outputs,
     DOUBLE: tl.constexpr, INPUTS: tl.constexpr, BIAS: tl.constexpr, HEAD: tl.constexpr, HEAD_BIAS: tl.constexpr,
 ):  # fmt: skip
     """Programs for the drives, then one for the head's bias, then those for the head, as in _column_sums."""
@@ -198,12 +201,12 @@ def _ends(
     largest_head = largest + (4 * layers if BIAS else 2 * layers)
     if place < drives:
         _drive(
-            weight, bias_ih, bias_hh, inputs, inputs_exponent, largest, drive, drive_exponents, lost, place, hidden,
-            width, layers, DOUBLE, INPUTS, BIAS,
+            weight, bias_ih, bias_hh, inputs, inputs_exponent, largest, drive, drive_exponents, underflow, place,
+            hidden, width, layers, DOUBLE, INPUTS, BIAS,
         )  # fmt: skip
     elif place == drives:
         if HEAD_BIAS:
-            _square_sum(head_bias, largest_head + (1 if HEAD else 0), bias, bias_exponent, lost, outputs, DOUBLE)
+            _square_sum(head_bias, largest_head + (1 if HEAD else 0), bias, bias_exponent, underflow, outputs, DOUBLE)
         else:
             tl.store(bias, 0.0)
             tl.store(bias_exponent, ZERO)
@@ -211,7 +214,9 @@ def _ends(
         across, place = tl.cdiv(hidden, _WIDE), place - drives - 1
         block, split = place % across, place // across
         if HEAD:
-            _columns(head_weight, largest_head, head, head_exponent, lost, block, split, outputs, hidden, DOUBLE, True)
+            _columns(
+                head_weight, largest_head, head, head_exponent, underflow, block, split, outputs, hidden, DOUBLE, True
+            )
         else:
             column = block * _WIDE + tl.arange(0, _WIDE)
             tl.store(head + column, tl.full([_WIDE], 1, weight.dtype.element_ty) * _near(DOUBLE), column < hidden)
@@ -228,7 +233,7 @@ def ends(
     inputs_exponent: Tensor | None,
     layers: int,
     largest: Tensor,
-    lost: Tensor,
+    underflow: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The drive of layer 0 and the biases' part of the others' ``[L, H]``, the head's squared column sums ``[H]`` and
     its bias's sum of squares ``[1]``, each with exponents."""
@@ -243,8 +248,8 @@ def ends(
             weight_ih, _end_to_end(bias_ih, weight_ih), _end_to_end(bias_hh, weight_ih),
             either(head_weight, weight_ih), either(head_bias, weight_ih), either(inputs, weight_ih),
             either(inputs_exponent, exponents[0]), largest, drive, exponents[0], head, exponents[1], bias,
-            exponents[2], lost, hidden, width, layers, outputs, is_double(drive), inputs is not None, bool(bias_ih),
-            head_weight is not None, head_bias is not None, enable_fp_fusion=True,
+            exponents[2], underflow, hidden, width, layers, outputs, is_double(drive), inputs is not None,
+            bool(bias_ih), head_weight is not None, head_bias is not None, enable_fp_fusion=True,
         )  # fmt: skip
     return drive, exponents[0], _total(head), exponents[1], bias, exponents[2]
 
@@ -256,7 +261,7 @@ def _end_to_end(biases: list[Tensor], other: Tensor) -> Tensor:
 
 
 @triton.jit
-def _row_sum(rows, exponents, total, exponent, lost, count, hidden, DOUBLE: tl.constexpr):
+def _row_sum(rows, exponents, total, exponent, underflow, count, hidden, DOUBLE: tl.constexpr):
     """The sum over time of _WIDE columns."""
     column = tl.program_id(0) * _WIDE + tl.arange(0, _WIDE)
     tops = tl.full([_STEPS], ZERO, tl.int64)
@@ -268,8 +273,7 @@ def _row_sum(rows, exponents, total, exponent, lost, count, hidden, DOUBLE: tl.c
     some = tl.zeros([_STEPS, _WIDE], tl.int1)
     for start in range(0, count, _STEPS):
         t = start + tl.arange(0, _STEPS)
-        mask = (t < count)[:, None] & (column < hidden)[None, :]
-        x = tl.load(rows + t.to(tl.int64)[:, None] * hidden + column[None, :], mask, other=0)
+        x = tile(rows, t, column, count, hidden)
         e = tl.load(exponents + t, t < count, other=ZERO)
         some |= x != 0
         sums += times_power(x, (e - top)[:, None], DOUBLE)
@@ -278,26 +282,27 @@ def _row_sum(rows, exponents, total, exponent, lost, count, hidden, DOUBLE: tl.c
     found = times_power(summed, top - result, DOUBLE)
     tl.store(total + column, found, column < hidden)
     there = tl.max(some.to(tl.int32), 0) > 0
-    faded = there & ((summed < faint(DOUBLE)) | (found < least_normal(DOUBLE)))
-    tl.store(lost, 1, tl.max(faded.to(tl.int32), 0) > 0)
+    underflows = there & ((summed < faint(DOUBLE)) | (found < least_normal(DOUBLE)))
+    tl.store(underflow, 1, tl.max(underflows.to(tl.int32), 0) > 0)
     if tl.program_id(0) == 0:
         tl.store(exponent, result)
 
 
 @triton.jit(do_not_specialize=["count", "more_count", "hidden"])
 def _row_sums(
-    rows, exponents, total, exponent, more_rows, more_exponents, more_total, more_exponent, lost, count, more_count,
+    rows, exponents, total, exponent, more_rows, more_exponents, more_total, more_exponent, underflow, count,
+    more_count,
     hidden, DOUBLE: tl.constexpr,
 ):  # fmt: skip
     """Program (k, y): columns k of sequence y."""
     if tl.program_id(1) == 0:
-        _row_sum(rows, exponents, total, exponent, lost, count, hidden, DOUBLE)
+        _row_sum(rows, exponents, total, exponent, underflow, count, hidden, DOUBLE)
     else:
-        _row_sum(more_rows, more_exponents, more_total, more_exponent, lost, more_count, hidden, DOUBLE)
+        _row_sum(more_rows, more_exponents, more_total, more_exponent, underflow, more_count, hidden, DOUBLE)
 
 
 def row_sums(
-    rows: Tensor, exponents: Tensor, more_rows: Tensor | None, more_exponents: Tensor | None, lost: Tensor
+    rows: Tensor, exponents: Tensor, more_rows: Tensor | None, more_exponents: Tensor | None, underflow: Tensor
 ) -> list[Tensor]:
     """Σ_t rows[t] · 2^exponents[t] and its exponent, on a natural scale; of one sequence or two."""
     hidden = rows.shape[1]
@@ -305,15 +310,16 @@ def row_sums(
     found = [x for _ in range(2) for x in (rows.new_empty(hidden), exponents.new_empty(1))]
     with on_device(rows):
         _row_sums[(triton.cdiv(hidden, _WIDE.value), 2 if both else 1)](
-            rows, exponents, *found[:2], either(more_rows, rows), either(more_exponents, exponents), *found[2:], lost,
-            len(rows), 0 if more_rows is None else len(more_rows), hidden, is_double(rows), enable_fp_fusion=True,
+            rows, exponents, *found[:2], either(more_rows, rows), either(more_exponents, exponents), *found[2:],
+            underflow, len(rows), 0 if more_rows is None else len(more_rows), hidden, is_double(rows),
+            enable_fp_fusion=True,
         )  # fmt: skip
     return found if both else found[:2]
 
 
 @triton.jit(do_not_specialize=["late", "early", "hidden"])
 def _pair_sums(
-    d, d_exponents, h, h_exponents, sums, exponent, lost, late, early, hidden,
+    d, d_exponents, h, h_exponents, sums, exponent, underflow, late, early, hidden,
     DOUBLE: tl.constexpr, TILE: tl.constexpr, STEPS: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
     """Program (j, k): TILE × TILE entries of Σ_t δ_t h_tᵀ."""
@@ -334,14 +340,8 @@ def _pair_sums(
         t = start + tl.arange(0, STEPS)
         live = t < count
         shift = tl.load(d_exponents + t, live, other=ZERO) + tl.load(h_exponents + t, live, other=ZERO) - top
-        delta = tl.load(
-            d + t.to(tl.int64)[None, :] * hidden + j[:, None], (j < hidden)[:, None] & live[None, :], other=0
-        )
-        rows = tl.load(
-            h + t.to(tl.int64)[:, None] * hidden + k[None, :], live[:, None] & (k < hidden)[None, :], other=0
-        )
-        delta = times_power(delta, shift[None, :], DOUBLE)
-        summed = tl.dot(delta, rows, summed, input_precision="ieee", out_dtype=dtype)
+        delta = times_power(transposed_tile(d, t, j, count, hidden), shift[None, :], DOUBLE)
+        summed = tl.dot(delta, tile(h, t, k, count, hidden), summed, input_precision="ieee", out_dtype=dtype)
     result = natural_exponent(top, 2 * centre(DOUBLE))
     total = times_power(summed, top - result, DOUBLE)
     # Of an entry that has pairs and is yet too small, what underflowed counts. That was a number of δ, to meet one of
@@ -353,24 +353,20 @@ def _pair_sums(
         pairs, most = tl.zeros([TILE, TILE], tl.float32), tl.full([STEPS, TILE], 1, dtype)
         for start in range(0, count, STEPS):
             t = start + tl.arange(0, STEPS)
-            live = t < count
-            delta = tl.load(
-                d + t.to(tl.int64)[None, :] * hidden + j[:, None], (j < hidden)[:, None] & live[None, :], other=0
-            )
-            rows = tl.load(
-                h + t.to(tl.int64)[:, None] * hidden + k[None, :], live[:, None] & (k < hidden)[None, :], other=0
-            )
+            delta, rows = transposed_tile(d, t, j, count, hidden), tile(h, t, k, count, hidden)
             one = tl.dot((delta != 0).to(tl.float32), (rows != 0).to(tl.float32), input_precision="ieee")
             pairs += one
             most = tl.maximum(most, rows)
         small &= tiny | (summed < 2 * faint(DOUBLE) * tl.max(most, 0)[None, :])
-        tl.store(lost, 1, tl.max(tl.max((small & (pairs > 0)).to(tl.int32), 1), 0) > 0)
+        tl.store(underflow, 1, tl.max(tl.max((small & (pairs > 0)).to(tl.int32), 1), 0) > 0)
     tl.store(sums + j.to(tl.int64)[:, None] * hidden + k[None, :], total, inside)
     if (tl.program_id(0) == 0) & (tl.program_id(1) == 0):
         tl.store(exponent, result)
 
 
-def pair_sums(d: Tensor, d_exponents: Tensor, h: Tensor, h_exponents: Tensor, lost: Tensor) -> tuple[Tensor, Tensor]:
+def pair_sums(
+    d: Tensor, d_exponents: Tensor, h: Tensor, h_exponents: Tensor, underflow: Tensor
+) -> tuple[Tensor, Tensor]:
     """Σ_t δ_t h_tᵀ ``[H, H]`` over the steps that both have, and its exponent, on a natural scale."""
     hidden = d.shape[1]
     sums, exponent = d.new_empty(hidden, hidden), d_exponents.new_empty(1)
@@ -379,7 +375,7 @@ def pair_sums(d: Tensor, d_exponents: Tensor, h: Tensor, h_exponents: Tensor, lo
     options = whole(4) if double else {"num_warps": 4, "enable_fp_fusion": True}
     with on_device(d):
         _pair_sums[(tiles, tiles)](
-            d, d_exponents, h, h_exponents, sums, exponent, lost, len(d), len(h), hidden, double,
+            d, d_exponents, h, h_exponents, sums, exponent, underflow, len(d), len(h), hidden, double,
             TILE=_PAIR_TILE, STEPS=16, CHUNK=_CHUNK.value, **options,
         )  # fmt: skip
     return sums, exponent
@@ -402,7 +398,7 @@ def _finish(
     head_bias,
     head_bias_exponent,
     largest,
-    lost,
+    underflow,
     out,
     of_bias,
     arithmetic,
@@ -426,7 +422,7 @@ def _finish(
     top = tl.where(top > float("-inf"), top, 0.0)
     total = tl.exp(through - top) + tl.exp(bias - top)
     value = tl.where(total > 0, top + tl.log(tl.where(total > 0, total, 1.0)), float("-inf"))
-    missing = tl.load(lost) != 0
+    missing = tl.load(underflow) != 0
     tl.store(out, tl.where((tl.min(finite.to(tl.int32), 0) != 0) & (missing == 0), value, float("nan")))
     tl.store(of_bias, steps)
     tl.store(arithmetic, tl.where(missing, -1, 0))
@@ -441,15 +437,15 @@ def finish(
     head_bias_exponent: Tensor,
     steps: int,
     largest: Tensor,
-    lost: Tensor,
+    underflow: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """log γ² of outputs · head + steps · head_bias, float64; nan where ``largest`` is not finite, or something is lost.
-    Then ``steps``, and -1 where something is lost."""
+    """log γ² of outputs · head + steps · head_bias, float64; nan where ``largest`` is not finite, or something
+    underflows. Then ``steps``, and -1 where something underflows."""
     log_norm, bias = outputs.new_empty((), dtype=torch.float64), outputs.new_empty(1)
     arithmetic = outputs.new_empty((), dtype=torch.int8)
     with on_device(outputs):
         _finish[(1,)](
-            outputs, outputs_exponent, head, head_exponent, head_bias, head_bias_exponent, largest, lost, log_norm,
+            outputs, outputs_exponent, head, head_exponent, head_bias, head_bias_exponent, largest, underflow, log_norm,
             bias, arithmetic, steps, len(outputs), len(largest), num_warps=8, enable_fp_fusion=True,
         )  # fmt: skip
     return log_norm, bias, arithmetic

@@ -21,7 +21,7 @@ from triton_cases import DEVICE, F32, F64, MARKS, dtypes, moved
 
 from pathrnn_kernels import plain
 from pathrnn_kernels.kappa import ldexp, power_of_e
-from pathrnn_kernels.ops.step import LOST, NO_CONSTANT, NO_PATH, UNBOUNDED, UNREACHED, path_update_
+from pathrnn_kernels.ops.step import NO_CONSTANT, NO_PATH, OVERFLOW, UNBOUNDED, UNREACHED, path_update_
 from pathrnn_kernels.ops.triton import step as triton_step
 
 pytestmark = [*MARKS, pytest.mark.filterwarnings("ignore:.*of a Tensor that is not a leaf:UserWarning")]
@@ -369,7 +369,7 @@ def test_what_may_not_be_done_changes_nothing():
     numbers = (1.0, *SGD[1:])
     state = momentum_of(case), (), ()
     kept = [m.clone() for m in state[0]]
-    assert triton_update(case, "sgd", numbers, "path_norm", state=state) == LOST + 4 * 2
+    assert triton_update(case, "sgd", numbers, "path_norm", state=state) == OVERFLOW + 4 * 2
     assert_untouched(case, before)
     assert all(torch.equal(m, n) for m, n in zip(state[0], kept, strict=True))
     assert triton_update(case, "sgd", numbers, "path_norm", found_inf=torch.ones(1)) == 0
@@ -422,7 +422,7 @@ def test_a_step_in_coordinates_that_overflows_changes_nothing(zeros):
         assert moved == [0, 2, 3, 4]  # of the bias g/κ is as nothing
         assert all(int(n) == 1 for n in state[2])
     else:
-        assert status == LOST + 4 * 1
+        assert status == OVERFLOW + 4 * 1
         assert_untouched(case, before)
         assert not any(x.any() for x in flat(state))
 
@@ -458,13 +458,13 @@ def test_a_step_that_is_not_finite_is_lost():
     """Though its quotients are."""
     case = build("one layer", F32)
     before = snapshot(case)
-    assert triton_update(case, "sgd", (1e38, *SGD[1:]), "path_norm") % 4 == LOST % 4
+    assert triton_update(case, "sgd", (1e38, *SGD[1:]), "path_norm") % 4 == OVERFLOW % 4
     assert_untouched(case, before)
     first = [torch.full_like(w, 3e38) for w in case.weights]
     numbers = (1e-3, 0.9, 0.0, 1.0, 0.0)
     for g in case.gradients:
         g.fill_(1e38)
-    assert triton_update(case, "sgd", numbers, state=(first, (), ()), radius=1e-3) % 4 == LOST % 4
+    assert triton_update(case, "sgd", numbers, state=(first, (), ()), radius=1e-3) % 4 == OVERFLOW % 4
     assert_untouched(case, before)
 
 
@@ -525,7 +525,7 @@ def test_halves(dtype):
         assert how(case, "sgd", (1e-3, 0.9, 0.1, 0.0, 0.0), "path_norm", state=(first, (), ())) == 0
         for i, g in enumerate(case.gradients):
             g.fill_(torch.finfo(dtype).max if i == 4 else 0)
-        assert how(case, "sgd", SGD) == LOST + 4 * 4  # it is in float32's range, if the dtype is float16
+        assert how(case, "sgd", SGD) == OVERFLOW + 4 * 4  # it is in float32's range, if the dtype is float16
         case.weights.extend(first)
     # In float32 they differ by some roundings, of which one may turn that to the dtype.
     torch.testing.assert_close(cases[0].weights, cases[1].weights, rtol=roundings(dtype, 1), atol=0)
@@ -539,6 +539,24 @@ def of_sgd(case, lr=1e-3):
 
 
 # --- launches ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("state", ("first", "second"))
+def test_state_of_another_dtype_is_refused(state):
+    """As after a cast of the network: the kernels read it as of the weight's."""
+    case = build("one layer", F32)
+    before = snapshot(case)
+    states = {
+        "first": momentum_of(case),
+        "second": momentum_of(case),
+        "counts": [torch.zeros(()) for _ in case.weights],
+    }
+    states[state][1] = states[state][1].double()
+    with pytest.raises(
+        TypeError, match=r"a tensor of state is torch.float64, but its weight is torch.float32 \(cast since"
+    ):
+        triton_update(case, "coordinates", (1e-3, 0.9, 0.99, 1.0, 0.0, 0.0, 0.0, 0.0), state=tuple(states.values()))
+    assert_untouched(case, before)
 
 
 def test_tables_are_made_once_for_a_layout(monkeypatch):
