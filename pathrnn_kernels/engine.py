@@ -8,6 +8,7 @@ import operator
 import sys
 import warnings
 from collections.abc import Callable, Iterable, Sequence
+from itertools import chain
 from typing import Any, ClassVar, NamedTuple, NoReturn
 
 import torch
@@ -90,6 +91,11 @@ class Moving(NamedTuple):
             for i, of in zip(self.places, zip(*own, strict=True), strict=True)
             if (g := self.gradients[i]) is not None
         ]
+
+    def check_gradients(self) -> None:
+        for i in self.places:
+            if self.gradients[i].layout is not torch.strided:  # type: ignore[union-attr]
+                raise ValueError(f"the gradient of {self.layout.names[i]} is sparse; use nn.Embedding(…, sparse=False)")
 
 
 class Engine(Optimizer):
@@ -224,8 +230,8 @@ class Engine(Optimizer):
         moving = self._moving()
         if moving is None:
             return
-        layout, weights, _, places = moving
-        states = self._states(moving)
+        layout, weights = moving.layout, moving.weights
+        states, new = self._states(moving)
         cached = self._kappa
         if without_numbers(weights[0]) and not _recorded():
             status = 0
@@ -233,32 +239,29 @@ class Engine(Optimizer):
             try:
                 status = self._call(served, moving, states)
             except (TypeError, ValueError):
-                self._check_groups()  # by name
+                moving.check_gradients()  # by name
+                self._check_groups()
                 raise
         else:
             status = self._in_plain_torch(moving, states)
         if status:
             self._kappa = cached
             self._refuse(status, layout.names, weights[0].dtype)
-        for i, state in zip(places, states, strict=True):
-            if state:
-                self.state[weights[i]] = state
+        self.state.update(new)
         self._taken()
 
     def _moving(self) -> Moving | None:
         """None if no weight has a gradient."""
-        names, weights = self._weights()
         layout, groups = self._layout, self._groups()
-        if layout is None or not layout.fits(weights, groups):
+        if layout is None or not layout.fits(self.net, groups):
+            names, weights = self._weights()
             self._keep_for(weights)
             layout = self._layout = Layout(self.net, names, weights, groups)
+        weights = layout.weights
         gradients = [p.grad if p.requires_grad else None for p in weights]
         for i in layout.foreign:
             gradients[i] = None
         places = [i for i, g in enumerate(gradients) if g is not None]
-        for i in places:
-            if gradients[i].layout is not torch.strided:  # type: ignore[union-attr]
-                raise ValueError(f"the gradient of {names[i]} is sparse; use nn.Embedding(…, sparse=False)")
         return Moving(layout, weights, gradients, places) if places else None
 
     def _groups(self) -> list[dict[str, Any]]:
@@ -283,12 +286,8 @@ class Engine(Optimizer):
         found = dict(self.net.named_parameters()) if isinstance(self.net, FeedForward) else self.net.weights()
         return list(found), list(found.values())
 
-    def _states(self, moving: Moving) -> list[dict[str, Any]]:
-        layout = moving.layout
-        return [self._state(layout.names[i], moving.weights[i], layout.owners[i]) for i in moving.places]
-
-    def _state(self, name: str, p: Tensor, group: dict[str, Any]) -> dict[str, Any]:
-        """Of one weight, created where it has none; it becomes the optimiser's once the step is taken."""
+    def _states(self, moving: Moving) -> tuple[list[dict[str, Any]], dict[Tensor, dict[str, Any]]]:
+        """Of every weight that moves, and of these what is new: the optimiser's once the step is taken."""
         raise NotImplementedError
 
     def _served(self, layout: Layout, weight: Tensor) -> str | None:
@@ -325,17 +324,19 @@ class Engine(Optimizer):
     def _call(self, served: str, moving: Moving, states: list[dict[str, Any]]) -> int:
         layout, weights, gradients, places = moving
         net = self.net
-        rows = [layout.owners[i] for i in (places if layout.several else places[:1])]
-        rates: list[Tensor] = []
-        if any(isinstance(group["lr"], Tensor) for group in rows):
-            rates = [_tensor(group["lr"], weights[0]) for group in rows]
+        groups = layout.groups
+        numbers = [self._numbers(group) for group in groups]
+        rates = [_tensor(group["lr"], weights[0]) for group in groups] if layout.rates_are_tensors() else []
+        if len(groups) > 1:  # of every weight; else once for all
+            numbers = [numbers[layout.owners[i]] for i in places]
+            rates = rates and [rates[layout.owners[i]] for i in places]
         update = (
             weights,
             gradients,
             *self._lists(states),
             None if self.scale != "first_step" else self._constant_on(weights[0]),
             rates,
-            [number for group in rows for number in self._numbers(group)],
+            list(chain.from_iterable(numbers)),
             self.rule,
             *layout.structure,  # type: ignore[misc]
             SCALES[self.scale],
@@ -364,6 +365,7 @@ class Engine(Optimizer):
         from .ops.triton.step import path_update_
 
         weights = moving.weights
+        moving.check_gradients()
         self._check_groups()
         check_written([weights[i] for i in moving.places], *update[2:5])
         capturable = self.param_groups[0]["capturable"]
@@ -402,7 +404,8 @@ class Engine(Optimizer):
 
     def _in_plain_torch(self, moving: Moving, states: list[dict[str, Any]]) -> int:
         layout, weights, _, places = moving
-        groups = [layout.owners[i] for i in places]
+        groups = [layout.groups[layout.owners[i]] for i in places]
+        moving.check_gradients()
         self._check_groups()
         check_written([weights[i] for i in places], *[state.values() for state in states])
         self._check_states([(layout.names[i], weights[i]) for i in places], states)
@@ -634,28 +637,43 @@ class Layout:
     def __init__(
         self, net: PathNetwork | FeedForward, names: list[str], weights: list[Tensor], groups: list[dict[str, Any]]
     ) -> None:
+        held: Iterable[tuple[Any, Any]] = ()
         if isinstance(net, PathNetwork):
             net.check_parameters()
-        self.key, self.held = self._key(weights, groups), weights  # held, so that no other takes their ids
-        owners = {id(p): group for group in groups for p in group["params"]}
-        self.names = names
-        #: The group of every weight.
-        self.owners: list[dict[str, Any]] = [owners.get(id(p), groups[0]) for p in weights]
+            held = net.holders()
+        self.names, self.weights = names, weights
+        self.groups, self._lists = groups, [groups, *[group["params"] for group in groups]]
+        owners = {id(p): i for i, group in enumerate(groups) for p in group["params"]}
+        #: The place in ``groups`` of every weight's.
+        self.owners = [owners.get(id(p), 0) for p in weights]
         #: Places of weights that no group holds.
         self.foreign = [i for i, p in enumerate(weights) if id(p) not in owners]
-        self.several = len(groups) > 1
         #: What ops/step.py has of a PathNetwork.
         self.structure = net.structure if isinstance(net, PathNetwork) else None
+        # All of this follows from what these containers hold under these keys, which C looks up ten times as fast.
+        places = [*held, *[(group, "params") for group in groups]]
+        places += [(own, i) for own in self._lists for i in range(len(own))]
+        self._containers, self._keys = zip(*places, strict=True)
+        self._found = list(map(operator.getitem, self._containers, self._keys))
+        self._lengths = list(map(len, self._lists))
+
+    def fits(self, net: PathNetwork | FeedForward, groups: list[dict[str, Any]]) -> bool:
+        if groups is not self.groups or list(map(len, self._lists)) != self._lengths:
+            return False
+        try:
+            now = map(operator.getitem, self._containers, self._keys)
+            same = all(map(operator.is_, now, self._found))
+        except LookupError:
+            return False
+        if isinstance(net, FeedForward):
+            same &= list(map(id, net.parameters())) == list(map(id, self.weights))
+        return same
 
     def is_recurrent(self, i: int) -> bool:
         return self.structure is not None and self.names[i].startswith("rnn.weight_hh")
 
-    @staticmethod
-    def _key(weights: list[Tensor], groups: list[dict[str, Any]]) -> list[int]:
-        return [*map(id, weights), *map(id, groups), *[id(p) for group in groups for p in group["params"]]]
-
-    def fits(self, weights: list[Tensor], groups: list[dict[str, Any]]) -> bool:
-        return self.key == self._key(weights, groups)
+    def rates_are_tensors(self) -> bool:
+        return any(isinstance(group["lr"], Tensor) for group in self.groups)
 
 
 #: As the op numbers them.

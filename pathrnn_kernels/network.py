@@ -121,6 +121,15 @@ class PathNetwork(nn.Module):
             raise
         return found  # type: ignore[return-value]
 
+    def holders(self) -> list[tuple[Any, str]]:
+        """Where the modules and ``weights()`` are held: dictionaries with a key each."""
+        parts: list[tuple[Any, str]] = [(self._modules, name) for name in ("rnn", "head", "embedding")]
+        keys = [key for _, key in self._rnn_names], ["weight", "bias"], ["weight"]
+        for (modules, name), own in zip(list(parts), keys, strict=True):
+            if (module := modules[name]) is not None:
+                parts += [(module.__dict__, "_parameters"), *[(module._parameters, key) for key in own]]
+        return parts
+
     def check_parameters(self) -> None:
         """Refuse computed, sharded, tied, mixed or unsupported parameters; they can become so after construction."""
         _check_modules(self.rnn, self.head, self.embedding)

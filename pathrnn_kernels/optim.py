@@ -264,6 +264,7 @@ class _Preconditioner(PathSGD):
         if moving is None:
             return {}
         weights = moving.weights
+        moving.check_gradients()
         check_written([weights[i] for i in moving.places])
         written = list(weights)  # a step of -1 from zeros
         for i in moving.places:

@@ -63,14 +63,18 @@ class InCoordinates(Engine):
     def _rule_of(group: dict[str, Any]) -> str:
         return "GatedPathSGD" if "power" in group else "PathAdam"
 
-    def _state(self, name: str, p: Tensor, group: dict[str, Any]) -> dict[str, Any]:
-        state: dict[str, Any] = self.state.get(p, {})
-        if not state:
-            _check_dtype(p.dtype)  # it may have been cast since
-            state = {"step": zeros_like(p.new_empty((), dtype=torch.float32))}
-            if name != _OUTPUT_BIAS:
-                state |= {key: zeros_like(p) for key in self.buffers}
-        return state
+    def _states(self, moving: Moving) -> tuple[list[dict[str, Any]], dict[Tensor, dict[str, Any]]]:
+        own, weights, new = self.state, moving.weights, {}
+        states = [own.get(weights[i]) for i in moving.places]
+        for s, i in enumerate(moving.places):
+            if not states[s]:
+                states[s] = new[weights[i]] = self._new_state(moving.layout.names[i], weights[i])
+        return states, new  # type: ignore[return-value]
+
+    def _new_state(self, name: str, p: Tensor) -> dict[str, Any]:
+        _check_dtype(p.dtype)  # it may have been cast since
+        averages = {} if name == _OUTPUT_BIAS else {key: zeros_like(p) for key in self.buffers}
+        return {"step": zeros_like(p.new_empty((), dtype=torch.float32)), **averages}
 
     def _check_states(self, weights: list[tuple[str, Tensor]], states: list[dict[str, Any]]) -> None:
         super()._check_states(weights, states)

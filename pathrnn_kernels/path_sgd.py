@@ -105,18 +105,18 @@ class PathSGD(Engine):
         switches = Switches(maximize, foreach, fused, capturable, differentiable)
         super().__init__(net, [{"params": parameters}], own, second_term, seq_len, rtol, switches)
 
-    def _states(self, moving: Moving) -> list[dict[str, Any]]:
-        if all(group["momentum"] == 0 for group in self.param_groups):
-            return [{}] * len(moving.places)
-        return super()._states(moving)
-
-    def _state(self, name: str, p: Tensor, group: dict[str, Any]) -> dict[str, Any]:
-        if group["momentum"] == 0:
-            return {}
-        state = self.state.get(p, {})
-        if state.get("momentum_buffer") is None:
-            return {**state, "momentum_buffer": zeros_like(p)}
-        return state
+    def _states(self, moving: Moving) -> tuple[list[dict[str, Any]], dict[Tensor, dict[str, Any]]]:
+        layout, weights, _, places = moving
+        states: list[dict[str, Any]] = [{}] * len(places)
+        new: dict[Tensor, dict[str, Any]] = {}
+        if all(group["momentum"] == 0 for group in layout.groups):
+            return states, new
+        for s, i in enumerate(places):
+            if layout.groups[layout.owners[i]]["momentum"] != 0:
+                states[s] = self.state.get(p := weights[i], {})
+                if states[s].get("momentum_buffer") is None:
+                    states[s] = new[p] = {**states[s], "momentum_buffer": zeros_like(p)}
+        return states, new
 
     def _own_numbers(self, group: dict[str, Any]) -> tuple[float, ...]:
         return group["momentum"], group["weight_decay"], float(group["nesterov"])

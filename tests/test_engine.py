@@ -594,6 +594,36 @@ def test_replaced_parameters_are_noticed():
     assert stay == {"rnn.weight_hh_l0"}
 
 
+def test_a_list_of_parameters_that_changes_is_noticed():
+    net = make()
+    optimizer = pk.PathSGD(net, lr=0.1)
+    train(net, optimizer, range(1))
+    params = optimizer.param_groups[0]["params"]
+    params[:] = [p for p in params if p is not net.rnn.weight_hh_l0]  # in place, as user code may
+    before = values(net)
+    train(net, optimizer, range(1, 2))
+    stay = {name for name, p in net.named_parameters() if torch.equal(p, before[name])}
+    assert stay == {"rnn.weight_hh_l0"}
+
+
+@kinds
+@pytest.mark.parametrize("size", ((5000, 3), (15, 20), (17, 19), (1, 300), (2, 1)), ids="I{0[0]}H{0[1]}".format)
+def test_rows_of_every_length(kind, size):
+    """Short rows are laid one behind the other, long ones cut; plain torch in float64 knows nothing of rows."""
+    net = pk.PathNetwork(pk.ReLURNN(*size), nn.Linear(size[1], 2), outputs="last")
+    twin, start = copy.deepcopy(net), values(net)
+    optimizers = KINDS[kind](net, seq_len=SEQ_LEN), KINDS[kind](twin, seq_len=SEQ_LEN, fused=False)
+    for step in range(4):
+        for n, optimizer in zip((net, twin), optimizers, strict=True):
+            generator = torch.Generator().manual_seed(step)
+            for p in n.parameters():
+                p.grad = 0.01 * torch.randn(p.shape, generator=generator)
+            optimizer.step()
+    for (name, p), q in zip(net.named_parameters(), twin.parameters(), strict=True):
+        assert not torch.equal(p, start[name]), name
+        torch.testing.assert_close(p, q, rtol=2e-5, atol=2e-7, msg=lambda text, name=name: f"{name}: {text}")
+
+
 @pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16))
 def test_halves(dtype):
     with pytest.raises(TypeError, match="use float32 parameters, under torch.autocast"):

@@ -32,10 +32,13 @@ inline void store_lanes(double* p, const Vec<double>& v, int64_t n) { _mm256_mas
 
 inline Vec<float> square_root(const Vec<float>& v) { return (Vec<float>)_mm256_sqrt_ps((__m256)v); }
 inline Vec<double> square_root(const Vec<double>& v) { return (Vec<double>)_mm256_sqrt_pd((__m256d)v); }
-template <typename V>
-inline V inverse_root(const V& v) {
-  return 1 / square_root(v);
+// Of positive numbers, 0 where they are not normal: 12 bits and a step of third order, within an ulp or so, at a third of a
+// root and a quotient.
+inline Vec<float> inverse_root(const Vec<float>& v) {
+  const Vec<float> x = (Vec<float>)_mm256_rsqrt_ps((__m256)v), error = 1.0f - v * x * x;
+  return v < std::numeric_limits<float>::min() ? Vec<float>{} : x + x * error * (0.5f + 0.375f * error);
 }
+inline Vec<double> inverse_root(const Vec<double>& v) { return 1.0 / square_root(v); }
 
 #include "kernels.inl"
 }  // namespace

@@ -261,6 +261,7 @@ class Step {
   void add(int64_t s) {
     const int64_t i = moving_[s];
     const Tensor &own = a_.weights[i], &gradient = *a_.gradients[i];
+    TORCH_CHECK_TYPE(gradient.layout() == at::kStrided, "gradients have layout ", gradient.layout(), "; they must be strided");
     StepWeight<T> w = view(i, true);
     check_shape(gradient, "gradients", own.sizes());
     check_like(gradient, "gradients", own, "weights");
