@@ -33,20 +33,25 @@ inline void poison([[maybe_unused]] T* p, [[maybe_unused]] std::size_t n) {
 #endif
 }
 
-// A vector's allocator whose memory starts on a cache line and is not initialised.
+// A vector's allocator whose memory starts on a cache line and is not initialised. Aligned by hand: the C library searches
+// and cuts for aligned memory, where it has the last piece of a small size at hand.
 template <typename T>
 struct Aligned {
   using value_type = T;
-  static constexpr std::align_val_t kAlignment{64};
+  static constexpr std::size_t kAlignment = 64;
   Aligned() = default;
   template <typename U>
   Aligned(const Aligned<U>&) {}
   T* allocate(std::size_t n) {
-    T* const result = static_cast<T*>(::operator new(n * sizeof(T), kAlignment));
+    if (n > (std::numeric_limits<std::size_t>::max() - 2 * kAlignment) / sizeof(T)) throw std::bad_array_new_length();
+    void* const whole = ::operator new(n * sizeof(T) + kAlignment + sizeof(void*));
+    const std::uintptr_t past = reinterpret_cast<std::uintptr_t>(whole) + sizeof(void*) + kAlignment - 1;
+    T* const result = reinterpret_cast<T*>(past / kAlignment * kAlignment);
+    reinterpret_cast<void**>(result)[-1] = whole;
     poison(result, n);
     return result;
   }
-  void deallocate(T* p, std::size_t) { ::operator delete(p, kAlignment); }
+  void deallocate(T* p, std::size_t) { ::operator delete(reinterpret_cast<void**>(p)[-1]); }
   template <typename U>
   void construct(U*) {}
   template <typename U, typename Arg>
