@@ -249,7 +249,7 @@ void descent(const StepWeight<T>& w, const SgdRule& rule, const Span& s, Run<U>&
   const Canonically<U> gradient = canonically<true>(w, s, w.gradient, run.gradient);
   const U before = static_cast<U>(rule.before), after = static_cast<U>(rule.after), decay = static_cast<U>(rule.decay);
   Canonically<U> weight{};
-  if (decay != 0) weight = canonically<false>(w, s, w.weight, run.weight);
+  if (rule.decay != 0) weight = canonically<false>(w, s, w.weight, run.weight);
   const U* divisor = kappa;
   if (rule.damping.mantissa != 0) {
     // γ² is one number for all weights: its share is 2^-2e of it.
@@ -265,7 +265,7 @@ void descent(const StepWeight<T>& w, const SgdRule& rule, const Span& s, Run<U>&
     const Vec<U> g = gradient.at(q, m), k = load(divisor + q, m);
     // On no path there is no step.
     Vec<U> d = g * before / (k == Vec<U>{} ? infinity : k) * after;
-    if (decay != 0) d += decay * weight.at(q, m);
+    if (rule.decay != 0) d += decay * weight.at(q, m);
     store(step + q, d);
     if (measure) {
       const Vec<U> path = divisor == kappa ? k : load(kappa + q, m);
