@@ -94,7 +94,7 @@ def test_a_gpu_backend_comes_with_its_plan(monkeypatch):
     rnn(torch.randn(7, 1, 2))
     found = pk.explain(pk.PathNetwork(rnn), backend="cuda")
     assert found.plans == plan.plans("cuda", plan.describe(torch.device("cpu")), 1000, 7, 4)
-    assert "bytes of shared memory" in found.plans["block"] and "block      no: a block would take" in str(found)
+    assert "registers of a block" in found.plans["block"] and "block      no: hidden_size is 1000" in str(found)
     with pytest.raises(ValueError, match="plan 'block' does not serve this call on backend 'cuda'"):
         pk.explain(rnn, backend="cuda", plan="block")
 

@@ -3,7 +3,8 @@
 //
 //   threads   threadIdx, blockIdx, blockDim, gridDim; __launch_bounds__
 //   block     __syncthreads, __syncthreads_or, __syncthreads_and, __syncthreads_count; reached by every thread of a
-//             block from one place in the source
+//             block from one place in the source. block_sync() is a __syncthreads that warps may reach from different
+//             places, all lanes of a warp from the same one
 //   warp      __shfl_sync, __shfl_xor_sync, __shfl_down_sync, __shfl_up_sync (32- and 64-bit values), __ballot_sync,
 //             __any_sync, __all_sync, __syncwarp; warp_max(int) of all 32 lanes
 //   cluster   on_rank(pointer, rank), cluster_sync(); rank and size are the kernel's own arithmetic on blockIdx
@@ -109,6 +110,7 @@ inline void mark(bool* flag) {
   emulation::atomically(flag, [](bool) { return true; });
 }
 
+inline void block_sync() { emulation::block_sync(false, {"block_sync", 0}); }
 using emulation::cluster_sync;
 using emulation::load_published;
 using emulation::on_rank;
@@ -136,6 +138,7 @@ class SharedMemory {
   unsigned used_ = 0;
 };
 
+__device__ inline void block_sync() { asm volatile("bar.sync 0;" ::: "memory"); }
 __device__ inline void atomic_max(int* p, int v) { atomicMax(p, v); }
 __device__ inline int64_t magnitude_bits(float x) { return __float_as_int(x) & INT32_MAX; }
 __device__ inline int64_t magnitude_bits(double x) { return __double_as_longlong(x) & INT64_MAX; }

@@ -13,8 +13,8 @@ from .backend import cuda_code
 
 #: In the order in which ``explain`` lists them.
 PLANS = {
-    "block": "one thread block a chain, W̃ on chip",
-    "cluster": "one thread-block cluster a chain, W̃ sliced over its shared memories",
+    "block": "one thread block a chain, W̃ in its registers",
+    "cluster": "one thread-block cluster a chain, W̃ sliced over the registers of its blocks",
     "grid": "up to half of the multiprocessors a chain, W̃ sliced over them, one barrier a step",
 }
 ENVIRONMENT = "PATHRNN_PLAN"
@@ -45,15 +45,21 @@ class Plan:
         return f"{PLANS[self.name]}{shape}; about {self.microseconds:.3g} µs by the cost model"
 
 
-# The cost model: per step the bytes of W̃ over a rate, a latency, and what every further block adds to the barrier.
-# Rates and latencies are an H100's by its data sheet and by published microbenchmarks; no GPU has measured this
+# The cost model: the time of a step is what its warps issue and what nothing hides of its latencies; a barrier between
+# blocks; and in plan "grid" bytes of W̃ over a rate. Instructions are counted in the machine code (bench/NOTES.md),
+# rates and latencies are an H100's by its data sheet and by published microbenchmarks; no GPU has measured this
 # package's kernels yet. bench/gpu_gate.py times every plan, so that these can be corrected by a commit that shows the
 # figures.
+_CLOCK = 1755  # cycles a microsecond
+_SCHEDULERS = 4  # of a multiprocessor: a warp of each issues an instruction a cycle
+_SHUFFLE = 28  # cycles of a shuffle and an addition
+_LATENCY = 60  # cycles of a row's way through shared memory, and of the block's barrier
 _SHARED_RATE = 200e3  # bytes a microsecond that one multiprocessor reads from its shared memory
 _CACHE_RATE = 4e6  # bytes a microsecond from the second-level cache, all multiprocessors together
 _MEMORY_RATE = 2.5e6  # the same from device memory
-_STEP = {"block": 0.2, "cluster": 1.0, "grid": 2.5}  # microseconds of barrier and reduction a step
-_BLOCK = {"block": 0.0, "cluster": 0.05, "grid": 0.004}  # microseconds of a block's share in it
+_STEP = {"block": 0.2, "grid": 2.5}  # microseconds of barrier and reduction a step; "block" of Triton's
+_CLUSTER_BARRIER = 0.25  # microseconds
+_BLOCK = {"block": 0.0, "cluster": 0.02, "grid": 0.004}  # microseconds of a block's share in a barrier
 _LAUNCH = 5.0  # microseconds of a kernel of its own
 _CLUSTER_CODE = 90
 CLUSTER_SIZES = (2, 4, 8)  # portable; 16 would need a kernel attribute of its own
@@ -76,41 +82,91 @@ def describe(device: torch.device) -> Device:
     )
 
 
-def block_bytes(hidden: int, blocks: int, itemsize: int) -> int:
-    """Shared memory of a block that keeps its slice of W̃ on chip: csrc/cuda's ``chain_shared_bytes``."""
+@dataclass(frozen=True)
+class Layout:
+    """How W̃ lies in the registers of a warp, and of how many rows of a block: csrc/cuda's ``Layout``."""
+
+    lanes: int
+    rows: int
+    columns: int
+    most_rows: int
+    #: Instructions a warp and step beside the products.
+    others: int
+
+    def microseconds(self, rows: int, itemsize: int) -> float:
+        """Of a step of a block with so many rows, without the barrier between blocks."""
+        warps = math.ceil(rows / (32 // self.lanes * self.rows))
+        products = self.rows * self.columns * itemsize // 4  # float64 has half the rate
+        issued = math.ceil(warps / _SCHEDULERS) * (products + self.others)
+        return (issued + _LATENCY + _SHUFFLE * math.log2(self.lanes)) / _CLOCK
+
+
+#: By plan and bytes a number, in the order in which csrc/cuda/chains.cu tries them. They take less than the 48 KiB of
+#: shared memory that every GPU has.
+LAYOUTS = {
+    ("block", 4): (
+        Layout(8, 8, 8, 64, 72),
+        Layout(8, 8, 13, 104, 76),
+        Layout(8, 8, 16, 128, 75),
+        Layout(16, 16, 13, 208, 104),
+    ),
+    ("block", 8): (Layout(16, 8, 4, 64, 108), Layout(16, 8, 7, 112, 112)),
+    ("cluster", 4): (Layout(32, 8, 8, 120, 185), Layout(32, 8, 16, 64, 193)),
+    ("cluster", 8): (Layout(32, 8, 8, 56, 242),),
+}
+
+
+def layout(plan: str, hidden: int, blocks: int, itemsize: int) -> Layout | None:
+    """The first that holds W̃ in the registers of ``blocks`` blocks, if there is one."""
+    rows = math.ceil(hidden / blocks)
+    fitting = (x for x in LAYOUTS[plan, itemsize] if hidden <= x.lanes * x.columns and rows <= x.most_rows)
+    return next(fitting, None)
+
+
+def grid_bytes(hidden: int, rows: int, itemsize: int) -> int:
+    """Shared memory of a block that keeps so many rows of W̃ there: csrc/cuda's ``grid_shared_bytes``."""
     row = -(-hidden * itemsize // 16) * 16  # in whole loads of a thread
-    return (math.ceil(hidden / blocks) + 2) * row + 80  # two rows, and the maxima of three steps
+    return (rows + 2) * row + 80  # two rows, and the maxima of three steps
 
 
 def plans(backend: str, device: Device, hidden: int, seq_len: int, itemsize: int) -> dict[str, Plan | str]:
     """For every plan, what it would cost, or why it does not serve."""
-    matrix = hidden * hidden * itemsize
     result: dict[str, Plan | str] = {}
+    matrix = hidden * hidden * itemsize
 
-    def fits(blocks: int) -> bool:
-        return block_bytes(hidden, blocks, itemsize) <= device.shared_bytes
-
-    def stepwise(name: str, blocks: int, rate: float) -> Plan:
-        step = _STEP[name] + _BLOCK[name] * blocks + matrix / rate
+    def in_registers(name: str, blocks: int, barrier: float) -> Plan | None:
+        found = layout(name, hidden, blocks, itemsize)
+        if found is None:
+            return None
+        step = found.microseconds(math.ceil(hidden / blocks), itemsize) + barrier + _BLOCK[name] * blocks
         return Plan(name, blocks, _LAUNCH + seq_len * step)
 
     def cheapest(found: Iterable[Plan]) -> Plan:
         return min(found, key=lambda plan: plan.microseconds)
 
+    most = max(1, min(device.multiprocessors // 2, hidden))
+    from_cache = (_CACHE_RATE if 2 * matrix <= device.cache_bytes else _MEMORY_RATE) / 2
+
+    def on_grid(blocks: int) -> Plan:
+        rows = math.ceil(hidden / blocks)
+        none, all_rows = (grid_bytes(hidden, n, itemsize) for n in (0, rows))
+        held = (device.shared_bytes - none) / (all_rows - none)
+        resident = min(1.0, max(0.0, held)) if backend == "cuda" else 0.0
+        reads = resident * matrix / (blocks * _SHARED_RATE) + (1 - resident) * matrix * most / (blocks * from_cache)
+        return Plan("grid", blocks, _LAUNCH + seq_len * (_STEP["grid"] + _BLOCK["grid"] * blocks + reads))
+
     if backend == "triton":
         limit = TRITON_RESIDENT[itemsize]
         result["block"] = (
-            stepwise("block", 1, _SHARED_RATE)
+            Plan("block", 1, _LAUNCH + seq_len * (_STEP["block"] + matrix / _SHARED_RATE))
             if hidden <= limit
             else f"hidden_size is {hidden}; a program holds {limit}"
         )
         result["cluster"] = "Triton has no distributed shared memory; use the cuda backend"
     else:
-        result["block"] = (
-            stepwise("block", 1, _SHARED_RATE)
-            if fits(1)
-            else f"a block would take {block_bytes(hidden, 1, itemsize)} bytes of shared memory; it may have "
-            f"{device.shared_bytes}"
+        widest = {name: LAYOUTS[name, itemsize][-1] for name in ("block", "cluster")}
+        result["block"] = in_registers("block", 1, 0.0) or (
+            f"hidden_size is {hidden}; the registers of a block hold W̃ up to {widest['block'].most_rows}"
         )
         sizes = cluster_sizes(device, hidden, itemsize)
         if not device.clusters:
@@ -121,26 +177,24 @@ def plans(backend: str, device: Device, hidden: int, seq_len: int, itemsize: int
                 "rebuild it with TORCH_CUDA_ARCH_LIST=9.0, or the device's own, in the environment"
             )
         elif not sizes:
+            limit = min(
+                widest["cluster"].lanes * widest["cluster"].columns, CLUSTER_SIZES[-1] * widest["cluster"].most_rows
+            )
             result["cluster"] = (
-                f"each of {CLUSTER_SIZES[-1]} blocks would take {block_bytes(hidden, CLUSTER_SIZES[-1], itemsize)} "
-                f"bytes of shared memory; it may have {device.shared_bytes}"
+                f"hidden_size is {hidden}; the registers of {CLUSTER_SIZES[-1]} blocks hold W̃ up to {limit}"
             )
         else:
-            result["cluster"] = cheapest(stepwise("cluster", n, n * _SHARED_RATE) for n in sizes)
-    most = max(1, min(device.multiprocessors // 2, hidden))
-    from_cache = (_CACHE_RATE if 2 * matrix <= device.cache_bytes else _MEMORY_RATE) / 2
-    result["grid"] = cheapest(
-        stepwise("grid", n, n * _SHARED_RATE if backend == "cuda" and fits(n) else from_cache * n / most)
-        for n in sorted({*(1 << i for i in range(most.bit_length())), most})
-    )
+            found = (in_registers("cluster", n, _CLUSTER_BARRIER) for n in sizes)
+            result["cluster"] = cheapest(plan for plan in found if plan is not None)
+    result["grid"] = cheapest(on_grid(n) for n in sorted({*(1 << i for i in range(most.bit_length())), most}))
     return result
 
 
 def cluster_sizes(device: Device, hidden: int, itemsize: int) -> list[int]:
-    """Blocks a cluster whose shared memories together hold W̃."""
+    """Blocks a cluster whose registers together hold W̃."""
     if not device.clusters or device.code < _CLUSTER_CODE:
         return []
-    return [n for n in CLUSTER_SIZES if block_bytes(hidden, n, itemsize) <= device.shared_bytes]
+    return [n for n in CLUSTER_SIZES if layout("cluster", hidden, n, itemsize) is not None]
 
 
 def check_plan(plan: str) -> tuple[str, str]:
@@ -183,6 +237,6 @@ def choose(backend: str, device: Device, hidden: int, seq_len: int, itemsize: in
 def _refusal_of_size(device: Device, hidden: int, itemsize: int, blocks: int) -> str:
     sizes = ", ".join(map(str, cluster_sizes(device, hidden, itemsize)))
     return (
-        f"clusters have {', '.join(map(str, CLUSTER_SIZES))} blocks, and each of {blocks} would take "
-        f"{block_bytes(hidden, blocks, itemsize)} bytes of shared memory of {device.shared_bytes}; use {sizes}"
+        f"clusters have {', '.join(map(str, CLUSTER_SIZES))} blocks, and {math.ceil(hidden / blocks)} rows of {hidden} "
+        f"units do not fit into the registers of each of {blocks}; use {sizes}"
     )

@@ -55,7 +55,7 @@ def traps(architecture: int) -> bool:
     nvcc = Path(str(cpp_extension.CUDA_HOME)) / "bin" / "nvcc"
     includes = [f"-I{path}" for path in cpp_extension.include_paths("cuda")]
     command = [nvcc, "-ptx", "-o", "-", "-std=c++20", "--expt-relaxed-constexpr", f"-arch=compute_{architecture}"]
-    ptx = subprocess.check_output([*command, *includes, str(CUDA / "path_chain.cu")], text=True)
+    ptx = subprocess.check_output([*command, *includes, str(CUDA / "chains.cu")], text=True)
     # Of every kernel its name and body; the plan is the second argument of run_chains' template.
     kernels = re.findall(r"\.entry (\w*run_chains\w*)\((.*?)\n}", ptx, re.DOTALL)
     clusters = [body for name, body in kernels if "ChainPlanE1" in name]

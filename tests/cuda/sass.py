@@ -7,21 +7,26 @@ import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
-import torch
 from torch.utils import cpp_extension
 
 #: By the second argument of run_chains' template.
-PLANS = ("block", "cluster", "grid")
-#: Instructions of a step's loop, all branches and the inner loops once: what nvcc 13.0 makes of it for the architecture
-#: where it is longest, and 5 % for another compiler. Plan block is bound by their issue (bench/NOTES.md): a change that
-#: needs more wants a reason, and one that needs fewer a lower number here.
+PLANS = ("block", "cluster")
+#: Instructions of a step's loop, all branches and inner loops once: what nvcc 13.0 makes of it for the architecture
+#: where it is longest, and 5 % for another compiler; by dtype, plan and width of the layout (csrc/cuda/chains.cu), of
+#: the warps that have rows and of the one that has none. Steps are bound by their issue and latency (bench/NOTES.md): a
+#: change that needs more wants a reason, and one that needs fewer a lower number here.
 MOST = {
-    (torch.float32, "block"): 605,
-    (torch.float64, "block"): 710,
-    (torch.float32, "cluster"): 660,
-    (torch.float64, "cluster"): 800,
-    (torch.float32, "grid"): 1180,
-    (torch.float64, "grid"): 1420,
+    ("float32", "block", 64): (202, 216),
+    ("float32", "block", 104): (250, 227),
+    ("float32", "block", 128): (271, 229),
+    ("float32", "block", 208): (388, 246),
+    ("float64", "block", 64): (385, 238),
+    ("float64", "block", 112): (512, 264),
+    ("float32", "cluster", 256): (311, 280),
+    ("float32", "cluster", 512): (390, 327),
+    ("float64", "cluster", 256): (683, 359),
+    ("float32", "grid", 0): (1284,),
+    ("float64", "grid", 0): (1802,),
 }
 
 Instruction = tuple[int, str]  # address and text
@@ -55,17 +60,25 @@ def kernels(text: str) -> dict[str, list[Instruction]]:
     return found
 
 
-def loop_around(instructions: list[Instruction], inside: str) -> list[str]:
-    """The longest loop with a certain instruction in it; empty if there is none."""
-    longest: list[str] = []
+def loops_around(instructions: list[Instruction], inside: str) -> list[list[str]]:
+    """The loops with a certain instruction in them, the longest first. What lies behind the kernel's end and comes back
+    from there is none."""
+    found: list[tuple[int, int, list[str]]] = []
     for address, text in instructions:
         branch = re.search(r"\bBRA\b.*\b0x([0-9a-f]+)$", text)
         if branch is None or int(branch[1], 16) >= address:
             continue
-        body = [other for at, other in instructions if int(branch[1], 16) <= at <= address]
-        if len(body) > len(longest) and any(re.search(inside, other) for other in body):
-            longest = body
-    return longest
+        first = int(branch[1], 16)
+        body = [other for at, other in instructions if first <= at <= address]
+        if any(re.search(inside, other) for other in body) and not any(re.search(r"\bEXIT$", other) for other in body):
+            found.append((first, address, body))
+    # Of one loop's several ways back, and of loops within another, the outermost.
+    outer = [
+        body
+        for first, last, body in found
+        if not any((a, b) != (first, last) and a <= first and last <= b for a, b, _ in found)
+    ]
+    return sorted(outer, key=len, reverse=True)
 
 
 def _first(body: list[str], pattern: str, after: int = -1) -> int:
@@ -73,15 +86,23 @@ def _first(body: list[str], pattern: str, after: int = -1) -> int:
     return next((i for i, text in enumerate(body) if i > after and re.search(pattern, text)), len(body))
 
 
-def _of_chains(dtype: torch.dtype, plan: str, architecture: int, instructions: list[Instruction]) -> Iterator[str]:
+def _of_chains(dtype: str, plan: str, width: int, architecture: int, instructions: list[Instruction]) -> Iterator[str]:
     barrier = "UCGABAR_ARV" if plan == "cluster" else r"\bBAR\.SYNC"
-    step = loop_around(instructions, barrier)
-    if not step:
-        if plan != "cluster" or architecture >= 90:  # older ones trap, as ptxas.py sees in PTX
-            yield f"no loop with {barrier}"
+    loops = loops_around(instructions, barrier)
+    most = MOST.get((dtype, plan, width))
+    if most is None:
+        yield f"a layout that MOST does not know, of width {width}"
         return
-    if len(step) > MOST[dtype, plan]:
-        yield f"{len(step)} instructions a step, of at most {MOST[dtype, plan]}"
+    if len(loops) < len(most):
+        if plan != "cluster" or architecture >= 90:  # older ones trap, as ptxas.py sees in PTX
+            yield f"{len(loops)} loops with {barrier}, not {len(most)}"
+        return
+    # Products are made by the warps that have rows.
+    loops.sort(key=lambda body: sum(bool(re.search(r"\b[FD]FMA\b", text)) for text in body), reverse=True)
+    for body, limit in zip(loops, most, strict=False):
+        if len(body) > limit:
+            yield f"{len(body)} instructions a step, of at most {limit}"
+    step = loops[0]
     if plan == "block":
         # Its threads share nothing but shared memory: to wait for stores to reach the others costs half a microsecond.
         for text in step:
@@ -115,8 +136,13 @@ def complaints(architecture: int, text: str) -> list[str]:
         # The cache behind such loads is not told of stores, the kernel's own or another block's.
         stale = [text for _, text in instructions if re.search(r"\bLDG\b.*\.CONSTANT", text)]
         found += [f"{name}: a non-coherent load: {text}" for text in stale]
-        chains = re.search(r"run_chainsI([fd])LNS_9ChainPlanE([012])E", name)
+        chains = re.search(
+            r"run_chainsINS_6LayoutI([fd])Li(\d+)ELi\d+ELi(\d+)E\w*LNS_9ChainPlanE([01])E|run_chains_on_gridI([fd])E",
+            name,
+        )
         if chains:
-            dtype, plan = torch.float32 if chains[1] == "f" else torch.float64, PLANS[int(chains[2])]
-            found += [f"{name}: {what}" for what in _of_chains(dtype, plan, architecture, instructions)]
+            dtype = "float32" if "f" in (chains[1], chains[5]) else "float64"
+            plan = PLANS[int(chains[4])] if chains[1] else "grid"
+            width = int(chains[2]) * int(chains[3]) if chains[1] else 0
+            found += [f"{name}: {what}" for what in _of_chains(dtype, plan, width, architecture, instructions)]
     return found

@@ -14,7 +14,7 @@ from gpu_model import ZERO, centre, same
 
 from pathrnn_kernels import ops
 from pathrnn_kernels.ops import cuda, gpu
-from pathrnn_kernels.ops.plan import Plan
+from pathrnn_kernels.ops.plan import LAYOUTS, Plan, layout
 
 pytestmark = [
     pytest.mark.usefixtures("poisoned"),
@@ -218,6 +218,10 @@ def check_chains(call, plan, rtol=None):
 @SIZES
 def test_chains(hidden, steps, plan, dtype):
     call = chain_arguments(hidden, steps, dtype, 1, steps, ones_h0=steps == 40)
+    if plan[0] == "block" and layout("block", hidden, 1, dtype.itemsize) is None:
+        with pytest.raises(RuntimeError, match="do not fit"):
+            run(cuda.chains, *call, *plan)
+        return
     assert not check_chains(call, plan)[4]
 
 
@@ -226,6 +230,19 @@ def test_chains(hidden, steps, plan, dtype):
 @pytest.mark.parametrize("hidden", (1, 3, 33))
 def test_slices_of_every_size(hidden, plan, dtype):
     assert not check_chains(chain_arguments(hidden, 5, dtype), plan)[4]
+
+
+@DTYPES
+@pytest.mark.parametrize("plan, blocks", (("block", 1), ("cluster", 8)))
+def test_every_layout_at_its_limits(plan, blocks, dtype):
+    """As the choice of a plan knows them: W̃ as wide as each holds, and no wider one than the last does."""
+    widest = 0
+    for one in LAYOUTS[plan, dtype.itemsize]:
+        widest = min(one.lanes * one.columns, blocks * one.most_rows)
+        assert layout(plan, widest, blocks, dtype.itemsize) == one
+        assert not check_chains(chain_arguments(widest, 3, dtype, ones_h0=True), (plan, blocks))[4]
+    with pytest.raises(RuntimeError, match="do not fit into the registers"):
+        run(cuda.chains, *chain_arguments(widest + 1, 1, dtype), plan, blocks)
 
 
 @SOME_PLANS

@@ -5,7 +5,13 @@ import sass
 
 pytestmark = pytest.mark.slow  # nvcc compiles its sample
 
-BLOCK = "_ZN7pathrnn10run_chainsIfLNS_9ChainPlanE0EEEvNS_6ChainsIT_EE"
+#: Kernels, and what the warp without rows does in a step.
+NAMES = {
+    "block": "_ZN7pathrnn10run_chainsINS_6LayoutIfLi8ELi8ELi13ELi104ELi0EEELNS_9ChainPlanE0EEEvNS_6ChainsINT_1TEEE",
+    "cluster": "_ZN7pathrnn10run_chainsINS_6LayoutIfLi32ELi8ELi8ELi120ELi0EEELNS_9ChainPlanE1EEEvNS_6ChainsINT_1TEEE",
+    "grid": "_ZN7pathrnn18run_chains_on_gridIfEEvNS_10GridChainsIT_EE",
+}
+SCALES = {"block": ["BAR.SYNC.DEFER_BLOCKING 0x0"], "cluster": ["UCGABAR_ARV", "UCGABAR_WAIT"], "grid": []}
 STEPS = {
     "block": ["LDG.E R4, desc[UR8][R2.64]", "LDS.128 R8, [R6]", "BAR.SYNC.DEFER_BLOCKING 0x0"],
     "cluster": ["PRMT R8, R59, 0x654, R4", "ST.E desc[UR6][R8.64], R2", "UCGABAR_ARV", "UCGABAR_WAIT"],
@@ -25,10 +31,12 @@ STEPS = {
 
 def complaints(plan, step, architecture=90):
     """Of a kernel that makes such steps, in the form of cuobjdump."""
-    body = ["S2R R3, SR_TID.X", *step, "@!P0 BRA 0x10", "EXIT"]
+    body = ["S2R R3, SR_TID.X"]
+    for loop in filter(None, (SCALES[plan], ["FFMA R1, R2, R3, R1", *step])):
+        body += [*loop, f"@!P0 BRA 0x{16 * len(body):x}"]
+    body.append("EXIT")
     lines = [f"        /*{16 * i:04x}*/    {text} ;    /* 0x0000 */\n    /* 0x0000 */" for i, text in enumerate(body)]
-    name = BLOCK.replace("PlanE0", f"PlanE{sass.PLANS.index(plan)}")
-    return sass.complaints(architecture, "\n".join([f"\t\tFunction : {name}", *lines]))
+    return sass.complaints(architecture, "\n".join([f"\t\tFunction : {NAMES[plan]}", *lines]))
 
 
 @pytest.mark.parametrize("plan", STEPS)
@@ -60,8 +68,23 @@ def test_what_should_not_be_there_is_noticed(plan, added, said):
     assert said in found and added in found
 
 
-def test_a_long_step_is_noticed():
-    assert "instructions a step" in complaints("block", STEPS["block"] * sass.MOST[sass.torch.float32, "block"])[0]
+def test_a_long_step_is_noticed(monkeypatch):
+    limit, limit_of_scales = sass.MOST["float32", "block", 104]
+    (found,) = complaints("block", STEPS["block"] * limit)
+    assert f"instructions a step, of at most {limit}" in found
+    monkeypatch.setitem(SCALES, "block", SCALES["block"] * (limit_of_scales + 1))
+    (found,) = complaints("block", STEPS["block"])
+    assert f"instructions a step, of at most {limit_of_scales}" in found
+
+
+def test_a_layout_without_a_limit_is_noticed(monkeypatch):
+    monkeypatch.setitem(NAMES, "block", NAMES["block"].replace("Li13E", "Li12E"))
+    assert "of width 96" in complaints("block", STEPS["block"])[0]
+
+
+def test_code_behind_the_end_is_no_loop():
+    body = [(0, "BAR.SYNC"), (16, "BRA 0x0"), (32, "EXIT"), (48, "BRA 0x0")]
+    assert sass.loops_around(body, "BAR") == [["BAR.SYNC", "BRA 0x0"]]
 
 
 def test_clusters_are_not_asked_of_architectures_without_them():

@@ -36,6 +36,32 @@ __global__ void votes(int*, int* out) {
   if (t == 0) *out = all;
 }
 
+// Warps that meet from different places: one hands on to the others what they have written, three times.
+__global__ void block_from_two_places(int*, int* out) {
+  SharedMemory memory;
+  Shared<int> a = memory.take<int>(2 * 65);
+  const int t = threadIdx.x;
+  if (t < 64) {
+    a[t] = t;
+    for (int n = 0; n < 3; ++n) {
+      block_sync();
+      a[(n + 1) % 2 * 65 + t] = a[n % 2 * 65 + (t + 1) % 64];
+    }
+    block_sync();
+    if (t == 0) *out = a[65 + 64];
+  } else {
+    int sum = 0;
+    for (int n = 0; n < 3; ++n) {
+      block_sync();
+      if (t == 64) {
+        for (int i = 0; i < 64; ++i) sum += a[n % 2 * 65 + i];
+      }
+    }
+    if (t == 64) a[65 + 64] = sum;
+    block_sync();
+  }
+}
+
 // Lanes that part in disjoint masks.
 __global__ void half_warps(int*, int* out) {
   const int half = threadIdx.x / 16, mask = half ? 0xffff0000 : 0x0000ffff;
@@ -161,6 +187,41 @@ __global__ void unaligned(int*, int*) {
   SharedMemory memory;
   Shared<float> a = memory.take<float>(8);
   store(a + 1, Pack<float>{{1, 2, 3, 4}});
+}
+// One warp goes round once less than the other.
+__global__ void warp_skips_a_round(int*, int*) {
+  for (int n = 0; n < 3; ++n) {
+    if (threadIdx.x < 32) block_sync();
+    else if (n > 0) block_sync();
+  }
+}
+// What a warp publishes in a step is read in the same step, not in the next.
+__global__ void reads_in_the_same_step(int*, int* out) {
+  SharedMemory memory;
+  Shared<int> word = memory.take<int>(2);
+  int most = 0;
+  if (threadIdx.x < 2) word[threadIdx.x] = 0;
+  __syncthreads();
+  for (int n = 0; n < 2; ++n) {
+    if (threadIdx.x == 0) word[n] = n;
+    if (threadIdx.x >= 32) most += word[n];
+    if (threadIdx.x < 32) block_sync();
+    else block_sync();
+  }
+  if (threadIdx.x == 32) *out = most;
+}
+// One buffer of a row, which some still read while others write the next one.
+__global__ void one_buffer(int*, int* out) {
+  SharedMemory memory;
+  Shared<int> row = memory.take<int>(64);
+  row[threadIdx.x] = 1;
+  int value = 0;
+  for (int n = 0; n < 2; ++n) {
+    block_sync();
+    value = row[63 - threadIdx.x];
+    row[threadIdx.x] = value + 1;
+  }
+  out[threadIdx.x] = value;
 }
 __global__ void reads_without_barrier(int*, int* out) {
   SharedMemory memory;
@@ -314,6 +375,7 @@ const Case cases[] = {
     {"block_sum", [](int* out) { emulation::run("block_sum", 3, 96, 16, 1, false, [=] { block_sum(1000, out); }); }},
     PLAIN(votes, 1, 64, 0),
     PLAIN(half_warps, 1, 32, 0),
+    PLAIN(block_from_two_places, 1, 96, 528),
     CLUSTER(ring, 8, 4),
     {"relay", GROUP(relay, 6, 64, 3, true)},
     PLAIN(numbers, 1, 1, 32),
@@ -333,6 +395,9 @@ const Case cases[] = {
     PLAIN(takes_too_much, 1, 1, 64),
     PLAIN(never_written, 1, 1, 64),
     PLAIN(unaligned, 1, 1, 64),
+    PLAIN(warp_skips_a_round, 1, 64, 0),
+    PLAIN(reads_in_the_same_step, 1, 64, 8),
+    PLAIN(one_buffer, 1, 64, 256),
     PLAIN(reads_without_barrier, 1, 64, 256),
     PLAIN(writes_without_barrier, 1, 64, 256),
     PLAIN(two_writers, 1, 64, 4),

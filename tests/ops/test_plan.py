@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from pathrnn_kernels.ops import plan
-from pathrnn_kernels.ops.plan import Device, Plan, block_bytes, choose, cluster_sizes, plans
+from pathrnn_kernels.ops.plan import Device, Plan, choose, cluster_sizes, layout, plans
 
 sys.path.append(str(Path(__file__).parents[1] / "gpu"))
 import gpu_cases
@@ -33,8 +33,10 @@ def test_some_plan_always_serves_and_the_cheapest_is_taken(backend, hidden):
 
 def test_reasons_name_the_limit():
     found = plans("cuda", H100, 1000, 50, 4)
-    assert "would take 4008080 bytes of shared memory; it may have 232448" in found["block"]
-    assert "each of 8 blocks would take 508080 bytes" in found["cluster"]
+    assert "hidden_size is 1000; the registers of a block hold W̃ up to 208" in found["block"]
+    assert "the registers of 8 blocks hold W̃ up to 512" in found["cluster"]
+    assert "hold W̃ up to 112" in plans("cuda", H100, 1000, 50, 8)["block"]
+    assert "hold W̃ up to 256" in plans("cuda", H100, 1000, 50, 8)["cluster"]
     assert "compute capability 9.0" in plans("cuda", Device(clusters=False), 100, 50, 4)["cluster"]
     assert "distributed shared memory" in plans("triton", H100, 100, 50, 4)["cluster"]
     assert "a program holds" in plans("triton", H100, 1000, 50, 4)["block"]
@@ -59,7 +61,7 @@ def test_unknown_plans_are_refused(text):
 
 
 def test_a_plan_that_does_not_serve_says_why_and_what_would():
-    with pytest.raises(ValueError, match=r"plan 'block' does not serve .* bytes of shared memory.*grid: would serve"):
+    with pytest.raises(ValueError, match=r"plan 'block' does not serve .* registers of a block.*grid: would serve"):
         choose("cuda", H100, 1000, 50, 4, "block")
 
 
@@ -116,20 +118,20 @@ def test_what_the_gpu_tests_ask_for_serves_on_every_card(preset, backend, dtype)
             if name == "grid":
                 assert 2 * blocks <= preset.multiprocessors  # both chains wait for each other
             elif backend == "cuda":
-                assert block_bytes(hidden, blocks, dtype.itemsize) <= preset.shared_bytes
+                assert layout(name, hidden, blocks, dtype.itemsize) is not None
 
 
 def test_a_cluster_that_does_not_fit_is_refused():
-    assert cluster_sizes(H100, 513, 4) == [8]
-    with pytest.raises(ValueError, match=r"each of 2 would take 53\d+ bytes of shared memory of 232448; use 8"):
-        choose("cuda", H100, 513, 7, 4, "cluster:2")
+    assert cluster_sizes(H100, 512, 4) == [8] and cluster_sizes(H100, 513, 4) == []
+    with pytest.raises(ValueError, match=r"256 rows of 512 units do not fit into the registers of each of 2; use 8"):
+        choose("cuda", H100, 512, 7, 4, "cluster:2")
     with pytest.raises(ValueError, match="no thread-block clusters"):
         choose("cuda", PRESETS["A100"], 100, 7, 4, "cluster:2")
 
 
 def test_the_choice_is_the_models():
     """Of the sizes of a cluster and of a grid, too: not the smallest that fits."""
-    for hidden in (256, 400):
+    for hidden in (200, 256):
         sizes = {n: choose("cuda", H100, hidden, 784, 4, f"cluster:{n}") for n in cluster_sizes(H100, hidden, 4)}
         assert len(sizes) > 1 and plans("cuda", H100, hidden, 784, 4)["cluster"].blocks > min(sizes)
     assert plans("cuda", PRESETS["A100"], 256, 784, 4)["grid"].blocks < 54
