@@ -174,9 +174,14 @@ def rivals(results: Sequence[Result]) -> dict[str, list[Result]]:
         if result["outcome"] == "finished" and not c.get("prototype") and _measured(result):
             kind = c["task"] + ("-permuted" if c["permuted"] else "") + (f"-{c['length']}" if c["length"] else "")
             group = groups.setdefault(f"{kind}-b{c['batch_size']}-{c['steps']}", {})
-            group.setdefault(c.get("system") or c["optimizer"], []).append(result)
+            group.setdefault(_contender(c), []).append(result)
     best = {name: [min(runs, key=_last_error) for runs in group.values()] for name, group in groups.items()}
     return {name: sorted(runs, key=_last_error) for name, runs in best.items() if len(runs) > 1}
+
+
+def _contender(config: dict[str, Any]) -> str:
+    # The gate with power 1 is Adam in path coordinates.
+    return config.get("system") or ("path-invariant" if config.get("power") == 1 else config["optimizer"])
 
 
 def _last_error(result: Result) -> float:
@@ -189,7 +194,7 @@ def curves(results: Sequence[Result]) -> Figure:
     left, right = figure.subplots(1, 2)
     for result in results:
         config, losses = result["config"], [r for r in result["history"] if r.get("loss") is not None]
-        label = f"{config.get('system') or config['optimizer']}, lr {config['lr']:g}"
+        label = f"{_contender(config)}, lr {config['lr']:g}"
         left.plot([r["step"] for r in losses], [r["loss"] for r in losses], label=label)
         measured = _measured(result)
         right.plot([r["step"] for r in measured], [r["held_out"] for r in measured], marker=".", label=label)
