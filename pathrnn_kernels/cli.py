@@ -22,11 +22,12 @@ import torch
 
 from . import __version__, training
 from .arguments import check_choice
+from .checkpoints import CHECKPOINT, TrainingError, load_checkpoint
 from .engine import SCALES
 from .ops import backend, plan
 from .tasks import charlm, wordlm
 from .tasks.adding import MARKERS
-from .training import Config, Record, Result, Run, TrainingError
+from .training import Config, Record, Result, Run
 
 #: The entry points of this group are further commands: ``main(arguments)`` of each returns an exit code.
 COMMANDS = "pathrnn_kernels.commands"
@@ -194,7 +195,7 @@ def _train(parser: Parser, given: dict[str, Any]) -> int:
         config = Config.of(**given)
         folder = out or _default_folder(config)
         if resume:
-            stored, state = training.load_checkpoint(folder, given)
+            stored, state = load_checkpoint(folder, given, Config)
             config, step = replace(stored, steps=given.get("steps", stored.steps)), state["step"]
     except (TypeError, ValueError) as error:
         parser.error(str(error))
@@ -266,7 +267,7 @@ def _report(result: Result, folder: Path) -> None:
         ("trivial error", f"{task.trivial_error:.4g}  {task.trivial_answer}"),
         ("verdict", result.verdict),
         ("time", f"{result.seconds:,.0f} s for {result.step:,} steps"),
-        ("files", f"{folder}: {training.PLOT}, {training.LOG}, {training.CHECKPOINT}"),
+        ("files", f"{folder}: {training.PLOT}, {training.LOG}, {CHECKPOINT}"),
     )
 
 

@@ -8,24 +8,32 @@ step, the hidden state carried from batch to batch.
 from __future__ import annotations
 
 import importlib
-import io
 import json
 import math
-import os
 import time
-import zipfile
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from types import ModuleType
-from typing import IO, Any, Literal, cast
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
 
 from . import init
 from .arguments import check_choice, check_count, check_flags, check_number
+from .checkpoints import (
+    CHECKPOINT,
+    MARK,
+    OTHER,
+    CheckpointError,
+    TrainingError,
+    atomic_write,
+    brief,
+    load_checkpoint,
+    save_checkpoint,
+)
 from .engine import SCALES
 from .gated import GatedPathSGD
 from .network import PathNetwork
@@ -50,7 +58,7 @@ TASKS = ("adding", "smnist", "charlm", "wordlm")
 OPTIMIZERS = ("sgd", "adam", "rmsprop", "path-sgd", "path-adam", "path-gated", "path-invariant")
 SCHEDULES = ("constant", "cosine")
 
-CHECKPOINT, LOG, PLOT = "checkpoint.pt", "log.jsonl", "loss.png"
+LOG, PLOT = "log.jsonl", "loss.png"
 
 #: step, loss and seconds, and held_out where it was measured.
 Record = dict[str, float]
@@ -58,8 +66,6 @@ Record = dict[str, float]
 #: The hidden state that a language model carries on, an LSTM's being two.
 State = Tensor | tuple[Tensor, ...] | None
 
-_FORMAT = "pathrnn-checkpoint"
-_VERSION = 1
 _OFF = math.inf  # of a clip or a trust radius
 
 #: What is not given takes these values: the task's, the optimiser's, then those of both. Each reason is a held-out
@@ -136,14 +142,6 @@ _IN_COORDINATES: dict[str, type[GatedPathSGD] | type[PathAdam]] = {
     "path-gated": GatedPathSGD,
     "path-invariant": PathAdam,
 }
-
-
-class TrainingError(RuntimeError):
-    """A run that cannot go on; the message says why and what to try."""
-
-
-class CheckpointError(TrainingError):
-    """A checkpoint that cannot be continued; the file is left as it is."""
 
 
 @dataclass(frozen=True)
@@ -440,8 +438,7 @@ class Run:
 
     def state_dict(self) -> dict[str, Any]:
         return {
-            "format": _FORMAT,
-            "version": _VERSION,
+            **MARK,
             "config": asdict(self.config),
             "step": self.step,
             "seconds": self.seconds,
@@ -522,7 +519,7 @@ def train(
         try:
             run.load_state_dict(state)
         except Exception as error:  # whatever a damaged file may hold
-            raise CheckpointError(f"the checkpoint in {folder} is damaged ({_brief(error)}); {_OTHER}") from error
+            raise CheckpointError(f"the checkpoint in {folder} is damaged ({brief(error)}); {OTHER}") from error
         if run.step >= config.steps:
             raise CheckpointError(f"{folder} has its {run.step} steps already; to go on, ask for more (--steps)")
 
@@ -567,100 +564,6 @@ def _files(run: Run, folder: Path | None) -> Iterator[Callable[[Record], None]]:
 
 def _line(record: dict[str, Any]) -> str:
     return json.dumps(record, allow_nan=False) + "\n"
-
-
-def save_checkpoint(run: Run, folder: Path) -> None:
-    """Replace the folder's checkpoint, in one step that cannot be seen half done."""
-    content = io.BytesIO()  # torch.save makes an error of its own of a full disk's
-    torch.save(run.state_dict(), content)
-    with atomic_write(folder / CHECKPOINT) as file:
-        file.write(content.getbuffer())
-
-
-@contextmanager
-def atomic_write(path: Path) -> Iterator[IO[bytes]]:
-    """A file that takes the place of ``path`` once it is complete and on the disk; until then, the old one stays."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        with temporary.open("wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException as error:
-        temporary.unlink(missing_ok=True)
-        if isinstance(error, OSError):
-            # Its own words, "No space left on device", often name no file.
-            raise OSError(error.errno, f"{error.strerror}: {path} is not written, and is as it was before") from error
-        raise
-
-
-_OTHER = "name another folder (--out DIR), or start anew in one"
-
-
-def load_checkpoint(folder: Path, wanted: dict[str, Any], kind: type[Config] = Config) -> tuple[Config, dict[str, Any]]:
-    """The configuration and the state in a folder's checkpoint.
-
-    Args:
-        folder: where ``train`` kept its files.
-        wanted: options that the checkpoint's must agree with; ``steps`` may differ.
-        kind: of the configuration.
-
-    Raises:
-        CheckpointError: as for ``train``.
-    """
-    path = folder / CHECKPOINT
-    if not path.is_file():
-        raise CheckpointError(f"there is no checkpoint {path} to resume from; start without --resume")
-    content = path.read_bytes()
-    try:
-        wrong = zipfile.ZipFile(io.BytesIO(content)).testzip()  # torch.load compares no checksum
-        if wrong is not None:
-            raise ValueError(f"wrong checksum of {wrong}")
-        state = torch.load(io.BytesIO(content), weights_only=True)
-    except Exception as error:  # the unpickler raises what the damage suggests
-        raise CheckpointError(f"{path} is damaged, or no checkpoint ({_brief(error)}); {_OTHER}") from error
-    if not isinstance(state, dict) or state.get("format") != _FORMAT:
-        raise CheckpointError(f"{path} is no checkpoint of pathrnn train; {_OTHER}")
-    if state.get("version") != _VERSION:
-        raise CheckpointError(f"{path} has version {state.get('version')}, this package reads {_VERSION}; {_OTHER}")
-    try:
-        config = kind(**state["config"])
-        _check_progress(state)
-    except (KeyError, TypeError, ValueError, OverflowError) as error:
-        raise CheckpointError(f"{path} is damaged ({_brief(error)}); {_OTHER}") from error
-    for name, value in wanted.items():
-        found = getattr(config, name)
-        if name != "steps" and found != value:
-            raise CheckpointError(
-                f"{path} was made with {name} = {found!r}, not {value!r}; "
-                "resume it with its own options, or name another folder (--out DIR)"
-            )
-    return config, state
-
-
-def _check_progress(state: dict[str, Any]) -> None:
-    """What a run hands on as it is; torch checks weights, optimiser and generators."""
-    check_count("step", state["step"], 0)
-    check_number("seconds", state["seconds"], zero=True)
-    history, pending, carried = state["history"], state["pending"], state.get("carried")
-    if not isinstance(history, list) or not isinstance(pending, list):
-        raise TypeError("history and pending must be lists")
-    for record in history:
-        if not isinstance(record, dict) or not {"step", "loss", "seconds"} <= record.keys():
-            raise TypeError(f"history has {record!r}; a record has step, loss and seconds")
-        if not all(type(value) in (int, float) for value in record.values()):  # a held-out error may be infinite
-            raise TypeError(f"history has {record!r}; a record has numbers")
-    for value in (*pending, *(record["loss"] for record in history)):
-        if type(value) not in (int, float) or not math.isfinite(value):
-            raise ValueError(f"a loss is {value!r}; it must be a finite number")
-    parts = carried if isinstance(carried, tuple) else (carried,)
-    if carried is not None and not all(isinstance(part, Tensor) for part in parts):
-        raise TypeError(f"carried is a {type(carried).__name__}; it must be a hidden state")
-
-
-def _brief(error: Exception) -> str:
-    return f"{type(error).__name__}: {error}".splitlines()[0].split(". ")[0]
 
 
 def extra(module: str, purpose: str) -> ModuleType:

@@ -31,7 +31,7 @@ def folder(tmp_path, run):
 
 def step_of(folder):
     """The step of the folder's checkpoint, which loads; both its files, if there are two."""
-    return training.load_checkpoint(folder, {})[1]["step"]
+    return training.load_checkpoint(folder, {}, Config)[1]["step"]
 
 
 class Disk:

@@ -10,9 +10,10 @@ from collections.abc import Sequence
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
+from pathrnn_kernels.checkpoints import TrainingError
 from pathrnn_kernels.cli import Parser
 from pathrnn_kernels.tasks import DataError
-from pathrnn_kernels.training import TrainingError, make_task
+from pathrnn_kernels.training import make_task
 
 from . import ratios, report
 from .rows import TABLES, cells

@@ -13,7 +13,7 @@ from torch import nn
 
 import pathrnn_kernels as pk
 from pathrnn_kernels import init
-from pathrnn_kernels.training import CHECKPOINT, load_checkpoint
+from pathrnn_kernels.checkpoints import CHECKPOINT, load_checkpoint
 
 from .systems import Experiment
 

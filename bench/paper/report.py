@@ -10,7 +10,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pathrnn_kernels.training import CHECKPOINT, atomic_write, extra
+from pathrnn_kernels.checkpoints import CHECKPOINT, atomic_write
+from pathrnn_kernels.training import extra
 
 from . import ratios
 from .rows import TABLES, Cell

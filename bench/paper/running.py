@@ -19,18 +19,8 @@ import torch
 from tqdm import tqdm
 
 import pathrnn_kernels
-from pathrnn_kernels.training import (
-    CHECKPOINT,
-    CheckpointError,
-    Config,
-    Record,
-    Run,
-    TrainingError,
-    atomic_write,
-    load_checkpoint,
-    make_task,
-    train,
-)
+from pathrnn_kernels.checkpoints import CHECKPOINT, CheckpointError, TrainingError, atomic_write, load_checkpoint
+from pathrnn_kernels.training import Config, Record, Run, make_task, train
 
 from .systems import Experiment, SystemRun
 

@@ -24,17 +24,8 @@ import torch
 from torch import Tensor, nn
 
 import pathrnn_kernels
-from pathrnn_kernels.training import (
-    CHECKPOINT,
-    Config,
-    Record,
-    Run,
-    TrainingError,
-    atomic_write,
-    evaluate,
-    extra,
-    train,
-)
+from pathrnn_kernels.checkpoints import CHECKPOINT, TrainingError, atomic_write
+from pathrnn_kernels.training import Config, Record, Run, evaluate, extra, train
 
 from .running import options
 from .systems import SYSTEMS
