@@ -238,9 +238,10 @@ class Engine(Optimizer):
         elif (served := self._served(layout, weights[0])) is not None:
             try:
                 status = self._call(served, moving, states)
-            except (TypeError, ValueError):
+            except (AttributeError, KeyError, TypeError, ValueError):
                 moving.check_gradients()  # by name
                 self._check_groups()
+                self._check_states(moving, states, alike=True)
                 raise
         else:
             status = self._in_plain_torch(moving, states)
@@ -408,7 +409,7 @@ class Engine(Optimizer):
         moving.check_gradients()
         self._check_groups()
         check_written([weights[i] for i in places], *[state.values() for state in states])
-        self._check_states([(layout.names[i], weights[i]) for i in places], states)
+        self._check_states(moving, states)
         with torch.no_grad():
             k = self._cached(weights)
             keys = (*self.buffers, "")[:2]
@@ -441,14 +442,27 @@ class Engine(Optimizer):
             if name in group and not _is_finite(group[name]):
                 raise ValueError(f"{name} is {group[name]!r}; it must be a finite number")
 
-    def _check_states(self, weights: list[tuple[str, Tensor]], states: list[dict[str, Any]]) -> None:
-        """Before anything is written, what the kernels check for themselves."""
-        for (name, p), state in zip(weights, states, strict=True):
-            for key in self.buffers:
-                if key in state and state[key].shape != p.shape:
+    def _check_states(self, moving: Moving, states: list[dict[str, Any]], alike: bool = False) -> None:
+        """By name, before anything is written, what the kernels check for themselves; ``alike``: dtypes, too."""
+        for i, state in zip(moving.places, states, strict=True):
+            name, p = moving.layout.names[i], moving.weights[i]
+            for key in (*self.buffers, "step"):
+                if (value := state.get(key)) is None:
+                    continue
+                if not isinstance(value, Tensor):
+                    raise TypeError(f"{key} of {name} is {value!r}; it must be a tensor: clear that state, or load it")
+                if key == "step":
+                    if value.numel() != 1:
+                        raise ValueError(f"step of {name} has shape {tuple(value.shape)}; it must have one entry")
+                elif value.shape != p.shape:
                     raise ValueError(
-                        f"{key} of {name} has shape {tuple(state[key].shape)}; it must be {tuple(p.shape)}: it is "
-                        "another network's"
+                        f"{key} of {name} has shape {tuple(value.shape)}; it must be {tuple(p.shape)}: it is another "
+                        "network's"
+                    )
+                elif alike and value.dtype != p.dtype:
+                    raise TypeError(
+                        f"{key} of {name} is {value.dtype}, but the weight has become {p.dtype}: convert the state by "
+                        "load_state_dict(optimizer.state_dict())"
                     )
 
     def _cached(self, weights: Sequence[Tensor], unread: bool = False) -> Kappa:

@@ -76,12 +76,13 @@ class InCoordinates(Engine):
         averages = {} if name == _OUTPUT_BIAS else {key: zeros_like(p) for key in self.buffers}
         return {"step": zeros_like(p.new_empty((), dtype=torch.float32)), **averages}
 
-    def _check_states(self, weights: list[tuple[str, Tensor]], states: list[dict[str, Any]]) -> None:
-        super()._check_states(weights, states)
-        for (name, _), state in zip(weights, states, strict=True):
-            missing = {"step", *(self.buffers if name != _OUTPUT_BIAS else ())} - state.keys()
-            if missing:
-                raise KeyError(f"the state of {name} lacks {', '.join(sorted(missing))}: clear it, or load it whole")
+    def _check_states(self, moving: Moving, states: list[dict[str, Any]], alike: bool = False) -> None:
+        super()._check_states(moving, states, alike)
+        for i, state in zip(moving.places, states, strict=True):
+            name = moving.layout.names[i]
+            needed = ("step", *(self.buffers if name != _OUTPUT_BIAS else ()))
+            if missing := sorted(key for key in needed if state.get(key) is None):
+                raise KeyError(f"the state of {name} lacks {', '.join(missing)}: clear it, or load it whole")
 
     def _own_numbers(self, group: dict[str, Any]) -> tuple[float, ...]:
         shape = group.get("power", 1.0), group.get("eps", 0.0), group.get("hold", 0), group.get("warmup", 0)
