@@ -624,6 +624,39 @@ def test_rows_of_every_length(kind, size):
         torch.testing.assert_close(p, q, rtol=2e-5, atol=2e-7, msg=lambda text, name=name: f"{name}: {text}")
 
 
+def test_without_memory_nothing_is_left_of_a_former_average():
+    net = make(dtype=F32)
+    twin = copy.deepcopy(net)
+    averages = []
+    for n, fused in ((net, None), (twin, False)):
+        optimizer = pk.PathAdam(n, lr=1e-6, betas=(0.0, 0.5), seq_len=SEQ_LEN, fused=fused)
+        for step in range(2):
+            generator = torch.Generator().manual_seed(7)
+            for p in n.parameters():
+                p.grad = torch.rand(p.shape, generator=generator)
+                if step == 1:
+                    p.grad.view(-1)[::2] *= -1e-4  # far below the average that was
+            optimizer.step()
+        averages.append([optimizer.state[p]["exp_avg"] for p in n.parameters() if "exp_avg" in optimizer.state[p]])
+    for mine, plain in zip(*averages, strict=True):
+        torch.testing.assert_close(mine, plain, rtol=2e-6, atol=0.0)
+
+
+def test_a_gradient_of_denormals_is_no_gradient_of_zeros():
+    moves = []
+    for fused in (None, False):
+        net = make(dtype=F32)
+        optimizer = pk.PathAdam(net, lr=0.1, seq_len=SEQ_LEN, fused=fused)
+        before = values(net)
+        for p in net.parameters():
+            p.grad = torch.full_like(p, 1e-44)
+        optimizer.step()
+        moves.append({name: p.detach() - before[name] for name, p in net.named_parameters() if name != "head.bias"})
+    for name, move in moves[0].items():
+        assert move.any(), name
+        torch.testing.assert_close(move, moves[1][name], rtol=1e-4, atol=1e-6, msg=name)
+
+
 @pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16))
 def test_halves(dtype):
     with pytest.raises(TypeError, match="use float32 parameters, under torch.autocast"):

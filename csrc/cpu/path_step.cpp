@@ -509,6 +509,10 @@ class Step {
       square = square + sums[v].square * Number{1, -views_[v].exponent};
     }
     const Number length = square.normal().root();
+    // Each g/sqrt(κ) may have underflowed where a gradient is no zero.
+    for (size_t v = 0; v < views_.size() && narrow() && length.mantissa == 0; ++v) {
+      if (static_cast<int64_t>(v) != bias && sums[v].pulled && sums[v].paths) return kNarrow;
+    }
     const bool held = bias >= 0 && count(bias) + 1 <= hold;
     const bool moves = !held && length.mantissa > 0 && std::isfinite(length.mantissa);
     std::vector<CoordinateRule> rules(views_.size());

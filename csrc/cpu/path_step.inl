@@ -425,8 +425,9 @@ bool coordinate_apply(const StepWeight<T>& w, const CoordinateRule& rule, int64_
   constexpr int64_t width = Simd<U>::width;
   Run<U> run;
   const U before = static_cast<U>(rule.before), after = static_cast<U>(rule.after);
-  const U keep = static_cast<U>(rule.beta2), take1 = static_cast<U>(1 - rule.beta1);
-  const U take2 = static_cast<U>(1 - rule.beta2), correction = static_cast<U>(rule.correction);
+  const U keep1 = static_cast<U>(rule.beta1), take1 = static_cast<U>(1 - rule.beta1);
+  const U keep2 = static_cast<U>(rule.beta2), take2 = static_cast<U>(1 - rule.beta2);
+  const U correction = static_cast<U>(rule.correction);
   const U eps = static_cast<U>(rule.eps), rate = static_cast<U>(rule.rate);
   const Vec<U> zero{}, one = all<U>(1);
   bool lost = false;
@@ -452,8 +453,8 @@ bool coordinate_apply(const StepWeight<T>& w, const CoordinateRule& rule, int64_
       const int64_t n = s.n - q;
       const Vec<U> unit = load(units + q, n), g = gradient.at(q, n) * unit * before * after;
       Vec<U> m = load(average + q, n), v = load(square + q, n);
-      m += take1 * (g - m);
-      v = keep * v + take2 * g * g;
+      m = keep1 * m + take1 * g;  // nothing of a former m is left where β₁ is 0
+      v = keep2 * v + take2 * g * g;
       store(average + q, m, n);
       store(square + q, v, n);
       const Vec<U> square_seen = v * correction, inverse = inverse_root(square_seen), size = m < zero ? -m : m;

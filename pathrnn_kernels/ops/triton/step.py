@@ -463,7 +463,7 @@ def _in_coordinates(entry, scratch, which, i, inside, up, kappa, exponent, DTYPE
     g = _times(g, of_pull + of_unit - up + tl.load(scratch + _LENGTH + 1))
     g = tl.where(_number(entry, _NUMBERS + 7) != 0, -g, g)
     m, v = _read(entry, _FIRST, i, inside, DTYPE).to(U), _read(entry, _SECOND, i, inside, DTYPE).to(U)
-    m += (1 - beta1).to(U) * (g - m)
+    m = beta1.to(U) * m + (1 - beta1).to(U) * g
     v = beta2.to(U) * v + (1 - beta2).to(U) * g * g
     root = _sqrt(v * correction)
     # Squares below the dtype's range belong to entries that are as good as on no path.
