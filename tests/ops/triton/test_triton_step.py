@@ -271,14 +271,14 @@ def shortened(case, radius):
     """The rule "given" in plain torch, in float64."""
     entries = [case.entry(i, (), 0.0, ()) for i in range(len(case.weights))]
     norm, exponent = power_of_e(case.log_path_norm)
-    deltas = [w.up(w.gradient) - w.up(w.weight) for w in entries]
+    deltas = [w.to_canonical(w.gradient) - w.to_canonical(w.weight) for w in entries]
     squares = [
         ldexp(w.divisor.m * d * d / norm, w.divisor.e - exponent).sum() for w, d in zip(entries, deltas, strict=True)
     ]
     length = float(torch.stack(squares).sum().sqrt())
     share = radius / length if length > radius else 1.0
     for w, d in zip(entries, deltas, strict=True):
-        w.weight.copy_(w.gradient if share == 1 else w.down(w.up(w.weight) + share * d))
+        w.weight.copy_(w.gradient if share == 1 else w.from_canonical(w.to_canonical(w.weight) + share * d))
     return share
 
 
