@@ -664,7 +664,7 @@ class Layout:
         self.foreign = [i for i, p in enumerate(weights) if id(p) not in owners]
         #: What ops/step.py has of a PathNetwork.
         self.structure = net.structure if isinstance(net, PathNetwork) else None
-        # All of this follows from what these containers hold under these keys, which C looks up ten times as fast.
+        # All of this follows from what these containers hold under these keys; map looks it up without a bytecode each.
         places = [*held, *[(group, "params") for group in groups]]
         places += [(own, i) for own in self._lists for i in range(len(own))]
         self._containers, self._keys = zip(*places, strict=True)

@@ -606,22 +606,24 @@ def test_a_list_of_parameters_that_changes_is_noticed():
     assert stay == {"rnn.weight_hh_l0"}
 
 
+@pytest.mark.parametrize(("dtype", "rtol", "atol"), ((F32, 2e-5, 2e-7), (F64, 1e-9, 1e-13)), ids=("float32", "float64"))
 @kinds
 @pytest.mark.parametrize("size", ((5000, 3), (15, 20), (17, 19), (1, 300), (2, 1)), ids="I{0[0]}H{0[1]}".format)
-def test_rows_of_every_length(kind, size):
+def test_rows_of_every_length(kind, size, dtype, rtol, atol):
     """Short rows are laid one behind the other, long ones cut; plain torch in float64 knows nothing of rows."""
-    net = pk.PathNetwork(pk.ReLURNN(*size), nn.Linear(size[1], 2), outputs="last")
+    net = pk.PathNetwork(pk.ReLURNN(*size), nn.Linear(size[1], 2), outputs="last").to(dtype)
     twin, start = copy.deepcopy(net), values(net)
     optimizers = KINDS[kind](net, seq_len=SEQ_LEN), KINDS[kind](twin, seq_len=SEQ_LEN, fused=False)
     for step in range(4):
         for n, optimizer in zip((net, twin), optimizers, strict=True):
             generator = torch.Generator().manual_seed(step)
             for p in n.parameters():
-                p.grad = 0.01 * torch.randn(p.shape, generator=generator)
+                p.grad = 0.01 * torch.randn(p.shape, generator=generator, dtype=dtype)
             optimizer.step()
     for (name, p), q in zip(net.named_parameters(), twin.parameters(), strict=True):
-        assert not torch.equal(p, start[name]), name
-        torch.testing.assert_close(p, q, rtol=2e-5, atol=2e-7, msg=lambda text, name=name: f"{name}: {text}")
+        if dtype == F64:  # in float32 a step of long rows is no more than some ulps
+            assert (p - start[name]).abs().min() > 100 * atol, name
+        torch.testing.assert_close(p, q, rtol=rtol, atol=atol, msg=lambda text, name=name: f"{name}: {text}")
 
 
 def test_without_memory_nothing_is_left_of_a_former_average():

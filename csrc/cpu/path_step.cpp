@@ -4,8 +4,6 @@
 #include <c10/core/InferenceMode.h>
 #include <torch/library.h>
 
-#include <deque>
-
 #include "../check.h"
 #include "isa.h"
 #include "path_chain.h"
@@ -596,7 +594,7 @@ class Step {
     std::vector<T> kappa, up, down;
     std::vector<int64_t> exponent;
   };
-  std::deque<Unfolded> unfolded_;
+  std::vector<Unfolded> unfolded_;  // views hold pointers to what its vectors hold, which stays where it is
   std::vector<Tensor> kept_;
   std::vector<std::pair<Tensor, Tensor>> copies_;
   int64_t numbers_per_weight_ = 0;
