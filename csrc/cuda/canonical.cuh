@@ -88,9 +88,10 @@ struct Reach {
   int64_t chains, hidden;
 };
 
-// Block i: one chain's h, or its δ. Where all units are reached from the start, W_hh is not read.
+// Block i: one chain's h, or its δ. Where all units are reached from the start, W_hh is not read. A grid constant's arrays
+// are indexed where they lie; of another argument every thread would keep a copy on its stack.
 template <typename T>
-__global__ void __launch_bounds__(kReachThreads, 1) find_reach(Reach<T> a) {
+__global__ void __launch_bounds__(kReachThreads, 1) find_reach(const __grid_constant__ Reach<T> a) {
   const int side = blockIdx.x < a.chains ? 0 : 1;
   const int64_t H = a.hidden, chain = blockIdx.x % a.chains;
   const T* const weight = a.weight[side] + chain * H * H;

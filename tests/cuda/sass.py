@@ -1,11 +1,19 @@
-"""What the machine code of the CUDA kernels must have and must not have, read in cuobjdump's listing of it."""
+"""The machine code of the CUDA kernels, as the extension has it for every architecture that it was built for: prints
+registers, and fails if a kernel has a stack, which is where registers spill to, or code that is not as it must be.
+
+    python tests/cuda/sass.py [library]
+
+By default of the extension that is installed. Needs cuobjdump, which comes with Triton, too; no GPU and no nvcc.
+"""
 
 import importlib.util
 import re
 import shutil
 import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 from torch.utils import cpp_extension
 
@@ -32,6 +40,13 @@ MOST = {
 Instruction = tuple[int, str]  # address and text
 
 
+class Kernel(NamedTuple):
+    architecture: int
+    name: str  # mangled
+    registers: int
+    stack: int  # bytes
+
+
 def tool() -> str:
     """cuobjdump: the toolkit's, the PATH's or Triton's."""
     found = Path(str(cpp_extension.CUDA_HOME), "bin", "cuobjdump")
@@ -45,18 +60,33 @@ def tool() -> str:
     return named
 
 
-def listing(cubin: Path) -> str:
-    return subprocess.check_output([tool(), "-sass", str(cubin)], text=True)
+def dump(what: str, library: Path) -> str:
+    return subprocess.check_output([tool(), what, str(library)], text=True)
 
 
-def kernels(text: str) -> dict[str, list[Instruction]]:
-    """The instructions of every kernel, by its mangled name."""
-    found: dict[str, list[Instruction]] = {}
-    for match in re.finditer(r"Function : (\w+)|^\s+/\*([0-9a-f]{4,})\*/\s+([^;]*\S)\s*;", text, re.MULTILINE):
+def resources(text: str) -> Iterator[Kernel]:
+    """What cuobjdump -res-usage says of every kernel."""
+    pattern = r"^arch = sm_(\d+)|^ Function (\w+):\s+REG:(\d+) STACK:(\d+)"
+    architecture = 0
+    for match in re.finditer(pattern, text, re.MULTILINE):
         if match[1]:
-            instructions = found[match[1]] = []
+            architecture = int(match[1])
         else:
-            instructions.append((int(match[2], 16), match[3]))
+            yield Kernel(architecture, match[2], int(match[3]), int(match[4]))
+
+
+def kernels(text: str) -> dict[tuple[int, str], list[Instruction]]:
+    """The instructions of every kernel, by architecture and mangled name; the text is of cuobjdump -sass."""
+    found: dict[tuple[int, str], list[Instruction]] = {}
+    pattern = r"^arch = sm_(\d+)|Function : (\w+)|^\s+/\*([0-9a-f]{4,})\*/\s+([^;]*\S)\s*;"
+    architecture = 0
+    for match in re.finditer(pattern, text, re.MULTILINE):
+        if match[1]:
+            architecture = int(match[1])
+        elif match[2]:
+            instructions = found[architecture, match[2]] = []
+        else:
+            instructions.append((int(match[3], 16), match[4]))
     return found
 
 
@@ -89,12 +119,15 @@ def _first(body: list[str], pattern: str, after: int = -1) -> int:
 def _of_chains(dtype: str, plan: str, width: int, architecture: int, instructions: list[Instruction]) -> Iterator[str]:
     barrier = "UCGABAR_ARV" if plan == "cluster" else r"\bBAR\.SYNC"
     loops = loops_around(instructions, barrier)
+    traps = any(re.search(r"\bBPT\.TRAP\b", text) for _, text in instructions)
+    if plan == "cluster" and traps != (architecture < 90):  # a GPU without clusters has no barriers for them
+        yield f"it {'traps' if traps else 'does not trap'} on sm_{architecture}"
     most = MOST.get((dtype, plan, width))
     if most is None:
         yield f"a layout that MOST does not know, of width {width}"
         return
     if len(loops) < len(most):
-        if plan != "cluster" or architecture >= 90:  # older ones trap, as ptxas.py sees in PTX
+        if plan != "cluster" or architecture >= 90:
             yield f"{len(loops)} loops with {barrier}, not {len(most)}"
         return
     # Products are made by the warps that have rows.
@@ -129,13 +162,12 @@ def _of_chains(dtype: str, plan: str, width: int, architecture: int, instruction
                 yield f"a plain load of what other blocks wrote: {text}"
 
 
-def complaints(architecture: int, text: str) -> list[str]:
+def complaints(text: str) -> list[str]:
     """A line for everything in a listing that should not be as it is."""
     found = []
-    for name, instructions in kernels(text).items():
+    for (architecture, name), instructions in kernels(text).items():
         # The cache behind such loads is not told of stores, the kernel's own or another block's.
-        stale = [text for _, text in instructions if re.search(r"\bLDG\b.*\.CONSTANT", text)]
-        found += [f"{name}: a non-coherent load: {text}" for text in stale]
+        wrong = [f"a non-coherent load: {text}" for _, text in instructions if re.search(r"\bLDG\b.*\.CONSTANT", text)]
         chains = re.search(
             r"run_chainsINS_6LayoutI([fd])Li(\d+)ELi\d+ELi(\d+)E\w*LNS_9ChainPlanE([01])E|run_chains_on_gridI([fd])E",
             name,
@@ -144,5 +176,32 @@ def complaints(architecture: int, text: str) -> list[str]:
             dtype = "float32" if "f" in (chains[1], chains[5]) else "float64"
             plan = PLANS[int(chains[4])] if chains[1] else "grid"
             width = int(chains[2]) * int(chains[3]) if chains[1] else 0
-            found += [f"{name}: {what}" for what in _of_chains(dtype, plan, width, architecture, instructions)]
+            wrong += _of_chains(dtype, plan, width, architecture, instructions)
+        found += [f"sm_{architecture}, {name}: {what}" for what in wrong]
     return found
+
+
+def main(arguments: list[str]) -> int:
+    if arguments:
+        library = Path(arguments[0])
+    else:
+        import pathrnn_kernels._C as built
+
+        library = Path(built.__file__)
+    rows = sorted(resources(dump("-res-usage", library)))
+    if not any("run_chains" in kernel.name for kernel in rows):
+        sys.exit(f"{library} holds no CUDA kernels: pathrnn info says why")
+    wrong = [f"sm_{k.architecture}, {k.name}: {k.stack} bytes of stack" for k in rows if k.stack]
+    wrong += complaints(dump("-sass", library))
+    names = subprocess.run(
+        ["c++filt", "-p"], input="\n".join(k.name for k in rows), capture_output=True, text=True, check=True
+    ).stdout.splitlines()
+    print(f"{'kernel':80} {'sm':>4} {'registers':>9}")
+    for kernel, name in zip(rows, names, strict=True):
+        print(f"{name.removeprefix('pathrnn::'):80} {kernel.architecture:>4} {kernel.registers:>9}")
+    print(*wrong, sep="\n", end="\n" if wrong else "")
+    return int(bool(wrong))
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -3,7 +3,7 @@
 import pytest
 import sass
 
-pytestmark = pytest.mark.slow  # nvcc compiles its sample
+pytestmark = pytest.mark.slow  # conftest.py compiles all kernels for the host, whatever is asked for here
 
 #: Kernels, and what the warp without rows does in a step.
 NAMES = {
@@ -36,7 +36,7 @@ def complaints(plan, step, architecture=90):
         body += [*loop, f"@!P0 BRA 0x{16 * len(body):x}"]
     body.append("EXIT")
     lines = [f"        /*{16 * i:04x}*/    {text} ;    /* 0x0000 */\n    /* 0x0000 */" for i, text in enumerate(body)]
-    return sass.complaints(architecture, "\n".join([f"\t\tFunction : {NAMES[plan]}", *lines]))
+    return sass.complaints("\n".join([f"arch = sm_{architecture}", f"\t\tFunction : {NAMES[plan]}", *lines]))
 
 
 @pytest.mark.parametrize("plan", STEPS)
@@ -87,5 +87,27 @@ def test_code_behind_the_end_is_no_loop():
     assert sass.loops_around(body, "BAR") == [["BAR.SYNC", "BRA 0x0"]]
 
 
-def test_clusters_are_not_asked_of_architectures_without_them():
-    assert complaints("cluster", ["NOP"], 80) == [] and complaints("cluster", ["NOP"], 90) != []
+def test_clusters_are_not_asked_of_architectures_without_them_which_must_trap():
+    assert complaints("cluster", ["BPT.TRAP 0x1"], 80) == []
+    assert "does not trap" in complaints("cluster", ["NOP"], 80)[0]
+    assert "it traps" in complaints("cluster", [*STEPS["cluster"], "BPT.TRAP 0x1"])[0]
+    assert complaints("cluster", ["NOP"]) != []
+
+
+def test_registers_and_stack_are_read_by_architecture():
+    said = """
+Fatbin elf code:
+================
+arch = sm_80
+
+Resource usage:
+ Common:
+  GLOBAL:0
+ Function _Z1fPf:
+  REG:38 STACK:88 SHARED:0 LOCAL:0 CONSTANT[0]:364 TEXTURE:0 SURFACE:0 SAMPLER:0
+
+Fatbin ptx code:
+================
+arch = sm_120
+"""
+    assert list(sass.resources(said)) == [(80, "_Z1fPf", 38, 88)]
