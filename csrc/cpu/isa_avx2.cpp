@@ -30,6 +30,9 @@ inline Vec<double> load_lanes(const double* p, int64_t n) { return (Vec<double>)
 inline void store_lanes(float* p, const Vec<float>& v, int64_t n) { _mm256_maskstore_ps(p, lanes(float(), n), (__m256)v); }
 inline void store_lanes(double* p, const Vec<double>& v, int64_t n) { _mm256_maskstore_pd(p, lanes(double(), n), (__m256d)v); }
 
+inline bool any_lane(const Vec<int32_t>& v) { return _mm256_testz_si256((__m256i)v, (__m256i)v) == 0; }
+inline bool any_lane(const Vec<int64_t>& v) { return _mm256_testz_si256((__m256i)v, (__m256i)v) == 0; }
+
 inline Vec<float> square_root(const Vec<float>& v) { return (Vec<float>)_mm256_sqrt_ps((__m256)v); }
 inline Vec<double> square_root(const Vec<double>& v) { return (Vec<double>)_mm256_sqrt_pd((__m256d)v); }
 // Of positive numbers, 0 where they are not normal: 12 bits and a step of third order, within an ulp (all mantissas tried; a
@@ -39,6 +42,11 @@ inline Vec<float> inverse_root(const Vec<float>& v) {
   return v < std::numeric_limits<float>::min() ? Vec<float>{} : x + x * error * (0.5f + 0.375f * error);
 }
 inline Vec<double> inverse_root(const Vec<double>& v) { return 1.0 / square_root(v); }
+
+template <typename V>
+inline V inverse(const V& v) {
+  return 1 / v;
+}
 
 #include "kernels.inl"
 }  // namespace

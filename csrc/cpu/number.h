@@ -4,13 +4,17 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
+#include <cstring>
 #include <limits>
 
 namespace pathrnn {
 
 // 2^exponent, the exponent brought into double's range.
 inline double power(int64_t exponent) {
-  return std::ldexp(1.0, static_cast<int>(std::clamp<int64_t>(exponent, -1020, 1020)));
+  const uint64_t bits = static_cast<uint64_t>(std::clamp<int64_t>(exponent, -1020, 1020) + 1023) << 52;
+  double result;
+  std::memcpy(&result, &bits, sizeof(result));
+  return result;
 }
 
 // mantissa · 2^exponent.

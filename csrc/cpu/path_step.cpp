@@ -238,13 +238,17 @@ class Step {
   // Of a matrix of short rows, one long row; whatever the scaling, as sums go by rows.
   void unfold(StepWeight<T>& w) {
     Unfolded& u = unfolded_.emplace_back();
-    for (int64_t i = 0; i < w.size; ++i) {
-      const int64_t row = i / w.columns, column = i % w.columns;
-      u.kappa.push_back(w.kappa[row * w.row_stride + column * w.column_stride]);
-      u.exponent.push_back((w.row ? w.row[row] : 0) + (w.column ? w.column[column] : 0));
-      if (!tables_) continue;
-      u.up.push_back((w.row ? w.row_up[row] : T(1)) * (w.column ? w.column_up[column] : T(1)));
-      u.down.push_back((w.row ? w.row_down[row] : T(1)) * (w.column ? w.column_down[column] : T(1)));
+    u.kappa.resize(w.size);
+    u.exponent.resize(w.size);
+    if (tables_) u.up.resize(w.size), u.down.resize(w.size);
+    for (int64_t row = 0, i = 0; i < w.size; ++row) {
+      for (int64_t column = 0; column < w.columns; ++column, ++i) {
+        u.kappa[i] = w.kappa[row * w.row_stride + column * w.column_stride];
+        u.exponent[i] = (w.row ? w.row[row] : 0) + (w.column ? w.column[column] : 0);
+        if (!tables_) continue;
+        u.up[i] = (w.row ? w.row_up[row] : T(1)) * (w.column ? w.column_up[column] : T(1));
+        u.down[i] = (w.row ? w.row_down[row] : T(1)) * (w.column ? w.column_down[column] : T(1));
+      }
     }
     w.columns = w.row_stride = w.size;
     w.column_stride = 1;

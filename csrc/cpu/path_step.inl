@@ -106,25 +106,26 @@ const U* gather_kappa(const StepWeight<T>& w, const Span& s, U* out) {
   return out;
 }
 
-// w += x · 2^-e: canonical coordinates' x.
+// w += factor · x · more · 2^-e: x is in canonical coordinates.
 template <typename T, typename U, typename Out>
-void add_step(const StepWeight<T>& w, const Span& s, const U* x, Out* weight) {
+inline void add_step(const StepWeight<T>& w, const Span& s, const U* x, U factor, U more, Out* weight) {
   if (!w.tables) {
     for (int64_t q = 0; q < s.n; ++q) {
-      const Number step{static_cast<double>(x[q]), -exponent_at(w, s.row, s.column + q)};
+      const Number step{static_cast<double>(factor * x[q] * more), -exponent_at(w, s.row, s.column + q)};
       weight[q] = static_cast<Out>(static_cast<double>(weight[q]) + step.value());
     }
     return;
   }
   const T r = row_factor<true>(w, s), *const c = column_factors<true>(w, s);
   if constexpr (std::is_same_v<T, U> && std::is_same_v<T, Out>) {
-    const Canonically<T> step{x, r, c};
     for (int64_t q = 0; q < s.n; q += Simd<T>::width) {
-      store(weight + q, load(weight + q, s.n - q) + step.at(q, s.n - q), s.n - q);
+      const int64_t m = s.n - q;
+      store(weight + q, load(weight + q, m) + factor * load(x + q, m) * more * (r * load(c + q, m)), m);
     }
   } else {
     for (int64_t q = 0; q < s.n; ++q) {
-      weight[q] = static_cast<Out>(static_cast<U>(weight[q]) + x[q] * (static_cast<U>(r) * static_cast<U>(c[q])));
+      const U step = factor * x[q] * more;
+      weight[q] = static_cast<Out>(static_cast<U>(weight[q]) + step * (static_cast<U>(r) * static_cast<U>(c[q])));
     }
   }
 }
@@ -140,22 +141,24 @@ inline int64_t kappa_at(const StepWeight<T>& w, const Span& s, int64_t q) {
   return s.row * w.row_stride + (s.column + q) * w.column_stride;
 }
 
-// A sum of squares: in double while it is in range, and what is not.
+// A sum of squares: in double while it is in range, by lanes, and what is not.
 struct Squares {
+  Vec<double> lanes{};
   double near = 0;
   Number far;
-  Number total() const { return far + Number{near, 0}; }
+  Number total() const { return far + Number{near + lane_sum<double>(lanes), 0}; }
 };
 
 // Adds Σ a b² of a run (b² without a), `sums` by lanes, where U lost nothing of note; else it sums them again, in double or
 // as numbers of any size.
 template <typename U>
 void add_squares(const Vec<U>& sums, const U* a, const U* b, int64_t n, Squares& squares) {
-  const double total = static_cast<double>(lane_sum<U>(sums));
   constexpr bool single = sizeof(U) < sizeof(double);
   // Terms below the range are then as nothing beside it, and none is above.
-  if (total >= (single ? 0x1p-52 : 0x1p-792) && total <= (single ? 0x1p100 : 0x1p900)) {
-    squares.near += total;
+  if (any_lane(sums >= all<U>(single ? 0x1p-52 : 0x1p-792)) && !any_lane(~(sums <= all<U>(single ? 0x1p96 : 0x1p896)))) {
+    U lanes[Simd<U>::width];
+    store(lanes, sums);
+    for (int64_t l = 0; l < Simd<U>::width; l += Simd<double>::width) squares.lanes += load_wide(lanes + l);
     return;
   }
   for (int64_t q = 0; q < n; ++q) {
@@ -228,11 +231,11 @@ void exact_descent(const StepWeight<T>& w, const SgdRule& rule, const Span& s, c
   }
 }
 
-// What a run's quotients came to.
+// What quotients came to.
 template <typename U>
 struct Found {
   Largest<U> steps, paths, pulls;
-  Vec<U> squares{};  // Σ κ d², by lanes
+  Vec<U> squares{};  // Σ κ d² of a run, by lanes
 };
 
 // The quotient with the decay, d, of a run.
@@ -248,8 +251,9 @@ void descent(const StepWeight<T>& w, const SgdRule& rule, const Span& s, Run<U>&
   }
   const Canonically<U> gradient = canonically<true>(w, s, w.gradient, run.gradient);
   const U before = static_cast<U>(rule.before), after = static_cast<U>(rule.after), decay = static_cast<U>(rule.decay);
+  const bool decays = rule.decay != 0;
   Canonically<U> weight{};
-  if (rule.decay != 0) weight = canonically<false>(w, s, w.weight, run.weight);
+  if (decays) weight = canonically<false>(w, s, w.weight, run.weight);
   const U* divisor = kappa;
   if (rule.damping.mantissa != 0) {
     // γ² is one number for all weights: its share is 2^-2e of it.
@@ -259,22 +263,24 @@ void descent(const StepWeight<T>& w, const SgdRule& rule, const Span& s, Run<U>&
     for (int64_t q = 0; q < s.n; ++q) run.second[q] = static_cast<U>(kappa[q] * share + run.second[q] * run.second[q]);
     divisor = run.second;
   }
-  const Vec<U> infinity = all<U>(std::numeric_limits<double>::infinity());
+  const Vec<U> zero{};
+  Found<U> seen = found;  // in registers: stores to memory might change what lies in it
   for (int64_t q = 0; q < s.n; q += width) {
     const int64_t m = s.n - q;
     const Vec<U> g = gradient.at(q, m), k = load(divisor + q, m);
     // On no path there is no step.
-    Vec<U> d = g * before / (k == Vec<U>{} ? infinity : k) * after;
-    if (rule.decay != 0) d += decay * weight.at(q, m);
+    Vec<U> d = g * before * (k == zero ? zero : inverse(k)) * after;
+    if (decays) d += decay * weight.at(q, m);
     store(step + q, d);
     if (measure) {
       const Vec<U> path = divisor == kappa ? k : load(kappa + q, m);
-      found.steps.add(d);
-      found.pulls.add(g);
-      found.paths.add(path);
-      found.squares += path * d * d;
+      seen.steps.add(d);
+      seen.pulls.add(g);
+      seen.paths.add(path);
+      seen.squares += path * d * d;
     }
   }
+  if (measure) found = seen;
   if (rule.exact) exact_descent(w, rule, s, weight, step);
 }
 
@@ -306,14 +312,11 @@ StepSums sgd_measure(const StepWeight<T>& w, const SgdRule& rule, int64_t first,
   Run<U> run;
   StepSums sums{};
   Squares squares;
-  const double down = power_of_two<double>(std::clamp<int64_t>(w.most_down, -1000, 1000));
+  Found<U> found;
   for_runs(w.columns, first, last, [&](const Span& s) {
-    Found<U> found;
     const U* const kappa = gather_kappa(w, s, run.kappa);
+    found.squares = Vec<U>{};
     descent<T, U, true>(w, rule, s, run, kappa, run.step, found);
-    sums.pulled |= found.pulls.value() != 0;
-    sums.paths |= found.paths.value() > 0;
-    if (rule.exact || !(found.steps.value() * down <= rule.limit)) sums.lost |= lost_entries(w, rule.limit, s, run.step);
     if (rule.bounded && w.first) {
       momentum_step(w, rule, s, run.step, run);
       add_lengths(w, s, kappa, run.delta, squares);
@@ -324,6 +327,19 @@ StepSums sgd_measure(const StepWeight<T>& w, const SgdRule& rule, int64_t first,
     }
     if (U* const place = kept<T, U>(w, s)) std::copy(run.step, run.step + s.n, place);
   });
+  sums.pulled = found.pulls.value() != 0;
+  sums.paths = found.paths.value() > 0;
+  const double down = power_of_two<double>(std::clamp<int64_t>(w.most_down, -1000, 1000));
+  if (rule.exact || !(found.steps.value() * down <= rule.limit)) {
+    for_runs(w.columns, first, last, [&](const Span& s) {
+      const U* step = kept<T, U>(w, s);
+      if (!step) {
+        descent<T, U, false>(w, rule, s, run, gather_kappa(w, s, run.kappa), run.step, found);
+        step = run.step;
+      }
+      sums.lost |= lost_entries(w, rule.limit, s, step);
+    });
+  }
   sums.square = squares.total();
   if (!w.first) sums.square = sums.square * Number{rule.rate, 0}.normal() * Number{rule.rate, 0}.normal();
   return sums;
@@ -348,10 +364,7 @@ void sgd_apply(const StepWeight<T>& w, const SgdRule& rule, int64_t first, int64
       momentum_step(w, rule, s, step, run);
       step = run.delta;
     }
-    for (int64_t q = 0; q < s.n; q += Simd<U>::width) {
-      store(run.delta + q, factor * load(step + q, s.n - q) * more);
-    }
-    add_step(w, s, run.delta, w.moved + s.i);
+    add_step(w, s, step, factor, more, w.moved + s.i);
     if (w.first) shift<true, U>(w, s, run.first, w.first + s.i);
   });
 }
@@ -384,13 +397,16 @@ StepSums coordinate_measure(const StepWeight<T>& w, int64_t first, int64_t last)
     const Canonically<U> gradient = canonically<true>(w, s, w.gradient, run.gradient);
     gather_units(w, s, run.kappa);
     Vec<U> lanes{};
+    Largest<U> unit_seen = units, pull_seen = pulls;  // in registers, as above
     for (int64_t q = 0; q < s.n; q += Simd<U>::width) {
       const Vec<U> unit = load(run.kappa + q, s.n - q), g = gradient.at(q, s.n - q), x = g * unit;
-      units.add(unit);
-      pulls.add(g);
+      unit_seen.add(unit);
+      pull_seen.add(g);
       lanes += x * x;
       store(run.step + q, x);
     }
+    units = unit_seen;
+    pulls = pull_seen;
     for (int64_t q = 0; w.entry_exponents && q < s.n; ++q) {
       sums.lost |= run.kappa[q] == kFarthest && w.gradient[s.i + q] != 0;
     }
@@ -409,11 +425,12 @@ template <typename U>
 [[gnu::noinline]] void raise_lanes(U* lanes, double power) {
   for (int64_t l = 0; l < Simd<U>::width; ++l) lanes[l] = static_cast<U>(std::pow(static_cast<double>(lanes[l]), power));
 }
+// x^power; `whole` is the power if it is one of the small whole numbers, else 0.
 template <typename U>
-inline Vec<U> raise(const Vec<U>& x, double power) {
-  if (power == 1) return x;
-  if (power == 2) return x * x;
-  if (power == 3) return x * x * x;
+inline Vec<U> raise(const Vec<U>& x, int whole, double power) {
+  if (whole == 1) return x;
+  if (whole == 2) return x * x;
+  if (whole == 3) return x * x * x;
   U lanes[Simd<U>::width];
   store(lanes, x);
   raise_lanes(lanes, power);
@@ -429,6 +446,8 @@ bool coordinate_apply(const StepWeight<T>& w, const CoordinateRule& rule, int64_
   const U keep2 = static_cast<U>(rule.beta2), take2 = static_cast<U>(1 - rule.beta2);
   const U correction = static_cast<U>(rule.correction);
   const U eps = static_cast<U>(rule.eps), rate = static_cast<U>(rule.rate);
+  const bool damped = rule.eps > 0;
+  const int whole = rule.power == 1 ? 1 : rule.power == 2 ? 2 : rule.power == 3 ? 3 : 0;
   const Vec<U> zero{}, one = all<U>(1);
   bool lost = false;
   for_runs(w.columns, first, last, [&](const Span& s) {
@@ -457,25 +476,26 @@ bool coordinate_apply(const StepWeight<T>& w, const CoordinateRule& rule, int64_
       v = keep2 * v + take2 * g * g;
       store(average + q, m, n);
       store(square + q, v, n);
-      const Vec<U> square_seen = v * correction, inverse = inverse_root(square_seen), size = m < zero ? -m : m;
+      const Vec<U> square_seen = v * correction, root = inverse_root(square_seen), size = m < zero ? -m : m;
+      Vec<U> ratio = size * root;
+      if (damped) ratio *= inverse(one + eps * root);
       // Squares below the dtype's range belong to entries that are as good as on no path.
-      Vec<U> ratio = square_seen > zero ? size * inverse : zero;
-      if (rule.eps > 0) ratio = square_seen > zero ? ratio / (one + eps * inverse) : zero;
+      ratio = square_seen > zero ? ratio : zero;
       ratio = ratio > one ? one : ratio;
-      const Vec<U> step = raise<U>(ratio, rule.power) * rate * unit;
+      const Vec<U> step = raise<U>(ratio, whole, rule.power) * rate * unit;
       store(run.delta + q, m < zero ? step : -step);
     }
     if (!write) {
       double own[kRun];
       std::copy(w.weight + s.i, w.weight + s.i + s.n, own);
-      add_step(w, s, run.delta, own);
+      add_step(w, s, run.delta, U(1), U(1), own);
       for (int64_t q = 0; q < s.n; ++q) {
         const bool finite = std::isfinite(w.gradient[s.i + q]) && std::isfinite(w.weight[s.i + q]);
         lost |= finite && !(std::abs(own[q]) <= rule.limit);
       }
       return;
     }
-    add_step(w, s, run.delta, w.moved + s.i);
+    add_step(w, s, run.delta, U(1), U(1), w.moved + s.i);
     if (!copied) return;
     std::copy(average, average + s.n, w.first + s.i);
     std::copy(square, square + s.n, w.second + s.i);
