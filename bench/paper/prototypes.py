@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pathrnn_kernels import GatedPathSGD, PathNetwork, kappa
+from pathrnn_kernels import GatedPathSGD, PathAdam, PathNetwork, kappa, log_path_norm
 from pathrnn_kernels.kappa import Kappa
 
 _RECURRENT, _OUTPUT_BIAS = "rnn.weight_hh_l0", "head.bias"
@@ -43,6 +43,34 @@ class SpectralGate(GatedPathSGD):
         if values[0] > limit:
             cut = (left * values.clamp(max=limit)) @ right
             weight.copy_(before + (cut / balance[:, None] * balance).to(weight.dtype))
+        return loss
+
+
+class BoundedGrowth(PathAdam):
+    """``PathAdam``, whose step is halved until it makes γ² no more than e^growth times what it was.
+
+    κ is the curvature where a weight is. A self-connection of 0.99 has little of it, and one of 1.01 makes γ² 800 times
+    as large, T = 784: where gradients of a unit were next to nothing, Adam's quotient takes such a step at once.
+    """
+
+    def __init__(self, net: PathNetwork, lr: float, seq_len: int, growth: float = 1.0, **given: Any) -> None:
+        super().__init__(net, lr, seq_len=seq_len, **given)
+        self.growth, self.length = growth, seq_len
+        self.sharpest = 0.0  # the largest growth since it was last read, before the step was halved
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> Any:
+        weights = list(self.net.weights().values())
+        before, old = [p.clone() for p in weights], float(log_path_norm(self.net, self.length))
+        loss = super().step(closure)
+        growth = float(log_path_norm(self.net, self.length)) - old
+        self.sharpest = max(self.sharpest, growth)
+        for _ in range(20):
+            if growth <= self.growth:
+                break
+            for p, former in zip(weights, before, strict=True):
+                p.add_(former).mul_(0.5)
+            growth = float(log_path_norm(self.net, self.length)) - old
         return loss
 
 

@@ -558,8 +558,7 @@ def test_plans_that_do_not_serve(plan, hidden, error, message):
 
 
 @SOME_PLANS
-@pytest.mark.parametrize("layers", (1, 2))
-@pytest.mark.parametrize("rtol", (0.0, 1e-3))
+@pytest.mark.parametrize("layers, rtol", ((1, 0.0), (2, 1e-3)))
 @DTYPES
 def test_path_chain_equals_the_cpu_kernels(layers, rtol, plan, dtype):
     """All kernels, in the order in which a GPU runs them."""
