@@ -53,7 +53,7 @@ struct RowSums {
 // sequence y, a lane each; its warps share the rows.
 template <typename T>
 __global__ void __launch_bounds__(kSumThreads) sum_rows(RowSums<T> first, RowSums<T> second, bool* lost) {
-  const RowSums<T>& a = blockIdx.y == 0 ? first : second;
+  const RowSums<T> a = blockIdx.y == 0 ? first : second;  // no reference: to be pointed to, both would lie on the stack
   SharedMemory memory;
   const Shared<int64_t> scratch = memory.take<int64_t>(kSumThreads / kWarp);
   const Shared<T> partial = memory.take<T>(kSumThreads);
