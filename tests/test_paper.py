@@ -14,7 +14,7 @@ pytest.importorskip("matplotlib")
 pytest.importorskip("tqdm")
 
 import pathrnn_kernels as pk
-from bench.paper import coherent, command, ratios, report, running, tried
+from bench.paper import coherent, command, prototypes, ratios, report, running, tried
 from bench.paper.cells import NormStabilised, SmoothReLU, UnitaryRNN, mod_relu
 from bench.paper.rows import TABLES, cells
 from bench.paper.running import Job, execute, result_of
@@ -324,6 +324,20 @@ def test_a_trial_has_the_settings_it_names_and_a_result_file(tmp_path, monkeypat
     assert "| one | 4 |" in out and "| two | 4 |" in out
     pictures = [path.name for path in (tmp_path / "results").glob("*.png")]
     assert pictures == ([] if options else ["adding-4-b2-4.png"])
+
+
+def test_a_step_is_halved_until_the_path_norm_grows_no_more_than_it_may():
+    torch.manual_seed(0)
+    net = pk.PathNetwork(pk.ReLURNN(1, 4), nn.Linear(4, 1), outputs="last")
+    pk.init.identity_(net)
+    optimizer = prototypes.BoundedGrowth(net, 0.3, seq_len=60, growth=0.5)
+    for _ in range(4):
+        before = float(pk.log_path_norm(net, 60).detach())
+        net.zero_grad()
+        (-net(torch.ones(60, 3, 1)).sum()).backward()  # longer outputs, and so longer paths
+        optimizer.step()
+        assert 0 < float(pk.log_path_norm(net, 60).detach()) - before <= 0.5
+    assert optimizer.sharpest > 0.5  # before it was halved
 
 
 def test_the_exact_distance_is_that_of_all_paths_and_the_balance_undoes_rescaling():
