@@ -106,7 +106,7 @@ def test_every_instruction_set(isa):
     if isa == run("-c", code).stdout.strip():
         pytest.skip(f"all tests ran on {isa}")
     command = ("-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", str(ROOT / "tests"), "-m", "every_isa")
-    few = ("-k", "not 1-threads")
+    few = ("-k", "not 1-threads")  # those ran on the best instruction set
     tests = run(*command, *few, PATHRNN_CPU_ISA=isa, MALLOC_PERTURB_="129")
     assert tests.returncode == 0, tests.stdout[-5000:]
     assert " passed" in tests.stdout and "failed" not in tests.stdout
