@@ -52,7 +52,7 @@ TORCH_LIBRARY(pathrnn, m) {
       "Tensor(d!)[] counts, Tensor(e!)? constant, Tensor[] rates, float[] numbers, str rule, int chains, "
       "bool bidirectional, bool bias, bool head, bool head_bias, bool embedding, int scale, float eps, float radius, "
       "Tensor? grad_scale, Tensor? found_inf, int seq_len, bool last_only, bool ones_h0, float second_factor, "
-      "float rtol, int workspace_bytes, Tensor(f!)? lags) -> int",
+      "float rtol, int workspace_bytes, Tensor(f!)? lags, Tensor(g!)[] bases) -> int",
       tags);
   m.def(
       "path_norm_gradients(Tensor[] weights, int chains, bool bidirectional, bool bias, bool head, bool head_bias, "

@@ -9,6 +9,7 @@ from .network import PathNetwork
 from .optim import PathOptimizer
 from .path_adam import PathAdam
 from .path_sgd import PathSGD
+from .path_soap import PathSOAP
 from .rnn import ReLURNN
 
 __version__ = "0.1.0"
@@ -21,6 +22,7 @@ __all__ = [
     "PathNetwork",
     "PathOptimizer",
     "PathSGD",
+    "PathSOAP",
     "ReLURNN",
     "explain",
     "init",

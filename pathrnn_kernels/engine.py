@@ -359,7 +359,12 @@ class Engine(Optimizer):
             min(self.rtol, 1.0),
             -1,  # workspace_bytes by default
             self._first_lags(weights[0]),
+            self._bases(states),
         )
+
+    def _bases(self, states: list[dict[str, Any]]) -> list[Tensor]:
+        """Of PathSOAP (ops/step.py)."""
+        return []
 
     def _launch(self, update: tuple[Any, ...], moving: Moving) -> int:
         """A step by Triton's kernels, whose status is asked for later."""
@@ -414,7 +419,8 @@ class Engine(Optimizer):
             k = self._cached(weights)
             keys = (*self.buffers, "")[:2]
             state = [[of.get(key) for of in states] for key in (*keys, "step")]
-            entries = moving.entries(k, weights, [*map(self._numbers, groups)], [g["lr"] for g in groups], *state)
+            numbers, rates = [*map(self._numbers, groups)], [g["lr"] for g in groups]
+            entries = moving.entries(k, weights, numbers, rates, *state, states)
             scale, found_inf = self.__dict__.get("grad_scale"), self.__dict__.get("found_inf")
             status, commit = self._decide(moving, k, entries, 1.0 if scale is None else 1 / scale)
             ok = status == 0
@@ -446,7 +452,8 @@ class Engine(Optimizer):
         """By name, before anything is written, what the kernels check for themselves; ``alike``: dtypes, too."""
         for i, state in zip(moving.places, states, strict=True):
             name, p = moving.layout.names[i], moving.weights[i]
-            for key in (*self.buffers, "step"):
+            shapes = self._buffer_shapes(p)
+            for key in (*shapes, "step"):
                 if (value := state.get(key)) is None:
                     continue
                 if not isinstance(value, Tensor):
@@ -454,16 +461,19 @@ class Engine(Optimizer):
                 if key == "step":
                     if value.numel() != 1:
                         raise ValueError(f"step of {name} has shape {tuple(value.shape)}; it must have one entry")
-                elif value.shape != p.shape:
+                elif value.shape != shapes[key]:
                     raise ValueError(
-                        f"{key} of {name} has shape {tuple(value.shape)}; it must be {tuple(p.shape)}: it is another "
-                        "network's"
+                        f"{key} of {name} has shape {tuple(value.shape)}; it must be {tuple(shapes[key])}: it is "
+                        "another network's"
                     )
                 elif alike and value.dtype != p.dtype:
                     raise TypeError(
                         f"{key} of {name} is {value.dtype}, but the weight has become {p.dtype}: convert the state by "
                         "load_state_dict(optimizer.state_dict())"
                     )
+
+    def _buffer_shapes(self, p: Tensor) -> dict[str, Sequence[int]]:
+        return dict.fromkeys(self.buffers, p.shape)
 
     def _cached(self, weights: Sequence[Tensor], unread: bool = False) -> Kappa:
         """κ of a former step or of now; log γ² of one that is ``unread`` is nan where it is not to be used."""

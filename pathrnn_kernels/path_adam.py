@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import numbers
-from typing import Any
+from collections.abc import Callable
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -22,7 +23,7 @@ class InCoordinates(Engine):
 
     rule = "coordinates"
     buffers = ("exp_avg", "exp_avg_sq")
-    options = ("power", "eps", "hold", "warmup", "maximize")
+    options: ClassVar[tuple[str, ...]] = ("power", "eps", "hold", "warmup", "maximize")
 
     def __init__(
         self,
@@ -39,7 +40,7 @@ class InCoordinates(Engine):
         check_network(net)
         for name, value in (("lr", lr), ("bias_lr", bias_lr)):
             check_rate(name, value)
-        _check_betas(betas)
+        check_betas(betas)
         parameters = net.weights()
         _check_dtype(next(iter(parameters.values())).dtype)
         inner = {"params": [p for name, p in parameters.items() if name != _OUTPUT_BIAS]}
@@ -61,7 +62,7 @@ class InCoordinates(Engine):
 
     @staticmethod
     def _rule_of(group: dict[str, Any]) -> str:
-        return "GatedPathSGD" if "power" in group else "PathAdam"
+        return "GatedPathSGD" if "power" in group else "PathSOAP" if "shampoo_beta" in group else "PathAdam"
 
     def _states(self, moving: Moving) -> tuple[list[dict[str, Any]], dict[Tensor, dict[str, Any]]]:
         own, weights, new = self.state, moving.weights, {}
@@ -88,16 +89,15 @@ class InCoordinates(Engine):
         shape = group.get("power", 1.0), group.get("eps", 0.0), group.get("hold", 0), group.get("warmup", 0)
         first, second = group["betas"]
         if not (0 <= first < 1 and 0 <= second < 1):  # with 1, no average is one
-            _check_betas(group["betas"])
+            check_betas(group["betas"])
         return (first, second, *shape)
 
     def _check_group(self, group: dict[str, Any]) -> None:
-        _check_betas(group["betas"])
+        check_betas(group["betas"])
         super()._check_group(group)
 
     def _lists(self, states: list[dict[str, Any]]) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
-        step = states[0]["step"]
-        none = _NONE if type(step) is Tensor else step.new_empty(0)
+        none = nothing(states[0]["step"])
         first, second = ([state.get(key, none) for state in states] for key in self.buffers)
         return first, second, [state["step"] for state in states]
 
@@ -107,14 +107,22 @@ class InCoordinates(Engine):
             "no path; use a wider dtype, or lessen the growth of the other paths"
         )
 
-    def _decide(self, moving: Moving, k: Kappa, entries: list[plain.Weight], unscaled: Tensor | float) -> plain.Decided:
+    def _decide(
+        self,
+        moving: Moving,
+        k: Kappa,
+        entries: list[plain.Weight],
+        unscaled: Tensor | float,
+        after: Callable[[plain.Weight, Tensor, Tensor], None] | None = None,
+    ) -> plain.Decided:
         names, weights = moving.layout.names, moving.weights
         bias = next((entry for entry in entries if names[entry.place] == _OUTPUT_BIAS), None)
         head = None
         if _OUTPUT_BIAS in names:
             i = names.index("head.weight")
             head = plain.Weight(i, False, weights[i], weights[i], k.scaled[names[i]], (), 0.0)
-        return plain.coordinates([e for e in entries if e is not bias], head, bias, k.log_path_norm, unscaled)
+        inner = [entry for entry in entries if entry is not bias]
+        return plain.coordinates(inner, head, bias, k.log_path_norm, unscaled, after)
 
 
 class PathAdam(InCoordinates):
@@ -174,8 +182,12 @@ class PathAdam(InCoordinates):
         super().__init__(net, lr, betas, bias_lr, {"eps": eps}, second_term, seq_len, rtol, switches)
 
 
-#: Stands for the averages of the output's bias, which has none.
 _NONE = zeros_like(torch.empty(0, device="cpu"))
+
+
+def nothing(like: Tensor) -> Tensor:
+    """Stands for state that a weight has not."""
+    return _NONE if type(like) is Tensor else like.new_empty(0)
 
 
 def _check_dtype(dtype: torch.dtype) -> None:
@@ -183,10 +195,11 @@ def _check_dtype(dtype: torch.dtype) -> None:
         raise TypeError(f"the network is {dtype}; use float32 parameters, under torch.autocast for half precision")
 
 
-def _check_betas(betas: Any) -> None:
-    if not isinstance(betas, tuple | list) or len(betas) != 2 or not all(map(_is_share, betas)):
+def check_betas(betas: Any) -> None:
+    if not isinstance(betas, tuple | list) or len(betas) != 2 or not all(map(is_share, betas)):
         raise ValueError(f"betas is {betas!r}; it must be two numbers, each at least 0 and below 1")
 
 
-def _is_share(value: Any) -> bool:
+def is_share(value: Any) -> bool:
+    """Whether it can be a β."""
     return isinstance(value, numbers.Real) and not isinstance(value, bool) and 0 <= float(value) < 1

@@ -1,4 +1,4 @@
-"""The steps of PathSGD, PathAdam and GatedPathSGD in plain torch: any device and backend, weights of any shape.
+"""The steps of this package's optimisers in plain torch: any device and backend, weights of any shape.
 
 In float64 and in coordinates of a network whose units are rescaled by powers of two (``Scaled``): what
 csrc/cpu/path_step does entry by entry, in the same order. Nothing is read by the host; a step that must not be taken
@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -78,6 +79,8 @@ class Weight:
     first: Tensor | None = None
     second: Tensor | None = None
     count: Tensor | None = None
+    #: All of it.
+    state: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         parts = (self.kappa.rows, self.kappa.columns)
@@ -93,6 +96,17 @@ class Weight:
 
     def from_canonical(self, x: Tensor) -> Tensor:
         return ldexp(x.double(), -self.shift)
+
+    def to_bases(self, x: Tensor) -> Tensor:
+        """Qᵀ x P, of those bases that the state has (PathSOAP)."""
+        q, p = self.state.get("row_basis"), self.state.get("column_basis")
+        x = x if q is None else q.double().mT @ x
+        return x if p is None else x @ p.double()
+
+    def from_bases(self, x: Tensor) -> Tensor:
+        q, p = self.state.get("row_basis"), self.state.get("column_basis")
+        x = x if q is None else q.double() @ x
+        return x if p is None else x @ p.double().mT
 
     def has_gradient(self) -> Tensor:
         return (self.gradient != 0).any()
@@ -135,7 +149,7 @@ def _status(weights: Sequence[Weight], flags: Sequence[Tensor], kind: int) -> Te
     return _first(*found)
 
 
-def _keep(target: Tensor, value: Tensor, ok: Tensor) -> None:
+def keep(target: Tensor, value: Tensor, ok: Tensor) -> None:
     target.copy_(torch.where(ok, value.to(target.dtype), target))
 
 
@@ -180,11 +194,11 @@ def sgd(
 
     def commit(ok: Tensor) -> None:
         for w, step, first in zip(weights, steps, firsts, strict=True):
-            _keep(w.weight, w.from_canonical(w.to_canonical(w.weight) + (step * share).value()), ok)
+            keep(w.weight, w.from_canonical(w.to_canonical(w.weight) + (step * share).value()), ok)
             if first is not None:
-                _keep(w.first, w.from_canonical(first), ok)  # type: ignore[arg-type]
+                keep(w.first, w.from_canonical(first), ok)  # type: ignore[arg-type]
         if constant is not None and fixed is not constant:
-            _keep(constant, fixed, ok)  # type: ignore[arg-type]
+            keep(constant, fixed, ok)  # type: ignore[arg-type]
 
     return _first(*statuses), commit
 
@@ -227,7 +241,7 @@ def given(weights: Sequence[Weight], log_path_norm: Tensor, radius: float) -> De
         for w, step in zip(weights, steps, strict=True):
             # To the bit, where it is not shortened.
             shortened = w.from_canonical(w.to_canonical(w.weight) + (step * share).value()).to(w.weight.dtype)
-            _keep(w.weight, torch.where(share.value() == 1, w.gradient, shortened), ok)
+            keep(w.weight, torch.where(share.value() == 1, w.gradient, shortened), ok)
 
     return torch.where(norm.m.isfinite(), 0, UNBOUNDED), commit
 
@@ -241,9 +255,17 @@ def _share(squares: Sequence[Number], norm: Number, radius: float) -> Number:
 
 
 def coordinates(
-    weights: Sequence[Weight], head: Weight | None, bias: Weight | None, log_path_norm: Tensor, unscaled: Tensor | float
+    weights: Sequence[Weight],
+    head: Weight | None,
+    bias: Weight | None,
+    log_path_norm: Tensor,
+    unscaled: Tensor | float,
+    after: Callable[[Weight, Tensor, Tensor], None] | None = None,
 ) -> Decided:
-    """``head``: the head's weight, of whose paths γ² is, where it has a bias; ``bias``: that, where it moves."""
+    """``head``: the head's weight, of whose paths γ² is, where it has a bias; ``bias``: that, where it moves.
+
+    ``after`` is called with each weight, its g̃/‖g̃‖, and whether it has been moved.
+    """
     norm = Number(*power_of_e(log_path_norm))
     if head is not None:
         norm = Number.of(head.to_canonical(head.weight)).squares(head.divisor)
@@ -264,6 +286,7 @@ def coordinates(
         assert bias.count is not None
         going = bias.count + 1 > held
     moves: list[tuple[Tensor, Tensor, Tensor]] = []
+    directions: list[Tensor] = []
     if weights:
         units = [w.unit() for w in weights]
         gradients = [
@@ -272,8 +295,9 @@ def coordinates(
         length = _total([g.squares() for g in gradients]).root()
         going = going & (length.m > 0) & length.m.isfinite()
         root = norm.root()
-        for w, gradient, unit in zip(weights, gradients, units, strict=True):
-            moves.append(_move(w, (gradient / length).value(), unit, root))
+        directions = [(gradient / length).value() for gradient in gradients]
+        for w, direction, unit in zip(weights, directions, units, strict=True):
+            moves.append(_move(w, direction, unit, root))
         overflows = [
             going
             & (w.gradient.isfinite() & w.weight.isfinite() & ~(new.abs() <= torch.finfo(w.weight.dtype).max)).any()
@@ -283,28 +307,32 @@ def coordinates(
 
     def commit(ok: Tensor) -> None:
         if bias is not None:
-            _keep(bias.weight, moved, ok & fine)
+            keep(bias.weight, moved, ok & fine)
             bias.count.add_(ok.to(bias.count.dtype))  # type: ignore[union-attr]
         taken = ok & going
         for w, (new, m, v) in zip(weights, moves, strict=True):
-            _keep(w.weight, new, taken)
-            _keep(w.first, m, taken)  # type: ignore[arg-type]
-            _keep(w.second, v, taken)  # type: ignore[arg-type]
+            keep(w.weight, new, taken)
+            keep(w.first, m, taken)  # type: ignore[arg-type]
+            keep(w.second, v, taken)  # type: ignore[arg-type]
             w.count.add_(taken.to(w.count.dtype))  # type: ignore[union-attr]
+        for w, direction in zip(weights, directions, strict=True):
+            if after is not None:
+                after(w, direction, taken)
 
     return _first(*statuses), commit
 
 
 def _move(w: Weight, g: Tensor, unit: Number, root: Number) -> tuple[Tensor, Tensor, Tensor]:
     """The weight and its averages after the step, from g̃/‖g̃‖, 1/sqrt(κ) and γ."""
-    _, beta1, beta2, power, eps, _, warmup, maximize = w.numbers
+    _, beta1, beta2, power, eps, _, warmup, maximize = w.numbers[:8]
     assert w.first is not None and w.second is not None and w.count is not None
-    g = -g if maximize else g
+    g = w.to_bases(-g if maximize else g)
     m = w.first.double() + (1 - beta1) * (g - w.first.double())
     v = beta2 * w.second.double() + (1 - beta2) * g * g
     steps = w.count.double() + 1
     denominator = (v / (1 - beta2**steps)).sqrt()
     ratio = torch.where(denominator > 0, m.abs() / (denominator + eps), 0.0).clamp(max=1)
     rate = w.rate * (steps / max(warmup, 1)).clamp(max=1) / w.weight.numel() ** 0.5
-    step = ldexp(rate * (ratio**power).copysign(m) * unit.m * root.m, unit.e + root.e)
+    direction = w.from_bases((ratio**power).copysign(m))
+    step = ldexp(rate * direction * unit.m * root.m, unit.e + root.e)
     return w.from_canonical(w.to_canonical(w.weight) - step), m, v

@@ -40,6 +40,7 @@ from .network import PathNetwork
 from .optim import PathOptimizer
 from .path_adam import PathAdam
 from .path_sgd import PathSGD
+from .path_soap import PathSOAP
 from .rnn import ReLURNN
 from .tasks import Adding, Characters, SequentialDigits, Task, Words, charlm, wordlm
 from .tasks.adding import MARKERS
@@ -55,7 +56,7 @@ DEFAULT_OPTIMIZERS = {
     "wordlm": "path-invariant",
 }
 TASKS = ("adding", "smnist", "charlm", "wordlm")
-OPTIMIZERS = ("sgd", "adam", "rmsprop", "path-sgd", "path-adam", "path-gated", "path-invariant")
+OPTIMIZERS = ("sgd", "adam", "rmsprop", "path-sgd", "path-adam", "path-gated", "path-invariant", "path-soap")
 SCHEDULES = ("constant", "cosine")
 
 LOG, PLOT = "log.jsonl", "loss.png"
@@ -111,6 +112,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     "path-gated": {"lr": 10.0, "clip": _OFF, "schedule": "cosine"},
     # Characters, 2.16 bits at 900 steps; with β₂ = 0.999 2.18, 2.31 with 0.05, 2.38 with 0.2; Adam with 3e-3, 2.22.
     "path-invariant": {"lr": 0.1, "clip": _OFF, "schedule": "cosine"},
+    "path-soap": {"lr": 0.01, "clip": _OFF, "schedule": "cosine"},
 }
 
 #: The trust radius is this over sqrt(H T). With W_hh near the identity all H² entries of a step can have one sign and
@@ -142,9 +144,10 @@ _PATH_ONLY: dict[str, Any] = {"second_term": False}
 _QUOTIENT_ONLY: dict[str, Any] = {"scale": "none", "trust_radius": _OFF, "update_every": 1}
 _QUOTIENTS = ("path-sgd", "path-adam")
 
-_IN_COORDINATES: dict[str, type[GatedPathSGD] | type[PathAdam]] = {
+_IN_COORDINATES: dict[str, type[GatedPathSGD] | type[PathAdam] | type[PathSOAP]] = {
     "path-gated": GatedPathSGD,
     "path-invariant": PathAdam,
+    "path-soap": PathSOAP,
 }
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -125,3 +125,60 @@ def _log_norm(net: PathNetwork, k: Kappa) -> float:
         return float(k.log_path_norm)
     mass = float((k.factors["head.weight"].double() * net.head.weight.double().square()).sum())
     return math.log(mass) + float(k.log_scales["head.weight"])
+
+
+class PlainSOAP(torch.optim.Optimizer):
+    """``PathSOAP`` without κ: the same step in the weights' own coordinates, each direction moving by up to lr.
+
+    The output's bias follows eq. (8), as there.
+    """
+
+    def __init__(self, net: PathNetwork, lr: float, seq_len: int, frequency: int = 10, beta: float = 0.99) -> None:
+        self.net, self.length, self.frequency, self.beta = net, seq_len, frequency, beta
+        weights = net.weights()
+        groups: list[dict[str, Any]] = [{"params": [p for name, p in weights.items() if name != _OUTPUT_BIAS]}]
+        if _OUTPUT_BIAS in weights:
+            groups.append({"params": [weights[_OUTPUT_BIAS]], "lr": 0.1})
+        super().__init__(groups, {"lr": lr, "betas": (0.9, 0.99), "warmup": 500})
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> Any:
+        group, weights = self.param_groups[0], self.net.weights()
+        first, second = group["betas"]
+        if (bias := weights.get(_OUTPUT_BIAS)) is not None and bias.grad is not None:
+            step = (bias.grad / kappa(self.net, self.length).dense(_OUTPUT_BIAS)).clamp(-1, 1)
+            bias.sub_(step.to(bias.dtype), alpha=self.param_groups[1]["lr"])
+        moving = [p for name, p in weights.items() if name != _OUTPUT_BIAS and p.grad is not None]
+        slopes = [cast(Tensor, p.grad) * math.sqrt(p.numel()) for p in moving]
+        length = math.sqrt(sum(float(g.double().square().sum()) for g in slopes))
+        if not math.isfinite(length) or length == 0:
+            return
+        for p, slope in zip(moving, slopes, strict=True):
+            state, g = self.state[p], slope / length
+            if not state:
+                state.update(step=0, exp_avg=torch.zeros_like(p), exp_avg_sq=torch.zeros_like(p))
+                if p.dim() == 2 and min(p.shape) > 1:
+                    state["grams"] = [torch.zeros(n, n) for n in p.shape]
+                    state["bases"] = [torch.eye(n) for n in p.shape]
+            state["step"] += 1
+            steps, grams, bases = state["step"], state.get("grams"), state.get("bases")
+            m = state["exp_avg"].lerp_(g, 1 - first)
+            if bases is not None:
+                for gram, product in zip(grams, (g @ g.T, g.T @ g), strict=True):
+                    gram.lerp_(product, 1 - self.beta)
+                g, m = (bases[0].T @ x @ bases[1] for x in (g, m))
+            v = state["exp_avg_sq"].mul_(second).addcmul_(g, g, value=1 - second) / (1 - second**steps)
+            m = torch.where(v > 0, m / v.sqrt(), 0).clamp(-1, 1)
+            if bases is not None:
+                m = bases[0] @ m @ bases[1].T
+                if steps % self.frequency == 0 or steps < self.frequency:
+                    self._turn(state)
+            p.sub_(m.to(p.dtype), alpha=group["lr"] * min(1.0, steps / max(group["warmup"], 1)))
+
+    @staticmethod
+    def _turn(state: dict[str, Any]) -> None:
+        for axis, (gram, q) in enumerate(zip(state["grams"], state["bases"], strict=True)):
+            product = gram.double() @ q.double() + 1e-6 * gram.trace() * q
+            order = (q * product).sum(0).argsort(descending=True)
+            state["exp_avg_sq"] = state["exp_avg_sq"].index_select(axis, order)
+            state["bases"][axis] = torch.linalg.qr(product[:, order])[0].to(q.dtype)

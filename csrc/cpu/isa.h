@@ -74,6 +74,11 @@ struct Kernels {
   StepSums (*coordinate_measure[2])(const StepWeight<T>&, int64_t first, int64_t last);
   // Without `write` it says whether a finite gradient brings a weight beyond the limit, and changes nothing.
   bool (*coordinate_apply[2])(const StepWeight<T>&, const CoordinateRule&, int64_t first, int64_t last, bool write);
+  // Its parts, between which a matrix goes to other bases and back; buffers are of the arithmetic's dtype.
+  void (*coordinate_gradient[2])(const StepWeight<T>&, const CoordinateRule&, int64_t first, int64_t last, void* out);
+  void (*coordinate_average[2])(const CoordinateRule&, int64_t n, void* gradient, void* average, void* square);
+  bool (*coordinate_move[2])(const StepWeight<T>&, const CoordinateRule&, int64_t first, int64_t last, const void* step,
+                             bool write);
   Number (*path_mass)(const StepWeight<T>&, int64_t first, int64_t last);
   void (*raw_and_divided)(const StepWeight<T>&, const SgdRule&, int64_t first, int64_t last, Number* raw, Number* divided);
   // out = 2 p κ · 2^exponent · scale.

@@ -36,6 +36,6 @@ int64_t path_step_op(at::TensorList weights, const std::vector<std::optional<at:
                      bool embedding, int64_t scale, double eps, double radius,
                      const std::optional<at::Tensor>& grad_scale, const std::optional<at::Tensor>& found_inf,
                      int64_t seq_len, bool last_only, bool ones_h0, double second_factor, double rtol,
-                     int64_t workspace_bytes, const std::optional<at::Tensor>& lags);
+                     int64_t workspace_bytes, const std::optional<at::Tensor>& lags, at::TensorList bases);
 
 }  // namespace pathrnn

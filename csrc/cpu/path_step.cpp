@@ -73,6 +73,7 @@ struct Arguments {
   int64_t scale;
   double eps, radius;
   optional<Tensor> grad_scale, found_inf;
+  TensorList bases = {};
 };
 
 double scalar(const Tensor& t) {
@@ -84,7 +85,13 @@ void check_scalar(const Tensor& t, const char* name) {
   TORCH_CHECK_VALUE(t.numel() == 1, name, " has shape ", t.sizes(), "; it must have one entry");
 }
 
-constexpr int64_t kSgdNumbers = 5, kCoordinateNumbers = 8, kGivenNumbers = 0;
+constexpr int64_t kSgdNumbers = 5, kCoordinateNumbers = 8, kEigenNumbers = 10, kGivenNumbers = 0;
+
+// What PathSOAP keeps of one side of a matrix: average of g gᵀ, or of gᵀ g, and an orthogonal matrix; empty where it has
+// none. Of every weight that moves there are two.
+constexpr int64_t kSides = 2, kPerSide = 2;
+// Of an average's trace: beyond what float32 holds of a small eigenvalue beside the largest.
+constexpr double kNoise = 1e-6;
 
 template <typename T>
 class Step {
@@ -95,7 +102,10 @@ class Step {
       if (!a.gradients[i]) continue;
       moving_.push_back(static_cast<int64_t>(i));
     }
-    numbers_per_weight_ = a.rule == "sgd" ? kSgdNumbers : a.rule == "given" ? kGivenNumbers : kCoordinateNumbers;
+    numbers_per_weight_ = a.rule == "sgd"         ? kSgdNumbers
+                          : a.rule == "given"     ? kGivenNumbers
+                          : a.rule == "eigenbases" ? kEigenNumbers
+                                                  : kCoordinateNumbers;
     const int64_t count = static_cast<int64_t>(moving_.size());
     TORCH_CHECK_VALUE(static_cast<int64_t>(a.numbers.size()) == numbers_per_weight_ ||
                           static_cast<int64_t>(a.numbers.size()) == count * numbers_per_weight_,
@@ -113,6 +123,7 @@ class Step {
                         " tensors of state for ", count, " gradients; give none, or one for each");
     }
     for (int64_t s = 0; s < count; ++s) add(s);
+    if (a.rule == "eigenbases") check_bases();
   }
 
   // ∂γ²/∂p of every weight, eq. (8): 2 p κ⁽¹⁾, times `scale`.
@@ -132,7 +143,7 @@ class Step {
 
   int64_t run() {
     // Contiguous copies, where there are any, are written back when nothing can fail any more.
-    const int64_t status = a_.rule == "coordinates" ? coordinates() : sgd();
+    const int64_t status = a_.rule == "sgd" || a_.rule == "given" ? sgd() : coordinates();
     if (status != kDone) return status;
     for (auto& [own, copy] : copies_) own.copy_(copy);
     for (const int64_t i : moving_) a_.weights[i].unsafeGetTensorImpl()->bump_version();
@@ -523,23 +534,118 @@ class Step {
       if (static_cast<int64_t>(v) == bias) continue;
       if (!set_coordinate_rule(v, norm, length, rules[v])) return kNarrow;
       // What is added to the largest number that there is must be some 2^26 times smaller than it to be lost in rounding.
-      near[v] = std::abs(rules[v].rate) * sums[v].largest_unit * power(2 * spread_) <= limit_ * 0x1p-26;
+      // An entry of a step that was turned may be as long as all of it.
+      const double longest = in_bases(v) ? std::sqrt(static_cast<double>(views_[v].size)) : 1;
+      near[v] = std::abs(rules[v].rate) * longest * sums[v].largest_unit * power(2 * spread_) <= limit_ * 0x1p-26;
     }
+    std::vector<EigenStep> turned(views_.size());
+    for (size_t v = 0; moves && v < views_.size(); ++v) {
+      if (in_bases(v)) turned[v] = eigen_step(v, rules[v], all);
+    }
+    const auto apply = [&](const Tile& tile, bool write) {
+      const StepWeight<T>& w = views_[tile.weight];
+      const CoordinateRule& rule = rules[tile.weight];
+      const Tensor& step = turned[tile.weight].step;
+      if (!step.defined()) return kernel.coordinate_apply[wide_](w, rule, tile.first, tile.last, write);
+      return kernel.coordinate_move[wide_](w, rule, tile.first, tile.last, step.const_data_ptr(), write);
+    };
     for (const Tile& tile : all) {
-      const auto apply = kernel.coordinate_apply[wide_];
-      if (!near[tile.weight] && apply(views_[tile.weight], rules[tile.weight], tile.first, tile.last, false)) {
-        return lost(tile.weight);
-      }
+      if (!near[tile.weight] && apply(tile, false)) return lost(tile.weight);
     }
     if (bias >= 0) move_bias(bias);
     if (!moves) return kDone;
     for (size_t v = 0; v < views_.size(); ++v) {
       if (static_cast<int64_t>(v) != bias) ++count(v);
     }
-    over(all, [&](int64_t, const Tile& tile) {
-      kernel.coordinate_apply[wide_](views_[tile.weight], rules[tile.weight], tile.first, tile.last, true);
-    });
+    over(all, [&](int64_t, const Tile& tile) { apply(tile, true); });
+    for (size_t v = 0; v < views_.size(); ++v) {
+      if (turned[v].step.defined()) keep(v, turned[v]);
+    }
     return kDone;
+  }
+
+  const Tensor& gram(size_t v, int64_t side) const { return a_.bases[(v * kSides + side) * kPerSide]; }
+  const Tensor& basis(size_t v, int64_t side) const { return a_.bases[(v * kSides + side) * kPerSide + 1]; }
+  bool has_basis(size_t v, int64_t side) const { return !a_.bases.empty() && basis(v, side).numel() > 0; }
+  bool in_bases(size_t v) const { return has_basis(v, 0) || has_basis(v, 1); }
+
+  void check_bases() const {
+    TORCH_CHECK_VALUE(a_.bases.size() == moving_.size() * kSides * kPerSide, "there are ", a_.bases.size(),
+                      " tensors of bases for ", moving_.size(), " gradients; give four for each");
+    for (size_t v = 0; v < views_.size(); ++v) {
+      const Tensor& own = a_.weights[moving_[v]];
+      for (int64_t side = 0; side < kSides; ++side) {
+        if (gram(v, side).numel() == 0 && basis(v, side).numel() == 0) continue;
+        TORCH_CHECK_VALUE(own.dim() == 2, "weight ", moving_[v], " has bases, but is no matrix");
+        for (const Tensor* t : {&gram(v, side), &basis(v, side)}) {
+          check_shape(*t, "bases", {own.size(side), own.size(side)});
+          check_like(*t, "bases", own, "weights");
+        }
+      }
+    }
+  }
+
+  // Of a matrix, a step in the eigenbases of its gradient's second moments, before anything is written.
+  struct EigenStep {
+    Tensor gradient, first, second, step;  // g̃/‖g̃‖; averages, in the bases; the step, back from them
+  };
+  EigenStep eigen_step(size_t v, const CoordinateRule& rule, const std::vector<Tile>& all) const {
+    const Tensor& own = a_.weights[moving_[v]];
+    const auto options = own.options().dtype(wide_ ? at::kDouble : own.scalar_type());
+    EigenStep e;
+    e.gradient = at::empty(own.sizes(), options);
+    std::vector<Tile> mine;
+    for (const Tile& tile : all) {
+      if (tile.weight == static_cast<int64_t>(v)) mine.push_back(tile);
+    }
+    over(mine, [&](int64_t, const Tile& tile) {
+      kernels<T>().coordinate_gradient[wide_](views_[v], rule, tile.first, tile.last, e.gradient.mutable_data_ptr());
+    });
+    const auto copied = [&](T* state) { return at::from_blob(state, own.sizes(), own.options()).to(options, false, true); };
+    e.first = copied(views_[v].first);
+    e.second = copied(views_[v].second);
+    // Into memory of its own: where only a view would be turned, the gradient is still needed.
+    e.step = turn(v, e.gradient, false).contiguous();
+    kernels<T>().coordinate_average[wide_](rule, own.numel(), e.step.mutable_data_ptr(), e.first.mutable_data_ptr(),
+                                           e.second.mutable_data_ptr());
+    e.step = turn(v, e.step, true).contiguous();
+    return e;
+  }
+  // Qᵀ x P, or Q x Pᵀ.
+  Tensor turn(size_t v, Tensor x, bool back) const {
+    if (has_basis(v, 0)) {
+      const Tensor q = basis(v, 0).to(x.scalar_type());
+      x = at::mm(back ? q : q.t(), x);
+    }
+    if (has_basis(v, 1)) {
+      const Tensor p = basis(v, 1).to(x.scalar_type());
+      x = at::mm(x, back ? p.t() : p);
+    }
+    return x;
+  }
+
+  // The averages after a step that has been taken and, where the bases are to turn, these.
+  void keep(size_t v, EigenStep& e) {
+    const double beta = numbers(v)[8], frequency = numbers(v)[9], steps = count(v);  // this one included
+    const bool turns = steps < frequency || std::fmod(steps, frequency) == 0;
+    for (int64_t side = 0; side < kSides; ++side) {
+      if (!has_basis(v, side)) continue;
+      const Tensor rows = side == 0 ? e.gradient : e.gradient.t();
+      gram(v, side).mul_(beta).add_(at::mm(rows, rows.t()).mul_(1 - beta));
+      if (!turns) continue;
+      const Tensor average = gram(v, side).to(at::kDouble), q = basis(v, side).to(at::kDouble);
+      // The shift moves no eigenvector, and keeps columns where they were for which the average has nothing but rounding.
+      const Tensor product = at::mm(average, q).add_(q * (kNoise * average.trace()));
+      const Tensor order = (q * product).sum(0).argsort(/*stable=*/true, /*dim=*/0, /*descending=*/true);
+      const Tensor now = std::get<0>(at::linalg_qr(product.index_select(1, order)));
+      const Tensor m = e.first.to(at::kDouble);
+      e.first = side == 0 ? at::mm(now.t(), at::mm(q, m)) : at::mm(at::mm(m, q.t()), now);
+      e.second = e.second.index_select(side, order);
+      basis(v, side).copy_(now);
+    }
+    const Tensor& own = a_.weights[moving_[v]];
+    at::from_blob(views_[v].first, own.sizes(), own.options()).copy_(e.first);
+    at::from_blob(views_[v].second, own.sizes(), own.options()).copy_(e.second);
   }
 
   // Of the v-th weight. False where a float does not hold it.
@@ -624,7 +730,7 @@ void check_written(const Arguments& a) {
                         a.weights[i].sizes(), ", are one piece of memory (tied?): untie them");
     }
   }
-  for (const TensorList state : {a.first, a.second, a.counts}) {
+  for (const TensorList state : {a.first, a.second, a.counts, a.bases}) {
     for (const Tensor& t : state) check_written(t, "an optimiser's state");
   }
   if (a.constant) check_written(*a.constant, "constant");
@@ -687,15 +793,17 @@ void check_structure(const Arguments& a, const Kappa& kappa) {
 
 int64_t step(Arguments a, const Kappa& kappa) {
   const at::NoGradGuard no_grad;
-  TORCH_CHECK_VALUE(a.rule == "sgd" || a.rule == "given" || a.rule == "coordinates", "rule is ", a.rule,
-                    "; use sgd, given or coordinates");
+  // Products of matrices among what follows.
+  const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
+  TORCH_CHECK_VALUE(a.rule == "sgd" || a.rule == "given" || a.rule == "coordinates" || a.rule == "eigenbases",
+                    "rule is ", a.rule, "; use sgd, given, coordinates or eigenbases");
   if (a.grad_scale) check_scalar(*a.grad_scale, "grad_scale");
   TORCH_CHECK_VALUE(a.scale >= 0 && a.scale <= 2, "scale is ", a.scale, "; it must be 0, 1 or 2");
   TORCH_CHECK_VALUE(a.scale != 2 || (a.constant && a.constant->scalar_type() == at::kDouble && a.constant->numel() == 1),
                     "scale is 2 without a constant; give one of float64");
-  if (a.rule == "coordinates") {
+  if (a.rule == "coordinates" || a.rule == "eigenbases") {
     for (const TensorList state : {a.first, a.second, a.counts}) {
-      TORCH_CHECK_VALUE(!state.empty(), "rule is coordinates; give first, second and counts");
+      TORCH_CHECK_VALUE(!state.empty(), "rule is ", a.rule, "; give first, second and counts");
     }
     for (const Tensor& count : a.counts) {
       TORCH_CHECK_TYPE(count.is_cpu() && count.scalar_type() == at::kFloat && count.numel() == 1, "counts have dtype ",
@@ -774,10 +882,11 @@ int64_t path_step(TensorList weights, const c10::List<optional<Tensor>>& gradien
                   c10::string_view rule, int64_t chains, bool bidirectional, bool bias, bool head, bool head_bias,
                   bool embedding, int64_t scale, double eps, double radius, const optional<Tensor>& grad_scale,
                   const optional<Tensor>& found_inf, int64_t seq_len, bool last_only, bool ones_h0,
-                  double second_factor, double rtol, int64_t workspace_bytes, const optional<Tensor>& lags) {
+                  double second_factor, double rtol, int64_t workspace_bytes, const optional<Tensor>& lags,
+                  TensorList bases) {
   return path_step_op(weights, list(gradients), first, second, counts, constant, rates, numbers, rule, chains,
                       bidirectional, bias, head, head_bias, embedding, scale, eps, radius, grad_scale, found_inf,
-                      seq_len, last_only, ones_h0, second_factor, rtol, workspace_bytes, lags);
+                      seq_len, last_only, ones_h0, second_factor, rtol, workspace_bytes, lags, bases);
 }
 
 }  // namespace
@@ -788,10 +897,10 @@ int64_t path_step_op(TensorList weights, const std::vector<optional<Tensor>>& gr
                      bool bias, bool head, bool head_bias, bool embedding, int64_t scale, double eps, double radius,
                      const optional<Tensor>& grad_scale, const optional<Tensor>& found_inf, int64_t seq_len,
                      bool last_only, bool ones_h0, double second_factor, double rtol, int64_t workspace_bytes,
-                     const optional<Tensor>& lags) {
+                     const optional<Tensor>& lags, TensorList bases) {
   const at::NoGradGuard no_grad;
   Arguments a{weights, gradients, first, second, counts, constant, rates, numbers, rule,
-              {chains, bidirectional, bias, head, head_bias, embedding}, scale, eps, radius, grad_scale, found_inf};
+              {chains, bidirectional, bias, head, head_bias, embedding}, scale, eps, radius, grad_scale, found_inf, bases};
   TORCH_CHECK_VALUE(static_cast<int64_t>(weights.size()) == a.chains.weights() && gradients.size() == weights.size(),
                     "there are ", weights.size(), " weights and ", gradients.size(), " gradients; these chains have ",
                     a.chains.weights());

@@ -437,26 +437,69 @@ inline Vec<U> raise(const Vec<U>& x, int whole, double power) {
   return load(lanes);
 }
 
+// What Adam makes of a run's g̃/‖g̃‖, with its constants in the dtype of the arithmetic.
+template <typename U>
+struct Averaging {
+  explicit Averaging(const CoordinateRule& rule)
+      : keep1(static_cast<U>(rule.beta1)), take1(static_cast<U>(1 - rule.beta1)), keep2(static_cast<U>(rule.beta2)),
+        take2(static_cast<U>(1 - rule.beta2)), correction(static_cast<U>(rule.correction)),
+        eps(static_cast<U>(rule.eps)), power(rule.power),
+        whole(power == 1 ? 1 : power == 2 ? 2 : power == 3 ? 3 : 0) {}
+
+  // sign(m) (|m|/sqrt(v))^power, from g; m and v become what they are after the step.
+  Vec<U> operator()(const Vec<U>& g, Vec<U>& m, Vec<U>& v) const {
+    const Vec<U> zero{}, one = all<U>(1);
+    m = keep1 * m + take1 * g;  // nothing of a former m is left where β₁ is 0
+    v = keep2 * v + take2 * g * g;
+    const Vec<U> square = v * correction, root = inverse_root(square), size = m < zero ? -m : m;
+    Vec<U> ratio = size * root;
+    if (eps > 0) ratio *= inverse(one + eps * root);
+    // Squares below the dtype's range belong to entries that are as good as on no path.
+    ratio = square > zero ? ratio : zero;
+    ratio = raise<U>(ratio > one ? one : ratio, whole, power);
+    return m < zero ? -ratio : ratio;
+  }
+
+  U keep1, take1, keep2, take2, correction, eps;
+  double power;
+  int whole;
+};
+
+// The units of a run; what was measured is in κ's place, if that was free.
+template <typename T, typename U>
+const U* units_of(const StepWeight<T>& w, const Span& s, Run<U>& run) {
+  if (const U* const units = kept<T, U>(w, s)) return units;
+  gather_units(w, s, run.kappa);
+  return run.kappa;
+}
+
+// Adds Δ to a run's weights; without `write` it says whether that brings one beyond the limit.
+template <typename T, typename U>
+inline bool place_step(const StepWeight<T>& w, const Span& s, const U* delta, double limit, bool write) {
+  if (write) {
+    add_step(w, s, delta, U(1), U(1), w.moved + s.i);
+    return false;
+  }
+  double own[kRun];
+  std::copy(w.weight + s.i, w.weight + s.i + s.n, own);
+  add_step(w, s, delta, U(1), U(1), own);
+  bool lost = false;
+  for (int64_t q = 0; q < s.n; ++q) {
+    const bool finite = std::isfinite(w.gradient[s.i + q]) && std::isfinite(w.weight[s.i + q]);
+    lost |= finite && !(std::abs(own[q]) <= limit);
+  }
+  return lost;
+}
+
 template <typename T, typename U>
 bool coordinate_apply(const StepWeight<T>& w, const CoordinateRule& rule, int64_t first, int64_t last, bool write) {
-  constexpr int64_t width = Simd<U>::width;
   Run<U> run;
-  const U before = static_cast<U>(rule.before), after = static_cast<U>(rule.after);
-  const U keep1 = static_cast<U>(rule.beta1), take1 = static_cast<U>(1 - rule.beta1);
-  const U keep2 = static_cast<U>(rule.beta2), take2 = static_cast<U>(1 - rule.beta2);
-  const U correction = static_cast<U>(rule.correction);
-  const U eps = static_cast<U>(rule.eps), rate = static_cast<U>(rule.rate);
-  const bool damped = rule.eps > 0;
-  const int whole = rule.power == 1 ? 1 : rule.power == 2 ? 2 : rule.power == 3 ? 3 : 0;
-  const Vec<U> zero{}, one = all<U>(1);
+  const U before = static_cast<U>(rule.before), after = static_cast<U>(rule.after), rate = static_cast<U>(-rule.rate);
+  const Averaging<U> averaging(rule);
   bool lost = false;
   for_runs(w.columns, first, last, [&](const Span& s) {
     const Canonically<U> gradient = canonically<true>(w, s, w.gradient, run.gradient);
-    const U* units = kept<T, U>(w, s);  // what was measured is there
-    if (!units) {
-      gather_units(w, s, run.kappa);
-      units = run.kappa;
-    }
+    const U* const units = units_of(w, s, run);
     // The averages are changed where they are, if they may be.
     U *average = run.first, *square = run.second;
     bool copied = true;
@@ -468,37 +511,63 @@ bool coordinate_apply(const StepWeight<T>& w, const CoordinateRule& rule, int64_
       std::copy(w.first + s.i, w.first + s.i + s.n, average);
       std::copy(w.second + s.i, w.second + s.i + s.n, square);
     }
-    for (int64_t q = 0; q < s.n; q += width) {
+    for (int64_t q = 0; q < s.n; q += Simd<U>::width) {
       const int64_t n = s.n - q;
       const Vec<U> unit = load(units + q, n), g = gradient.at(q, n) * unit * before * after;
       Vec<U> m = load(average + q, n), v = load(square + q, n);
-      m = keep1 * m + take1 * g;  // nothing of a former m is left where β₁ is 0
-      v = keep2 * v + take2 * g * g;
+      const Vec<U> step = averaging(g, m, v);
       store(average + q, m, n);
       store(square + q, v, n);
-      const Vec<U> square_seen = v * correction, root = inverse_root(square_seen), size = m < zero ? -m : m;
-      Vec<U> ratio = size * root;
-      if (damped) ratio *= inverse(one + eps * root);
-      // Squares below the dtype's range belong to entries that are as good as on no path.
-      ratio = square_seen > zero ? ratio : zero;
-      ratio = ratio > one ? one : ratio;
-      const Vec<U> step = raise<U>(ratio, whole, rule.power) * rate * unit;
-      store(run.delta + q, m < zero ? step : -step);
+      store(run.delta + q, step * rate * unit);
     }
-    if (!write) {
-      double own[kRun];
-      std::copy(w.weight + s.i, w.weight + s.i + s.n, own);
-      add_step(w, s, run.delta, U(1), U(1), own);
-      for (int64_t q = 0; q < s.n; ++q) {
-        const bool finite = std::isfinite(w.gradient[s.i + q]) && std::isfinite(w.weight[s.i + q]);
-        lost |= finite && !(std::abs(own[q]) <= rule.limit);
-      }
-      return;
-    }
-    add_step(w, s, run.delta, U(1), U(1), w.moved + s.i);
-    if (!copied) return;
+    lost |= place_step(w, s, run.delta, rule.limit, write);
+    if (!write || !copied) return;
     std::copy(average, average + s.n, w.first + s.i);
     std::copy(square, square + s.n, w.second + s.i);
+  });
+  return lost;
+}
+
+// The parts of coordinate_apply, between which a matrix is brought to other bases and back: g̃/‖g̃‖ of entries
+// [first, last) of a weight,
+template <typename T, typename U>
+void coordinate_gradient(const StepWeight<T>& w, const CoordinateRule& rule, int64_t first, int64_t last, void* out) {
+  Run<U> run;
+  const U before = static_cast<U>(rule.before), after = static_cast<U>(rule.after);
+  for_runs(w.columns, first, last, [&](const Span& s) {
+    const Canonically<U> gradient = canonically<true>(w, s, w.gradient, run.gradient);
+    const U* const units = units_of(w, s, run);
+    for (int64_t q = 0; q < s.n; q += Simd<U>::width) {
+      const int64_t n = s.n - q;
+      store(static_cast<U*>(out) + s.i + q, gradient.at(q, n) * load(units + q, n) * before * after, n);
+    }
+  });
+}
+// the averages and, in the gradient's place, the step of n entries,
+template <typename U>
+void coordinate_average(const CoordinateRule& rule, int64_t n, void* gradient, void* average, void* square) {
+  const Averaging<U> averaging(rule);
+  U *const g = static_cast<U*>(gradient), *const first = static_cast<U*>(average), *const second = static_cast<U*>(square);
+  for (int64_t i = 0; i < n; i += Simd<U>::width) {
+    Vec<U> m = load(first + i, n - i), v = load(second + i, n - i);
+    store(g + i, averaging(load(g + i, n - i), m, v), n - i);
+    store(first + i, m, n - i);
+    store(second + i, v, n - i);
+  }
+}
+// and from there to the weights.
+template <typename T, typename U>
+bool coordinate_move(const StepWeight<T>& w, const CoordinateRule& rule, int64_t first, int64_t last, const void* step,
+                     bool write) {
+  Run<U> run;
+  const U rate = static_cast<U>(-rule.rate);
+  bool lost = false;
+  for_runs(w.columns, first, last, [&](const Span& s) {
+    const U *const units = units_of(w, s, run), *const own = static_cast<const U*>(step) + s.i;
+    for (int64_t q = 0; q < s.n; q += Simd<U>::width) {
+      store(run.delta + q, load(own + q, s.n - q) * rate * load(units + q, s.n - q));
+    }
+    lost |= place_step(w, s, run.delta, rule.limit, write);
   });
   return lost;
 }
