@@ -25,7 +25,8 @@ from torch import Tensor, nn
 
 import pathrnn_kernels
 from pathrnn_kernels.checkpoints import CHECKPOINT, TrainingError, atomic_write
-from pathrnn_kernels.training import Config, Record, Run, evaluate, extra, train
+from pathrnn_kernels.rescale import node_rescale_
+from pathrnn_kernels.training import Config, Record, Run, evaluate, extra, make_network, train
 
 from .running import options
 from .systems import SYSTEMS
@@ -54,6 +55,8 @@ class Trial(Config):
     adam_betas: tuple[float, float] | None = None
     #: Decay of an average of the weights over the steps, measured beside the weights themselves; 0: none.
     average: float = 0.0
+    #: u: the initial units are rescaled by factors between 2^-u and 2^u (Theorem 1), uniform in their logarithm.
+    unbalance: float = 0.0
     #: A prototype in bench/paper/prototypes.py, and its settings.
     prototype: str = ""
     options: str = ""
@@ -82,9 +85,14 @@ class TrialRun(Run):
         self.mean: list[Tensor] | None = None
 
     def make_network(self) -> nn.Module:
-        if not self.config.system:
-            return super().make_network()
-        return SYSTEMS[self.config.system].network(self.config, self.task)
+        if self.config.system:
+            return SYSTEMS[self.config.system].network(self.config, self.task)
+        net = make_network(self.config, self.task)
+        if self.config.unbalance:
+            generator = torch.Generator().manual_seed(self.config.seed)
+            powers = self.config.unbalance * (2 * torch.rand(net.num_layers, net.hidden_size, generator=generator) - 1)
+            node_rescale_(net, [*powers.exp2()])
+        return net
 
     def advance(self) -> float:
         value = super().advance()

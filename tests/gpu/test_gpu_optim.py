@@ -144,6 +144,9 @@ STEPPED = {
         net, lr=torch.tensor(0.1), momentum=0.5, scale="path_norm", trust_radius=1e-2, seq_len=SEQ_LEN, capturable=True
     ),
     "PathAdam": lambda net: pk.PathAdam(net, lr=0.1, seq_len=SEQ_LEN, capturable=True),
+    "PathSOAP": lambda net: pk.PathSOAP(
+        net, lr=0.1, precondition_frequency=3, warmup=3, seq_len=SEQ_LEN, capturable=True
+    ),
     "GatedPathSGD": lambda net: pk.GatedPathSGD(net, lr=0.1, hold=1, warmup=3, seq_len=SEQ_LEN, capturable=True),
 }
 
