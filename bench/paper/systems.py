@@ -105,6 +105,8 @@ SYSTEMS = {
     "rnn-path2": System("path-sgd", _relu, {"second_term": True}),
     "path-adam": System("path-adam", _relu),
     "irnn": System("sgd", _identity),
+    "irnn-adam": System("adam", _identity),
+    "irnn-rmsprop": System("rmsprop", _identity),
     "np-rnn": System("sgd", _np),
     "urnn": System("rmsprop", _unitary),
     "lstm": System("adam", _lstm),
