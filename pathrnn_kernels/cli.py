@@ -176,8 +176,8 @@ def _defaults(task: str) -> str:
     notes = (
         f"the trust radius is {training.TRUST}/sqrt(hidden size * T) where nothing better is known",
         f"path-gated's lr falls with sqrt(hidden size * T) beyond {training.STABLE:,}",
-        "path-sgd, path-adam: SGD and Adam on g/κ; path-gated: GatedPathSGD, for long sequences; path-invariant: Adam",
-        "in path coordinates, which rescaling the network does not change",
+        "path-sgd, path-adam: SGD and Adam on g/κ; path-gated: GatedPathSGD, for long sequences and small batches;",
+        "path-invariant, path-soap: Adam and SOAP in path coordinates, which rescaling the network does not change",
     )
     return "\n".join(["defaults by optimizer:", *lines, *(f"  {note}" for note in notes)])
 

@@ -61,7 +61,7 @@ def test_help_of_a_task_names_every_option_and_the_defaults_of_every_optimizer(c
         assert option in out
     assert "--length" not in out
     table = out.partition("defaults by optimizer:\n")[2].splitlines()
-    assert [line.split()[0] for line in table[1:8]] == list(training.OPTIMIZERS)
+    assert [line.split()[0] for line in table[1 : 1 + len(training.OPTIMIZERS)]] == list(training.OPTIMIZERS)
     adam = training.DEFAULTS["adam"] | training.DEFAULTS["smnist adam"]
     assert table[2].split()[1:4] == [f"{adam['lr']:g}", "constant", f"{adam['clip']:g}"]
 

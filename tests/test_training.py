@@ -69,6 +69,7 @@ def state(folder) -> dict:
         ("path-adam", {"log_every": 2}),  # stopped between two records
         ("path-gated", {}),  # the schedule goes on, too
         ("path-invariant", {"second_term": True}),
+        ("path-soap", {}),
     ],
 )
 def test_a_resumed_run_is_the_same_run(tmp_path, optimizer, options):
