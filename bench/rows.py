@@ -38,6 +38,7 @@ PARTS = ("kappa1", "kappa2", "path_norm", "forward", "backward", "update", "step
 OPTIMIZERS: dict[str, Callable[[pk.PathNetwork, int], torch.optim.Optimizer]] = {
     "PathSGD": lambda net, seq_len: pk.PathSGD(net, 1e-12, scale="path_norm", trust_radius=0.1, seq_len=seq_len),
     "PathAdam": lambda net, seq_len: pk.PathAdam(net, 1e-12, bias_lr=1e-12, seq_len=seq_len),
+    "PathSOAP": lambda net, seq_len: pk.PathSOAP(net, 1e-12, bias_lr=1e-12, seq_len=seq_len),
     "GatedPathSGD": lambda net, seq_len: pk.GatedPathSGD(net, 1e-12, bias_lr=1e-12, hold=0, seq_len=seq_len),
 }
 GATED = "GatedPathSGD"

@@ -31,7 +31,7 @@ TINY = (
     Spec("step", 4, 5, 2, 2, "κ⁽¹⁾"),
     Spec("step", 4, 5, 2, 2, "κ⁽¹⁾+κ⁽²⁾"),
     Spec("step", 4, 5, 2, 2, "GatedPathSGD"),
-    *(Spec("update", 4, 5, kind=kind) for kind in ("κ", "PathSGD", "PathAdam", "GatedPathSGD")),
+    *(Spec("update", 4, 5, kind=kind) for kind in ("κ", "PathSGD", "PathAdam", "PathSOAP", "GatedPathSGD")),
 )
 
 

@@ -53,7 +53,6 @@ inline Vec<float> inverse(const Vec<float>& v) {
   const Vec<float> x = (Vec<float>)_mm512_maskz_rcp14_ps(0xffff, (__m512)v);
   return x + x * (1.0f - v * x);
 }
-inline Vec<double> inverse(const Vec<double>& v) { return 1.0 / v; }
 
 #include "kernels.inl"
 }  // namespace

@@ -33,11 +33,6 @@ inline V inverse_root(const V& v) {
   return 1 / square_root(v);
 }
 
-template <typename V>
-inline V inverse(const V& v) {
-  return 1 / v;
-}
-
 #include "kernels.inl"
 }  // namespace
 

@@ -35,6 +35,11 @@ inline bool any_lane(const V& v) {
   }
   return false;
 }
+// An instruction set may have a faster one.
+template <typename V>
+inline V inverse(const V& v) {
+  return 1 / v;
+}
 // The sum of all lanes, by halves.
 template <typename T, int64_t Lanes>
 inline T lane_sum(const T* lanes) {

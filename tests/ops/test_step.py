@@ -151,6 +151,18 @@ def test_steps_in_path_coordinates(case, dtype, numbers):
     assert [int(n) for n in states[0][2]] == [int(n) for n in states[1][2]]
 
 
+def test_a_subnormal_kappa_is_a_path():
+    """What an instruction for 1/sqrt takes for 0 (AVX2's does)."""
+    case, twin = (Case(1, 1, 5, 3, 2, dtype=F32) for _ in range(2))
+    for c in (case, twin):
+        c.kappas[1].view(-1)[0] = 1e-40
+        c.gradients[1].view(-1)[0] = 1e-10
+    before = [w.clone() for w in case.weights]
+    assert coordinates(case, COORDINATES[1], *fresh(case)) == in_plain_torch(twin, COORDINATES[1], *fresh(twin)) == 0
+    assert case.weights[1].view(-1)[0] != before[1].view(-1)[0]
+    assert_steps_alike(case, twin, before, 100)
+
+
 @pytest.mark.parametrize("rule", ("sgd", "coordinates"))
 @pytest.mark.parametrize(
     "case", [c for c in CASES if c.units == 4], ids=lambda c: f"L{c.layers}D{c.directions}H{c.hidden}"
