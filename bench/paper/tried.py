@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
 ROOT = Path(__file__).resolve().parents[2]
 RUNS, RESULTS = ROOT / "runs" / "tried", ROOT / "bench" / "results" / "paper" / "tried"
-_GATE = ("betas", "power", "hold", "warmup")
+_OPTIONS = ("betas", "power", "hold", "warmup", "shampoo_beta", "precondition_frequency")
 
 
 @dataclass(frozen=True)
@@ -45,11 +45,13 @@ class Trial(Config):
 
     #: Of bench/paper/systems.py, where the network is not ``pathrnn train``'s.
     system: str = ""
-    #: ``GatedPathSGD``'s.
+    #: ``GatedPathSGD``'s and ``PathSOAP``'s.
     betas: tuple[float, float] | None = None
     power: float | None = None
     hold: int | None = None
     warmup: int | None = None
+    shampoo_beta: float | None = None
+    precondition_frequency: int | None = None
     bias_lr: float | None = None
     #: Of Adam, other than torch's.
     adam_betas: tuple[float, float] | None = None
@@ -74,7 +76,7 @@ class TrialRun(Run):
             given = ast.literal_eval(c.options or "{}")
             self.optimizer = getattr(prototypes, c.prototype)(self.net, c.lr, seq_len=self.task.seq_len, **given)
         for group in self.optimizer.param_groups:
-            for name in _GATE:
+            for name in _OPTIONS:
                 if getattr(c, name) is not None:
                     group[name] = getattr(c, name)
             if c.adam_betas is not None:

@@ -379,7 +379,7 @@ void gather_units(const StepWeight<T>& w, const Span& s, U* out) {
   const U* const kappa = gather_kappa(w, s, out);
   for (int64_t q = 0; q < s.n; q += Simd<U>::width) {
     const Vec<U> k = load(kappa + q, s.n - q);
-    store(out + q, k > zero ? inverse_root(k) : zero);
+    store(out + q, k > zero ? inverse_root(k) : zero, s.n - q);
   }
   for (int64_t q = 0; w.entry_exponents && q < s.n; ++q) {
     const Number k = entry_kappa(w, kappa_at(w, s, q));
@@ -395,11 +395,13 @@ StepSums coordinate_measure(const StepWeight<T>& w, int64_t first, int64_t last)
   Largest<U> units, pulls;
   for_runs(w.columns, first, last, [&](const Span& s) {
     const Canonically<U> gradient = canonically<true>(w, s, w.gradient, run.gradient);
-    gather_units(w, s, run.kappa);
+    U* const place = kept<T, U>(w, s);
+    U* const own = place ? place : run.kappa;
+    gather_units(w, s, own);
     Vec<U> lanes{};
     Largest<U> unit_seen = units, pull_seen = pulls;  // in registers, as above
     for (int64_t q = 0; q < s.n; q += Simd<U>::width) {
-      const Vec<U> unit = load(run.kappa + q, s.n - q), g = gradient.at(q, s.n - q), x = g * unit;
+      const Vec<U> unit = load(own + q, s.n - q), g = gradient.at(q, s.n - q), x = g * unit;
       unit_seen.add(unit);
       pull_seen.add(g);
       lanes += x * x;
@@ -408,10 +410,9 @@ StepSums coordinate_measure(const StepWeight<T>& w, int64_t first, int64_t last)
     units = unit_seen;
     pulls = pull_seen;
     for (int64_t q = 0; w.entry_exponents && q < s.n; ++q) {
-      sums.lost |= run.kappa[q] == kFarthest && w.gradient[s.i + q] != 0;
+      sums.lost |= own[q] == kFarthest && w.gradient[s.i + q] != 0;
     }
     add_squares<U>(lanes, nullptr, run.step, s.n, squares);
-    if (U* const place = kept<T, U>(w, s)) std::copy(run.kappa, run.kappa + s.n, place);
   });
   sums.square = squares.total();
   sums.largest_unit = units.value();
