@@ -182,7 +182,7 @@ def steps(dtype: torch.dtype) -> None:
     for of_entries in (False, True):
         step_of("given", 0, entries=of_entries)
         if dtype == wide:
-            step_of("coordinates", 8, entries=of_entries, scaled=of_entries)
+            step_of("coordinates", 9, entries=of_entries, scaled=of_entries)
 
 
 def layer(hidden: int, dtype: torch.dtype) -> None:

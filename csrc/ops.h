@@ -133,11 +133,11 @@ struct SgdRule {
 };
 
 // Steps in path coordinates p sqrt(κ)/γ, of the gradient g/sqrt(κ) · before · after, whose norm over all weights is 1:
-// Δ = -rate · sign(m) min(|m| / (sqrt(correction · v) + eps), 1)^power / sqrt(kappa).
+// Δ = -rate · sign(m) min(|m| / (sqrt(correction · v) + eps), 1)^power / sqrt(kappa), added to keep · weight.
 struct CoordinateRule {
   double before, after;
   double beta1, beta2, correction, eps, power;
-  double rate;
+  double rate, keep;
   double limit;  // a weight that a finite gradient brings beyond is lost
 };
 

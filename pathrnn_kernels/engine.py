@@ -419,7 +419,8 @@ class Engine(Optimizer):
             k = self._cached(weights)
             keys = (*self.buffers, "")[:2]
             state = [[of.get(key) for of in states] for key in (*keys, "step")]
-            numbers, rates = [*map(self._numbers, groups)], [g["lr"] for g in groups]
+            numbers = [tuple(map(float, self._numbers(group))) for group in groups]
+            rates = [lr if isinstance(lr := group["lr"], Tensor) else float(lr) for group in groups]
             entries = moving.entries(k, weights, numbers, rates, *state, states)
             scale, found_inf = self.__dict__.get("grad_scale"), self.__dict__.get("found_inf")
             status, commit = self._decide(moving, k, entries, 1.0 if scale is None else 1 / scale)

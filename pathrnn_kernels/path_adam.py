@@ -23,7 +23,7 @@ class InCoordinates(Engine):
 
     rule = "coordinates"
     buffers = ("exp_avg", "exp_avg_sq")
-    options: ClassVar[tuple[str, ...]] = ("power", "eps", "hold", "warmup", "maximize")
+    options: ClassVar[tuple[str, ...]] = ("power", "eps", "hold", "warmup", "maximize", "weight_decay")
 
     def __init__(
         self,
@@ -69,10 +69,11 @@ class InCoordinates(Engine):
         states = [own.get(weights[i]) for i in moving.places]
         for s, i in enumerate(moving.places):
             if not states[s]:
-                states[s] = new[weights[i]] = self._new_state(moving.layout.names[i], weights[i])
+                group = moving.layout.groups[moving.layout.owners[i]]
+                states[s] = new[weights[i]] = self._new_state(moving.layout.names[i], weights[i], group)
         return states, new  # type: ignore[return-value]
 
-    def _new_state(self, name: str, p: Tensor) -> dict[str, Any]:
+    def _new_state(self, name: str, p: Tensor, group: dict[str, Any]) -> dict[str, Any]:
         _check_dtype(p.dtype)  # it may have been cast since
         averages = {} if name == _OUTPUT_BIAS else {key: zeros_like(p) for key in self.buffers}
         return {"step": zeros_like(p.new_empty((), dtype=torch.float32)), **averages}
@@ -91,6 +92,9 @@ class InCoordinates(Engine):
         if not (0 <= first < 1 and 0 <= second < 1):  # with 1, no average is one
             check_betas(group["betas"])
         return (first, second, *shape)
+
+    def _numbers(self, group: dict[str, Any]) -> tuple[float, ...]:
+        return (*super()._numbers(group), group.get("weight_decay", 0.0))
 
     def _check_group(self, group: dict[str, Any]) -> None:
         check_betas(group["betas"])
@@ -113,7 +117,7 @@ class InCoordinates(Engine):
         k: Kappa,
         entries: list[plain.Weight],
         unscaled: Tensor | float,
-        after: Callable[[plain.Weight, Tensor, Tensor], None] | None = None,
+        turned: Callable[[plain.Weight, plain.Moved, Tensor], plain.Moved] | None = None,
     ) -> plain.Decided:
         names, weights = moving.layout.names, moving.weights
         bias = next((entry for entry in entries if names[entry.place] == _OUTPUT_BIAS), None)
@@ -122,7 +126,7 @@ class InCoordinates(Engine):
             i = names.index("head.weight")
             head = plain.Weight(i, False, weights[i], weights[i], k.scaled[names[i]], (), 0.0)
         inner = [entry for entry in entries if entry is not bias]
-        return plain.coordinates(inner, head, bias, k.log_path_norm, unscaled, after)
+        return plain.coordinates(inner, head, bias, k.log_path_norm, unscaled, turned)
 
 
 class PathAdam(InCoordinates):
@@ -133,7 +137,7 @@ class PathAdam(InCoordinates):
 
         m ← β₁ m + (1 - β₁) g̃/‖g̃‖        v ← β₂ v + (1 - β₂) (g̃/‖g̃‖)²
         u = sign(m) min(|m| / (sqrt(v / (1 - β₂ᵗ)) + eps), 1)
-        Δp = -lr γ u / sqrt(n κ)
+        Δp = -lr γ u / sqrt(n κ) - lr λ p
 
     ‖g̃‖ is over all tensors, and n the number of entries of the tensor: no tensor's step is longer than lr γ in the path
     metric. m has no bias correction: the first 1/(1 - β₁) steps grow to full length. :class:`GatedPathSGD` with
@@ -146,6 +150,8 @@ class PathAdam(InCoordinates):
         lr: longest step of a tensor in the path metric, over γ; may be a tensor.
         betas: β₁ and β₂, of the averages of the gradient and of its square.
         eps: added to the root of the second, which is at most 1.
+        weight_decay: λ, of all but the output's bias, decoupled as in AdamW. Steps are relative to the weights, so that
+            noise makes these grow over many steps; decay holds them.
         bias_lr: learning rate of the output's bias.
         second_term, seq_len, rtol: as for :class:`PathOptimizer`.
         {SWITCHES}
@@ -166,6 +172,7 @@ class PathAdam(InCoordinates):
         lr: float | Tensor = 0.1,
         betas: tuple[float, float] = (0.9, 0.99),
         eps: float = 1e-8,
+        weight_decay: float = 0.0,
         bias_lr: float | Tensor = 0.1,
         second_term: bool = False,
         seq_len: int | None = None,
@@ -177,9 +184,11 @@ class PathAdam(InCoordinates):
         capturable: bool = False,
         differentiable: bool = False,
     ) -> None:
-        check_number("eps", eps, zero=True)
+        for name, value in (("eps", eps), ("weight_decay", weight_decay)):
+            check_number(name, value, zero=True)
         switches = Switches(maximize, foreach, fused, capturable, differentiable)
-        super().__init__(net, lr, betas, bias_lr, {"eps": eps}, second_term, seq_len, rtol, switches)
+        own = {"eps": eps, "weight_decay": weight_decay}
+        super().__init__(net, lr, betas, bias_lr, own, second_term, seq_len, rtol, switches)
 
 
 _NONE = zeros_like(torch.empty(0, device="cpu"))

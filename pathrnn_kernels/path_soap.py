@@ -33,16 +33,16 @@ class PathSOAP(InCoordinates):
         L ← β L + (1 - β) g gᵀ        R ← β R + (1 - β) gᵀ g        L ≈ Q Λ Qᵀ        R ≈ P Λ' Pᵀ
         m ← β₁ m + (1 - β₁) Qᵀ g P    v ← β₂ v + (1 - β₂) (Qᵀ g P)²
         u = sign(m) min(|m| / (sqrt(v / (1 - β₂ᵗ)) + eps), 1)
-        Δp = -lr γ (Q u Pᵀ) / sqrt(n κ)
+        Δp = -lr γ (Q u Pᵀ) / sqrt(n κ) - lr λ p
 
-    Q and P begin as identities. Every ``precondition_frequency`` steps, and in each of as many at the beginning, they
-    become the Q factor of L Q and R P (one step of orthogonal iteration), columns in the order of their eigenvalues; m
-    is turned with them, and v reordered. Vectors, matrices of one row or column, and sides longer than
+    Q and P begin as identities. Every ``precondition_frequency`` steps they become the Q factor of L Q and R P, one step
+    of orthogonal iteration, and m is turned with them; v stays. Vectors, matrices of one row or column, and sides longer than
     ``max_precond_dim`` keep the identity, and so :class:`PathAdam`'s step. What ‖g̃‖, n and γ are, how the output's bias
     moves, and which steps are left out, is said there and at :class:`GatedPathSGD`.
 
-    Beside Adam's state it keeps four square matrices, two of either side's length, and a step costs six products of
-    matrices more. On a GPU it is taken in plain torch, in float64, from κ that the kernels compute.
+    Beside Adam's state it keeps four square matrices, two of either side's length. A step costs six products of matrices
+    more, and a turn a QR factorisation in float64 of either side, some 16 n³ operations: at H ≥ 1000 let them turn less
+    often. On a GPU it is taken in plain torch, in float64, from κ that the kernels compute.
 
     Args:
         net: the network, float32 or float64; every trainable parameter is held, its output's bias in a parameter
@@ -50,9 +50,10 @@ class PathSOAP(InCoordinates):
         lr: longest step of a tensor in the path metric, over γ; may be a tensor.
         betas: β₁ and β₂, of the averages of the gradient and of its square.
         eps: added to the root of the second, which is at most 1.
+        weight_decay: λ, as there.
         shampoo_beta: β, of the averages L and R.
         precondition_frequency: steps between two turns of the bases.
-        max_precond_dim: longest side that has a basis.
+        max_precond_dim: longest side that has a basis, when the state is made.
         bias_lr: learning rate of the output's bias.
         warmup: steps over which lr rises linearly, while the bases are found.
         second_term, seq_len, rtol: as for :class:`PathOptimizer`.
@@ -70,7 +71,7 @@ class PathSOAP(InCoordinates):
     """
 
     rule = "eigenbases"
-    options = ("eps", "warmup", "maximize", "shampoo_beta", "precondition_frequency", "max_precond_dim")
+    options = ("eps", "warmup", "maximize", "weight_decay", "shampoo_beta", "precondition_frequency", "max_precond_dim")
 
     def __init__(
         self,
@@ -78,11 +79,12 @@ class PathSOAP(InCoordinates):
         lr: float | Tensor = 0.01,
         betas: tuple[float, float] = (0.9, 0.99),
         eps: float = 1e-8,
+        weight_decay: float = 0.0,
         shampoo_beta: float = 0.99,
         precondition_frequency: int = 10,
-        max_precond_dim: int = 2048,
+        max_precond_dim: int = 1024,
         bias_lr: float | Tensor = 0.1,
-        warmup: int = 500,
+        warmup: int = 200,
         second_term: bool = False,
         seq_len: int | None = None,
         rtol: float = 1e-3,
@@ -93,11 +95,13 @@ class PathSOAP(InCoordinates):
         capturable: bool = False,
         differentiable: bool = False,
     ) -> None:
-        check_number("eps", eps, zero=True)
+        for name, value in (("eps", eps), ("weight_decay", weight_decay)):
+            check_number(name, value, zero=True)
         check_count("warmup", warmup, 0, error=ValueError)
         switches = Switches(maximize, foreach, fused, capturable, differentiable)
         own = {
             "eps": eps,
+            "weight_decay": weight_decay,
             "warmup": warmup,
             "shampoo_beta": shampoo_beta,
             "precondition_frequency": precondition_frequency,
@@ -123,6 +127,33 @@ class PathSOAP(InCoordinates):
         none = nothing(states[0]["step"])
         return [state.get(key, none) for state in states for side in SIDES for key in side]
 
+    def _new_state(self, name: str, p: Tensor, group: dict[str, Any]) -> dict[str, Any]:
+        _check_own(group)
+        state = super()._new_state(name, p, group)
+        if "exp_avg" in state and p.dim() == 2 and min(p.shape) > 1:
+            with torch.inference_mode(False):  # as zeros_like
+                for size, (gram, basis) in zip(p.shape, SIDES, strict=True):
+                    if size <= group["max_precond_dim"]:
+                        state[basis] = torch.eye(size, dtype=p.dtype, device=p.device)
+                        state[gram] = torch.zeros_like(state[basis])
+        return state
+
+    def _served(self, layout: Layout, weight: Tensor) -> str | None:
+        served = super()._served(layout, weight)
+        if served == "triton" and self.param_groups[0]["fused"]:
+            raise ValueError(f"fused is True, but no kernel takes steps of PathSOAP on {weight.device}: leave it out")
+        return served if served == "cpu" else None
+
+    def _numbers(self, group: dict[str, Any]) -> tuple[float, ...]:
+        beta, frequency = group["shampoo_beta"], group["precondition_frequency"]
+        if not (type(beta) is float and 0 <= beta < 1 and type(frequency) is int and frequency >= 1):  # the usual ones
+            _check_own(group)
+        return (*super()._numbers(group), beta, frequency)
+
+    def _bases(self, states: list[dict[str, Any]]) -> list[Tensor]:
+        none = nothing(states[0]["step"])
+        return [state.get(key, none) for state in states for side in SIDES for key in side]
+
     def _new_state(self, name: str, p: Tensor) -> dict[str, Any]:
         state = super()._new_state(name, p)
         if "exp_avg" in state and p.dim() == 2 and min(p.shape) > 1:
@@ -141,54 +172,51 @@ class PathSOAP(InCoordinates):
     def _check_states(self, moving: Moving, states: list[dict[str, Any]], alike: bool = False) -> None:
         super()._check_states(moving, states, alike)
         for i, state in zip(moving.places, states, strict=True):
-            for gram, basis in SIDES:
-                if (gram in state) != (basis in state):
-                    name = moving.layout.names[i]
-                    raise KeyError(f"the state of {name} lacks one of {gram}, {basis}: clear it, or load it whole")
+            for keys in SIDES:
+                own = [state.get(key) for key in keys if key in state]
+                if own and (len(own) < len(keys) or any(t is None or t.dtype != moving.weights[i].dtype for t in own)):
+                    raise KeyError(
+                        f"the state of {moving.layout.names[i]} lacks one of {', '.join(keys)}, or has it of another "
+                        "dtype: clear it, or load it whole"
+                    )
 
     def _decide(  # type: ignore[override]
         self, moving: Moving, k: Kappa, entries: list[plain.Weight], unscaled: Tensor | float
     ) -> plain.Decided:
-        turns = {w.place: _turns(w) for w in entries if any(basis in w.state for _, basis in SIDES)}
+        due = {w.place: _is_due(w) for w in entries if any(basis in w.state for _, basis in SIDES)}
         # An orthogonalisation costs more than waiting for one number.
-        due = self.param_groups[0]["capturable"] or (bool(turns) and bool(torch.stack([*turns.values()]).any()))
+        turns = self.param_groups[0]["capturable"] or bool(due) and bool(torch.stack([*due.values()]).any())
 
-        def after(w: plain.Weight, g: Tensor, taken: Tensor) -> None:
-            for axis in range(len(SIDES) if w.place in turns else 0):
-                _advance(w, axis, g, taken, taken & turns[w.place] if due else None)
+        def turned(w: plain.Weight, to: plain.Moved, g: Tensor) -> plain.Moved:
+            for axis in range(len(SIDES) if w.place in due else 0):
+                to = _turned(w, axis, g, due[w.place] if turns else None, to)
+            return to
 
-        return super()._decide(moving, k, entries, unscaled, after)
+        return super()._decide(moving, k, entries, unscaled, turned)
 
 
-def _turns(w: plain.Weight) -> Tensor:
+def _is_due(w: plain.Weight) -> Tensor:
     """Whether the bases turn in this step."""
     assert w.count is not None
-    frequency, steps = w.numbers[-1], w.count + 1
-    return (steps < frequency) | (steps % frequency == 0)
+    return (w.count + 1) % w.numbers[-1] == 0
 
 
-def _advance(w: plain.Weight, axis: int, g: Tensor, taken: Tensor, turns: Tensor | None) -> None:
-    """The average of one side after a step and, where it ``turns``, its basis, with Adam's averages in it."""
+def _turned(w: plain.Weight, axis: int, g: Tensor, due: Tensor | None, to: plain.Moved) -> plain.Moved:
+    """With the average of one side and, where that is ``due``, another basis, to which Adam's averages are turned."""
     gram, basis = (w.state.get(key) for key in SIDES[axis])
     if gram is None or basis is None:
-        return
-    assert w.first is not None and w.second is not None
+        return to
     rows, beta = (g, g.mT)[axis], w.numbers[-2]
-    average = torch.where(taken, gram.double().lerp(rows @ rows.mT, 1 - beta), gram.double())
-    plain.keep(gram, average, taken)
-    if turns is None:
-        return
+    average = gram.double() + (1 - beta) * (rows @ rows.mT - gram.double())
+    to = to._replace(more=[*to.more, (gram, average)])
+    if due is None:
+        return to
     q = basis.double()
     # The shift moves no eigenvector, and keeps columns where they were for which the average has nothing but rounding.
-    product = average @ q + _NOISE * average.trace() * q
-    order = (q * product).sum(0).argsort(descending=True, stable=True)
-    turned, m = torch.linalg.qr(product[:, order])[0], w.first.double()
-    for target, value in (
-        (w.first, turned.mT @ (q @ m) if axis == 0 else (m @ q.mT) @ turned),
-        (w.second, w.second.index_select(axis, order)),
-        (basis, turned),
-    ):
-        plain.keep(target, value, turns)
+    # Sorting columns by their eigenvalues, as SOAP does, would order those by their rounding.
+    now = torch.linalg.qr(average @ q + _NOISE * average.trace() * q)[0]
+    first = now.mT @ (q @ to.first) if axis == 0 else (to.first @ q.mT) @ now
+    return to._replace(first=torch.where(due, first, to.first), more=[*to.more, (basis, torch.where(due, now, q))])
 
 
 def _check_own(group: dict[str, Any]) -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -149,7 +149,7 @@ def _status(weights: Sequence[Weight], flags: Sequence[Tensor], kind: int) -> Te
     return _first(*found)
 
 
-def keep(target: Tensor, value: Tensor, ok: Tensor) -> None:
+def _keep(target: Tensor, value: Tensor, ok: Tensor) -> None:
     target.copy_(torch.where(ok, value.to(target.dtype), target))
 
 
@@ -194,11 +194,11 @@ def sgd(
 
     def commit(ok: Tensor) -> None:
         for w, step, first in zip(weights, steps, firsts, strict=True):
-            keep(w.weight, w.from_canonical(w.to_canonical(w.weight) + (step * share).value()), ok)
+            _keep(w.weight, w.from_canonical(w.to_canonical(w.weight) + (step * share).value()), ok)
             if first is not None:
-                keep(w.first, w.from_canonical(first), ok)  # type: ignore[arg-type]
+                _keep(w.first, w.from_canonical(first), ok)  # type: ignore[arg-type]
         if constant is not None and fixed is not constant:
-            keep(constant, fixed, ok)  # type: ignore[arg-type]
+            _keep(constant, fixed, ok)  # type: ignore[arg-type]
 
     return _first(*statuses), commit
 
@@ -241,7 +241,7 @@ def given(weights: Sequence[Weight], log_path_norm: Tensor, radius: float) -> De
         for w, step in zip(weights, steps, strict=True):
             # To the bit, where it is not shortened.
             shortened = w.from_canonical(w.to_canonical(w.weight) + (step * share).value()).to(w.weight.dtype)
-            keep(w.weight, torch.where(share.value() == 1, w.gradient, shortened), ok)
+            _keep(w.weight, torch.where(share.value() == 1, w.gradient, shortened), ok)
 
     return torch.where(norm.m.isfinite(), 0, UNBOUNDED), commit
 
@@ -254,17 +254,26 @@ def _share(squares: Sequence[Number], norm: Number, radius: float) -> Number:
     return Number(torch.where(longer, radius / root.m, 1.0), torch.where(longer, -root.e, 0))
 
 
+class Moved(NamedTuple):
+    """A weight and its averages after the step, and what other tensors become."""
+
+    weight: Tensor
+    first: Tensor
+    second: Tensor
+    more: Sequence[tuple[Tensor, Tensor]] = ()
+
+
 def coordinates(
     weights: Sequence[Weight],
     head: Weight | None,
     bias: Weight | None,
     log_path_norm: Tensor,
     unscaled: Tensor | float,
-    after: Callable[[Weight, Tensor, Tensor], None] | None = None,
+    turned: Callable[[Weight, Moved, Tensor], Moved] | None = None,
 ) -> Decided:
     """``head``: the head's weight, of whose paths γ² is, where it has a bias; ``bias``: that, where it moves.
 
-    ``after`` is called with each weight, its g̃/‖g̃‖, and whether it has been moved.
+    ``turned`` has the last word on what is written beside the weight; it is given g̃/‖g̃‖, too, 0 where nothing moves.
     """
     norm = Number(*power_of_e(log_path_norm))
     if head is not None:
@@ -285,8 +294,7 @@ def coordinates(
         held = weights[0].numbers[5] if weights else 0
         assert bias.count is not None
         going = bias.count + 1 > held
-    moves: list[tuple[Tensor, Tensor, Tensor]] = []
-    directions: list[Tensor] = []
+    moves: list[Moved] = []
     if weights:
         units = [w.unit() for w in weights]
         gradients = [
@@ -295,36 +303,36 @@ def coordinates(
         length = _total([g.squares() for g in gradients]).root()
         going = going & (length.m > 0) & length.m.isfinite()
         root = norm.root()
-        directions = [(gradient / length).value() for gradient in gradients]
-        for w, direction, unit in zip(weights, directions, units, strict=True):
-            moves.append(_move(w, direction, unit, root))
+        for w, gradient, unit in zip(weights, gradients, units, strict=True):
+            g = (gradient / length).value()
+            moved_to = _move(w, g, unit, root)
+            moves.append(moved_to if turned is None else turned(w, moved_to, torch.where(going, g, 0.0)))
         overflows = [
             going
-            & (w.gradient.isfinite() & w.weight.isfinite() & ~(new.abs() <= torch.finfo(w.weight.dtype).max)).any()
-            for w, (new, _, _) in zip(weights, moves, strict=True)
+            & (w.gradient.isfinite() & w.weight.isfinite() & ~(to.weight.abs() <= torch.finfo(w.weight.dtype).max)).any()
+            for w, to in zip(weights, moves, strict=True)
         ]
         statuses.append(_status(weights, overflows, OVERFLOW))
 
     def commit(ok: Tensor) -> None:
         if bias is not None:
-            keep(bias.weight, moved, ok & fine)
+            _keep(bias.weight, moved, ok & fine)
             bias.count.add_(ok.to(bias.count.dtype))  # type: ignore[union-attr]
         taken = ok & going
-        for w, (new, m, v) in zip(weights, moves, strict=True):
-            keep(w.weight, new, taken)
-            keep(w.first, m, taken)  # type: ignore[arg-type]
-            keep(w.second, v, taken)  # type: ignore[arg-type]
+        for w, to in zip(weights, moves, strict=True):
+            _keep(w.weight, to.weight, taken)
+            _keep(w.first, to.first, taken)  # type: ignore[arg-type]
+            _keep(w.second, to.second, taken)  # type: ignore[arg-type]
             w.count.add_(taken.to(w.count.dtype))  # type: ignore[union-attr]
-        for w, direction in zip(weights, directions, strict=True):
-            if after is not None:
-                after(w, direction, taken)
+            for target, value in to.more:
+                _keep(target, value, taken)
 
     return _first(*statuses), commit
 
 
-def _move(w: Weight, g: Tensor, unit: Number, root: Number) -> tuple[Tensor, Tensor, Tensor]:
-    """The weight and its averages after the step, from g̃/‖g̃‖, 1/sqrt(κ) and γ."""
-    _, beta1, beta2, power, eps, _, warmup, maximize = w.numbers[:8]
+def _move(w: Weight, g: Tensor, unit: Number, root: Number) -> Moved:
+    """From g̃/‖g̃‖, 1/sqrt(κ) and γ."""
+    _, beta1, beta2, power, eps, _, warmup, maximize, decay = w.numbers[:9]
     assert w.first is not None and w.second is not None and w.count is not None
     g = w.to_bases(-g if maximize else g)
     m = w.first.double() + (1 - beta1) * (g - w.first.double())
@@ -332,7 +340,7 @@ def _move(w: Weight, g: Tensor, unit: Number, root: Number) -> tuple[Tensor, Ten
     steps = w.count.double() + 1
     denominator = (v / (1 - beta2**steps)).sqrt()
     ratio = torch.where(denominator > 0, m.abs() / (denominator + eps), 0.0).clamp(max=1)
-    rate = w.rate * (steps / max(warmup, 1)).clamp(max=1) / w.weight.numel() ** 0.5
+    rate = w.rate * (steps / max(warmup, 1)).clamp(max=1)
     direction = w.from_bases((ratio**power).copysign(m))
-    step = ldexp(rate * direction * unit.m * root.m, unit.e + root.e)
-    return w.from_canonical(w.to_canonical(w.weight) - step), m, v
+    step = ldexp(rate / w.weight.numel() ** 0.5 * direction * unit.m * root.m, unit.e + root.e)
+    return Moved(w.from_canonical((1 - rate * decay) * w.to_canonical(w.weight) - step), m, v)

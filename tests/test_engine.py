@@ -23,9 +23,9 @@ F32, F64 = torch.float32, torch.float64
 KINDS = {
     "sgd": lambda net, **o: pk.PathSGD(net, lr=0.1, scale="path_norm", trust_radius=0.1, **o),
     "momentum": lambda net, **o: pk.PathSGD(net, lr=1e-3, momentum=0.9, weight_decay=0.1, scale="path_norm", **o),
-    "adam": lambda net, **o: pk.PathAdam(net, lr=0.1, **o),
+    "adam": lambda net, **o: pk.PathAdam(net, lr=0.1, weight_decay=0.5, **o),
     "gated": lambda net, **o: pk.GatedPathSGD(net, lr=0.1, betas=(0.8, 0.9), hold=1, warmup=3, **o),
-    "soap": lambda net, **o: pk.PathSOAP(net, lr=0.1, precondition_frequency=2, warmup=3, **o),
+    "soap": lambda net, **o: pk.PathSOAP(net, lr=0.1, precondition_frequency=2, warmup=3, weight_decay=0.5, **o),
 }
 kinds = pytest.mark.parametrize("kind", KINDS)
 FUSED = pytest.mark.parametrize("fused", (None, False), ids=("kernels", "plain"))
@@ -874,7 +874,7 @@ def test_a_module_that_is_replaced_is_stepped_by_its_own_kappa(part, new, build,
 
 WRONG = {
     "momentum": {"momentum": (math.nan, "a", None), "weight_decay": (math.inf, None)},
-    "adam": {"betas": ((0.9, 1.0), (1.5, 0.9), (0.9,), 0.9, ("a", "b")), "eps": (None, math.nan)},
+    "adam": {"betas": ((0.9, 1.0), (1.5, 0.9), (0.9,), 0.9, ("a", "b")), "eps": (None, math.nan), "weight_decay": (None, math.inf)},
     "gated": {"betas": ((0.9, 1.0),), "power": (math.inf, "a"), "warmup": (None,)},
 }
 

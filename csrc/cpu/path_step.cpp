@@ -85,7 +85,7 @@ void check_scalar(const Tensor& t, const char* name) {
   TORCH_CHECK_VALUE(t.numel() == 1, name, " has shape ", t.sizes(), "; it must have one entry");
 }
 
-constexpr int64_t kSgdNumbers = 5, kCoordinateNumbers = 8, kEigenNumbers = 10, kGivenNumbers = 0;
+constexpr int64_t kSgdNumbers = 5, kCoordinateNumbers = 9, kEigenNumbers = 11, kGivenNumbers = 0;
 
 // What PathSOAP keeps of one side of a matrix: average of g gᵀ, or of gᵀ g, and an orthogonal matrix; empty where it has
 // none. Of every weight that moves there are two.
@@ -536,7 +536,7 @@ class Step {
       // What is added to the largest number that there is must be some 2^26 times smaller than it to be lost in rounding.
       // An entry of a step that was turned may be as long as all of it.
       const double longest = in_bases(v) ? std::sqrt(static_cast<double>(views_[v].size)) : 1;
-      near[v] = std::abs(rules[v].rate) * longest * sums[v].largest_unit * power(2 * spread_) <= limit_ * 0x1p-26;
+      near[v] = std::abs(rules[v].keep) <= 1 && std::abs(rules[v].rate) * longest * sums[v].largest_unit * power(2 * spread_) <= limit_ * 0x1p-26;
     }
     std::vector<EigenStep> turned(views_.size());
     for (size_t v = 0; moves && v < views_.size(); ++v) {
@@ -626,8 +626,8 @@ class Step {
 
   // The averages after a step that has been taken and, where the bases are to turn, these.
   void keep(size_t v, EigenStep& e) {
-    const double beta = numbers(v)[8], frequency = numbers(v)[9], steps = count(v);  // this one included
-    const bool turns = steps < frequency || std::fmod(steps, frequency) == 0;
+    const double beta = numbers(v)[9];
+    const bool turns = std::fmod(count(v), numbers(v)[10]) == 0;  // steps, this one included
     for (int64_t side = 0; side < kSides; ++side) {
       if (!has_basis(v, side)) continue;
       const Tensor rows = side == 0 ? e.gradient : e.gradient.t();
@@ -635,12 +635,10 @@ class Step {
       if (!turns) continue;
       const Tensor average = gram(v, side).to(at::kDouble), q = basis(v, side).to(at::kDouble);
       // The shift moves no eigenvector, and keeps columns where they were for which the average has nothing but rounding.
-      const Tensor product = at::mm(average, q).add_(q * (kNoise * average.trace()));
-      const Tensor order = (q * product).sum(0).argsort(/*stable=*/true, /*dim=*/0, /*descending=*/true);
-      const Tensor now = std::get<0>(at::linalg_qr(product.index_select(1, order)));
+      // Sorting columns by their eigenvalues, as SOAP does, would order those by their rounding.
+      const Tensor now = std::get<0>(at::linalg_qr(at::mm(average, q).add_(q * (kNoise * average.trace()))));
       const Tensor m = e.first.to(at::kDouble);
       e.first = side == 0 ? at::mm(now.t(), at::mm(q, m)) : at::mm(at::mm(m, q.t()), now);
-      e.second = e.second.index_select(side, order);
       basis(v, side).copy_(now);
     }
     const Tensor& own = a_.weights[moving_[v]];
@@ -664,6 +662,7 @@ class Step {
     const double share = std::min(1.0, steps / std::max(n[6], 1.0));
     const Number longest = norm.root() * root * Number{rate(v) * share / std::sqrt(static_cast<double>(views_[v].size)), 0};
     rule.rate = longest.normal().value();
+    rule.keep = 1 - rate(v) * share * n[8];
     rule.limit = limit_;
     return !narrow() || (quotient.moderate(2 * kModerate) && longest.moderate(kModerate));
   }

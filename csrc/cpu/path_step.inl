@@ -106,13 +106,13 @@ const U* gather_kappa(const StepWeight<T>& w, const Span& s, U* out) {
   return out;
 }
 
-// w += factor · x · more · 2^-e: x is in canonical coordinates.
+// w = keep · w + factor · x · more · 2^-e: x is in canonical coordinates.
 template <typename T, typename U, typename Out>
-inline void add_step(const StepWeight<T>& w, const Span& s, const U* x, U factor, U more, Out* weight) {
+inline void add_step(const StepWeight<T>& w, const Span& s, const U* x, U factor, U more, U keep, Out* weight) {
   if (!w.tables) {
     for (int64_t q = 0; q < s.n; ++q) {
       const Number step{static_cast<double>(factor * x[q] * more), -exponent_at(w, s.row, s.column + q)};
-      weight[q] = static_cast<Out>(static_cast<double>(weight[q]) + step.value());
+      weight[q] = static_cast<Out>(static_cast<double>(keep) * static_cast<double>(weight[q]) + step.value());
     }
     return;
   }
@@ -120,12 +120,12 @@ inline void add_step(const StepWeight<T>& w, const Span& s, const U* x, U factor
   if constexpr (std::is_same_v<T, U> && std::is_same_v<T, Out>) {
     for (int64_t q = 0; q < s.n; q += Simd<T>::width) {
       const int64_t m = s.n - q;
-      store(weight + q, load(weight + q, m) + factor * load(x + q, m) * more * (r * load(c + q, m)), m);
+      store(weight + q, keep * load(weight + q, m) + factor * load(x + q, m) * more * (r * load(c + q, m)), m);
     }
   } else {
     for (int64_t q = 0; q < s.n; ++q) {
       const U step = factor * x[q] * more;
-      weight[q] = static_cast<Out>(static_cast<U>(weight[q]) + step * (static_cast<U>(r) * static_cast<U>(c[q])));
+      weight[q] = static_cast<Out>(keep * static_cast<U>(weight[q]) + step * (static_cast<U>(r) * static_cast<U>(c[q])));
     }
   }
 }
@@ -364,7 +364,7 @@ void sgd_apply(const StepWeight<T>& w, const SgdRule& rule, int64_t first, int64
       momentum_step(w, rule, s, step, run);
       step = run.delta;
     }
-    add_step(w, s, step, factor, more, w.moved + s.i);
+    add_step(w, s, step, factor, more, U(1), w.moved + s.i);
     if (w.first) shift<true, U>(w, s, run.first, w.first + s.i);
   });
 }
@@ -476,18 +476,19 @@ const U* units_of(const StepWeight<T>& w, const Span& s, Run<U>& run) {
 
 // Adds Δ to a run's weights; without `write` it says whether that brings one beyond the limit.
 template <typename T, typename U>
-inline bool place_step(const StepWeight<T>& w, const Span& s, const U* delta, double limit, bool write) {
+inline bool place_step(const StepWeight<T>& w, const CoordinateRule& rule, const Span& s, const U* delta, bool write) {
+  const U keep = static_cast<U>(rule.keep);
   if (write) {
-    add_step(w, s, delta, U(1), U(1), w.moved + s.i);
+    add_step(w, s, delta, U(1), U(1), keep, w.moved + s.i);
     return false;
   }
   double own[kRun];
   std::copy(w.weight + s.i, w.weight + s.i + s.n, own);
-  add_step(w, s, delta, U(1), U(1), own);
+  add_step(w, s, delta, U(1), U(1), keep, own);
   bool lost = false;
   for (int64_t q = 0; q < s.n; ++q) {
     const bool finite = std::isfinite(w.gradient[s.i + q]) && std::isfinite(w.weight[s.i + q]);
-    lost |= finite && !(std::abs(own[q]) <= limit);
+    lost |= finite && !(std::abs(own[q]) <= rule.limit);
   }
   return lost;
 }
@@ -521,7 +522,7 @@ bool coordinate_apply(const StepWeight<T>& w, const CoordinateRule& rule, int64_
       store(square + q, v, n);
       store(run.delta + q, step * rate * unit);
     }
-    lost |= place_step(w, s, run.delta, rule.limit, write);
+    lost |= place_step(w, rule, s, run.delta, write);
     if (!write || !copied) return;
     std::copy(average, average + s.n, w.first + s.i);
     std::copy(square, square + s.n, w.second + s.i);
@@ -568,7 +569,7 @@ bool coordinate_move(const StepWeight<T>& w, const CoordinateRule& rule, int64_t
     for (int64_t q = 0; q < s.n; q += Simd<U>::width) {
       store(run.delta + q, load(own + q, s.n - q) * rate * load(units + q, s.n - q));
     }
-    lost |= place_step(w, s, run.delta, rule.limit, write);
+    lost |= place_step(w, rule, s, run.delta, write);
   });
   return lost;
 }

@@ -183,7 +183,8 @@ def test_path_sgd_is_right_or_says_so(how, seed, dtype, options, eps, rate, radi
 def test_steps_in_path_coordinates_are_right_or_say_so(how, seed, dtype, options, grown):
     """The first step: |m| = (1 - β₁) |g̃| and sqrt(v) = sqrt(1 - β₂) |g̃|, so that u is sign(g)."""
     case = case_of(seed, dtype, **options)
-    numbers = (0.5 * grown, 0.0, 0.0, 1.0, 0.0, 0.0, 0.0, 0.0)
+    keep = 0.75
+    numbers = (0.5 * grown, 0.0, 0.0, 1.0, 0.0, 0.0, 0.0, 0.0, (1 - keep) / (0.5 * grown))
     head, bias = len(case.weights) - 2, len(case.weights) - 1
     everything = list(entries(case))
     norm = Decimal(0)
@@ -210,7 +211,7 @@ def test_steps_in_path_coordinates_are_right_or_say_so(how, seed, dtype, options
         )
         if k:
             step = EXACT.multiply(Decimal(numbers[0]), EXACT.sqrt(EXACT.divide(norm, EXACT.multiply(k, Decimal(n)))))
-        want = EXACT.add(old, EXACT.multiply(step, Decimal(-1 if g > 0 else 1)))
+        want = EXACT.add(EXACT.multiply(Decimal(keep), old), EXACT.multiply(step, Decimal(-1 if g > 0 else 1)))
         if abs(want) > limit:
             (beyond if seen else perhaps).add(i)
         wants.append((i, r, c, old, want if seen else None))

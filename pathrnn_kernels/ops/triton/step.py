@@ -69,7 +69,7 @@ _CODE = tl.constexpr(17)  # 4 times the weight's place
 _EPS = tl.constexpr(18)
 _RADIUS = tl.constexpr(19)
 _NUMBERS = tl.constexpr(20)
-_FIELDS = tl.constexpr(28)
+_FIELDS = tl.constexpr(29)
 
 # What is decided: places in ``scratch``, int64, where float64 lies by its bits.
 _MOVES = tl.constexpr(0)  # whether the weights are written
@@ -79,7 +79,7 @@ _LENGTH = tl.constexpr(2)  # by rule "coordinates" one over the gradient's; its 
 _CONSTANT = tl.constexpr(4)  # log, of scale="first_step"
 _NO_CONSTANT = tl.constexpr(5)
 _HEADER = tl.constexpr(6)
-_RULE = tl.constexpr(3)  # then of every row correction, rate and its exponent
+_RULE = tl.constexpr(4)  # then of every row correction, rate and its exponent, and what is kept of the weight
 # Then, an array each, what every program has found: a word of these bits and of a weight that overflows; an exponent; a
 # sum; and that of gradients, for scale="first_step", or by rule "coordinates" the exponent of a bound of its steps.
 _PULLED = tl.constexpr(1)  # some gradient is not 0
@@ -471,7 +471,7 @@ def _in_coordinates(entry, scratch, which, i, inside, up, kappa, exponent, DTYPE
     size = tl.where(reached, _divide(tl.abs(m), tl.where(reached, root + _number(entry, _NUMBERS + 4).to(U), 1.0)), 0.0)
     step = _power(tl.minimum(size, 1.0), _number(entry, _NUMBERS + 3)) * (rate * unit)
     step = _times(step, rate_exponent + of_unit - up)
-    value = weight - tl.where(m < 0, -step, step)
+    value = _number(rule, 3).to(U) * weight - tl.where(m < 0, -step, step)
     overflows = inside & _is_finite(gradient) & _is_finite(weight) & (_is_finite(value) == 0)
     return value, m, v, overflows
 
@@ -540,7 +540,9 @@ def _decide_rates(
     beta2 = tl.load(entries + _NUMBERS + 2, weights, other=0).to(tl.float64, bitcast=True)
     warmup = tl.load(entries + _NUMBERS + 6, weights, other=0).to(tl.float64, bitcast=True)
     root, root_exponent = _root(norm, norm_exponent)
+    decay = tl.load(entries + _NUMBERS + 8, weights, other=0).to(tl.float64, bitcast=True)
     rate = _rate(entries, weights) * tl.minimum(steps.to(tl.float64) / tl.maximum(warmup, 1.0), 1.0)
+    keep = 1 - rate * decay
     rate, rate_exponent = _normal(rate / tl.sqrt(tl.load(entries + _SIZE, weights, other=1).to(tl.float64)))
     correction = 1 / (1 - tl.exp(steps.to(tl.float64) * tl.log(beta2)))
     tl.store(scratch + _LENGTH, (1 / length).to(tl.int64, bitcast=True))
@@ -549,6 +551,7 @@ def _decide_rates(
     tl.store(rules, correction.to(tl.int64, bitcast=True))
     tl.store(rules + 1, (rate * root).to(tl.int64, bitcast=True))
     tl.store(rules + 2, rate_exponent + root_exponent)
+    tl.store(rules + 3, keep.to(tl.int64, bitcast=True))
     return goes, steps, root_exponent
 
 
@@ -684,7 +687,8 @@ def _move_bias(entry, i, inside, kappa, exponent, grad_scale, DTYPE: tl.constexp
 # ---- on the host -----------------------------------------------------------------------------------------------------
 
 #: Numbers of a weight, by rule.
-_COUNTS = {"sgd": 5, "given": 0, "coordinates": 8}
+_COUNTS = {"sgd": 5, "given": 0, "coordinates": 9}
+_MOST = max(_COUNTS.values())
 
 
 class _Shape(NamedTuple):
@@ -932,7 +936,7 @@ def _row(given: _Update, i: int, s: int | None, start: int) -> list[int]:
         rate.data_ptr() if rate is not None and single else 0,
         rate.data_ptr() if rate is not None and not single else 0,
         4 * i,
-        *map(_float_bits, [given.eps, given.radius, *([0.0] * 8 if s is None else _numbers(given, s))]),
+        *map(_float_bits, [given.eps, given.radius, *([0.0] * _MOST if s is None else _numbers(given, s))]),
     ]
 
 
@@ -945,7 +949,7 @@ def _numbers(given: _Update, s: int) -> list[float]:
         own[0] = 0.0
     if given.rule == "sgd" and not (given.first and given.first[s].numel()):  # no momentum where there is none of it
         own[1] = own[3] = 0.0
-    return own + [0.0] * (8 - each)
+    return own + [0.0] * (_MOST - each)
 
 
 def _float_bits(x: float) -> int:
