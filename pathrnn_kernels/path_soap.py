@@ -114,19 +114,6 @@ class PathSOAP(InCoordinates):
         super()._check_group(group)
         _check_own(group)
 
-    def _served(self, layout: Layout, weight: Tensor) -> str | None:
-        served = super()._served(layout, weight)
-        if served == "triton" and self.param_groups[0]["fused"]:
-            raise ValueError(f"fused is True, but no kernel takes steps of PathSOAP on {weight.device}: leave it out")
-        return served if served == "cpu" else None
-
-    def _numbers(self, group: dict[str, Any]) -> tuple[float, ...]:
-        return (*super()._numbers(group), group["shampoo_beta"], group["precondition_frequency"])
-
-    def _bases(self, states: list[dict[str, Any]]) -> list[Tensor]:
-        none = nothing(states[0]["step"])
-        return [state.get(key, none) for state in states for side in SIDES for key in side]
-
     def _new_state(self, name: str, p: Tensor, group: dict[str, Any]) -> dict[str, Any]:
         _check_own(group)
         state = super()._new_state(name, p, group)
@@ -153,17 +140,6 @@ class PathSOAP(InCoordinates):
     def _bases(self, states: list[dict[str, Any]]) -> list[Tensor]:
         none = nothing(states[0]["step"])
         return [state.get(key, none) for state in states for side in SIDES for key in side]
-
-    def _new_state(self, name: str, p: Tensor) -> dict[str, Any]:
-        state = super()._new_state(name, p)
-        if "exp_avg" in state and p.dim() == 2 and min(p.shape) > 1:
-            longest = self.param_groups[0]["max_precond_dim"]
-            with torch.inference_mode(False):  # as zeros_like
-                for size, (gram, basis) in zip(p.shape, SIDES, strict=True):
-                    if size <= longest:
-                        state[basis] = torch.eye(size, dtype=p.dtype, device=p.device)
-                        state[gram] = torch.zeros_like(state[basis])
-        return state
 
     def _buffer_shapes(self, p: Tensor) -> dict[str, Sequence[int]]:
         sides = {key: (size, size) for size, keys in zip(p.shape, SIDES, strict=False) for key in keys}

@@ -43,9 +43,9 @@ def orthogonalised(x):
 def test_the_docstrings_formula(second_term, fused):
     """With κ and γ² from the dense factors, step by step."""
     net = make(num_layers=2, outputs="last")
-    beta1, beta2, beta, lr, bias_lr, warmup, frequency = 0.8, 0.9, 0.7, 0.05, 0.05, 3, 4
+    beta1, beta2, beta, lr, bias_lr, decay, warmup, frequency = 0.8, 0.9, 0.7, 0.05, 0.05, 0.5, 3, 4
     optimizer = pk.PathSOAP(
-        net, lr, (beta1, beta2), 0.0, beta, frequency, 2048, bias_lr, warmup, second_term, rtol=0, fused=fused
+        net, lr, (beta1, beta2), 0.0, decay, beta, frequency, 2048, bias_lr, warmup, second_term, rtol=0, fused=fused
     )
     p = values(net)
     inner = [name for name in p if name != "head.bias"]
@@ -73,16 +73,13 @@ def test_the_docstrings_formula(second_term, fused):
             v[name] = beta2 * v[name] + (1 - beta2) * there**2
             u = m[name].sign() * (m[name].abs() / (v[name] / (1 - beta2**t)).sqrt()).clamp(max=1)
             u = u if rows is None else rows @ u @ columns.T
-            p[name] -= lr * min(1, t / warmup) * u * (gamma2 / kappa[name] / u.numel()).sqrt()
+            p[name] -= lr * min(1, t / warmup) * (u * (gamma2 / kappa[name] / u.numel()).sqrt() + decay * p[name])
             for axis, square in enumerate((own @ own.T, own.T @ own) if rows is not None else ()):
                 gram, basis = grams[name][axis], found[name][axis]
                 gram.mul_(beta).add_(square, alpha=1 - beta)
-                if t < frequency or t % frequency == 0:
-                    product = gram @ basis + 1e-6 * gram.trace() * basis
-                    order = (basis * product).sum(0).argsort(descending=True)
-                    new = orthogonalised(product[:, order])
+                if t % frequency == 0:
+                    new = orthogonalised(gram @ basis + 1e-6 * gram.trace() * basis)
                     m[name] = new.T @ basis @ m[name] if axis == 0 else m[name] @ basis.T @ new
-                    v[name] = v[name].index_select(axis, order)
                     found[name][axis] = new
         for name, q in net.named_parameters():
             torch.testing.assert_close(q.detach(), p[name], rtol=1e-7, atol=1e-9, msg=lambda s, n=name: f"{n}: {s}")
