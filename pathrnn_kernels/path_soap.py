@@ -36,7 +36,7 @@ class PathSOAP(InCoordinates):
         Δp = -lr γ (Q u Pᵀ) / sqrt(n κ) - lr λ p
 
     Q and P begin as identities. Every ``precondition_frequency`` steps they become the Q factor of L Q and R P, one step
-    of orthogonal iteration, and m is turned with them; v stays. Vectors, matrices of one row or column, and sides longer than
+    of orthogonal iteration, columns in the order of their eigenvalues; m is turned with them, and v reordered. Vectors, matrices of one row or column, and sides longer than
     ``max_precond_dim`` keep the identity, and so :class:`PathAdam`'s step. What ‖g̃‖, n and γ are, how the output's bias
     moves, and which steps are left out, is said there and at :class:`GatedPathSGD`.
 
@@ -188,11 +188,18 @@ def _turned(w: plain.Weight, axis: int, g: Tensor, due: Tensor | None, to: plain
     if due is None:
         return to
     q = basis.double()
-    # The shift moves no eigenvector, and keeps columns where they were for which the average has nothing but rounding.
-    # Sorting columns by their eigenvalues, as SOAP does, would order those by their rounding.
-    now = torch.linalg.qr(average @ q + _NOISE * average.trace() * q)[0]
+    # The shift moves no eigenvector, and keeps columns where they were for which the average has nothing but rounding;
+    # nor are these to be sorted by it.
+    shift = _NOISE * average.trace()
+    product = average @ q + shift * q
+    order = (q * product).sum(0).clamp(min=2 * shift).argsort(descending=True, stable=True)
+    now = torch.linalg.qr(product[:, order])[0]
     first = now.mT @ (q @ to.first) if axis == 0 else (to.first @ q.mT) @ now
-    return to._replace(first=torch.where(due, first, to.first), more=[*to.more, (basis, torch.where(due, now, q))])
+    return to._replace(
+        first=torch.where(due, first, to.first),
+        second=torch.where(due, to.second.index_select(axis, order), to.second),
+        more=[*to.more, (basis, torch.where(due, now, q))],
+    )
 
 
 def _check_own(group: dict[str, Any]) -> None:

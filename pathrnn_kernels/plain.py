@@ -103,10 +103,15 @@ class Weight:
         x = x if q is None else q.double().mT @ x
         return x if p is None else x @ p.double()
 
-    def from_bases(self, x: Tensor) -> Tensor:
-        q, p = self.state.get("row_basis"), self.state.get("column_basis")
-        x = x if q is None else q.double() @ x
-        return x if p is None else x @ p.double().mT
+    def from_bases(self, x: Tensor, g: Tensor) -> Tensor:
+        """Q x Pᵀ, without the rounding of Q and P where there has never been a gradient, ``g`` being this step's."""
+        if (q := self.state.get("row_basis")) is not None:
+            seen = (self.state["row_gram"].diagonal() != 0) | (g != 0).any(1)
+            x = torch.where(seen[:, None], q.double() @ x, 0.0)
+        if (p := self.state.get("column_basis")) is not None:
+            seen = (self.state["column_gram"].diagonal() != 0) | (g != 0).any(0)
+            x = torch.where(seen, x @ p.double().mT, 0.0)
+        return x
 
     def has_gradient(self) -> Tensor:
         return (self.gradient != 0).any()
@@ -334,13 +339,13 @@ def _move(w: Weight, g: Tensor, unit: Number, root: Number) -> Moved:
     """From g̃/‖g̃‖, 1/sqrt(κ) and γ."""
     _, beta1, beta2, power, eps, _, warmup, maximize, decay = w.numbers[:9]
     assert w.first is not None and w.second is not None and w.count is not None
-    g = w.to_bases(-g if maximize else g)
-    m = w.first.double() + (1 - beta1) * (g - w.first.double())
-    v = beta2 * w.second.double() + (1 - beta2) * g * g
+    there = w.to_bases(-g if maximize else g)
+    m = w.first.double() + (1 - beta1) * (there - w.first.double())
+    v = beta2 * w.second.double() + (1 - beta2) * there * there
     steps = w.count.double() + 1
     denominator = (v / (1 - beta2**steps)).sqrt()
     ratio = torch.where(denominator > 0, m.abs() / (denominator + eps), 0.0).clamp(max=1)
     rate = w.rate * (steps / max(warmup, 1)).clamp(max=1)
-    direction = w.from_bases((ratio**power).copysign(m))
+    direction = w.from_bases((ratio**power).copysign(m), g)
     step = ldexp(rate / w.weight.numel() ** 0.5 * direction * unit.m * root.m, unit.e + root.e)
     return Moved(w.from_canonical((1 - rate * decay) * w.to_canonical(w.weight) - step), m, v)

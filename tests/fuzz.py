@@ -500,7 +500,11 @@ def check_norm(a, found):
 def step_arguments(rng):
     a = update_arguments(rng)
     rule = rng.choice(("sgd", "given", "coordinates"))
-    numbers = {"sgd": [0.5, 0.0, 0.0, 0.0, 0.0], "given": [], "coordinates": [0.1, 0.9, 0.99, 2.0, 1e-8, 0.0, 1.0, 0.0, 0.1]}
+    numbers = {
+        "sgd": [0.5, 0.0, 0.0, 0.0, 0.0],
+        "given": [],
+        "coordinates": [0.1, 0.9, 0.99, 2.0, 1e-8, 0.0, 1.0, 0.0, 0.1],
+    }
     gradients, first, second = ([tensor(rng, *w.shape, dtype=w.dtype) for w in a["weights"]] for _ in range(3))
     nothing = {"first": [], "second": [], "counts": [], "constant": None, "rates": []}
     if rule == "coordinates":

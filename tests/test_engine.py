@@ -874,7 +874,11 @@ def test_a_module_that_is_replaced_is_stepped_by_its_own_kappa(part, new, build,
 
 WRONG = {
     "momentum": {"momentum": (math.nan, "a", None), "weight_decay": (math.inf, None)},
-    "adam": {"betas": ((0.9, 1.0), (1.5, 0.9), (0.9,), 0.9, ("a", "b")), "eps": (None, math.nan), "weight_decay": (None, math.inf)},
+    "adam": {
+        "betas": ((0.9, 1.0), (1.5, 0.9), (0.9,), 0.9, ("a", "b")),
+        "eps": (None, math.nan),
+        "weight_decay": (None, math.inf),
+    },
     "gated": {"betas": ((0.9, 1.0),), "power": (math.inf, "a"), "warmup": (None,)},
 }
 

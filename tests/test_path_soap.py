@@ -2,6 +2,7 @@
 
 import copy
 import math
+from fractions import Fraction
 
 import pytest
 import torch
@@ -185,6 +186,99 @@ def test_bases_do_not_see_a_rescaling_between_steps(fused):
     assert_same(twin, node_rescale_(copy.deepcopy(net), alphas), rtol=0, atol=0)
     for (gram, basis), (other_gram, other_basis) in zip(*map(bases, optimizers), strict=True):
         assert torch.equal(gram, other_gram) and torch.equal(basis, other_basis)
+
+
+def from_the_identity(units=24):
+    torch.manual_seed(0)
+    return pk.init.identity_(pk.PathNetwork(pk.ReLURNN(1, units), nn.Linear(units, 10), outputs="last").double())
+
+
+def learn(net, optimizer, steps=30):
+    generator = torch.Generator().manual_seed(1)
+    for _ in range(steps):
+        x = torch.rand(30, 32, 1, generator=generator, dtype=F64)
+        target = torch.randint(10, (32,), generator=generator)
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(net(x), target).backward()
+        optimizer.step()
+
+
+@FUSED
+def test_rounding_does_not_grow_where_a_few_gradients_leave_most_directions_open(fused):
+    """From the identity, whose gradients are nearly of rank one: any rescaling, and other sums on the way to κ."""
+    net = from_the_identity()
+    alphas = [torch.logspace(-0.5, 0.5, 24, dtype=F64)]
+    twin, start = node_rescale_(copy.deepcopy(net), alphas), values(net)
+    for n in (net, twin):
+        learn(n, pk.PathSOAP(n, warmup=0, fused=fused))
+    node_rescale_(twin, [1 / alphas[0]])
+    for (name, p), q in zip(net.named_parameters(), twin.parameters(), strict=True):
+        assert (p - q).norm() <= 1e-8 * (p - start[name]).norm(), name
+
+
+@FUSED
+@pytest.mark.parametrize("eps", (0.0, 1e-8))
+@pytest.mark.parametrize("used", (slice(0, 3), slice(5, 8)), ids=("first", "last"))
+def test_what_never_has_a_gradient_never_moves(used, eps, fused):
+    """Not by the rounding of an orthogonalisation either, which Adam would bring to full length."""
+    embedding = nn.Embedding(8, 5)
+    net = pk.PathNetwork(pk.ReLURNN(5, 6), nn.Linear(6, 2), embedding, outputs="last")
+    with torch.no_grad():
+        net.rnn.bias_ih_l0[2] = -100.0  # a unit that is never active
+    before = values(net)
+    optimizer = pk.PathSOAP(net, 0.1, eps=eps, precondition_frequency=2, warmup=0, fused=fused)
+    for step in range(40):
+        tokens = torch.arange(8)[used][torch.randint(3, (4, 6), generator=torch.Generator().manual_seed(step))]
+        optimizer.zero_grad()
+        net(tokens).sub(1).square().sum().backward()
+        optimizer.step()
+    moved = {name: (p.detach() != before[name]).flatten(1).any(1) for name, p in net.named_parameters() if p.dim() == 2}
+    rows = torch.zeros(8, dtype=torch.bool)
+    rows[used] = True
+    assert torch.equal(moved["embedding.weight"], rows)
+    assert torch.equal(moved["rnn.weight_ih_l0"], torch.arange(6) != 2)
+
+
+@FUSED
+@pytest.mark.parametrize(
+    ("option", "values_"),
+    [
+        ("shampoo_beta", (1.0, 2.0, -0.5, True, "a", None, math.nan)),
+        ("precondition_frequency", (0, -1, 1.5, True, "a", None, torch.tensor(3))),
+        ("max_precond_dim", (0, -1, 1.5, "a", None)),
+    ],
+)
+def test_options_in_groups_are_named_before_anything_moves(option, values_, fused):
+    for value in values_:
+        net = make()
+        optimizer = pk.PathSOAP(net, 0.1, fused=fused)
+        optimizer.param_groups[0][option] = value
+        backward(net)
+        before = values(net)
+        with pytest.raises(ValueError, match=f"^{option} is "):
+            optimizer.step()
+        assert all(torch.equal(p, before[name]) for name, p in net.named_parameters()) and not optimizer.state
+
+
+@FUSED
+def test_numbers_may_be_of_any_kind(fused):
+    nets = [make() for _ in range(2)]
+    for net, kind in zip(nets, (float, Fraction), strict=True):
+        options = {"eps": kind(0), "weight_decay": kind(0.25), "shampoo_beta": kind(0.5)}
+        train(net, pk.PathSOAP(net, kind(0.125), (kind(0.5), kind(0.75)), **options, fused=fused), range(3))
+    assert_same(*nets, rtol=0, atol=0)
+
+
+@FUSED
+def test_groups_have_their_own_longest_side(fused):
+    net = make()
+    optimizer = pk.PathSOAP(net, 0.1, fused=fused)
+    params = optimizer.param_groups[0]["params"]
+    params[:] = [p for p in params if p is not net.rnn.weight_hh_l0]
+    optimizer.add_param_group({"params": [net.rnn.weight_hh_l0], "max_precond_dim": 1})
+    train(net, optimizer, range(2))
+    assert "row_basis" not in optimizer.state[net.rnn.weight_hh_l0]
+    assert "row_basis" in optimizer.state[net.rnn.weight_ih_l0]
 
 
 @FUSED

@@ -609,6 +609,12 @@ class Step {
     kernels<T>().coordinate_average[wide_](rule, own.numel(), e.step.mutable_data_ptr(), e.first.mutable_data_ptr(),
                                            e.second.mutable_data_ptr());
     e.step = turn(v, e.step, true).contiguous();
+    for (int64_t side = 0; side < kSides; ++side) {
+      if (!has_basis(v, side)) continue;
+      // Where there has never been a gradient there is nothing but rounding of the bases.
+      const Tensor seen = gram(v, side).diagonal().ne(0).logical_or_(e.gradient.ne(0).any(1 - side));
+      e.step.masked_fill_(seen.logical_not().unsqueeze(1 - side), 0);
+    }
     return e;
   }
   // Qᵀ x P, or Q x Pᵀ.
@@ -634,11 +640,15 @@ class Step {
       gram(v, side).mul_(beta).add_(at::mm(rows, rows.t()).mul_(1 - beta));
       if (!turns) continue;
       const Tensor average = gram(v, side).to(at::kDouble), q = basis(v, side).to(at::kDouble);
-      // The shift moves no eigenvector, and keeps columns where they were for which the average has nothing but rounding.
-      // Sorting columns by their eigenvalues, as SOAP does, would order those by their rounding.
-      const Tensor now = std::get<0>(at::linalg_qr(at::mm(average, q).add_(q * (kNoise * average.trace()))));
+      // The shift moves no eigenvector, and keeps columns where they were for which the average has nothing but rounding;
+      // nor are these to be sorted by it.
+      const Tensor shift = kNoise * average.trace(), product = at::mm(average, q).add_(q * shift);
+      const Tensor values = (q * product).sum(0).clamp_min_(2 * shift);
+      const Tensor order = values.argsort(/*stable=*/true, /*dim=*/0, /*descending=*/true);
+      const Tensor now = std::get<0>(at::linalg_qr(product.index_select(1, order)));
       const Tensor m = e.first.to(at::kDouble);
       e.first = side == 0 ? at::mm(now.t(), at::mm(q, m)) : at::mm(at::mm(m, q.t()), now);
+      e.second = e.second.index_select(side, order);
       basis(v, side).copy_(now);
     }
     const Tensor& own = a_.weights[moving_[v]];

@@ -555,7 +555,9 @@ def test_state_of_another_dtype_is_refused(state):
     with pytest.raises(
         TypeError, match=r"a tensor of state is torch.float64, but its weight is torch.float32 \(cast since"
     ):
-        triton_update(case, "coordinates", (1e-3, 0.9, 0.99, 1.0, 0.0, 0.0, 0.0, 0.0, 0.0), state=tuple(states.values()))
+        triton_update(
+            case, "coordinates", (1e-3, 0.9, 0.99, 1.0, 0.0, 0.0, 0.0, 0.0, 0.0), state=tuple(states.values())
+        )
     assert_untouched(case, before)
 
 
