@@ -314,7 +314,9 @@ def coordinates(
             moves.append(moved_to if turned is None else turned(w, moved_to, torch.where(going, g, 0.0)))
         overflows = [
             going
-            & (w.gradient.isfinite() & w.weight.isfinite() & ~(to.weight.abs() <= torch.finfo(w.weight.dtype).max)).any()
+            & (
+                w.gradient.isfinite() & w.weight.isfinite() & ~(to.weight.abs() <= torch.finfo(w.weight.dtype).max)
+            ).any()
             for w, to in zip(weights, moves, strict=True)
         ]
         statuses.append(_status(weights, overflows, OVERFLOW))

@@ -298,7 +298,18 @@ def make_network(config: Config, task: Task, rnn_type: type[ReLURNN] = ReLURNN) 
     rnn = rnn_type(config.embedding_size or task.input_size, config.hidden_size)
     head = nn.Linear(config.hidden_size, task.output_size)
     net = PathNetwork(rnn, head, embedding, outputs="all" if task.carries else "last")
-    return init.uniform_(net, *BOUNDS[config.task]) if config.task in BOUNDS else init.identity_(net)
+    return wake_(init.uniform_(net, *BOUNDS[config.task]) if config.task in BOUNDS else init.identity_(net), config)
+
+
+@torch.no_grad()
+def wake_(net: PathNetwork, config: Config) -> PathNetwork:
+    """Pixels are not negative: from the identity, a unit whose input weight is would never be active, nor learn to be.
+
+    Half of the units are, of the paper's U[-0.01, 0.01]: those weights lose their sign.
+    """
+    if config.task == "smnist":
+        net.rnn.weight_ih_l0.abs_()
+    return net
 
 
 def make_optimizer(config: Config, net: nn.Module, seq_len: int) -> torch.optim.Optimizer:

@@ -79,8 +79,11 @@ def test_the_docstrings_formula(second_term, fused):
                 gram, basis = grams[name][axis], found[name][axis]
                 gram.mul_(beta).add_(square, alpha=1 - beta)
                 if t % frequency == 0:
-                    new = orthogonalised(gram @ basis + 1e-6 * gram.trace() * basis)
+                    values_ = (basis * (gram @ basis)).sum(0)
+                    order = sorted(range(len(gram)), key=lambda j: -max(float(values_[j]), 1e-6 * float(gram.trace())))
+                    new = orthogonalised((gram @ basis + 1e-6 * gram.trace() * basis)[:, order])
                     m[name] = new.T @ basis @ m[name] if axis == 0 else m[name] @ basis.T @ new
+                    v[name] = v[name].index_select(axis, torch.tensor(order))
                     found[name][axis] = new
         for name, q in net.named_parameters():
             torch.testing.assert_close(q.detach(), p[name], rtol=1e-7, atol=1e-9, msg=lambda s, n=name: f"{n}: {s}")

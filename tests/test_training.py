@@ -99,6 +99,13 @@ def test_a_run_in_memory_is_the_run_with_files(tmp_path):
     assert without_time(train(config).history) == without_time(train(config, tmp_path).history)
 
 
+def test_every_unit_is_awake_where_pixels_are_read():
+    config = Config.of("smnist", hidden_size=20)
+    net = training.make_network(config, training.make_task(config))
+    assert (net.rnn(torch.rand(5, 1, 1))[0] > 0).all()
+    assert not (training.make_network(tiny(), training.make_task(tiny())).rnn.weight_ih_l0 > 0).all()
+
+
 def test_seeds_make_different_runs_and_one_seed_makes_one():
     first, again, other = (train(tiny(seed=seed)).history for seed in (0, 0, 1))
     assert without_time(first) == without_time(again)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from pathrnn_kernels import ReLURNN, init
 from pathrnn_kernels.tasks import Task
 from pathrnn_kernels.tasks.text import LanguageModel
-from pathrnn_kernels.training import BOUNDS, Config, Record, Run, evaluate, make_network
+from pathrnn_kernels.training import BOUNDS, Config, Record, Run, evaluate, make_network, wake_
 
 from .cells import NormStabilised, SmoothReLU, UnitaryRNN
 
@@ -51,11 +51,11 @@ def _relu(config: Config, task: Task) -> nn.Module:
 
 
 def _identity(config: Config, task: Task) -> nn.Module:
-    return init.identity_(make_network(config, task))
+    return wake_(init.identity_(make_network(config, task)), config)
 
 
 def _np(config: Config, task: Task) -> nn.Module:
-    return init.np_rnn_(make_network(config, task))
+    return wake_(init.np_rnn_(make_network(config, task)), config)
 
 
 def _uniform(rnn_type: type[ReLURNN]) -> Callable[[Config, Task], nn.Module]:
