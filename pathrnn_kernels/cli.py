@@ -142,6 +142,7 @@ def _task(tasks: Any, name: str, what: str) -> argparse.ArgumentParser:
         help='path-sgd, path-adam: longest step in the path metric, in units of γ, or "none"',
     )
     add("--update-every", type=int, metavar="N", help="path-sgd, path-adam: steps between two computations of κ (1)")
+    add("--weight-decay", type=float, metavar="DECAY", help="path-invariant, path-soap: decoupled, as AdamW's")
     add("--schedule", choices=training.SCHEDULES, help="of the learning rate, down to 0 at the last step with cosine")
     add("--steps", type=int, help="optimiser steps")
     add("--hidden-size", type=int, metavar="H", help="hidden units")

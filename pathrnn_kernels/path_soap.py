@@ -35,14 +35,15 @@ class PathSOAP(InCoordinates):
         u = sign(m) min(|m| / (sqrt(v / (1 - β₂ᵗ)) + eps), 1)
         Δp = -lr γ (Q u Pᵀ) / sqrt(n κ) - lr λ p
 
-    Q and P begin as identities. Every ``precondition_frequency`` steps they become the Q factor of L Q and R P, one step
-    of orthogonal iteration, columns in the order of their eigenvalues; m is turned with them, and v reordered. Vectors, matrices of one row or column, and sides longer than
-    ``max_precond_dim`` keep the identity, and so :class:`PathAdam`'s step. What ‖g̃‖, n and γ are, how the output's bias
-    moves, and which steps are left out, is said there and at :class:`GatedPathSGD`.
+    Q and P begin as identities. Every ``precondition_frequency`` steps they become the Q factor of L Q and R P, a step
+    of orthogonal iteration, columns in the order of their eigenvalues; m is turned with them, and v reordered. Vectors,
+    matrices of one row or column, and sides longer than ``max_precond_dim`` keep the identity, and so
+    :class:`PathAdam`'s step. Rows and columns that have never had a gradient do not move. What ‖g̃‖, n and γ are, how
+    the output's bias moves, and which steps are left out, is said there and at :class:`GatedPathSGD`.
 
-    Beside Adam's state it keeps four square matrices, two of either side's length. A step costs six products of matrices
-    more, and a turn a QR factorisation in float64 of either side, some 16 n³ operations: at H ≥ 1000 let them turn less
-    often. On a GPU it is taken in plain torch, in float64, from κ that the kernels compute.
+    Beside Adam's state it keeps four square matrices, two of either side's length. A step costs six products of
+    matrices more, and a turn a QR factorisation in float64 of either side, some 16 n³ operations: where H is in the
+    thousands let them turn less often. On a GPU it is taken in plain torch, in float64, from κ of the kernels.
 
     Args:
         net: the network, float32 or float64; every trainable parameter is held, its output's bias in a parameter
@@ -161,7 +162,7 @@ class PathSOAP(InCoordinates):
     ) -> plain.Decided:
         due = {w.place: _is_due(w) for w in entries if any(basis in w.state for _, basis in SIDES)}
         # An orthogonalisation costs more than waiting for one number.
-        turns = self.param_groups[0]["capturable"] or bool(due) and bool(torch.stack([*due.values()]).any())
+        turns = self.param_groups[0]["capturable"] or (bool(due) and bool(torch.stack([*due.values()]).any()))
 
         def turned(w: plain.Weight, to: plain.Moved, g: Tensor) -> plain.Moved:
             for axis in range(len(SIDES) if w.place in due else 0):

@@ -53,8 +53,6 @@ class Trial(Config):
     shampoo_beta: float | None = None
     precondition_frequency: int | None = None
     bias_lr: float | None = None
-    #: λ: after a step all weights but the output's bias are multiplied by 1 - lr λ.
-    decay: float = 0.0
     #: Of Adam, other than torch's.
     adam_betas: tuple[float, float] | None = None
     #: Decay of an average of the weights over the steps, measured beside the weights themselves; 0: none.
@@ -100,9 +98,6 @@ class TrialRun(Run):
 
     def advance(self) -> float:
         value = super().advance()
-        if self.config.decay:
-            group = self.optimizer.param_groups[0]
-            torch._foreach_mul_([p.data for p in group["params"]], 1 - group["lr"] * self.config.decay)
         if self.config.average:
             weights = [p.detach() for p in self.net.parameters()]
             if self.mean is None:

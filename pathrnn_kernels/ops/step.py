@@ -8,8 +8,8 @@ stays. The lists of state (``first``, ``second``, ``counts``), ``rates`` and ``n
 there; rates (of tensors) and numbers may be given once for all.
 
 ``rule="sgd"`` has the numbers lr, momentum, weight_decay, nesterov, maximize; ``first`` are its momentum buffers.
-``rule="coordinates"`` has lr, β₁, β₂, power, eps, hold, warmup, maximize, weight_decay; ``first``, ``second``, ``counts``
-are averages of the gradient and of its square, and steps.
+``rule="coordinates"`` has lr, β₁, β₂, power, eps, hold, warmup, maximize, weight_decay; ``first``, ``second``,
+``counts`` are averages of the gradient and of its square, and steps.
 ``rule="eigenbases"``, of path_step_ alone, has besides β of ``bases`` and the steps between their turns. ``bases`` are
 four tensors of each weight, empty where it has none: of its rows the average of g gᵀ and an orthogonal matrix, and the
 same of its columns. In these bases the averages are taken.
