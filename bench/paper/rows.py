@@ -58,7 +58,7 @@ def _adding(length: int, paper: dict[str, str]) -> Column:
 
 #: What the defaults of training do not know; all rates are the best of short grids (README.md).
 _TUNED: dict[str, dict[str, Any]] = {
-    "rnn-path": {"optimizer": "path-invariant"},
+    "rnn-path": {"optimizer": "path-soap"},
     "lstm": {"lr": 1e-2, "hidden_size": 128},
 }
 
