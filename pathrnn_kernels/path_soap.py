@@ -122,8 +122,8 @@ class PathSOAP(InCoordinates):
             with torch.inference_mode(False):  # as zeros_like
                 for size, (gram, basis) in zip(p.shape, SIDES, strict=True):
                     if size <= group["max_precond_dim"]:
-                        state[basis] = torch.eye(size, dtype=p.dtype, device=p.device)
-                        state[gram] = torch.zeros_like(state[basis])
+                        state[gram] = p.new_zeros(size, size)
+                        state[basis] = torch.zeros_like(state[gram]).fill_diagonal_(1)
         return state
 
     def _served(self, layout: Layout, weight: Tensor) -> str | None:

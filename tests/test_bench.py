@@ -99,7 +99,7 @@ def test_a_broken_kernel_shows_no_figure_at_any_size_nor_where_it_is_used(capsys
     assert {row["part"] for row in result["rows"]} == {"forward", "backward", "random"}
     assert len(result["withheld"]) == len(TINY) - len(result["rows"])
     lines = [line for line in out.splitlines() if line.startswith(("kappa1", "kappa2", "path_norm", "update", "step"))]
-    assert len(lines) == 12 and all(line.endswith("no figure: kappa1 disagrees with the oracle") for line in lines)
+    assert len(lines) == 13 and all(line.endswith("no figure: kappa1 disagrees with the oracle") for line in lines)
     table = next(tmp_path.glob("*.md")).read_text()
     assert "no figure for kappa1 T=9 H=4 Gaussian" in table and "| T=9 H=4 Gaussian" not in table
 
