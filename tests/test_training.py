@@ -99,6 +99,13 @@ def test_a_run_in_memory_is_the_run_with_files(tmp_path):
     assert without_time(train(config).history) == without_time(train(config, tmp_path).history)
 
 
+def test_decay_reaches_the_optimisers_that_have_it():
+    for optimizer in ("path-invariant", "path-soap"):
+        run = training.Run(tiny(optimizer, weight_decay=0.25))
+        assert {group["weight_decay"] for group in run.optimizer.param_groups} == {0.25}
+    assert Config.of("charlm").weight_decay == 0.01
+
+
 def test_every_unit_is_awake_where_pixels_are_read():
     config = Config.of("smnist", hidden_size=20)
     net = training.make_network(config, training.make_task(config))
@@ -453,6 +460,8 @@ def test_only_weights_that_are_not_finite_make_a_refused_step_a_divergence(monke
         ("adding", "sgd", {"train_size": -1}, ValueError, "train_size is -1"),
         ("adding", "sgd", {"corpus": "sotu"}, ValueError, "the task adding has no such option"),
         ("smnist", "sgd", {"permuted": 1}, TypeError, "permuted is 1"),
+        ("smnist", "adam", {"weight_decay": 0.1}, ValueError, "weight_decay is 0.1, but the optimizer adam has no such"),
+        ("smnist", "path-soap", {"weight_decay": -1.0}, ValueError, "weight_decay is -1.0"),
         ("charlm", "sgd", {"corpus": "enwik8"}, ValueError, "corpus is 'enwik8'; use one of ptb, text8, sotu, sotu-27"),
         ("charlm", "sgd", {"corpus": "text8"}, ValueError, "the corpus text8 wants a path"),
         ("wordlm", "sgd", {"corpus": "text8"}, ValueError, "corpus is 'text8'; use one of ptb, sotu"),

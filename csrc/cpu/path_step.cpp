@@ -85,7 +85,10 @@ void check_scalar(const Tensor& t, const char* name) {
   TORCH_CHECK_VALUE(t.numel() == 1, name, " has shape ", t.sizes(), "; it must have one entry");
 }
 
-constexpr int64_t kSgdNumbers = 5, kCoordinateNumbers = 9, kEigenNumbers = 11, kGivenNumbers = 0;
+// Of every weight that moves.
+int64_t numbers_of(c10::string_view rule) {
+  return rule == "sgd" ? 5 : rule == "coordinates" ? 9 : rule == "eigenbases" ? 11 : 0;
+}
 
 // What PathSOAP keeps of one side of a matrix: average of g gᵀ, or of gᵀ g, and an orthogonal matrix; empty where it has
 // none. Of every weight that moves there are two.
@@ -102,10 +105,7 @@ class Step {
       if (!a.gradients[i]) continue;
       moving_.push_back(static_cast<int64_t>(i));
     }
-    numbers_per_weight_ = a.rule == "sgd"         ? kSgdNumbers
-                          : a.rule == "given"     ? kGivenNumbers
-                          : a.rule == "eigenbases" ? kEigenNumbers
-                                                  : kCoordinateNumbers;
+    numbers_per_weight_ = numbers_of(a.rule);
     const int64_t count = static_cast<int64_t>(moving_.size());
     TORCH_CHECK_VALUE(static_cast<int64_t>(a.numbers.size()) == numbers_per_weight_ ||
                           static_cast<int64_t>(a.numbers.size()) == count * numbers_per_weight_,
@@ -536,7 +536,8 @@ class Step {
       // What is added to the largest number that there is must be some 2^26 times smaller than it to be lost in rounding.
       // An entry of a step that was turned may be as long as all of it.
       const double longest = in_bases(v) ? std::sqrt(static_cast<double>(views_[v].size)) : 1;
-      near[v] = std::abs(rules[v].keep) <= 1 && std::abs(rules[v].rate) * longest * sums[v].largest_unit * power(2 * spread_) <= limit_ * 0x1p-26;
+      const double most = std::abs(rules[v].rate) * longest * sums[v].largest_unit * power(2 * spread_);
+      near[v] = std::abs(rules[v].keep) <= 1 && most <= limit_ * 0x1p-26;
     }
     std::vector<EigenStep> turned(views_.size());
     for (size_t v = 0; moves && v < views_.size(); ++v) {
@@ -587,7 +588,8 @@ class Step {
 
   // Of a matrix, a step in the eigenbases of its gradient's second moments, before anything is written.
   struct EigenStep {
-    Tensor gradient, first, second, step;  // g̃/‖g̃‖; averages, in the bases; the step, back from them
+    Tensor gradient, first, second, step;    // g̃/‖g̃‖; averages, in the bases; the step, back from them
+    Tensor grams[kSides], bases[kSides];     // what they become, if they do
   };
   EigenStep eigen_step(size_t v, const CoordinateRule& rule, const std::vector<Tile>& all) const {
     const Tensor& own = a_.weights[moving_[v]];
@@ -610,12 +612,29 @@ class Step {
                                            e.second.mutable_data_ptr());
     e.step = turn(v, e.step, true).contiguous();
     for (int64_t side = 0; side < kSides; ++side) {
-      if (!has_basis(v, side)) continue;
-      // Where there has never been a gradient there is nothing but rounding of the bases.
-      const Tensor seen = gram(v, side).diagonal().ne(0).logical_or_(e.gradient.ne(0).any(1 - side));
-      e.step.masked_fill_(seen.logical_not().unsqueeze(1 - side), 0);
+      if (has_basis(v, side)) advance(v, side, e);
     }
     return e;
+  }
+  // The average of a side after the step and, where the bases are to turn, its basis, with Adam's averages in it.
+  void advance(size_t v, int64_t side, EigenStep& e) const {
+    // Where there has never been a gradient there is nothing but rounding of the bases.
+    const Tensor seen = gram(v, side).diagonal().ne(0).logical_or_(e.gradient.ne(0).any(1 - side));
+    e.step.masked_fill_(seen.logical_not().unsqueeze(1 - side), 0);
+    const double beta = numbers(v)[9], frequency = numbers(v)[10], steps = count(v) + 1;
+    const Tensor rows = side == 0 ? e.gradient : e.gradient.t();
+    e.grams[side] = gram(v, side).mul(beta).add_(at::mm(rows, rows.t()).mul_(1 - beta));
+    if (std::fmod(steps, frequency) != 0) return;
+    const Tensor average = e.grams[side].to(at::kDouble), q = basis(v, side).to(at::kDouble);
+    // The shift moves no eigenvector, and keeps columns where they were for which the average has nothing but rounding;
+    // nor are these to be sorted by it.
+    const Tensor shift = kNoise * average.trace(), product = at::mm(average, q).add_(q * shift);
+    const Tensor values = (q * product).sum(0).clamp_min_(2 * shift);
+    const Tensor order = values.argsort(/*stable=*/true, /*dim=*/0, /*descending=*/true);
+    const Tensor now = e.bases[side] = std::get<0>(at::linalg_qr(product.index_select(1, order)));
+    const Tensor m = e.first.to(at::kDouble);
+    e.first = side == 0 ? at::mm(now.t(), at::mm(q, m)) : at::mm(at::mm(m, q.t()), now);
+    e.second = e.second.index_select(side, order);
   }
   // Qᵀ x P, or Q x Pᵀ.
   Tensor turn(size_t v, Tensor x, bool back) const {
@@ -630,26 +649,10 @@ class Step {
     return x;
   }
 
-  // The averages after a step that has been taken and, where the bases are to turn, these.
-  void keep(size_t v, EigenStep& e) {
-    const double beta = numbers(v)[9];
-    const bool turns = std::fmod(count(v), numbers(v)[10]) == 0;  // steps, this one included
+  void keep(size_t v, const EigenStep& e) const {
     for (int64_t side = 0; side < kSides; ++side) {
-      if (!has_basis(v, side)) continue;
-      const Tensor rows = side == 0 ? e.gradient : e.gradient.t();
-      gram(v, side).mul_(beta).add_(at::mm(rows, rows.t()).mul_(1 - beta));
-      if (!turns) continue;
-      const Tensor average = gram(v, side).to(at::kDouble), q = basis(v, side).to(at::kDouble);
-      // The shift moves no eigenvector, and keeps columns where they were for which the average has nothing but rounding;
-      // nor are these to be sorted by it.
-      const Tensor shift = kNoise * average.trace(), product = at::mm(average, q).add_(q * shift);
-      const Tensor values = (q * product).sum(0).clamp_min_(2 * shift);
-      const Tensor order = values.argsort(/*stable=*/true, /*dim=*/0, /*descending=*/true);
-      const Tensor now = std::get<0>(at::linalg_qr(product.index_select(1, order)));
-      const Tensor m = e.first.to(at::kDouble);
-      e.first = side == 0 ? at::mm(now.t(), at::mm(q, m)) : at::mm(at::mm(m, q.t()), now);
-      e.second = e.second.index_select(side, order);
-      basis(v, side).copy_(now);
+      if (e.grams[side].defined()) gram(v, side).copy_(e.grams[side]);
+      if (e.bases[side].defined()) basis(v, side).copy_(e.bases[side]);
     }
     const Tensor& own = a_.weights[moving_[v]];
     at::from_blob(views_[v].first, own.sizes(), own.options()).copy_(e.first);
@@ -677,7 +680,7 @@ class Step {
     return !narrow() || (quotient.moderate(2 * kModerate) && longest.moderate(kModerate));
   }
 
-  float& count(int64_t v) { return *a_.counts[v].mutable_data_ptr<float>(); }
+  float& count(int64_t v) const { return *a_.counts[v].mutable_data_ptr<float>(); }
 
   // The output's bias by eq. (8) as it stands, no entry of g/κ counting for more than 1.
   void move_bias(int64_t v) {
@@ -806,6 +809,7 @@ int64_t step(Arguments a, const Kappa& kappa) {
   const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
   TORCH_CHECK_VALUE(a.rule == "sgd" || a.rule == "given" || a.rule == "coordinates" || a.rule == "eigenbases",
                     "rule is ", a.rule, "; use sgd, given, coordinates or eigenbases");
+  TORCH_CHECK_VALUE(a.rule == "eigenbases" || a.bases.empty(), "rule is ", a.rule, ", which has no bases");
   if (a.grad_scale) check_scalar(*a.grad_scale, "grad_scale");
   TORCH_CHECK_VALUE(a.scale >= 0 && a.scale <= 2, "scale is ", a.scale, "; it must be 0, 1 or 2");
   TORCH_CHECK_VALUE(a.scale != 2 || (a.constant && a.constant->scalar_type() == at::kDouble && a.constant->numel() == 1),
