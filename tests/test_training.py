@@ -460,7 +460,7 @@ def test_only_weights_that_are_not_finite_make_a_refused_step_a_divergence(monke
         ("adding", "sgd", {"train_size": -1}, ValueError, "train_size is -1"),
         ("adding", "sgd", {"corpus": "sotu"}, ValueError, "the task adding has no such option"),
         ("smnist", "sgd", {"permuted": 1}, TypeError, "permuted is 1"),
-        ("smnist", "adam", {"weight_decay": 0.1}, ValueError, "weight_decay is 0.1, but the optimizer adam has no such"),
+        ("smnist", "adam", {"weight_decay": 0.1}, ValueError, "weight_decay is 0.1, but the optimizer adam"),
         ("smnist", "path-soap", {"weight_decay": -1.0}, ValueError, "weight_decay is -1.0"),
         ("charlm", "sgd", {"corpus": "enwik8"}, ValueError, "corpus is 'enwik8'; use one of ptb, text8, sotu, sotu-27"),
         ("charlm", "sgd", {"corpus": "text8"}, ValueError, "the corpus text8 wants a path"),
