@@ -304,6 +304,16 @@ def test_committed_results_are_gone_on_from_and_rows_of_other_commands_stay(tmp_
     assert report.merge({**other, "quick": True}, path)["rows"] == other["rows"]
 
 
+def test_runs_on_different_texts_are_no_rivals():
+    def result(optimizer, corpus):
+        config = {"task": "charlm", "optimizer": optimizer, "corpus": corpus, "permuted": False, "length": 50}
+        history = [{"step": 1, "held_out": 2.0}]
+        return {"config": {**config, "batch_size": 32, "steps": 1}, "outcome": "finished", "history": history}
+
+    found = tried.rivals([result("adam", "file"), result("path-soap", "sotu"), result("rmsprop", "file")])
+    assert {name: len(runs) for name, runs in found.items()} == {"charlm-50-b32-1": 2}
+
+
 @pytest.mark.parametrize("options", [[], ["prototype=SpectralGate", "options={'growth':0.05}"], ["prototype=PathMuon"]])
 def test_a_trial_has_the_settings_it_names_and_a_result_file(tmp_path, monkeypatch, capsys, options):
     monkeypatch.setattr(tried, "RUNS", tmp_path / "runs")

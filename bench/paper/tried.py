@@ -174,6 +174,8 @@ def rivals(results: Sequence[Result]) -> dict[str, list[Result]]:
         c = result["config"]
         if result["outcome"] == "finished" and not c.get("prototype") and _measured(result):
             kind = c["task"] + ("-permuted" if c["permuted"] else "") + (f"-{c['length']}" if c["length"] else "")
+            if c.get("corpus", "") not in ("", "file"):  # beside a text of one's own
+                kind += f"-{c['corpus']}"
             group = groups.setdefault(f"{kind}-b{c['batch_size']}-{c['steps']}", {})
             group.setdefault(_contender(c), []).append(result)
     best = {name: [min(runs, key=_last_error) for runs in group.values()] for name, group in groups.items()}
