@@ -314,7 +314,10 @@ def test_runs_on_different_texts_are_no_rivals():
     assert {name: len(runs) for name, runs in found.items()} == {"charlm-50-b32-1": 2}
 
 
-@pytest.mark.parametrize("options", [[], ["prototype=SpectralGate", "options={'growth':0.05}"], ["prototype=PathMuon"]])
+@pytest.mark.parametrize(
+    "options",
+    [[], ["prototype=SpectralGate", "options={'growth':0.05}"], ["prototype=PathMuon"], ["prototype=PlainSOAP"]],
+)
 def test_a_trial_has_the_settings_it_names_and_a_result_file(tmp_path, monkeypatch, capsys, options):
     monkeypatch.setattr(tried, "RUNS", tmp_path / "runs")
     monkeypatch.setattr(tried, "RESULTS", tmp_path / "results")
