@@ -152,16 +152,24 @@ struct Squares {
 // Adds Σ a b² of a run (b² without a), `sums` by lanes, where U lost nothing of note; else it sums them again, in double or
 // as numbers of any size.
 template <typename U>
-void add_squares(const Vec<U>& sums, const U* a, const U* b, int64_t n, Squares& squares) {
+void add_squares(Vec<U> sums, const U* a, const U* b, int64_t n, Squares& squares) {
   constexpr bool single = sizeof(U) < sizeof(double);
-  // Terms below the range are then as nothing beside it, and none is above.
-  if (any_lane(sums >= all<U>(single ? 0x1p-52 : 0x1p-792)) && !any_lane(~(sums <= all<U>(single ? 0x1p96 : 0x1p896)))) {
+  // Terms below the range are then as nothing beside it (of float32, 16 terms below 2^-103: where a · b is, b < 2^23), and
+  // none is above.
+  if (any_lane(sums >= all<U>(single ? 0x1p-75 : 0x1p-792)) && !any_lane(~(sums <= all<U>(single ? 0x1p96 : 0x1p896)))) {
     U lanes[Simd<U>::width];
     store(lanes, sums);
     for (int64_t l = 0; l < Simd<U>::width; l += Simd<double>::width) squares.lanes += load_wide(lanes + l);
     return;
   }
-  for (int64_t q = 0; q < n; ++q) {
+  int64_t q = 0;
+  if constexpr (single) {  // no product of floats is beyond a double
+    for (; q + Simd<double>::width <= n; q += Simd<double>::width) {
+      const Vec<double> x = load_wide(b + q);
+      squares.lanes += a ? load_wide(a + q) * x * x : x * x;
+    }
+  }
+  for (; q < n; ++q) {
     if constexpr (single) {
       squares.near += static_cast<double>(b[q]) * b[q] * (a ? a[q] : U(1));
     } else {

@@ -163,6 +163,28 @@ def test_a_subnormal_kappa_is_a_path():
     assert_steps_alike(case, twin, before, 100)
 
 
+@pytest.mark.parametrize("tiny", (-15, 25, 35, 50, 70))
+def test_lengths_of_gradients_whose_squares_are_below_the_range(tiny):
+    """Of float32, where sums are formed again in float64: rows of vectors and a rest of one."""
+    case, twin = (Case(1, 1, 21, 3, 2, dtype=F32, units=0, size=0) for _ in range(2))
+    for c in (case, twin):
+        for g in c.gradients:
+            g.mul_(2.0**-tiny)
+    before = snapshot(case)
+    assert coordinates(case, COORDINATES[1], *fresh(case)) == in_plain_torch(twin, COORDINATES[1], *fresh(twin)) == 0
+    assert_steps_alike(case, twin, before, 100)
+    case, twin = dataclasses.replace(case), dataclasses.replace(twin)
+    for c in (case, twin):
+        for g in c.gradients:
+            g.mul_(2.0**-tiny)
+    numbers, before = (2.0**tiny, 0.0, 0.0, 0.0, 0.0), snapshot(case)
+    assert sgd(case, numbers, "none", radius=0.01) == 0
+    entries = [twin.entry(i, numbers, numbers[0], (None,)) for i in range(len(twin.weights))]
+    status, commit = plain.sgd(entries, twin.log_path_norm, "none", 0.0, 0.01, None, 1.0)
+    commit(status == 0)
+    assert_steps_alike(case, twin, before, 8)
+
+
 @pytest.mark.parametrize("rule", ("sgd", "coordinates"))
 @pytest.mark.parametrize(
     "case", [c for c in CASES if c.units == 4], ids=lambda c: f"L{c.layers}D{c.directions}H{c.hidden}"
