@@ -165,6 +165,9 @@ class PathChainRun {
     bool stepped = true, underflowed = false;
     if (const int64_t log2 = block_log2(converges_[0], converges_[1], team.size)) {
       underflowed = FlushDenormals::underflowed();
+      // Not packed yet for chains that had ended before.
+      if (h_ended) pack_weight<true>(w_h, w, team);
+      if (d_ended) pack_weight<false>(w_d, w, team);
       if (first) blocks_.emplace(T_, H_, log2, team.size);
       team.wait();
       int64_t* const exponent = net_.exponents + c * (n_.biases ? 3 : 2) + 1;
@@ -181,13 +184,16 @@ class PathChainRun {
     return underflowed;
   }
 
-  // The best number of steps in a block, its logarithm; 0 if chains that may converge after those steps do as well without.
+  // The best number of steps in a block, its logarithm; 0 if chains that may converge after those steps do as well without:
+  // after none, if they have ended.
   int64_t block_log2(int64_t h_steps, int64_t d_steps, int threads) const {
     // Barriers and the steps already done, and what the model leaves out.
     constexpr double kOverhead = 5e5, kWorth = 0.75;
     const double H = static_cast<double>(H_);
     const double steps = static_cast<double>(threads > 1 ? std::max(h_steps, d_steps) : h_steps + d_steps);
-    double least = kWorth * H * H * (ChainBlocks<T>::kVector * steps + static_cast<double>(T_) / threads) - kOverhead;
+    // Of a chain that has ended there are few vectors to be summed.
+    const double pairs = h_steps > 0 && d_steps > 0 ? static_cast<double>(T_) / threads : 0;
+    double least = kWorth * H * H * (ChainBlocks<T>::kVector * steps + pairs) - kOverhead;
     int64_t best = 0;
     for (int64_t q = 1; q < 12 && (T_ >> q) >= 4; ++q) {
       const double cost = ChainBlocks<T>::cost(T_, H_, q, threads);

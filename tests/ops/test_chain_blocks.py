@@ -81,3 +81,41 @@ def test_powers_that_underflow_are_not_used():
         return torch.diag(scale) + torch.diag(torch.full((hidden_size - 1,), 2.0**-50), 1)
 
     check(network(weight), 1200)
+
+
+def first_half_of_units(hidden_size):
+    """Units that keep what they have, and units that grow slowly, neither of which drive the other."""
+    half = hidden_size // 2
+    weight = torch.eye(hidden_size)
+    weight[half:, half:] = 0.98 * torch.eye(half) + 0.01 * torch.randn(half, half)
+    return weight
+
+
+@pytest.mark.every_isa
+@pytest.mark.parametrize("seq_len", (784, 5000))
+@pytest.mark.parametrize("ends", ("h", "δ", "both"))
+@pytest.mark.parametrize("dtype", (torch.float32, torch.float64))
+def test_one_thread_whose_first_steps_end_a_chain(dtype, ends, seq_len):
+    """Where W̃ is read once for both chains; what these had not packed, blocks took as it was."""
+    hidden_size, half = 100, 50
+    outputs = "all" if ends == "h" else "last"
+    torch.manual_seed(1)
+    net = pk.PathNetwork(pk.ReLURNN(2, hidden_size, bias=False), nn.Linear(hidden_size, 1, bias=False), outputs=outputs)
+    with torch.no_grad():
+        net.rnn.weight_hh_l0.copy_(torch.eye(hidden_size) if ends == "both" else first_half_of_units(hidden_size))
+        if ends == "h":
+            net.rnn.weight_ih_l0[half:] = 0
+            net.rnn.weight_hh_l0[:half, :half] *= 0.1
+        elif ends == "δ":
+            net.head.weight[:, half:] = 0
+    weights = {name: p.detach().double() for name, p in net.named_parameters()}
+    expected = reference.kappa1(weights, seq_len, outputs, "zeros")
+    rtol = 2 * tolerances.path(dtype, seq_len, hidden_size)
+    torch.set_num_threads(1)
+    net.to(dtype)
+    for _ in range(20):  # as memory of former calls comes back
+        found = pk.kappa(net, seq_len)
+        assert found.arithmetic == str(dtype).removeprefix("torch.")
+        for name, kappa in expected.items():
+            own = found.dense(name).double()
+            torch.testing.assert_close(own, kappa.expand_as(own), rtol=rtol, atol=0, msg=name)
