@@ -601,10 +601,11 @@ def _pass(net: PathNetwork, parameters: dict[str, Tensor], seq_len: int, **optio
 def _narrowed(chain: ops.PathChain, like: Tensor) -> ops.PathChain:
     """The results of a wider pass, on the device and in the dtype of ``like``, with an exponent for every entry."""
     kappa, entries = [], []
-    for factor, entry in zip(chain.kappa, chain.entry_exponents, strict=True):
+    for i, factor in enumerate(chain.kappa):
         mantissa, exponent = torch.frexp(factor)
+        own = chain.entries(i)
         kappa.append(mantissa.to(like.dtype))
-        entries.append(exponent.long() + entry if entry.numel() else exponent.long())
+        entries.append(exponent.long() if own is None else exponent.long() + own)
 
     def move(x: Any) -> Any:
         return [t.to(like.device) for t in x] if isinstance(x, list) else x.to(like.device)
@@ -614,14 +615,14 @@ def _narrowed(chain: ops.PathChain, like: Tensor) -> ops.PathChain:
 
 def _scaled(chain: ops.PathChain, layout: Layout) -> dict[str, Scaled]:
     """κ of every parameter with its exponents."""
-    exponents, entries, units = chain.exponents.unbind(), chain.entry_exponents, chain.unit_exponents
+    exponents, units = chain.exponents.unbind(), chain.unit_exponents
     return {
         name: Scaled(
             chain.kappa[place],
             exponents[place],
             None if chain_of_rows is None else -units[chain_of_rows],
             None if columns is None else units[columns].reshape(-1),
-            entries[place] if entries[place].numel() else None,
+            chain.entries(place),
         )
         for name, (place, chain_of_rows, columns) in layout.places.items()
     }

@@ -23,14 +23,8 @@ def raw(k: Kappa, net: PathNetwork) -> tuple[list[Tensor], Tensor, Tensor, list[
     size = len(hidden[0].mantissa)
     none = torch.zeros(size, dtype=torch.int64, device=hidden[0].mantissa.device)
     units = torch.stack([none if s.columns is None else s.columns for s in hidden])
-    nothing = none[:0]
-    return (
-        [s.mantissa for s in each],
-        torch.stack([s.exponent for s in each]),
-        units,
-        [nothing if s.entries is None else s.entries for s in each],
-        k.log_path_norm,
-    )
+    entries = [none[:0] if s.entries is None else s.entries for s in each]
+    return [s.mantissa for s in each], torch.stack([s.exponent for s in each]), units, entries, k.log_path_norm
 
 
 def moved(scaled: dict[str, Scaled], log_norm: Tensor, dtype: torch.dtype, device: torch.device) -> Kappa:

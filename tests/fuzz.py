@@ -462,15 +462,15 @@ def dense(a):
     result, units = [], a["unit_exponents"]
     for i, (place, w) in enumerate(zip(places, a["weights"], strict=True)):
         chain, kind = divmod(i, 4 if a["bias"] else 2)
-        exponents, kappa, entries = a["exponents"][place], wide(a["kappas"][place]), a["entry_exponents"][place]
+        exponents, kappa = a["exponents"][place], wide(a["kappas"][place])
         if chain < count:
             exponents = exponents - (units[chain][:, None] if kind < 2 else units[chain])
             if kind == 1 or (kind == 0 and chain > 0):
                 exponents = exponents + units[chain - (kind == 0)]
         elif a["head"] and i == (4 if a["bias"] else 2) * count:
             exponents = exponents + units[-1]
-        if entries.numel():
-            exponents = exponents + entries
+        if a["entry_exponents"] and a["entry_exponents"][place].numel():
+            exponents = exponents + a["entry_exponents"][place]
         result.append(torch.ldexp(kappa, exponents.expand(torch.broadcast_shapes(exponents.shape, kappa.shape))))
         require(torch.broadcast_shapes(result[-1].shape, w.shape) == w.shape)
     return result

@@ -151,7 +151,7 @@ def parts(chain, directions=1, head=True):
     units, per_chain = chain.unit_exponents, 3 if len(chain.kappa) > 2 and chain.kappa[2].dim() == 1 else 2
     layers = units.reshape(-1, directions * units.shape[1])
     result = []
-    for i, (kappa, entries) in enumerate(zip(chain.kappa, chain.entry_exponents, strict=True)):
+    for i, kappa in enumerate(chain.kappa):
         (c, kind), shift = divmod(i, per_chain), chain.exponents[i]
         if c < len(units):
             shift = shift - (units[c] if kind == 2 else units[c][:, None])
@@ -162,7 +162,8 @@ def parts(chain, directions=1, head=True):
         elif head and i == per_chain * len(units):
             shift = shift + layers[-1]
         mantissa, exponent = torch.frexp(kappa.double())
-        result.append((mantissa, exponent.long() + shift + (entries if entries.numel() else 0)))
+        own = chain.entries(i)
+        result.append((mantissa, exponent.long() + shift + (0 if own is None else own)))
     return result
 
 

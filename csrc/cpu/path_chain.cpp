@@ -80,7 +80,7 @@ double pass_bytes(const Arguments& a, double weights, double itemsize) {
 struct Results {
   std::vector<Tensor> kappa;
   Tensor exponents, unit_exponents;
-  std::vector<Tensor> entry_exponents;
+  std::vector<Tensor> entry_exponents;  // none, or one for each κ, without elements where they are zeros
   Tensor log_path_norm, lags, bounds;
 
   Results(const Arguments& a, at::ScalarType dtype) {
@@ -99,10 +99,15 @@ struct Results {
     const auto integers = options.dtype(at::kLong), doubles = options.dtype(at::kDouble);
     exponents = zeros<int64_t>(count, integers);
     unit_exponents = at::empty({a.chains, a.hidden}, integers);
-    for (int64_t i = 0; i < count; ++i) entry_exponents.push_back(at::empty({0}, integers));
     log_path_norm = at::empty({}, doubles);
     lags = zeros<int64_t>(a.chains, integers);
     bounds = zeros<double>(a.chains, doubles);
+  }
+
+  // Of the i-th κ: zeros from now on, of its shape.
+  Tensor& entries(size_t i) {
+    while (entry_exponents.size() < kappa.size()) entry_exponents.push_back(at::empty({0}, exponents.options()));
+    return entry_exponents[i] = at::zeros(kappa[i].sizes(), exponents.options());
   }
 
  private:
@@ -178,7 +183,7 @@ void narrow(const Results& wide, Results& out) {
     const int64_t n = wide.kappa[i].numel();
     const double* from = wide.kappa[i].const_data_ptr<double>();
     T* const to = out.kappa[i].mutable_data_ptr<T>();
-    const int64_t* entry = wide.entry_exponents[i].numel() ? wide.entry_exponents[i].const_data_ptr<int64_t>() : nullptr;
+    const int64_t* entry = wide.entry_exponents.empty() ? nullptr : wide.entry_exponents[i].const_data_ptr<int64_t>();
     const int64_t own = wide.exponents.const_data_ptr<int64_t>()[i];
     int64_t most = kZeroExponent, least = -kZeroExponent;
     const auto exponent = [&](int64_t k) { return (entry ? entry[k] : 0) + std::ilogb(from[k]); };
@@ -192,11 +197,7 @@ void narrow(const Results& wide, Results& out) {
     const bool common = least - shift >= std::numeric_limits<T>::min_exponent;
     // Entries' own exponents are those beside the largest, so that whoever goes on with them stays in range.
     out.exponents.mutable_data_ptr<int64_t>()[i] = own + (common ? shift : most);
-    int64_t* exponents = nullptr;
-    if (!common) {
-      out.entry_exponents[i] = at::zeros(wide.kappa[i].sizes(), out.exponents.options());
-      exponents = out.entry_exponents[i].mutable_data_ptr<int64_t>();
-    }
+    int64_t* const exponents = common ? nullptr : out.entries(i).mutable_data_ptr<int64_t>();
     for (int64_t k = 0; k < n; ++k) {
       const int64_t e = from[k] == 0 ? 0 : common ? (entry ? entry[k] : 0) - shift : -std::ilogb(from[k]);
       to[k] = static_cast<T>(std::ldexp(from[k], static_cast<int>(e)));
@@ -228,9 +229,7 @@ Arithmetic first_arithmetic() {
 void extended(const Arguments& a, Results& out) {
   bool underflowed = false;
   const Tensor units = out.unit_exponents.clone();
-  for (size_t i = 0; i < out.kappa.size(); ++i) {
-    out.entry_exponents[i] = at::zeros(out.kappa[i].sizes(), out.exponents.options());
-  }
+  for (size_t i = 0; i < out.kappa.size(); ++i) out.entries(i);
   PathChain<double> net = network<double>(a, out, underflowed);
   for (const Tensor& t : out.entry_exponents) net.entry_exponents.push_back(t.mutable_data_ptr<int64_t>());
   const double hidden = static_cast<double>(a.hidden);

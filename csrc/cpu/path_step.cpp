@@ -201,8 +201,8 @@ class Step {
     w.row_stride = vector ? w.columns : stride(0);
     w.column_stride = vector ? stride(0) : stride(1);
     w.exponent = kappa_.exponents.const_data_ptr<int64_t>()[place];
-    const Tensor& entries = kappa_.entry_exponents[place];
-    if (entries.numel() > 0) w.entry_exponents = entries.const_data_ptr<int64_t>();
+    const TensorList entries = kappa_.entry_exponents;
+    if (!entries.empty() && entries[place].numel() > 0) w.entry_exponents = entries[place].const_data_ptr<int64_t>();
     // Row exponents -d of the weight's own chain, column exponents +d of those that it reads.
     const int64_t chain = i / chains_.per_chain(), kind = i % chains_.per_chain(), D = chains_.directions();
     const bool of_chain = chain < chains_.count;
@@ -761,7 +761,7 @@ void check_structure(const Arguments& a, const Kappa& kappa) {
                     "there are ", a.weights.size(), " weights and ", a.gradients.size(), " gradients; these chains have ",
                     a.chains.weights());
   TORCH_CHECK_VALUE(static_cast<int64_t>(kappa.factors.size()) == a.chains.kappas() &&
-                        kappa.entry_exponents.size() == kappa.factors.size() &&
+                        (kappa.entry_exponents.empty() || kappa.entry_exponents.size() == kappa.factors.size()) &&
                         kappa.exponents.sizes() == at::IntArrayRef({a.chains.kappas()}),
                     "there are ", kappa.factors.size(), " tensors of κ; these chains have ", a.chains.kappas());
   TORCH_CHECK_VALUE(kappa.unit_exponents.dim() == 2 && kappa.unit_exponents.size(0) == a.chains.count &&
@@ -776,7 +776,7 @@ void check_structure(const Arguments& a, const Kappa& kappa) {
   const int64_t* const units = kappa.unit_exponents.const_data_ptr<int64_t>();
   TORCH_CHECK_VALUE(std::all_of(units, units + kappa.unit_exponents.numel(), [](int64_t d) { return d % 2 == 0; }),
                     "unit_exponents has an odd number; they must be even");
-  for (size_t i = 0; i < kappa.factors.size(); ++i) {
+  for (size_t i = 0; i < kappa.entry_exponents.size(); ++i) {
     const Tensor& entries = kappa.entry_exponents[i];
     TORCH_CHECK_TYPE(entries.scalar_type() == at::kLong && entries.is_contiguous(), "entry_exponents have dtype ",
                      entries.scalar_type(), "; they must be int64, contiguous");

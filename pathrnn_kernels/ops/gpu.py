@@ -151,8 +151,7 @@ def path_chain(
             kappa1, second_factor, rtol, first_lags, workspace_bytes
         )
     factors, exponents, log_path_norm, lags, bounds, arithmetic = found
-    no_entries = [unit_exponents.new_empty(0) for _ in factors]
-    return factors, exponents, unit_exponents, no_entries, log_path_norm, lags, bounds, arithmetic
+    return factors, exponents, unit_exponents, [], log_path_norm, lags, bounds, arithmetic
 
 
 class State(NamedTuple):

@@ -37,7 +37,7 @@ class PathChain(NamedTuple):
     exponents: Tensor
     #: d, int64 [chains, H], even.
     unit_exponents: Tensor
-    #: int64, each of the shape of its κ, or of no elements: zeros.
+    #: int64, each of the shape of its κ, or of no elements: zeros. None at all where all are zeros.
     entry_exponents: list[Tensor]
     #: log γ², float64, 0-dim; -inf if γ² is 0. On a GPU nan where ``arithmetic`` is -1, so that it cannot be used.
     log_path_norm: Tensor
@@ -48,6 +48,10 @@ class PathChain(NamedTuple):
     #: int8, 0-dim: what the pass was computed in, 0 the weights' dtype, 1 float64, 2 extended range (an int64 exponent
     #: for every number). -1, on a GPU alone: something underflowed, and the pass must be run again in a wider one.
     arithmetic: Tensor
+
+    def entries(self, i: int) -> Tensor | None:
+        """Exponents of the entries of the i-th κ; None: zeros."""
+        return self.entry_exponents[i] if self.entry_exponents and self.entry_exponents[i].numel() else None
 
     def to_host(self) -> tuple[float, int]:
         """log γ² and ``arithmetic``; a device is waited for."""
@@ -191,7 +195,7 @@ def _(weight_ih, weight_hh, bias_ih, bias_hh, head_weight, head_bias, embedding_
         factors,
         integers(len(factors)),
         integers(len(weight_hh), hidden),
-        [integers(0) for _ in factors],
+        [],
         like.new_empty((), dtype=torch.float64),
         integers(len(weight_hh)),
         like.new_empty(len(weight_hh), dtype=torch.float64),

@@ -69,8 +69,8 @@ def check(weights, seq_len, directions, last_only, ones_h0, factor):
         elif name == "head.weight":
             columns = units[-directions:].flatten()
         exponents = chain.exponents[i] + rows + columns
-        if chain.entry_exponents[i].numel():
-            exponents = exponents + chain.entry_exponents[i]
+        if chain.entries(i) is not None:
+            exponents = exponents + chain.entries(i)
         exponents = (
             exponents.expand(kappa.shape) if exponents.dim() <= kappa.dim() else exponents[0].expand(kappa.shape)
         )

@@ -928,7 +928,7 @@ def _row(given: _Update, i: int, s: int | None, start: int) -> list[int]:
         strides[0],
         strides[1] if weight.dim() == 2 else 0,
         given.exponents.data_ptr() + place * given.exponents.stride(0) * 8,
-        given.entry_exponents[place].data_ptr(),
+        given.entry_exponents[place].data_ptr() if given.entry_exponents else 0,
         *(exponents.data_ptr() + c * exponents.stride(0) * 8 if c >= 0 else 0 for c in units),
         weight.data_ptr(),
         (weight if s is None else given.gradients[s]).data_ptr(),
