@@ -22,13 +22,15 @@ DTYPES = FULL_DTYPES + HALF_DTYPES
 _INT64 = 2**63
 
 
-def checked(name: str, check: Callable[[str, Any], None]) -> Any:
-    """An attribute that is checked whenever it is set: before it is seen."""
+def checked(name: str, check: Callable[[str, Any], None], drops: str = "") -> Any:
+    """An attribute that is checked whenever it is set: before it is seen. ``drops``: one that becomes None with it."""
     key = f"_checked_{name}"
 
     def write(self: Any, value: Any) -> None:
         check(name, value)
         self.__dict__[key] = value
+        if drops:
+            self.__dict__[drops] = None
 
     return property(operator.attrgetter(key), write)
 

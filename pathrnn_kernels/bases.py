@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import inspect
 import itertools
@@ -116,6 +117,23 @@ class Together(Optimizer):
 
 def bases_of(base: Optimizer) -> list[Optimizer]:
     return base.bases if isinstance(base, Together) else [base]
+
+
+@contextlib.contextmanager
+def unchanged_unless_loaded(optimizers: Sequence[Optimizer]) -> Iterator[None]:
+    """Gives them back the state and the groups that they had, where loading others fails half-way.
+
+    Raises:
+        ValueError: in place of whatever torch comes upon in a damaged state.
+    """
+    before = [dict(vars(optimizer)) for optimizer in optimizers]
+    try:
+        yield
+    except Exception as e:
+        for optimizer, own in zip(optimizers, before, strict=True):
+            vars(optimizer).clear()
+            vars(optimizer).update(own)
+        raise ValueError(f"state_dict does not fit this optimiser, or is damaged: {type(e).__name__}: {e}") from e
 
 
 def without_hooks(optimizer: Optimizer) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from torch.optim import Optimizer
 
 from . import plain
 from .arguments import check_count, check_flags, check_number, check_writable, checked
-from .bases import without_hooks
+from .bases import unchanged_unless_loaded, without_hooks
 from .feedforward import FeedForward
 from .kappa import KAPPA2_FACTOR, Kappa, kappa, kappa_without_waiting, precision
 from .kappa_state import from_state, moved, raw, to_state
@@ -50,7 +50,7 @@ class Switches(NamedTuple):
     def check(self, optimizer: str, net: object) -> None:
         check_flags(maximize=self.maximize, capturable=self.capturable, differentiable=self.differentiable)
         for name, choice in (("foreach", self.foreach), ("fused", self.fused)):
-            if choice not in (None, True, False):
+            if choice is not None and not isinstance(choice, bool):
                 raise TypeError(f"{name} is {choice!r}; it must be True, False or None")
         if self.differentiable:
             raise ValueError(
@@ -109,9 +109,11 @@ class Engine(Optimizer):
     buffers: ClassVar[tuple[str, ...]]
     #: Numbers of a group beside the rate.
     options: ClassVar[tuple[str, ...]]
-    second_term = checked("second_term", lambda name, value: check_flags(**{name: value}))
-    seq_len = checked("seq_len", lambda name, value: None if value is None else check_count(name, value))
-    rtol = checked("rtol", lambda name, value: check_number(name, value, zero=True))
+    second_term = checked("second_term", lambda name, value: check_flags(**{name: value}), drops="_kappa")
+    seq_len = checked(
+        "seq_len", lambda name, value: None if value is None else check_count(name, value), drops="_kappa"
+    )
+    rtol = checked("rtol", lambda name, value: check_number(name, value, zero=True), drops="_kappa")
     #: Options of Path-SGD's quotient; the others have none of these.
     scale: Any = "none"
     eps: Any = 0.0
@@ -582,7 +584,8 @@ class Engine(Optimizer):
             ValueError: the state dict is not of a like optimiser of a like network; nothing has changed then.
         """
         rest, commit = self._parts(state_dict)
-        super().load_state_dict(rest)
+        with unchanged_unless_loaded([self]):
+            super().load_state_dict(rest)
         commit()
 
     def _parts(self, state_dict: dict[str, Any]) -> tuple[dict[str, Any], Callable[[], None]]:
@@ -608,7 +611,11 @@ class Engine(Optimizer):
             raise ValueError(f"state_dict has lags={lags!r}; they must be counts by recurrent weight")
         found = None if path.get("kappa") is None else from_state(path["kappa"], dict(zip(names, weights, strict=True)))
         groups, state = state_dict.get("param_groups"), state_dict.get("state")
-        if not isinstance(groups, list) or not isinstance(state, dict):
+        if (
+            not isinstance(groups, list)
+            or not isinstance(state, dict)
+            or not all(isinstance(s, dict) for s in state.values())
+        ):
             raise ValueError(f"state_dict lacks the {self._owner}'s 'state' and 'param_groups': it is damaged")
         if [len(group.get("params", ())) if isinstance(group, dict) else -1 for group in groups] != self._sizes():
             raise ValueError(f"state_dict has param_groups that do not hold {self._sizes()} parameters: it is damaged")

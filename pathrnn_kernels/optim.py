@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from . import plain
-from .bases import Step, Together, bases_of, check_base, without_hooks
+from .bases import Step, Together, bases_of, check_base, unchanged_unless_loaded, without_hooks
 from .engine import SCALES, Moving, check_written
 from .feedforward import FeedForward
 from .kappa_state import raw
@@ -244,7 +244,8 @@ class PathOptimizer(Optimizer):
             ValueError: the state dict is not of a like optimiser of a like network; nothing has changed then.
         """
         rest, commit = self._preconditioner._parts(state_dict)
-        self.base.load_state_dict(rest)
+        with unchanged_unless_loaded(bases_of(self.base)):
+            self.base.load_state_dict(rest)
         commit()
 
 
@@ -287,12 +288,14 @@ class _Preconditioner(PathSGD):
         if without_numbers(weights[0]):
             return
         k = self._cached(weights)
-        constant = self._constant_on(weights[0])
+        # A step that has been taken is no quotient to be scaled, nor one to take the constant from.
+        scale = "none" if rule == "given" else self.scale
+        constant = self._constant_on(weights[0]) if scale == "first_step" else None
         served = self._served(layout, weights[0])
         if served is not None:
             # Weights, gradients, no state; then what ops/step.py has after it.
             update = (written, gradients, [], [], [], constant, [], given, rule, *layout.structure)  # type: ignore[misc]
-            options = (SCALES[self.scale], self.eps, radius, None, None, *raw(k, self.net))
+            options = (SCALES[scale], self.eps, radius, None, None, *raw(k, self.net))
             if served == "cpu":
                 status = path_update_(*update, *options)
             else:
@@ -304,7 +307,7 @@ class _Preconditioner(PathSGD):
             if rule == "given":
                 decided, commit = plain.given(entries, k.log_path_norm, radius)
             else:
-                decided, commit = plain.sgd(entries, k.log_path_norm, self.scale, self.eps, radius, constant, 1.0)
+                decided, commit = plain.sgd(entries, k.log_path_norm, scale, self.eps, radius, constant, 1.0)
             if not (status := int(decided)):
                 commit(decided == 0)
         if status:

@@ -62,7 +62,7 @@ class PathSGD(Engine):
     trust_radius = checked(
         "trust_radius", lambda name, value: None if value is None else check_number(name, value, zero=False)
     )
-    update_every = checked("update_every", check_count)
+    update_every = checked("update_every", check_count, drops="_kappa")
     _without_paths = (
         "scale='path_norm' and trust_radius would forbid every step: initialise it, or use scale='none' without a "
         "radius"

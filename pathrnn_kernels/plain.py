@@ -342,7 +342,7 @@ def _move(w: Weight, g: Tensor, unit: Number, root: Number) -> Moved:
     _, beta1, beta2, power, eps, _, warmup, maximize, decay = w.numbers[:9]
     assert w.first is not None and w.second is not None and w.count is not None
     there = w.to_bases(-g if maximize else g)
-    m = w.first.double() + (1 - beta1) * (there - w.first.double())
+    m = beta1 * w.first.double() + (1 - beta1) * there  # nothing of a former m is left where β₁ is 0
     v = beta2 * w.second.double() + (1 - beta2) * there * there
     steps = w.count.double() + 1
     denominator = (v / (1 - beta2**steps)).sqrt()

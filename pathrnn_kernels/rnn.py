@@ -15,7 +15,7 @@ from torch.nn.utils.rnn import PackedSequence
 
 from . import ops
 from .arguments import check_count, check_dtype, check_flags
-from .ops.backend import constant_when_traced, transformed
+from .ops.backend import constant_when_traced, transformed, without_numbers
 from .steps import Steps
 
 _Weights = tuple[Tensor, Tensor, Tensor | None, Tensor | None]
@@ -252,7 +252,7 @@ class ReLURNN(nn.RNNBase):
         if lengths is not None:
             # On the CPU once, not in every layer and direction: that is where they are read.
             lengths = torch.as_tensor(lengths, dtype=torch.int64, device="cpu")
-            if not torch.compiler.is_compiling() and lengths.numel() > 0 and not lengths.is_meta:
+            if not torch.compiler.is_compiling() and lengths.numel() > 0 and not without_numbers(lengths):
                 seq_len = min(seq_len, max(1, int(lengths.max())))
         y, h_n = self._run(steps_first, seq_len, h_0, lengths, weight.dtype, autocast)
         return (y.transpose(0, 1) if self.batch_first else y), h_n

@@ -553,6 +553,8 @@ def test_torch_nn_rnn_with_its_seq_len(kind):
         ({"capturable": None}, TypeError, "capturable is None"),
         ({"fused": "no"}, TypeError, "fused is 'no'"),
         ({"foreach": True, "fused": True}, ValueError, "foreach and fused are both True"),
+        ({"foreach": 0}, TypeError, "foreach is 0; it must be True, False or None"),
+        ({"fused": torch.tensor([1.0, 2.0])}, TypeError, "fused is tensor"),
     ],
 )
 @pytest.mark.parametrize("kind", (pk.PathSGD, pk.PathAdam, pk.PathSOAP, pk.GatedPathSGD))
@@ -633,8 +635,9 @@ def test_rows_of_every_length(kind, size, dtype, rtol, atol):
         torch.testing.assert_close(p, q, rtol=rtol, atol=atol, msg=lambda text, name=name: f"{name}: {text}")
 
 
-def test_without_memory_nothing_is_left_of_a_former_average():
-    net = make(dtype=F32)
+@pytest.mark.parametrize("dtype, share", ((F32, -1e-4), (F64, -1e-13)))
+def test_without_memory_nothing_is_left_of_a_former_average(dtype, share):
+    net = make(dtype=dtype)
     twin = copy.deepcopy(net)
     averages = []
     for n, fused in ((net, None), (twin, False)):
@@ -642,9 +645,9 @@ def test_without_memory_nothing_is_left_of_a_former_average():
         for step in range(2):
             generator = torch.Generator().manual_seed(7)
             for p in n.parameters():
-                p.grad = torch.rand(p.shape, generator=generator)
+                p.grad = torch.rand(p.shape, generator=generator, dtype=dtype)
                 if step == 1:
-                    p.grad.view(-1)[::2] *= -1e-4  # far below the average that was
+                    p.grad.view(-1)[::2] *= share  # far below the average that was
             optimizer.step()
         averages.append([optimizer.state[p]["exp_avg"] for p in n.parameters() if "exp_avg" in optimizer.state[p]])
     for mine, plain in zip(*averages, strict=True):

@@ -1,4 +1,5 @@
 import copy
+import functools
 import io
 import math
 import pickle
@@ -416,6 +417,42 @@ def test_gradients_that_are_not_finite_pass_through(bad, radius):
     moved = changes(net, before)["rnn.weight_hh_l0"]
     assert not moved[0, 1].isfinite()
     assert moved[0, 0].isfinite() and moved[0, 0] != 0
+
+
+@pytest.mark.parametrize("radius", (None, 10.0))
+@pytest.mark.parametrize("kind", (around_sgd, pk.PathSGD))
+def test_first_step_waits_for_a_gradient_where_decay_alone_moves_the_weights(kind, radius):
+    """With a radius, where that step led had stood for its gradient."""
+    net = make()
+    optimizer = kind(net, lr=0.01, weight_decay=0.01, scale="first_step", trust_radius=radius)
+    (loss(net) * 0).backward()
+    optimizer.step()
+    assert optimizer.state_dict()["path"]["log_constant"] is None
+    backward(net)
+    expected = {name: g / k for (name, k), g in zip(kappa(net).items(), gradients(net).values(), strict=True)}
+    lengths = [torch.cat([x.flatten() for x in part.values()]).norm() for part in (gradients(net), expected)]
+    optimizer.step()
+    assert math.isclose(optimizer.state_dict()["path"]["log_constant"], math.log(lengths[0] / lengths[1]), rel_tol=1e-9)
+
+
+@pytest.mark.parametrize("changed", ({"update_every": 1}, {"second_term": True}, {"seq_len": 3}, {"rtol": 1e-9}))
+@pytest.mark.parametrize("kind", (around_sgd, pk.PathSGD, functools.partial(pk.PathSGD, fused=False)))
+def test_an_option_that_is_changed_needs_a_new_kappa(kind, changed):
+    """That of many steps before had been kept."""
+    net, twin = make(), make()
+    optimizer = kind(net, update_every=4, lr=1e-3)
+    backward(net)
+    optimizer.step()
+    for name, value in changed.items():
+        setattr(optimizer, name, value)
+    with torch.no_grad():
+        for p, q in zip(net.parameters(), twin.parameters(), strict=True):
+            q.copy_(p.add_(0.2))
+    for n, o in ((net, optimizer), (twin, kind(twin, lr=1e-3, **changed))):
+        backward(n)
+        o.step()
+    for name, p in values(twin).items():
+        torch.testing.assert_close(values(net)[name], p, rtol=1e-12, atol=0)
 
 
 def test_first_step_refuses_a_first_gradient_that_is_not_finite():

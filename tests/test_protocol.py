@@ -152,6 +152,41 @@ def test_weights_that_are_one_number_are_refused_before_others_change(kind, fuse
     assert equal(net, before)
 
 
+@pytest.mark.parametrize("kind", ("adam", "gated", "soap", "momentum", "base", "bases"))
+@pytest.mark.parametrize("damage", (None, 1.0, {"step": None}, {"step": "x"}), ids=str)
+def test_a_damaged_state_dict_changes_nothing(kind, damage):
+    net = make()
+    halves = [list(net.rnn.parameters()), list(net.head.parameters())]
+    makers = {
+        "base": lambda n: pk.PathOptimizer(torch.optim.Adam(n.parameters(), 1e-3), n),
+        "bases": lambda n: pk.PathOptimizer([torch.optim.Adam(half, 1e-3) for half in halves], n),
+        **KINDS,
+    }
+    optimizer = makers[kind](net)
+    backward(net)
+    optimizer.step()
+    before, state_dict = saved(optimizer), saved(optimizer)
+    last = max(state_dict["state"])
+    if isinstance(damage, dict):
+        if "step" not in state_dict["state"][last]:
+            pytest.skip("it has no count of steps")
+        damage = state_dict["state"][last] | damage
+    state_dict["state"][last] = damage
+    state_dict["param_groups"][0]["lr"] = 99.0
+    for value in state_dict["state"][0].values():
+        value.fill_(5)
+    with pytest.raises(ValueError, match="state_dict .*damaged"):
+        optimizer.load_state_dict(state_dict)
+    after = optimizer.state_dict()
+    assert after["param_groups"] == before["param_groups"]
+    assert after["path"] == before["path"]
+    for i, own in before["state"].items():
+        for key, value in own.items():
+            assert torch.equal(after["state"][i][key], value)
+    backward(net)
+    optimizer.step()
+
+
 @FUSED
 @pytest.mark.parametrize("kind", ("momentum", "adam", "gated"))
 @pytest.mark.parametrize("spoil", ("shape", "absent"))

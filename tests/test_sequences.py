@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rnn_cases import DTYPES, assert_close, check, outcome, pair
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.utils.rnn import PackedSequence, pack_sequence
 
 from pathrnn_kernels import ReLURNN
@@ -164,6 +165,12 @@ def test_packed_sequences(bidirectional, is_sorted):
         assert_close(found.data, expected.data, error)
         assert_close(h_n, expected_h_n, error)
     assert ours.last_seq_len == 6
+
+
+def test_lengths_of_tensors_without_numbers():
+    with FakeTensorMode():
+        y, h_n = ReLURNN(3, 4)(torch.randn(5, 2, 3), lengths=[3, 4])
+    assert (y.shape, h_n.shape) == ((5, 2, 4), (1, 2, 4))
 
 
 def test_packed_is_padded_bit_for_bit():

@@ -358,6 +358,9 @@ class Step {
   static bool all_finite(const StepWeight<T>& w) {
     return std::all_of(w.gradient, w.gradient + w.size, [](T g) { return std::isfinite(g); });
   }
+  bool all_finite() const {
+    return std::all_of(views_.begin(), views_.end(), [](const StepWeight<T>& w) { return all_finite(w); });
+  }
   int64_t lost(size_t v) const { return narrow() ? kNarrow : kLost + 4 * moving_[v]; }
   // A square that is not finite is no length, unless of gradients that are not either: torch's optimisers take those.
   int64_t refused(const std::vector<StepSums>& sums) const {
@@ -512,7 +515,9 @@ class Step {
       parts[t] = kernel.coordinate_measure[wide_](views_[tile.weight], tile.first, tile.last);
     });
     const std::vector<StepSums> sums = gather(all, parts);
-    if (const int64_t status = refused(sums); status != kDone) return status;
+    // A gradient that is not finite leaves the step out, whatever else of it is.
+    const int64_t status = refused(sums);
+    if (status % 4 == kUnreached % 4 || (status != kDone && all_finite())) return status;
 
     int64_t hold = 0;
     Number square;

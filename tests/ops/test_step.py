@@ -260,6 +260,17 @@ def test_what_may_not_be_done_changes_nothing():
     assert_untouched(case, before)
 
 
+@pytest.mark.parametrize("value", (math.nan, math.inf))
+def test_a_gradient_that_is_not_finite_leaves_the_step_out_whatever_else_of_it_is(value):
+    case = Case(1, 1, 5, 3, 2, entries=True, head_bias=False)
+    case.entry_exponents[1].view(-1)[0] = -4000  # 1/sqrt(κ) is beyond float64
+    before = snapshot(case)
+    assert coordinates(case, COORDINATES[1], *fresh(case)) == OVERFLOW + 4
+    case.gradients[3][0] = value
+    assert coordinates(case, COORDINATES[1], *fresh(case)) == 0 == in_plain_torch(case, COORDINATES[1], *fresh(case))
+    assert_untouched(case, before)
+
+
 def test_a_grad_scale_is_taken_out():
     case, twin = Case(1, 1, 5, 3, 2), Case(1, 1, 5, 3, 2)
     for g in twin.gradients:
