@@ -149,7 +149,6 @@ STRUCTURES = {
     "orthogonal": lambda rng, n: np.linalg.qr(rng.standard_normal((n, n)))[0] * rng.choice((0.7, 1.0, 1.5)),
     "zero": lambda rng, n: np.zeros((n, n)),
 }
-NAMES = list(STRUCTURES)
 
 #: T: mostly short, where closed forms and leaps begin (64) and beyond.
 LENGTHS = ((0.42, 1, 12), (0.22, 13, 63), (0.3, 64, 140), (0.05, 141, 800), (0.01, 801, 3000))
@@ -166,6 +165,48 @@ def _pick(rng, table):
 
 #: So many cases in a row share their modules, whose construction would take most of the time; weights and T differ.
 GROUP = 10
+
+
+#: Recurrent matrices of long sequences, which end early, have a closed form, or go by blocks.
+LONG = {name: STRUCTURES[name] for name in ("default", "identity", "orthogonal", "near-cyclic", "block lower")} | {
+    "near identity": lambda rng, n: 0.98 * np.eye(n) + 0.01 * rng.standard_normal((n, n)),
+}
+
+
+def make_long_case(seed, number):
+    """Sizes that are trained, T up to 5,000: mostly one layer, whose chains begin with one read of W̃ for both."""
+    rng = np.random.default_rng([seed, number, 1])
+    hidden = int(rng.choice((33, 64, 72, 100, 128)))
+    outputs, bias = int(rng.integers(0, 3)), int(rng.random() < 0.6)
+    steps = int(min(10 ** rng.uniform(2, 3.7), 4e7 / hidden**2))
+    head_bias, last, ones = int(outputs > 0 and rng.random() < 0.6), int(rng.random() < 0.6), int(rng.random() < 0.1)
+    layers, directions = ((1, 1), (1, 1), (1, 1), (1, 1), (2, 1), (1, 2))[int(rng.integers(6))]
+    shape = exact_range.Shape(layers, directions, 2, hidden, outputs, 0, steps, last, ones, bias, head_bias)
+    dtype, threads = str(rng.choice(("float32", "float64"))), int(rng.choice((1, 2), p=(0.8, 0.2)))
+    second = bool(steps <= 300 and rng.random() < 0.3)
+    case = Case(shape, dtype, np.zeros(0), second, threads=threads, rtol=1e-5, dirt=int(rng.integers(len(DIRT))))
+    case.weights, case.kind = _weights(rng, shape, dtype, LONG)
+    if layers * directions == 1 and rng.random() < 0.6:
+        _keep_some(rng, shape, case)
+    return case
+
+
+def _keep_some(rng, shape, case):
+    """Some units, or all, keep what they have, apart from the others, which nobody reads or nothing drives."""
+    case.kind += ", kept"
+    arrays = {
+        name.removeprefix("rnn."): case.weights[at : at + math.prod(size)].reshape(size)
+        for name, (at, size) in exact_range.places(shape).items()
+    }
+    kept, w = rng.random(shape.hidden) < rng.choice((0.1, 0.5, 1.0)), arrays["weight_hh_l0"]
+    w[np.ix_(kept, ~kept)], w[np.ix_(~kept, kept)], w[np.ix_(kept, kept)] = 0, 0, np.eye(kept.sum())
+    if rng.random() < 0.5:
+        if shape.outputs:
+            arrays["head.weight"][:, ~kept] = 0
+    else:
+        for name in ("weight_ih_l0", "bias_ih_l0", "bias_hh_l0"):
+            if name in arrays:
+                arrays[name][~kept] = 0
 
 
 def make_case(seed, number):
@@ -217,13 +258,13 @@ def make_case(seed, number):
     return case
 
 
-def _weights(rng, shape, dtype):
+def _weights(rng, shape, dtype, structures=STRUCTURES):
     arrays, kinds = {}, []
-    places = exact_range.places(shape)
+    places, names = exact_range.places(shape), list(structures)
     for name, (_, size) in places.items():
         if "weight_hh" in name:
-            kind = NAMES[int(rng.integers(len(NAMES)))]
-            w = STRUCTURES[kind](rng, shape.hidden)
+            kind = names[int(rng.integers(len(names)))]
+            w = structures[kind](rng, shape.hidden)
             kinds.append(kind)
         elif "bias" in name:
             w = rng.standard_normal(size) * rng.choice((0.0, 1.0, 1e-3, 1e-20))
@@ -787,7 +828,7 @@ def shrink(case, kind, attempts=1500, seconds=30):
     return case
 
 
-def report(seed, number, case, failure, small=None):
+def report(seed, number, case, failure, small=None, long=False):
     print(f"FAILURE case {number} of seed {seed}: {failure.args[0]}: {'; '.join(map(str, failure.args[1:]))}")
     options = {name: getattr(case, name) for name in ("second_term", "kappa2", "rtol", "threads")}
     print(f"  {case.dtype} {case.shape._asdict()} {options} W_hh: {case.kind}")
@@ -798,13 +839,13 @@ def report(seed, number, case, failure, small=None):
         text = small.to_json()
         if len(text) < 4000:
             print(f"  python tests/fuzz_numbers.py --replay '{text}'")
-    print(f"  python tests/fuzz_numbers.py --seed {seed} --first {number} --cases 1", flush=True)
+    print(f"  python tests/fuzz_numbers.py --seed {seed} --first {number} --cases 1{' --long' * long}", flush=True)
 
 
 # ---- processes ------------------------------------------------------------------------------------------------------
 
 
-def run(seed, first, last, seconds=math.inf, say=lambda number: None, most_failures=math.inf, small=True):
+def run(seed, first, last, seconds=math.inf, say=lambda number: None, most_failures=math.inf, small=True, long=False):
     """Cases [first, last): Counter of kinds of failure, with "cases" and, over all of them, "worst" error/tolerance."""
     counts, started = Counter(), time.monotonic()
     worst = 0.0
@@ -813,7 +854,7 @@ def run(seed, first, last, seconds=math.inf, say=lambda number: None, most_failu
         if time.monotonic() - started > seconds:
             break
         say(number)
-        case = make_case(seed, number)
+        case = (make_long_case if long else make_case)(seed, number)
         counts["cases"] += 1
         try:
             with np.errstate(all="ignore"):
@@ -833,7 +874,7 @@ def run(seed, first, last, seconds=math.inf, say=lambda number: None, most_failu
         seen[failure.args[0]] += 1
         if seen[failure.args[0]] <= 3:
             again = fails(case) if small else None
-            report(seed, number, case, failure, shrink(case, again.args[0]) if again else None)
+            report(seed, number, case, failure, shrink(case, again.args[0]) if again else None, long)
         if counts["failures"] >= most_failures:
             break
     return counts, worst
@@ -846,6 +887,7 @@ def main(arguments=None):
     parser.add_argument("--first", type=int, default=0, help="number of the first case, to see one again")
     parser.add_argument("--seconds", type=float, default=math.inf, help="stop after so long")
     parser.add_argument("--most-failures", type=float, default=math.inf, help="stop after so many")
+    parser.add_argument("--long", action="store_true", help="33 to 128 units, T from 100 to 5,000")
     parser.add_argument("--no-shrink", action="store_true", help="report failures as they are")
     parser.add_argument("--replay", help="a case as JSON, as a failure prints it")
     parser.add_argument("--diary", help=argparse.SUPPRESS)
@@ -865,6 +907,7 @@ def main(arguments=None):
             counts, worst = run(
                 *(given.seed, given.first, given.first + given.cases, given.seconds, say, given.most_failures),
                 small=not given.no_shrink,
+                long=given.long,
             )
         for name, count in sorted(counts.items()):
             print(f"{name:40} {count}")

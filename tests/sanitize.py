@@ -5,8 +5,8 @@ that this machine has, on odd sizes, with teams of threads. Under ``address`` an
 once, too. Under ``thread`` teams are of std::thread, since ThreadSanitizer does not know OpenMP's barriers.
 ``memcheck`` is valgrind's, with every workspace undefined when it is taken (csrc/cpu/isa.h, PATHRNN_POISON).
 ``--extension`` builds the extension with both ``address`` and ``undefined`` as well, some ten minutes, and runs the
-tests of the ops on it. ``--poison`` builds it so that fresh memory is full of nan, and runs these tests and a short
-fuzz_numbers.py. Neither runs the kernels alone, unless they are named.
+tests of the ops on it. ``--poison`` builds it so that fresh memory is full of nan, and runs these tests and two short
+runs of fuzz_numbers.py. Neither runs the kernels alone, unless they are named.
 """
 
 from __future__ import annotations
@@ -90,8 +90,9 @@ def sanitized(folder: Path) -> None:
 
 def poisoned(folder: Path) -> None:
     extension(folder, {"PATHRNN_POISON": "1", "PATHRNN_CUDA": "0"}, {})
-    fuzz = [ROOT / "tests" / "fuzz_numbers.py", "--cases", "5000", "--seed", "1"]
-    run(sys.executable, *fuzz, PYTHONPATH=str(folder / "lib"))
+    for options in (["--cases", "5000"], ["--cases", "300", "--long"]):
+        fuzz = [ROOT / "tests" / "fuzz_numbers.py", "--seed", "1", *options]
+        run(sys.executable, *fuzz, PYTHONPATH=str(folder / "lib"))
 
 
 def main() -> int:
