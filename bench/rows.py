@@ -454,7 +454,7 @@ def _update(spec: Spec, device: torch.device, quick: bool) -> Row:
     """An optimiser's step alone, or κ's call, on given gradients: operations and bytes of κ⁽¹⁾ alone."""
     net = pk.PathNetwork(pk.ReLURNN(INPUTS, spec.hidden), nn.Linear(spec.hidden, CLASSES)).to(device)
     for p in net.parameters():
-        p.grad = torch.randn_like(p)
+        p.grad = 1e-3 * torch.randn_like(p)  # of the size that training has: sums of small squares may take longer
     if spec.seq_len == 1:
         dict(net.named_parameters())[RECURRENT].grad = None  # it is on no path
     numbers, seq_len = torch.ones(4, device=device), spec.seq_len
