@@ -176,7 +176,7 @@ LONG = {name: STRUCTURES[name] for name in ("default", "identity", "orthogonal",
 def make_long_case(seed, number):
     """Sizes that are trained, T up to 5,000: mostly one layer, whose chains begin with one read of W̃ for both."""
     rng = np.random.default_rng([seed, number, 1])
-    hidden = int(rng.choice((33, 64, 72, 100, 128)))
+    hidden = int(rng.choice((33, 64, 72, 100, 128, 200, 257, 513, 700), p=[0.17] * 5 + [0.05] * 2 + [0.03, 0.02]))
     outputs, bias = int(rng.integers(0, 3)), int(rng.random() < 0.6)
     steps = int(min(10 ** rng.uniform(2, 3.7), 4e7 / hidden**2))
     head_bias, last, ones = int(outputs > 0 and rng.random() < 0.6), int(rng.random() < 0.6), int(rng.random() < 0.1)
@@ -887,7 +887,7 @@ def main(arguments=None):
     parser.add_argument("--first", type=int, default=0, help="number of the first case, to see one again")
     parser.add_argument("--seconds", type=float, default=math.inf, help="stop after so long")
     parser.add_argument("--most-failures", type=float, default=math.inf, help="stop after so many")
-    parser.add_argument("--long", action="store_true", help="33 to 128 units, T from 100 to 5,000")
+    parser.add_argument("--long", action="store_true", help="33 to 700 units, T up to 5,000")
     parser.add_argument("--no-shrink", action="store_true", help="report failures as they are")
     parser.add_argument("--replay", help="a case as JSON, as a failure prints it")
     parser.add_argument("--diary", help=argparse.SUPPRESS)
