@@ -173,7 +173,11 @@ class Engine(Optimizer):
         return self.update_every == 1
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**without_hooks(self), "_layout": None, "_pending": None}
+        own = without_hooks(self)
+        return {key: value for key, value in own.items() if key not in _OF_A_SCALER} | {
+            "_layout": None,
+            "_pending": None,
+        }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -182,8 +186,8 @@ class Engine(Optimizer):
                 group.setdefault(name, value)  # of a state dict that lacks them
             for p in group["params"]:
                 own = self.state.get(p, {})
-                if "step" in own and not isinstance(own["step"], Tensor):
-                    own["step"] = torch.tensor(float(own["step"]), device=p.device)
+                if "step" in own:  # torch leaves it on the device that it was saved on
+                    own["step"] = torch.as_tensor(own["step"], dtype=torch.float32, device=p.device)
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
         """One step; returns the closure's loss, None without a closure, which is called once, gradients enabled.
@@ -219,22 +223,35 @@ class Engine(Optimizer):
         )
 
     def _unwatched(self, closure: Callable[[], Any] | None = None) -> Any:
-        if self._pending is not None:
-            self._raise_pending()
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        self._step()
+        try:
+            if self._pending is not None:
+                self._raise_pending()
+            loss = None
+            if closure is not None:
+                with torch.enable_grad():
+                    loss = closure()
+            self._step()
+        except BaseException:
+            for name in _OF_A_SCALER:  # which leaves them there, and multiplies the next scale by what it finds
+                self.__dict__.pop(name, None)
+            raise
         return loss
 
     def _step(self) -> None:
         moving = self._moving()
         if moving is None:
             return
+        cached = self._kappa
+        try:
+            self._try(moving)
+        except BaseException:
+            self._kappa = cached
+            raise
+        self._taken()
+
+    def _try(self, moving: Moving) -> None:
         layout, weights = moving.layout, moving.weights
         states, new = self._states(moving)
-        cached = self._kappa
         if without_numbers(weights[0]) and not _recorded():
             status = 0
         elif (served := self._served(layout, weights[0])) is not None:
@@ -248,10 +265,8 @@ class Engine(Optimizer):
         else:
             status = self._in_plain_torch(moving, states)
         if status:
-            self._kappa = cached
             self._refuse(status, layout.names, weights[0].dtype)
         self.state.update(new)
-        self._taken()
 
     def _moving(self) -> Moving | None:
         """None if no weight has a gradient."""
@@ -345,11 +360,10 @@ class Engine(Optimizer):
             SCALES[self.scale],
             self.eps,
             self.trust_radius or 0.0,
-            self.__dict__.get("grad_scale"),  # GradScaler's, for the length of a step
-            self.__dict__.get("found_inf"),
+            *map(self.__dict__.get, _OF_A_SCALER),
         )
         if served == "triton":
-            return self._launch(update, moving)
+            return self._launch(update, moving, states)
         if self.update_every > 1:
             return path_update_(*update, *raw(self._cached(weights), net))
         return path_step_(
@@ -368,14 +382,17 @@ class Engine(Optimizer):
         """Of PathSOAP (ops/step.py)."""
         return []
 
-    def _launch(self, update: tuple[Any, ...], moving: Moving) -> int:
+    def _launch(self, update: tuple[Any, ...], moving: Moving, states: list[dict[str, Any]]) -> int:
         """A step by Triton's kernels, whose status is asked for later."""
         from .ops.triton.step import path_update_
 
         weights = moving.weights
         moving.check_gradients()
         self._check_groups()
+        self._check_states(moving, states, alike=True)
         check_written([weights[i] for i in moving.places], *update[2:5])
+        scaler = [t if t is None else t.to(weights[0].device) for t in update[-2:]]  # which may be of another device
+        update = (*update[:-2], *scaler)
         capturable = self.param_groups[0]["capturable"]
         if _captures(weights[0]) and (not capturable or self.update_every > 1):
             raise RuntimeError(
@@ -424,7 +441,7 @@ class Engine(Optimizer):
             numbers = [tuple(map(float, self._numbers(group))) for group in groups]
             rates = [lr if isinstance(lr := group["lr"], Tensor) else float(lr) for group in groups]
             entries = moving.entries(k, weights, numbers, rates, *state, states)
-            scale, found_inf = self.__dict__.get("grad_scale"), self.__dict__.get("found_inf")
+            scale, found_inf = map(self.__dict__.get, _OF_A_SCALER)
             status, commit = self._decide(moving, k, entries, 1.0 if scale is None else 1 / scale)
             ok = status == 0
             if found_inf is not None:
@@ -464,6 +481,8 @@ class Engine(Optimizer):
                 if key == "step":
                     if value.numel() != 1:
                         raise ValueError(f"step of {name} has shape {tuple(value.shape)}; it must have one entry")
+                    if alike and value.dtype != torch.float32:
+                        raise TypeError(f"step of {name} is {value.dtype}; it must be torch.float32: convert it")
                 elif value.shape != shapes[key]:
                     raise ValueError(
                         f"{key} of {name} has shape {tuple(value.shape)}; it must be {tuple(shapes[key])}: it is "
@@ -708,6 +727,8 @@ class Layout:
         return any(isinstance(group["lr"], Tensor) for group in self.groups)
 
 
+#: What GradScaler gives an optimiser, for the length of a step.
+_OF_A_SCALER = ("grad_scale", "found_inf")
 #: As the op numbers them.
 SCALES = {"none": 0, "path_norm": 1, "first_step": 2}
 

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 
 ZERO = -(1 << 40)
+#: Below it, what products of float64 that underflow have lost shows in their sum.
+FAINT = 2.0**-967
 
 
 def centre(dtype):
@@ -362,10 +364,12 @@ def finish(outputs, outputs_exponent, head, head_exponent, head_bias, head_bias_
 
     With it come ``steps`` itself, [1], and int8, 0-dim, -1 where something is lost.
     """
-    state = torch.full_like(head_bias, steps), -lost[0].to(torch.int8)
+    dot = (outputs.double() @ head.double(), int(outputs_exponent + head_exponent))
+    # Products of float64 may underflow; those of float32 do not.
+    lost = lost[0] | (((outputs != 0) & (head != 0)).any() & (dot[0] < FAINT))
+    state = torch.full_like(head_bias, steps), -lost.to(torch.int8)
     if lost or not largest.isfinite().all():
         return torch.tensor(math.nan, dtype=torch.float64), *state
-    dot = (outputs.double() @ head.double(), int(outputs_exponent + head_exponent))
     bias = (head_bias[0].double() * steps, int(head_bias_exponent))
     logs = []
     for value, exponent in (dot, bias):

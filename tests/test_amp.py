@@ -255,6 +255,26 @@ def test_the_constant_of_the_first_step_is_that_of_the_unscaled_gradient(fused, 
     assert all(torch.equal(p, q) for p, q in zip(net.parameters(), twin.parameters(), strict=True))
 
 
+@pytest.mark.parametrize("fused", (None, False))
+def test_a_step_that_raises_keeps_nothing_of_the_scaler(fused):
+    """Which multiplies the next scale by what it finds."""
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    net, optimizer = make_scaled(update_every=1, fused=fused)
+    twin, other = make_scaled(update_every=1, fused=fused)
+    for n in (net, twin):
+        backward(n, scaler)
+    length, optimizer.seq_len = optimizer.seq_len, 1
+    with pytest.raises(ValueError, match="is 0, but its gradient is not"):
+        scaler.step(optimizer)
+    optimizer.seq_len = length
+    assert not {"grad_scale", "found_inf"} & vars(optimizer).keys()
+    for o in (optimizer, other):
+        scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+        scaler.scale(torch.zeros(1))  # which makes its scale
+        scaler.step(o)
+    assert all(torch.equal(p, q) for p, q in zip(net.parameters(), twin.parameters(), strict=True))
+
+
 def test_a_skipped_step_leaves_no_trace():
     scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
     net, optimizer = make_scaled()

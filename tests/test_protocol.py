@@ -152,6 +152,32 @@ def test_weights_that_are_one_number_are_refused_before_others_change(kind, fuse
     assert equal(net, before)
 
 
+@pytest.mark.parametrize("kind", ("adam", "gated", "soap"))
+def test_counts_of_steps_follow_the_weights_to_their_device(kind):
+    optimizer = KINDS[kind](net := make())
+    backward(net)
+    optimizer.step()
+    moved = KINDS[kind](make().to("meta"))
+    moved.load_state_dict(saved(optimizer))
+    assert {(t.device.type, t.dtype) for own in moved.state.values() for k, t in own.items() if k == "step"} == {
+        ("meta", torch.float32)
+    }
+
+
+def test_a_step_that_ends_in_an_error_of_any_kind_keeps_no_kappa(monkeypatch):
+    optimizer = pk.PathSGD(net := make(), lr=1e-3, fused=False)
+    backward(net)
+
+    def interrupted(*_):
+        assert optimizer._kappa is not None
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(optimizer, "_decide", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        optimizer.step()
+    assert optimizer._kappa is None
+
+
 @pytest.mark.parametrize("kind", ("adam", "gated", "soap", "momentum", "base", "bases"))
 @pytest.mark.parametrize("damage", (None, 1.0, {"step": None}, {"step": "x"}), ids=str)
 def test_a_damaged_state_dict_changes_nothing(kind, damage):

@@ -125,9 +125,10 @@ class Increments {
     high_ = true_high;
     share_ = share;
     if (sums_ && true_high < 1) {
-      // No more is to come than a geometric series.
-      const double true_low = std::ldexp(low, static_cast<int>(w_exponent_));
-      error = std::min(error, share / 2 * (true_high / (1 - true_high) - true_low / (1 - true_low)));
+      // No more is to come than a geometric series, of which the ratio between the two is taken.
+      const double true_low = std::ldexp(low, static_cast<int>(w_exponent_)), ratio = std::sqrt(true_low) * std::sqrt(true_high);
+      const auto series = [](double r) { return r / (1 - r); };
+      error = std::min(error, share * std::max(series(true_high) - series(ratio), series(ratio) - series(true_low)));
     }
     // Increments that die, low = 0, have no ratio.
     certified_ = low > 0 && error <= kClosedError<T>;

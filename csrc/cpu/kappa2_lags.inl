@@ -156,16 +156,19 @@ class Lags {
     T* const row = later + own;
     std::fill(later, later + 2 * own, T(0));
     int64_t later_exponent = kZeroExponent;
+    bool flushed = false;  // of any of them
     const auto add_row = [&](int64_t t) {
       if (p.d.exponent[t] == kZeroExponent) return;
       int64_t largest;
+      FlushDenormals::forget();
       std::copy(p.d[t] + j0, p.d[t] + j1, row);
       finish_step(later, later_exponent, row, p.d.exponent[t], own, later_exponent, largest);
+      flushed = flushed || FlushDenormals::underflowed();
     };
     for (int64_t t = T_ - 1; t > last + 1; --t) add_row(t);
     for (int64_t lag = last - 1; lag >= first; --lag) {
       add_row(lag + 2);  // δ_{lag+3}
-      descend(lag, lag - base, later, later_exponent);
+      descend(lag, lag - base, later, later_exponent, flushed);
     }
   }
 
@@ -217,8 +220,8 @@ class Lags {
     return powers.exponent(n) == kZeroExponent ? kZeroExponent : from + powers.exponent(n);
   }
 
-  // C of the lag from that of the next, and S += C ⊙ the n-th cached power.
-  void descend(int64_t lag, int64_t n, const T* later, int64_t later_exponent) {
+  // C of the lag from that of the next, and S += C ⊙ the n-th cached power; `flushed`: whether `later` lacks something.
+  void descend(int64_t lag, int64_t n, const T* later, int64_t later_exponent, bool flushed) {
     FlushDenormals::forget();
     multiply_packed(sums + j0 * ld, ld, powers.first_factor(), spare_ + j0 * ld, ld, j1 - j0);
     std::swap(sums, spare_);
@@ -240,7 +243,8 @@ class Lags {
       if (left_out > kZeroExponent / 2) missed += power(2 * kHighest<T> + left_out - top);
     }
     const T most = add_descended(a, b, c, lag, later, powers[n], scale);
-    if (FlushDenormals::underflowed()) missed += power(std::numeric_limits<T>::min_exponent + kHighest<T>) + sides * kTiny;
+    flushed = flushed || FlushDenormals::underflowed();
+    if (flushed) missed += power(std::numeric_limits<T>::min_exponent + kHighest<T>) + sides * kTiny;
     sum_missing_ = missed;
     miss(from, scale, most_before, powers.missing(n));
     sum_exponent = top;

@@ -40,6 +40,7 @@ class Powers {
     }
     if (team.rank == 0) {
       exponents_[0] = w.exponent;
+      missing_[0] = 0;  // and not what a former chain's last chunk left
       count_ = 1;
     }
     const bool underflowed = FlushDenormals::underflowed();

@@ -159,12 +159,19 @@ class PathChainRun {
       h_ended |= done_h == T_;
       d_ended |= done_d == T_;
     }
-    if (first) converges_[0] = h_ended ? 0 : begin_packed<true>(h, w_h, w, done_h);
-    if (last) converges_[1] = d_ended ? 0 : begin_packed<false>(d, w_d, w, done_d);
+    if (first) {
+      converges_[0] = h_ended ? 0 : begin_packed<true>(h, w_h, w, done_h);
+      flushed_[0] = FlushDenormals::underflowed();
+    }
+    if (last) {
+      converges_[1] = d_ended ? 0 : begin_packed<false>(d, w_d, w, done_d);
+      flushed_[1] = FlushDenormals::underflowed();
+    }
     team.wait();
-    bool stepped = true, underflowed = false;
-    if (const int64_t log2 = block_log2(converges_[0], converges_[1], team.size)) {
-      underflowed = FlushDenormals::underflowed();
+    bool stepped = true;
+    // Blocks take the squares as they are: where some of these may have underflowed, it is for the steps to say so.
+    const int64_t log2 = flushed_[0] || flushed_[1] ? 0 : block_log2(converges_[0], converges_[1], team.size);
+    if (log2 > 0) {
       // Not packed yet for chains that had ended before.
       if (h_ended) pack_weight<true>(w_h, w, team);
       if (d_ended) pack_weight<false>(w_d, w, team);
@@ -174,11 +181,10 @@ class PathChainRun {
       stepped = !blocks_->run(h, d, w_h, w_d, w.exponent, net_.last_only, net_.kappa_hh[c], exponent, results_.sums(c), team);
       FlushDenormals::forget();
     }
-    underflowed = underflowed && stepped;
     if (first) results_.summed[c] = !stepped;
     if (stepped && first && converges_[0] > 0) end_chain(h, w_h, w.exponent, done_h, T_);
     if (stepped && last && converges_[1] > 0) end_chain(d, w_d, w.exponent, done_d, T_);
-    underflowed |= FlushDenormals::underflowed();
+    const bool underflowed = FlushDenormals::underflowed();
     FlushDenormals::forget();
     team.wait();
     return underflowed;
@@ -250,6 +256,7 @@ class PathChainRun {
   std::optional<Kappa2Run<T>> second_;
   std::optional<ChainBlocks<T>> blocks_;
   std::array<int64_t, 2> converges_;  // of h and δ, as begin_chain tells
+  std::array<bool, 2> flushed_;       // whether anything underflowed up to there
   std::vector<int> underflowed_, finite_;    // by thread
 };
 

@@ -231,23 +231,28 @@ __global__ void __launch_bounds__(kFinishThreads) finish_norm(Finish<T> a) {
   SharedMemory memory;
   const Shared<double> partial = memory.take<double>(kFinishThreads / kWarp);
   double dot = 0;
+  int meet = 0;
   for (int64_t j = threadIdx.x; j < a.hidden; j += kFinishThreads) {
     dot += static_cast<double>(a.outputs[j]) * static_cast<double>(a.head[j]);
+    meet |= a.outputs[j] != T(0) && a.head[j] != T(0) ? 1 : 0;
   }
   int finite = 1;
   for (int64_t i = threadIdx.x; i < a.count; i += kFinishThreads) finite &= isfinite(a.largest[i]) ? 1 : 0;
   dot = warp_sum(dot);
   if (threadIdx.x % kWarp == 0) partial[threadIdx.x / kWarp] = dot;
   finite = __syncthreads_and(finite);
+  meet = __syncthreads_or(meet);
   if (threadIdx.x > 0) return;
   *a.bias = static_cast<T>(a.steps);
-  *a.arithmetic = *a.lost ? -1 : 0;
   for (int warp = 1; warp < kFinishThreads / kWarp; ++warp) dot += partial[warp];
+  // Products of float64 may underflow; those of float32 do not.
+  const bool lost = *a.lost || fades(meet != 0, 0.0, dot);
+  *a.arithmetic = lost ? -1 : 0;
   const double paths = log_scaled(dot, *a.outputs_exponent + *a.head_exponent);
   const double biases = static_cast<double>(*a.head_bias) * static_cast<double>(a.steps);
   const double bias = log_scaled(biases, *a.head_bias_exponent);
   const double more = paths > bias ? paths : bias, less = paths > bias ? bias : paths;
-  *a.log_norm = finite == 0 || *a.lost ? static_cast<double>(NAN) : isinf(more) ? more : more + log1p(exp(less - more));
+  *a.log_norm = finite == 0 || lost ? static_cast<double>(NAN) : isinf(more) ? more : more + log1p(exp(less - more));
 }
 
 }  // namespace pathrnn

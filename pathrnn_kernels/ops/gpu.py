@@ -33,6 +33,8 @@ _HEADROOM = 2.0**40
 
 #: Lags of κ⁽²⁾ that are summed before its certificates are tried. Of small matrices more: they cost launches, not work.
 _LAGS, _LAGS_LARGE, _LARGE = 16, 8, 512
+#: And at most: a launch has a program for each, and some more, along a dimension that ends at 65,535.
+_MOST_LAGS = 1 << 15
 #: Numbers that ``second_term`` takes the maxima of.
 _MAXIMA = 5
 
@@ -360,7 +362,9 @@ class _Pass:
         elif inputs is None:
             kappa_ih = Rows(deltas.data[:, None], deltas.exponents)
         else:
-            kappa_ih = Rows(torch.outer(deltas.data, inputs.data), deltas.exponents + inputs.exponents)
+            products = torch.outer(deltas.data, inputs.data)
+            self.underflows.append(_underflowed(products, (deltas.data[:, None] != 0) & (inputs.data != 0), 1.0))
+            kappa_ih = Rows(products, deltas.exponents + inputs.exponents)
         kappa_hh = self.pair_sums(d[c], h[c])
         if second_factor > 0 and net.seq_len > 1:
             kappa_hh = self.second_term(c, h[c], d[c], kappa_hh, second_factor, rtol, tried)
@@ -488,6 +492,7 @@ class _Pass:
         """Lags summed before a certificate is tried: those that a former call needed, if the budget holds them."""
         tried = _LAGS_LARGE if self.hidden > _LARGE else _LAGS
         most = workspace_bytes // (self.hidden * self.hidden * torch.finfo(self.dtype).bits // 8)
+        most = min(most, _MOST_LAGS)
         while tried < first and 2 * tried <= most:
             tried *= 2
         return tried

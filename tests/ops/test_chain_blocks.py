@@ -119,3 +119,27 @@ def test_one_thread_whose_first_steps_end_a_chain(dtype, ends, seq_len):
         for name, kappa in expected.items():
             own = found.dense(name).double()
             torch.testing.assert_close(own, kappa.expand_as(own), rtol=rtol, atol=0, msg=name)
+
+
+@pytest.mark.every_isa
+@pytest.mark.parametrize("log2", (-452, -445))
+def test_squares_that_underflow_are_seen_by_blocks(log2):
+    """Unit 0 grows by 2^480 and feeds one that is little driven, by a weight whose square is lost beside others."""
+    hidden_size, seq_len = 32, 4096
+    growth = 2.0 ** (240 / seq_len)
+    net = pk.PathNetwork(pk.ReLURNN(1, hidden_size, bias=False), nn.Linear(hidden_size, 1, bias=False)).double()
+    with torch.no_grad():
+        weight = torch.diag(growth * (1 - 1e-5 * torch.arange(hidden_size, dtype=torch.float64)))  # no closed form
+        weight[1:4] = 0
+        weight[0, 1], weight[1, 0], weight[3, 2] = 1, 1.4 * 2.0**log2, 2.0**60
+        net.rnn.weight_hh_l0.copy_(weight)
+        for ends in (net.rnn.weight_ih_l0[:, 0], net.head.weight[0]):
+            ends.fill_(1)
+            ends[1], ends[2] = 2.0**-230, 2.0**-60
+    torch.set_num_threads(1)
+    found = pk.kappa(net, seq_len)
+    expected = reference.kappa1({name: p.detach() for name, p in net.named_parameters()}, seq_len)
+    assert found.arithmetic == ("extended" if log2 == -452 else "float64")
+    for name, kappa in expected.items():
+        own = found.dense(name)
+        torch.testing.assert_close(own, kappa.expand_as(own), rtol=tolerances.path(torch.float64, seq_len, 4), atol=0)

@@ -97,6 +97,32 @@ def test_what_float32_loses_of_an_embedding_is_told(weight, read):
     check(run(net.double(), 6), truth(net, 6), tolerances.path(torch.float64, 6, 7), net)
 
 
+def test_an_outer_product_that_float32_loses_is_told():
+    """κ of one weight above an embedding: of a unit that hardly anybody reads, for an input that is next to nothing."""
+    net = network(2, embedding=True, bias=False, head=1, dtype=torch.float32)
+    with torch.no_grad():
+        net.embedding.weight.fill_(1)
+        net.embedding.weight[:, 2] = 2.0**-60
+        net.rnn.weight_ih_l0.fill_(1)
+        net.rnn.weight_hh_l0.copy_(torch.tensor([[0, 2.0**-40], [0, 0]]))
+        net.head.weight.copy_(torch.tensor([[1.0, 0]]))
+    assert run(net, 5).arithmetic == -1
+    check(run(net.double(), 5), truth(net, 5), tolerances.path(torch.float64, 5, 7), net)
+
+
+@pytest.mark.parametrize("kappa1", (True, False))
+def test_a_path_norm_that_float64_loses_is_told(kappa1):
+    """Read by its last factor alone is what has next to nothing."""
+    net = network(3, bias=False, head=1)
+    with torch.no_grad():
+        net.rnn.weight_ih_l0.copy_(torch.tensor([1.0, 2.0**-480, 0], dtype=torch.float64)[:, None])
+        net.rnn.weight_hh_l0.copy_(torch.eye(3))
+        net.head.weight.copy_(torch.tensor([[0, 2.0**-480, 1.0]], dtype=torch.float64))
+    for seq_len in (1, 5):
+        assert run(net, seq_len, kappa1).arithmetic == -1
+        assert run(net, seq_len, kappa1).log_path_norm.isnan()
+
+
 @pytest.mark.parametrize("both", (False, True), ids=("forward", "bidirectional"))
 @pytest.mark.parametrize("layers", (1, 2, 3))
 def test_powers_of_two_are_followed(layers, both):

@@ -211,6 +211,22 @@ def test_the_budget_by_default():
 # first_lags.
 
 
+@pytest.mark.parametrize("dtype, seq_len", ((F32, 150), (F64, 700)), ids=str)
+def test_nothing_that_one_chain_left_out_counts_for_the_next(dtype, seq_len):
+    """Powers of the first fade, chunk after chunk; those of the second end, and lose nothing."""
+    generator = torch.Generator().manual_seed(0)
+    blocks = (torch.rand(8, 8, generator=generator, dtype=F64) + 0.1) * torch.block_diag(
+        torch.ones(4, 4), torch.ones(4, 4)
+    )
+    fades = blocks / blocks.square().sum(1, keepdim=True).sqrt() * torch.tensor([[1.0]] * 4 + [[0.5]] * 4)
+    parameters = network(8, 2, dtype)
+    for p in parameters.values():
+        p.fill_(0.5)
+    parameters["rnn.weight_hh_l0"].copy_(fades)
+    parameters["rnn.weight_hh_l1"].copy_(torch.triu(torch.rand(8, 8, generator=generator, dtype=F64) + 0.1, 1))
+    assert ops.path_chain(**arguments(parameters, seq_len, rtol=0.0, workspace_bytes=0)).arithmetic == 0
+
+
 @DTYPES
 @pytest.mark.parametrize("matrix", ("gaussian", "near-identity", "reducible"))
 @pytest.mark.parametrize("workspace_bytes", (0, 1 << 30))

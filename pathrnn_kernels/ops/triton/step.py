@@ -821,7 +821,7 @@ def _table(given: _Update, moving: list[int]) -> tuple[Tensor, _Shape]:
         tuple(moving),
         tuple(t.data_ptr() for t in tensors),
         tuple(t.shape for t in (*given.weights, *given.kappas)),
-        tuple(t.dtype for t in (given.weights[0], *given.rates)),
+        tuple(t.dtype for t in of_weights),
         # Of this stream, on which the table's memory is its own, and filled.
         torch.cuda.current_stream().cuda_stream if device.type == "cuda" else device,
     )
@@ -917,6 +917,12 @@ def _row(given: _Update, i: int, s: int | None, start: int) -> list[int]:
             raise TypeError(
                 f"a tensor of state is {state.dtype}, but its weight is {weight.dtype} (cast since?): convert one"
             )
+        if state is not None and state.numel() not in (0, weight.numel()):
+            raise ValueError(f"a tensor of state has shape {tuple(state.shape)}, its weight {tuple(weight.shape)}")
+    if s is not None and given.gradients[s].dtype != weight.dtype:
+        raise TypeError(f"a gradient is {given.gradients[s].dtype}, but its weight is {weight.dtype}: convert one")
+    if states[2] is not None and (states[2].dtype != torch.float32 or states[2].numel() != 1):
+        raise TypeError(f"a count of steps is {states[2].dtype}, {tuple(states[2].shape)}; it must be one float32")
     strides = kappa.expand_as(weight).stride()
     rate = None if s is None or not given.rates else given.rates[s if len(given.rates) > 1 else 0]
     single = rate is not None and rate.dtype == torch.float32

@@ -41,6 +41,8 @@ _SPLIT = tl.constexpr(1024)
 _WIDE, _TALL = tl.constexpr(32), tl.constexpr(32)
 #: Entries that the programs for single vectors take at a time.
 _CHUNK = tl.constexpr(1024)
+#: Below it, what products of float64 that underflow have lost shows in their sum.
+_FAINT = tl.constexpr(2.0**-967)
 #: Steps that a program which sums over time takes at a time.
 _STEPS = tl.constexpr(64)
 #: Rows and columns of a program that sums over pairs: 64 spill.
@@ -409,20 +411,25 @@ def _finish(
     """One program."""
     slots = tl.arange(0, _CHUNK)
     sums = tl.zeros([_CHUNK], tl.float64)
+    meet = tl.zeros([_CHUNK], tl.int1)
     for start in range(0, hidden, _CHUNK):
         i = start + slots
         x = tl.load(outputs + i, i < hidden, other=0).to(tl.float64)
-        sums += x * tl.load(head + i, i < hidden, other=0).to(tl.float64)
+        y = tl.load(head + i, i < hidden, other=0).to(tl.float64)
+        sums += x * y
+        meet |= (x != 0) & (y != 0)
     finite = tl.full([_CHUNK], 1, tl.int1)
     for start in range(0, count, _CHUNK):
         finite &= tl.abs(tl.load(largest + start + slots, start + slots < count, other=0)) < float("inf")
-    through = _log(tl.sum(sums, 0), tl.load(outputs_exponent) + tl.load(head_exponent))
+    dot = tl.sum(sums, 0)
+    through = _log(dot, tl.load(outputs_exponent) + tl.load(head_exponent))
     bias = _log(tl.load(head_bias).to(tl.float64) * steps, tl.load(head_bias_exponent))
     top = tl.maximum(through, bias)
     top = tl.where(top > float("-inf"), top, 0.0)
     total = tl.exp(through - top) + tl.exp(bias - top)
     value = tl.where(total > 0, top + tl.log(tl.where(total > 0, total, 1.0)), float("-inf"))
-    missing = tl.load(underflow) != 0
+    # Products of float64 may underflow; those of float32 do not.
+    missing = (tl.load(underflow) != 0) | ((tl.max(meet.to(tl.int32), 0) != 0) & (dot < _FAINT))
     tl.store(out, tl.where((tl.min(finite.to(tl.int32), 0) != 0) & (missing == 0), value, float("nan")))
     tl.store(of_bias, steps)
     tl.store(arithmetic, tl.where(missing, -1, 0))

@@ -156,6 +156,26 @@ def test_a_saved_run_continues_bit_for_bit(kind):
     assert_equal(net, twin)
 
 
+@pytest.mark.parametrize(
+    ("key", "value", "words"),
+    [
+        ("exp_avg", torch.zeros(7, dtype=F64), "has shape"),
+        ("exp_avg", torch.zeros(2, 3, dtype=F32), "is torch.float32"),
+        ("step", torch.tensor(3.0, dtype=F64), "must be torch.float32"),
+        ("step", torch.zeros(2), "one entry"),
+    ],
+)
+def test_state_that_does_not_fit_is_refused_by_name(key, value, words):
+    net = build()
+    optimizer = KINDS["adam"](net)
+    step(net, optimizer)
+    optimizer.state[net.head.weight][key] = value.to(DEVICE)
+    before = values(net)
+    with pytest.raises((TypeError, ValueError), match=f"head.weight .*{words}"):
+        step(net, optimizer, 1)
+    assert all(torch.equal(p, before[name]) for name, p in net.named_parameters())
+
+
 def test_a_grad_scaler_leaves_a_step_out():
     net = build()
     optimizer = KINDS["gated"](net)
