@@ -144,6 +144,7 @@ class Engine(Optimizer):
         #: Of which κ and lags are kept.
         self._known: Sequence[Tensor] = self._weights()[1]
         self._kappa: Kappa | None = None
+        self._kappa_of = self._options()
         self._steps = 0
         #: Per chain, of the last κ: lags of κ⁽²⁾ that the next one tries first.
         self._lags: Tensor | None = None
@@ -201,12 +202,17 @@ class Engine(Optimizer):
         UserWarning: κ underflowed in the weights' dtype in the last step, which was left out; from then on the device
             is waited for in every step, and κ computed in a wider arithmetic where it must be.
         """
-        if self._watched():
-            # torch has wrapped a subclass's own step, around which hooks have run, then.
-            wrapped = getattr(type(self).step, "__code__", None) is _watched_step.__code__
-            given = () if closure is None else (closure,)  # as hooks see it of torch's optimisers
-            return (_untraced_step if wrapped else _watched_step)(self, *given)
-        return self._unwatched(closure)
+        try:
+            if self._watched():
+                # torch has wrapped a subclass's own step, around which hooks have run, then.
+                wrapped = getattr(type(self).step, "__code__", None) is _watched_step.__code__
+                given = () if closure is None else (closure,)  # as hooks see it of torch's optimisers
+                return (_untraced_step if wrapped else _watched_step)(self, *given)
+            return self._unwatched(closure)
+        except BaseException:
+            for name in _OF_A_SCALER:  # which leaves them there, and multiplies the next scale by what it finds
+                self.__dict__.pop(name, None)
+            raise
 
     # torch.optim would wrap step by what costs more than a small network's κ: here that is for those who watch.
     step.hooked = True  # type: ignore[attr-defined]
@@ -223,29 +229,24 @@ class Engine(Optimizer):
         )
 
     def _unwatched(self, closure: Callable[[], Any] | None = None) -> Any:
-        try:
-            if self._pending is not None:
-                self._raise_pending()
-            loss = None
-            if closure is not None:
-                with torch.enable_grad():
-                    loss = closure()
-            self._step()
-        except BaseException:
-            for name in _OF_A_SCALER:  # which leaves them there, and multiplies the next scale by what it finds
-                self.__dict__.pop(name, None)
-            raise
+        if self._pending is not None:
+            self._raise_pending()
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        self._step()
         return loss
 
     def _step(self) -> None:
         moving = self._moving()
         if moving is None:
             return
-        cached = self._kappa
+        cached, lags = self._kappa, self._lags
         try:
             self._try(moving)
         except BaseException:
-            self._kappa = cached
+            self._kappa, self._lags = cached, lags
             raise
         self._taken()
 
@@ -499,7 +500,7 @@ class Engine(Optimizer):
 
     def _cached(self, weights: Sequence[Tensor], unread: bool = False) -> Kappa:
         """κ of a former step or of now; log γ² of one that is ``unread`` is nan where it is not to be used."""
-        if self._kappa is not None:
+        if self._kappa is not None and self._kappa_of == self._options():
             dtype, device = precision(weights[0].dtype), weights[0].device
             first = next(iter(self._kappa.scaled.values())).mantissa
             if (first.dtype, first.device) != (dtype, device):  # the network has been cast or moved since
@@ -519,9 +520,15 @@ class Engine(Optimizer):
             if lags is not None:
                 # Where all lags were summed there is nothing to start from.
                 found = k._lags[1]
-                lags.copy_(torch.where(found < seq_len - 1, found, 0))
-        self._kappa = k
+                with torch.inference_mode(False):  # a new one, as the step may yet be refused
+                    self._lags = torch.where(found < seq_len - 1, found, 0)
+        self._kappa, self._kappa_of = k, self._options()
         return k
+
+    def _options(self) -> tuple[Any, ...]:
+        """Of the network, which κ depends on."""
+        net = self.net
+        return (net.input_shape,) if isinstance(net, FeedForward) else (net.outputs, net.h0)
 
     def _constant_on(self, like: Tensor) -> Tensor | None:
         if self.scale != "first_step":
@@ -642,7 +649,7 @@ class Engine(Optimizer):
         @torch.inference_mode(False)
         def commit() -> None:
             self._steps, self._kappa, self._lags, self._constant, self._pending = steps, found, None, None, None
-            self._known = weights
+            self._known, self._kappa_of = weights, self._options()
             self._trusted = self._underflowed = False
             if lags:
                 counts = [lags.get(name, 0) for name in self.net.recurrent]

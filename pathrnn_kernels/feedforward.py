@@ -181,6 +181,7 @@ def _without_backward_hooks(module: nn.Module) -> Iterator[None]:
     """They are for gradients of a loss, and would see κ's."""
     kinds = ("_backward_hooks", "_backward_pre_hooks")
     held = [(m, kind, getattr(m, kind)) for m in module.modules() for kind in kinds]
+    held += [(nn.modules.module, name, getattr(nn.modules.module, name)) for name in map("_global{}".format, kinds)]  # type: ignore[misc]
     try:
         for m, kind, _ in held:
             setattr(m, kind, OrderedDict())
@@ -284,10 +285,13 @@ class _Pass:
                     f"κ of {name} underflows: γ² or another path is so much larger that float64 does not hold both; "
                     "use weights of less unequal size"
                 )
-            shift = math.frexp(largest)[1]
-            exponent = output.exponent - self.squares[name].exponent + shift
-            mantissa = shifted(gradient, -shift).to(p.dtype)
-            scaled[name] = Scaled(mantissa, torch.tensor(exponent, device=mantissa.device))
+            shift, entries = math.frexp(largest)[1], None
+            mantissa = shifted(gradient, -shift)
+            if bool(((mantissa < torch.finfo(p.dtype).tiny) & (gradient > 0)).any()):  # an exponent for each entry
+                shift, (mantissa, entries) = 0, torch.frexp(gradient)
+            exponent = torch.tensor(output.exponent - self.squares[name].exponent + shift, device=mantissa.device)
+            of_entries = None if entries is None else entries.long()
+            scaled[name] = Scaled(mantissa.to(p.dtype), exponent, entries=of_entries)
         log_norm = norm.log() + output.exponent * _LN2
         return Kappa.of(scaled, log_norm, {name: p.shape for name, p in self.parameters.items()})
 

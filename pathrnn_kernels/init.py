@@ -140,7 +140,11 @@ def _non_recurrent(net: ReLURNN | nn.RNN | PathNetwork) -> list[tuple[str, Tenso
 
 def _check(net: ReLURNN | nn.RNN | PathNetwork, generator: Any, **values: float) -> None:
     """Before anything is written."""
-    _rnn(net)
+    for name, _ in _rnn(net).named_parameters():
+        if not name.startswith(("weight_", "bias_")):
+            raise ValueError(
+                f"{name} is of a parametrization, which would be left as it is: initialise before that, or remove it"
+            )
     if generator is not None and not isinstance(generator, Generator):
         raise TypeError(f"generator is a {type(generator).__name__}; it must be a torch.Generator or None")
     for name, p in net.named_parameters():

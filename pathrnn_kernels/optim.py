@@ -192,7 +192,7 @@ class PathOptimizer(Optimizer):
         own._keep_for(weights)
         held = [(p, p.grad) for p in weights if p.grad is not None]
         cached, constant = own._kappa, own._constant
-        lags = None if own._lags is None else own._lags.clone()
+        lags = own._lags
         own._constant = None if constant is None else constant.clone()  # written in place
         try:
             quotients = own.quotients()
@@ -228,7 +228,8 @@ class PathOptimizer(Optimizer):
             step.finish()
         finally:
             for p, gradient in held:
-                p.grad = gradient
+                if p.grad is not None or p not in quotients:  # else a hook of the base's has taken it away
+                    p.grad = gradient
 
     def state_dict(self) -> dict[str, Any]:
         """The base's state dict with an entry ``"path"``: tensors and plain Python values only."""

@@ -166,6 +166,10 @@ def _like(value: Tensor, source: Squared) -> Squared:
     return Squared(value, source.exponent, source.kind, source.weights, source.run)
 
 
+def _copy(source: Squared) -> Squared:
+    return Squared(source.value.clone(), source.exponent, source.kind, set(source.weights), source.run)
+
+
 def _times(product: Callable[[Tensor, Tensor], Tensor], first: Any, second: Any) -> Squared:
     a, b = _operands(first, second)
     if Kind.EDGE not in (a.kind, b.kind):
@@ -272,7 +276,9 @@ def _relu(func: Any, input: Squared, *_: Any, inplace: bool = False, **__: Any) 
 
 
 def _dropout(func: Any, input: Squared, p: float = 0.5, training: bool = True, inplace: bool = False) -> Squared:
-    return input if inplace or not training or func in _IN_PLACE else _like(input.value.clone(), input)
+    if inplace or not training or p == 0 or func in _IN_PLACE:
+        return input
+    return _copy(input)
 
 
 def _move(func: Any, input: Squared, *args: Any, **kwargs: Any) -> Any:
@@ -296,7 +302,7 @@ def _cast(func: Any, input: Squared, *args: Any, **kwargs: Any) -> Squared:
     result = func(input.value.new_empty(0), *arguments[0], **arguments[1])
     if input.kind is not Kind.INPUT and not result.is_floating_point():
         raise _Refused("it rounds activations")
-    return input
+    return _copy(input) if kwargs.get("copy") else input
 
 
 def _join(func: Any, tensors: Sequence[Any], *args: Any, **kwargs: Any) -> Squared:
@@ -308,11 +314,18 @@ def _join(func: Any, tensors: Sequence[Any], *args: Any, **kwargs: Any) -> Squar
     return result
 
 
-def _sum(func: Any, input: Squared, *args: Any, **kwargs: Any) -> Squared:
+def _in_double(dtype: torch.dtype | None) -> None:
+    if dtype is not None and not dtype.is_floating_point:
+        raise _Refused("it rounds activations")
+
+
+def _sum(func: Any, input: Squared, *args: Any, dtype: torch.dtype | None = None, **kwargs: Any) -> Squared:
+    _in_double(dtype)
     return _node(torch.sum(input.value, *args, **kwargs), input.exponent, input)
 
 
-def _mean(func: Any, input: Squared, *args: Any, **kwargs: Any) -> Squared:
+def _mean(func: Any, input: Squared, *args: Any, dtype: torch.dtype | None = None, **kwargs: Any) -> Squared:
+    _in_double(dtype)
     mean = torch.mean(input.value, *args, **kwargs)
     return _node(mean * (mean.numel() / input.value.numel()), input.exponent, input)
 

@@ -275,6 +275,21 @@ def test_a_step_that_raises_keeps_nothing_of_the_scaler(fused):
     assert all(torch.equal(p, q) for p, q in zip(net.parameters(), twin.parameters(), strict=True))
 
 
+@pytest.mark.parametrize("register", ("register_step_pre_hook", "register_step_post_hook"))
+def test_a_hook_that_raises_keeps_nothing_of_the_scaler(register):
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    net, optimizer = make_scaled(update_every=1)
+
+    def boom(*_):
+        raise RuntimeError("boom")
+
+    getattr(optimizer, register)(boom)
+    backward(net, scaler)
+    with pytest.raises(RuntimeError, match="boom"):
+        scaler.step(optimizer)
+    assert not {"grad_scale", "found_inf"} & vars(optimizer).keys()
+
+
 def test_a_skipped_step_leaves_no_trace():
     scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
     net, optimizer = make_scaled()

@@ -397,6 +397,85 @@ def test_kappa_follows_any_rescaling():
         torch.testing.assert_close(shares[exponent], shares[0], **TOLERANCE)
 
 
+@pytest.mark.parametrize("log2", (60, 76, 80, 110))
+def test_entries_far_below_the_largest_keep_theirs(log2):
+    """In float32, on one scale of the tensor's, they were 0: a step of none."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(2, 2), nn.ReLU(), nn.Linear(2, 1))
+    twin = copy.deepcopy(net)
+    with torch.no_grad():
+        for p in (twin[0].weight, twin[0].bias):
+            p[0] *= 2.0**log2
+        twin[2].weight[:, 0] *= 2.0**-log2
+    before, after = pk.kappa_of_module(net, (2,)), pk.kappa_of_module(twin, (2,))
+    for name, factors in (("0.weight", [[4.0**log2], [1.0]]), ("2.weight", [[4.0**-log2, 1.0]])):
+        expected = before.relative(name) * torch.tensor(factors, dtype=torch.float64)
+        torch.testing.assert_close(after.relative(name).expand_as(expected), expected, rtol=1e-13, atol=0)
+    inputs = torch.rand(5, 2)
+    for n in (net, twin):
+        optimizer = pk.PathSGD(pk.FeedForward(n, (2,)), lr=0.1, scale="path_norm")
+        n(inputs).square().mean().backward()
+        optimizer.step()
+    torch.testing.assert_close(twin(inputs), net(inputs), rtol=1e-5, atol=0)
+
+
+class Module(nn.Module):
+    """With two linear maps of ones, and a forward of its own."""
+
+    def __init__(self, forward):
+        super().__init__()
+        self.l, self.m, self.own = nn.Linear(1, 1, bias=False), nn.Linear(1, 1, bias=False), forward
+        for p in self.parameters():
+            nn.init.ones_(p)
+
+    def forward(self, x):
+        return self.own(self, x)
+
+
+def dropped(self, x):
+    h = self.l(x)
+    y = F.dropout(h, 0.0, True)  # h itself
+    y += self.m(x)
+    return h + y
+
+
+def copied(self, x):
+    h = self.l(x)
+    y = h.to(h.dtype, copy=True)
+    y += self.m(x)
+    return h + y
+
+
+@pytest.mark.parametrize(("forward", "expected"), [(dropped, 4.0), (copied, 3.0)])
+def test_tensors_share_memory_as_they_do_in_the_module(forward, expected):
+    net = Module(forward)
+    assert net(torch.ones(1, 1)) == expected
+    assert math.isclose(pk.kappa_of_module(net, (1,)).log_path_norm, math.log(expected), rel_tol=1e-12)
+
+
+def test_sums_are_of_float64_whatever_dtype_they_are_asked_for():
+    net = Module(lambda self, x: self.l(x).sum(-1, dtype=torch.float32))
+    nn.init.constant_(net.l.weight, 1e-25)
+    assert math.isclose(pk.kappa_of_module(net, (1,)).log_path_norm, 2 * math.log(1e-25), rel_tol=1e-6)
+    with pytest.raises(ValueError, match="rounds activations"):
+        pk.kappa_of_module(Module(lambda self, x: self.l(x).sum(-1, dtype=torch.int64)), (1,))
+
+
+def test_global_backward_hooks_are_for_gradients_of_a_loss():
+    net = nn.Sequential(nn.Linear(2, 2), nn.ReLU(), nn.Linear(2, 1))
+    expected = dense(pk.kappa_of_module(net, (2,)))
+    seen = []
+    handle = nn.modules.module.register_module_full_backward_hook(lambda *_: seen.append(1))
+    try:
+        found = dense(pk.kappa_of_module(net, (2,)))
+        assert not seen
+        net(torch.rand(3, 2, requires_grad=True)).sum().backward()
+        assert seen
+    finally:
+        handle.remove()
+    assert all(torch.equal(found[name], k) for name, k in expected.items())
+
+
 def test_what_float64_cannot_hold_is_refused():
     net = nn.Sequential(*(nn.Linear(2, 2, bias=False) for _ in range(8))).double()
     for p in net.parameters():

@@ -128,6 +128,15 @@ def test_numbers_that_the_dtype_cannot_hold_are_refused_and_change_nothing(funct
 
 
 @pytest.mark.parametrize("function", ALL)
+def test_a_parametrized_matrix_is_refused_before_others_change(function):
+    rnn = torch.nn.utils.parametrizations.weight_norm(pk.ReLURNN(2, 3), "weight_hh_l0")
+    before = {name: p.clone() for name, p in rnn.named_parameters()}
+    with pytest.raises(ValueError, match="parametrizations.weight_hh_l0.original0 is of a parametrization"):
+        function(rnn)
+    assert all(torch.equal(p, before[name]) for name, p in rnn.named_parameters())
+
+
+@pytest.mark.parametrize("function", ALL)
 def test_other_modules_are_refused(function):
     with pytest.raises(TypeError, match=r"net is a Linear; it must be a ReLURNN, torch.nn.RNN or PathNetwork"):
         function(nn.Linear(2, 2))

@@ -165,7 +165,12 @@ def test_counts_of_steps_follow_the_weights_to_their_device(kind):
 
 
 def test_a_step_that_ends_in_an_error_of_any_kind_keeps_no_kappa(monkeypatch):
-    optimizer = pk.PathSGD(net := make(), lr=1e-3, fused=False)
+    optimizer = pk.PathSGD(net := make(), lr=1e-3, fused=False, second_term=True)
+    backward(net)
+    optimizer.step()
+    lags = optimizer.state_dict()["path"]["lags"]
+    with torch.no_grad():
+        net.rnn.weight_hh_l0.mul_(4)
     backward(net)
 
     def interrupted(*_):
@@ -175,7 +180,7 @@ def test_a_step_that_ends_in_an_error_of_any_kind_keeps_no_kappa(monkeypatch):
     monkeypatch.setattr(optimizer, "_decide", interrupted)
     with pytest.raises(KeyboardInterrupt):
         optimizer.step()
-    assert optimizer._kappa is None
+    assert optimizer._kappa is None and optimizer.state_dict()["path"]["lags"] == lags
 
 
 @pytest.mark.parametrize("kind", ("adam", "gated", "soap", "momentum", "base", "bases"))
