@@ -144,7 +144,7 @@ class Engine(Optimizer):
         #: Of which κ and lags are kept.
         self._known: Sequence[Tensor] = self._weights()[1]
         self._kappa: Kappa | None = None
-        self._kappa_of = self._options()
+        self._kappa_of = self._of_network()
         self._steps = 0
         #: Per chain, of the last κ: lags of κ⁽²⁾ that the next one tries first.
         self._lags: Tensor | None = None
@@ -364,7 +364,7 @@ class Engine(Optimizer):
             *map(self.__dict__.get, _OF_A_SCALER),
         )
         if served == "triton":
-            return self._launch(update, moving, states)
+            return self._launch(update, moving)
         if self.update_every > 1:
             return path_update_(*update, *raw(self._cached(weights), net))
         return path_step_(
@@ -383,14 +383,13 @@ class Engine(Optimizer):
         """Of PathSOAP (ops/step.py)."""
         return []
 
-    def _launch(self, update: tuple[Any, ...], moving: Moving, states: list[dict[str, Any]]) -> int:
+    def _launch(self, update: tuple[Any, ...], moving: Moving) -> int:
         """A step by Triton's kernels, whose status is asked for later."""
         from .ops.triton.step import path_update_
 
         weights = moving.weights
         moving.check_gradients()
         self._check_groups()
-        self._check_states(moving, states, alike=True)
         check_written([weights[i] for i in moving.places], *update[2:5])
         scaler = [t if t is None else t.to(weights[0].device) for t in update[-2:]]  # which may be of another device
         update = (*update[:-2], *scaler)
@@ -500,7 +499,7 @@ class Engine(Optimizer):
 
     def _cached(self, weights: Sequence[Tensor], unread: bool = False) -> Kappa:
         """κ of a former step or of now; log γ² of one that is ``unread`` is nan where it is not to be used."""
-        if self._kappa is not None and self._kappa_of == self._options():
+        if self._kappa is not None and self._kappa_of == self._of_network():
             dtype, device = precision(weights[0].dtype), weights[0].device
             first = next(iter(self._kappa.scaled.values())).mantissa
             if (first.dtype, first.device) != (dtype, device):  # the network has been cast or moved since
@@ -522,10 +521,10 @@ class Engine(Optimizer):
                 found = k._lags[1]
                 with torch.inference_mode(False):  # a new one, as the step may yet be refused
                     self._lags = torch.where(found < seq_len - 1, found, 0)
-        self._kappa, self._kappa_of = k, self._options()
+        self._kappa, self._kappa_of = k, self._of_network()
         return k
 
-    def _options(self) -> tuple[Any, ...]:
+    def _of_network(self) -> tuple[Any, ...]:
         """Of the network, which κ depends on."""
         net = self.net
         return (net.input_shape,) if isinstance(net, FeedForward) else (net.outputs, net.h0)
@@ -649,7 +648,7 @@ class Engine(Optimizer):
         @torch.inference_mode(False)
         def commit() -> None:
             self._steps, self._kappa, self._lags, self._constant, self._pending = steps, found, None, None, None
-            self._known, self._kappa_of = weights, self._options()
+            self._known, self._kappa_of = weights, self._of_network()
             self._trusted = self._underflowed = False
             if lags:
                 counts = [lags.get(name, 0) for name in self.net.recurrent]

@@ -288,10 +288,10 @@ class _Pass:
             shift, entries = math.frexp(largest)[1], None
             mantissa = shifted(gradient, -shift)
             if bool(((mantissa < torch.finfo(p.dtype).tiny) & (gradient > 0)).any()):  # an exponent for each entry
-                shift, (mantissa, entries) = 0, torch.frexp(gradient)
+                mantissa, entries = torch.frexp(gradient)
+                shift, entries = 0, entries.long()
             exponent = torch.tensor(output.exponent - self.squares[name].exponent + shift, device=mantissa.device)
-            of_entries = None if entries is None else entries.long()
-            scaled[name] = Scaled(mantissa.to(p.dtype), exponent, entries=of_entries)
+            scaled[name] = Scaled(mantissa.to(p.dtype), exponent, entries=entries)
         log_norm = norm.log() + output.exponent * _LN2
         return Kappa.of(scaled, log_norm, {name: p.shape for name, p in self.parameters.items()})
 

@@ -181,7 +181,9 @@ def test_lengths_of_gradients_whose_squares_are_below_the_range(tiny):
     assert sgd(case, numbers, "none", radius=0.01) == 0
     entries = [twin.entry(i, numbers, numbers[0], (None,)) for i in range(len(twin.weights))]
     status, commit = plain.sgd(entries, twin.log_path_norm, "none", 0.0, 0.01, None, 1.0)
+    assert status == 0
     commit(status == 0)
+    assert any((p != q).any() for p, q in zip(case.weights, before, strict=True))
     assert_steps_alike(case, twin, before, 8)
 
 

@@ -820,7 +820,7 @@ def _table(given: _Update, moving: list[int]) -> tuple[Tensor, _Shape]:
         given.radius,
         tuple(moving),
         tuple(t.data_ptr() for t in tensors),
-        tuple(t.shape for t in (*given.weights, *given.kappas)),
+        tuple(t.shape for t in (*given.weights, *given.kappas, *given.first, *given.second, *given.counts)),
         tuple(t.dtype for t in of_weights),
         # Of this stream, on which the table's memory is its own, and filled.
         torch.cuda.current_stream().cuda_stream if device.type == "cuda" else device,
@@ -917,8 +917,11 @@ def _row(given: _Update, i: int, s: int | None, start: int) -> list[int]:
             raise TypeError(
                 f"a tensor of state is {state.dtype}, but its weight is {weight.dtype} (cast since?): convert one"
             )
-        if state is not None and state.numel() not in (0, weight.numel()):
+        if state is not None and state.numel() > 0 and state.shape != weight.shape:
             raise ValueError(f"a tensor of state has shape {tuple(state.shape)}, its weight {tuple(weight.shape)}")
+    averaged = given.rule == "coordinates" and s is not None and i != per_chain * given.chains + given.head
+    if averaged and any(state is None or state.numel() == 0 for state in states[:2]) and weight.numel() > 0:
+        raise ValueError(f"weight {i} has no averages; give first and second of its shape")
     if s is not None and given.gradients[s].dtype != weight.dtype:
         raise TypeError(f"a gradient is {given.gradients[s].dtype}, but its weight is {weight.dtype}: convert one")
     if states[2] is not None and (states[2].dtype != torch.float32 or states[2].numel() != 1):

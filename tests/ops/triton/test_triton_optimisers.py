@@ -161,6 +161,7 @@ def test_a_saved_run_continues_bit_for_bit(kind):
     [
         ("exp_avg", torch.zeros(7, dtype=F64), "has shape"),
         ("exp_avg", torch.zeros(2, 3, dtype=F32), "is torch.float32"),
+        ("exp_avg_sq", None, "lacks exp_avg_sq"),
         ("step", torch.tensor(3.0, dtype=F64), "must be torch.float32"),
         ("step", torch.zeros(2), "one entry"),
     ],
@@ -169,9 +170,9 @@ def test_state_that_does_not_fit_is_refused_by_name(key, value, words):
     net = build()
     optimizer = KINDS["adam"](net)
     step(net, optimizer)
-    optimizer.state[net.head.weight][key] = value.to(DEVICE)
+    optimizer.state[net.head.weight][key] = value if value is None else value.to(DEVICE)
     before = values(net)
-    with pytest.raises((TypeError, ValueError), match=f"head.weight .*{words}"):
+    with pytest.raises((KeyError, TypeError, ValueError), match=f"head.weight .*{words}"):
         step(net, optimizer, 1)
     assert all(torch.equal(p, before[name]) for name, p in net.named_parameters())
 
