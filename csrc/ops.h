@@ -18,7 +18,7 @@ struct ReluRnnForward {
   int64_t seq_len, batch, input, hidden;
   const int64_t *first, *rows;  // [T]
   const T* x;                   // [N, I]; null when y comes in holding W_ih x + b
-  const T* h_0;                 // [B, H] or null: zeros
+  const T* h_0;                 // [B, H] or null: zeros, which are not multiplied
   const T* weight_ih;           // [H, I]; not read when x is null
   const T* weight_hh;           // [H, H]
   const T* bias;                // [H] or null; not read when x is null

@@ -36,6 +36,8 @@ enum Saved { kX, kH0, kWeightIh, kWeightHh, kBiasIh, kBiasHh, kLengths, kY, kDen
 
 constexpr size_t kArguments = 9;  // of forward: those tensors, reverse and keep_reserve
 
+bool is_traced(const Tensor& t) { return t.unsafeGetTensorImpl()->is_python_dispatch(); }
+
 optional<Tensor> maybe(const Tensor& t) { return t.defined() ? optional<Tensor>(t) : std::nullopt; }
 
 class ReluRnn : public torch::autograd::Function<ReluRnn> {
@@ -46,8 +48,12 @@ class ReluRnn : public torch::autograd::Function<ReluRnn> {
                                bool keep_reserve) {
     at::AutoDispatchBelowADInplaceOrView below;
     Tensor y, h_n;
-    variable_list saved{x, h_0.value_or(Tensor()), weight_ih, weight_hh, bias_ih.value_or(Tensor()),
-                        bias_hh.value_or(Tensor()), lengths.value_or(Tensor())};
+    // cuDNN's second forward pass alone asks for the biases' values: elsewhere they may change before the backward pass.
+    const auto bias = [](const optional<Tensor>& b) {
+      return !b ? Tensor() : b->is_cpu() && !is_traced(*b) ? b->variable_data() : *b;
+    };
+    variable_list saved{x, h_0.value_or(Tensor()), weight_ih, weight_hh, bias(bias_ih), bias(bias_hh),
+                        lengths.value_or(Tensor())};
     if (keep_reserve) {
       const CudnnForward pass =
           cudnn_forward(x, h_0, weight_ih, weight_hh, bias_ih, bias_hh, lengths, reverse, /*training=*/true);
@@ -105,7 +111,7 @@ class ReluRnn : public torch::autograd::Function<ReluRnn> {
 };
 
 bool learns(const Tensor& t) { return t.requires_grad(); }
-bool is_traced(const Tensor& t) { return t.unsafeGetTensorImpl()->is_python_dispatch(); }
+bool has_tangent(const Tensor& t) { return t._fw_grad(0).defined(); }
 
 bool is_any(std::initializer_list<optional<Tensor>> tensors, bool (*test)(const Tensor&)) {
   return std::any_of(tensors.begin(), tensors.end(), [&](const optional<Tensor>& t) { return t && test(*t); });
@@ -127,7 +133,10 @@ Gradients differentiable_backward(const optional<Tensor>& grad_y, const optional
                                   const optional<Tensor>& h_0, const Tensor& weight_ih, const Tensor& weight_hh,
                                   const optional<Tensor>& bias_ih, const optional<Tensor>& bias_hh, const Tensor& y,
                                   std::array<bool, 5> needs, const optional<Tensor>& lengths, bool reverse) {
-  if (!at::GradMode::is_enabled() || !is_any({grad_y, grad_h_n, x, h_0, weight_ih, weight_hh, y}, learns)) {
+  const auto is_one = [&](bool (*test)(const Tensor&)) {
+    return is_any({grad_y, grad_h_n, x, h_0, weight_ih, weight_hh, y}, test);
+  };
+  if (!(at::GradMode::is_enabled() && is_one(learns)) && !is_one(has_tangent)) {
     at::AutoDispatchBelowADInplaceOrView below;
     static const auto op =
         c10::Dispatcher::singleton().findSchemaOrThrow("pathrnn::relu_rnn_backward", "").typed<Backward>();

@@ -296,7 +296,7 @@ def coordinates(
         fine = quotient.isfinite().all()
         sign = -1.0 if bias.numbers[7] else 1.0
         moved = bias.weight.double() - bias.rate * sign * quotient.clamp(-1, 1)
-        held = weights[0].numbers[5] if weights else 0
+        held = max((w.numbers[5] for w in weights), default=0)
         assert bias.count is not None
         going = bias.count + 1 > held
     moves: list[Moved] = []

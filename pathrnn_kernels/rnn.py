@@ -110,8 +110,9 @@ class ReLURNN(nn.RNNBase):
 
     def __init__(self, *arguments: Any, **keywords: Any) -> None:
         if len(arguments) > 3 and isinstance(arguments[3], str):
-            arguments, keywords["nonlinearity"] = (*arguments[:3], *arguments[4:]), arguments[3]
-        self._init(*arguments, **keywords)
+            self._init(*arguments[:3], *arguments[4:], nonlinearity=arguments[3], **keywords)
+        else:
+            self._init(*arguments, **keywords)
 
     def _init(
         self,
@@ -208,10 +209,11 @@ class ReLURNN(nn.RNNBase):
             x: ``[T, B, input_size]``, ``[B, T, input_size]`` with ``batch_first``, ``[T, input_size]`` unbatched, or a
                 PackedSequence.
             h_0: ``[L, B, hidden_size]`` (``[L, hidden_size]`` unbatched), the two directions of a layer side by side;
-                zeros by default. Of a PackedSequence, in the order before it was sorted.
+                zeros by default, which are not multiplied: what is not finite in W_hh shows from the second step on. Of
+                a PackedSequence, in the order before it was sorted.
             lengths: the steps of every sequence of a padded x, integers ``[B]`` in 1 … T in any order and on any device
                 (on a GPU they are waited for); T of each by default. Padding is never read, and finished sequences cost
-                nothing.
+                nothing. In compiled code a tensor: every list would be compiled anew.
             input, hx: nn.RNN's names of x and h_0.
 
         Returns:
@@ -236,9 +238,11 @@ class ReLURNN(nn.RNNBase):
         if isinstance(x, PackedSequence):
             data, batch_sizes, order, position = x
             h_0 = h_0 if h_0 is None or order is None else h_0.index_select(1, order)
+            steps = len(batch_sizes)
             sequences = torch.arange(int(batch_sizes[0]), device=batch_sizes.device)
-            packed_lengths = (batch_sizes[:, None] > sequences).sum(0)
-            y, h_n = self._run(data, len(batch_sizes), h_0, packed_lengths, weight.dtype, autocast)
+            # Of every sequence, the steps that have more rows than there are sequences before it.
+            packed_lengths = steps - torch.searchsorted(batch_sizes.flip(0), sequences, right=True)
+            y, h_n = self._run(data, steps, h_0, packed_lengths, weight.dtype, autocast)
             h_n = h_n if position is None else h_n.index_select(1, position)
             return PackedSequence(y, batch_sizes, order, position), h_n
 
@@ -250,8 +254,9 @@ class ReLURNN(nn.RNNBase):
         steps_first = x.transpose(0, 1) if self.batch_first else x
         seq_len = steps_first.shape[0]
         if lengths is not None:
-            # On the CPU once, not in every layer and direction: that is where they are read.
-            lengths = torch.as_tensor(lengths, dtype=torch.int64, device="cpu")
+            # On the CPU once, not in every layer and direction: that is where they are read. A copy, for the backward pass
+            # reads them again, and a loader may have written the next batch's there by then.
+            lengths = torch.as_tensor(lengths).to("cpu", torch.int64, copy=True)
             if not torch.compiler.is_compiling() and lengths.numel() > 0 and not without_numbers(lengths):
                 seq_len = min(seq_len, max(1, int(lengths.max())))
         y, h_n = self._run(steps_first, seq_len, h_0, lengths, weight.dtype, autocast)
@@ -280,9 +285,9 @@ class ReLURNN(nn.RNNBase):
                 for direction in self._directions:
                     state = None if h_0 is None else h_0[len(finals)]
                     weights = self._layer(i, direction)
-                    if own != dtype:
+                    if autocast or own != dtype:
                         ih, hh, bias_ih, bias_hh = weights
-                        weights = ih.to(dtype), hh.to(dtype), _to(bias_ih, dtype), _to(bias_hh, dtype)
+                        weights = _to(ih, dtype), _to(hh, dtype), _to(bias_ih, dtype), _to(bias_hh, dtype)
                     output, h_n = ops.relu_rnn(y, state, *weights, lengths=lengths, reverse=direction == "_reverse")
                     outputs.append(output)
                     finals.append(h_n)
@@ -300,8 +305,7 @@ class ReLURNN(nn.RNNBase):
         if not torch.is_grad_enabled() or torch.compiler.is_exporting():
             return
         if torch.compiler.is_compiling() or transformed():  # no hooks there
-            goes_on = h_0 is not None and h_0.requires_grad and not h_0.is_leaf
-            self.steps.traced = seq_len + (self.steps.traced or 0 if goes_on else 0)
+            self.steps.trace(seq_len, goes_on=h_0 is not None and h_0.requires_grad and not h_0.is_leaf)
         else:
             self.steps.watch(outputs, seq_len, h_0, self._parameters)
 
@@ -396,7 +400,13 @@ _Module = TypeVar("_Module", bound=nn.Module)
 
 def _like(source: nn.Module, result: _Module) -> _Module:
     """``result`` with the weights of a module of the same parameters, frozen where they are, and in its mode."""
-    result.load_state_dict(source.state_dict())
+    weights = source.state_dict()
+    for name in weights.keys() ^ result.state_dict().keys():
+        raise ValueError(
+            f"{name} is a weight of one of the two modules alone: where weights are computed from others "
+            "(parametrizations, weight_norm, pruning), make them parameters again before the module is converted"
+        )
+    result.load_state_dict(weights)
     for name, own in source.named_parameters():  # whose order may be another
         result.get_parameter(name).requires_grad_(own.requires_grad)
     return result.train(source.training)

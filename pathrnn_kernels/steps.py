@@ -8,6 +8,8 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
+from .ops.backend import transformed, without_numbers
+
 _Weights: TypeAlias = Mapping[str, Tensor | None]
 
 #: Nodes of a graph that are looked at for the call that an initial state came from. Between the two calls of a loop lie
@@ -32,20 +34,32 @@ class Steps:
         self._frozen: int | None = None
         self._used = False
         self._backward: int | None = None  # the backward pass that _found was last changed in
-        #: T of the last sequence that passed through compiled code, where no hook can be: it is taken at once.
-        self.traced: int | None = None
+        #: T of the last sequence that passed through a transform of torch.func, or through compiled code, where no hook
+        #: can be, or 0: it is taken at once. The latter would be compiled anew for every value of a number, and the
+        #: former changes no tensor of others.
+        self._transformed = 0
+        self._compiled = torch.zeros((), dtype=torch.int64, device="cpu")
 
     @property
     def longest(self) -> int | None:
         """T; None if no gradient can have been."""
-        if self.traced is not None:
-            self._add(self.traced, {})
-            self.traced = None
+        compiled = 0 if without_numbers(self._compiled) else int(self._compiled)
+        if traced := max(self._transformed, compiled):
+            self._add(traced, {})
+            self._transformed = 0
+            self._compiled.zero_()
         return self._found or self._frozen
 
     def begin_anew(self) -> None:
         """With the next gradient, for those up to now have been used or set to 0."""
         self._used, self._backward = True, None
+
+    def trace(self, seq_len: int, goes_on: bool) -> None:
+        """Count ``seq_len`` steps where there are no hooks, after those of the call before if it ``goes_on``."""
+        if transformed():
+            self._transformed = seq_len + (self._transformed if goes_on else 0)
+        else:
+            (self._compiled.add_ if goes_on else self._compiled.fill_)(seq_len)
 
     def watch(self, outputs: Iterable[Tensor], seq_len: int, h_0: Tensor | None, weights: _Weights) -> None:
         """Count ``seq_len`` steps, and those that h_0 came from, once a gradient reaches one of the outputs.
@@ -67,7 +81,7 @@ class Steps:
     def _add(self, seq_len: int, weights: _Weights) -> None:
         backward = torch._C._current_graph_task_id()
         if backward == -1 or backward != self._backward:
-            leaves = [p for p in weights.values() if p is not None and p.is_leaf]
+            leaves = [p for p in weights.values() if p is not None and p.is_leaf and p.requires_grad]
             if self._used or (leaves and all(p.grad is None for p in leaves)):
                 self._found = None
         self._found = max(self._found or 0, seq_len)

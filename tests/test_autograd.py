@@ -133,6 +133,25 @@ def test_directional_derivatives(mode, rnn, x):
     close(slope, torch.autograd.grad(function(x), x)[0].mul(direction).sum(), 4 * ERROR)
 
 
+@pytest.mark.parametrize("mode", ("torch.func", "forward_ad"))
+def test_a_backward_pass_is_linear_in_what_it_is_given(mode, rnn, x):
+    x.requires_grad_()
+    y, _ = rnn(x)
+
+    def backward(v):
+        return torch.autograd.grad(y, (x, rnn.weight_hh_l0), v, retain_graph=True)
+
+    v, direction = torch.randn_like(y), torch.randn_like(y)
+    if mode == "torch.func":
+        found = jvp(backward, (v,), (direction,))[1]
+    else:
+        with torch.autograd.forward_ad.dual_level():
+            duals = backward(torch.autograd.forward_ad.make_dual(v, direction))
+            found = [torch.autograd.forward_ad.unpack_dual(dual).tangent for dual in duals]
+    for tangent, expected in zip(found, backward(direction), strict=True):
+        close(tangent, expected)
+
+
 def test_what_no_transform_goes_through_is_refused(rnn, x):
     def layer(x):
         return ops.relu_rnn(x, None, rnn.weight_ih_l0, rnn.weight_hh_l0, backend="cpu")[0].sum()

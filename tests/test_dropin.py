@@ -11,6 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import pathrnn_kernels as pk
 from pathrnn_kernels import ReLURNN, tasks
+from pathrnn_kernels.ops import flops
 
 SIZES = (2, 4)
 F64 = torch.float64
@@ -115,6 +116,16 @@ def test_flops_are_those_of_torch(options, needs_x):
             rnn(torch.rand(6, 3, 2, requires_grad=needs_x))[0].sum().backward()
         counts.append(counter.get_total_flops())
     assert counts[0] == counts[1] > 0
+
+
+def test_a_counter_that_is_older_than_the_first_call_counts():
+    counters = [FlopCounterMode(display=False) for _ in range(2)]
+    for counter in counters:
+        flops._register.cache_clear()
+        with counter:
+            ReLURNN(*SIZES)(torch.rand(6, 3, 2))
+    first, second = (counter.get_total_flops() for counter in counters)
+    assert first == second > 0
 
 
 @pytest.mark.filterwarnings("ignore")  # the exporter's own

@@ -253,6 +253,19 @@ def test_conversions_copy():
         ReLURNN.from_torch(nn.RNN(2, 3))
 
 
+def test_a_module_of_computed_weights_is_not_converted():
+    for make, convert in ((nn.RNN, ReLURNN.from_torch), (ReLURNN, ReLURNN.to_torch)):
+        rnn = make(2, 3, nonlinearity="relu")
+        nn.utils.parametrizations.orthogonal(rnn, "weight_hh_l0")
+        with pytest.raises(ValueError, match=r"weight_hh_l0.* is a weight of one of the two modules alone"):
+            convert(rnn)
+
+
+def test_two_nonlinearities_are_one_too_many():
+    with pytest.raises(TypeError, match="multiple values for keyword argument 'nonlinearity'"):
+        ReLURNN(2, 4, 1, "relu", nonlinearity="tanh")
+
+
 def test_module_habits():
     rnn = ReLURNN(4, 5, 2, batch_first=True)
     assert repr(rnn) == "ReLURNN(4, 5, num_layers=2, batch_first=True)"
@@ -301,6 +314,17 @@ def test_results_changed_in_place_are_noticed():
         y.zero_()
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         loss.backward()
+
+
+def test_biases_may_change_before_the_backward_pass():
+    gradients = []
+    for rnn in pair(3, 5):
+        loss = rnn(torch.ones(4, 2, 3))[0].sum()
+        with torch.no_grad():
+            rnn.bias_hh_l0.add_(1)
+        loss.backward()
+        gradients.append(rnn.weight_hh_l0.grad)
+    assert_close(gradients[1], gradients[0], tolerances.rnn(torch.float32, 4, 2, 5), "weight_hh")
 
 
 def test_h_n_is_memory_of_its_own():

@@ -167,6 +167,29 @@ def test_packed_sequences(bidirectional, is_sorted):
     assert ours.last_seq_len == 6
 
 
+def test_lengths_may_change_before_the_backward_pass():
+    rnn, lengths = ReLURNN(3, 4), torch.tensor([5, 3])
+    x, gradients = torch.ones(5, 2, 3), []
+    for change in (False, True):
+        rnn.zero_grad()
+        loss = rnn(x, lengths=lengths)[1].sum()
+        if change:
+            lengths.fill_(1)  # as a loader that fills one array for every batch
+        loss.backward()
+        gradients.append(rnn.weight_hh_l0.grad.clone())
+    assert torch.equal(*gradients)
+
+
+def test_a_packed_sequence_takes_no_memory_for_what_it_leaves_out():
+    steps = 200_000
+    batch_sizes = torch.ones(steps, dtype=torch.int64)
+    batch_sizes[0] = steps  # a table of whether a step has a row would take 40 GB
+    x = PackedSequence(torch.ones(2 * steps - 1, 1), batch_sizes)
+    with torch.no_grad():
+        y, h_n = ReLURNN(1, 2)(x)
+    assert y.data.shape == (2 * steps - 1, 2) and h_n.shape == (1, steps, 2)
+
+
 def test_lengths_of_tensors_without_numbers():
     with FakeTensorMode():
         y, h_n = ReLURNN(3, 4)(torch.randn(5, 2, 3), lengths=[3, 4])

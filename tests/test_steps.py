@@ -128,6 +128,15 @@ def test_the_longest_sequence_counts():
         assert_steps_as(net, 5)
 
 
+def test_gradients_that_pass_through_a_frozen_rnn_are_accumulated():
+    net = make()
+    net.rnn.requires_grad_(False)
+    for seq_len in (5, 3):
+        x = inputs(net, seq_len).requires_grad_()
+        net(x).square().sum().backward()
+    assert net.last_seq_len == 5
+
+
 @pytest.mark.parametrize("frozen", ("rnn", "rnn.weight_hh", "rnn.weight_ih", "head"))
 def test_frozen_parts(frozen):
     net = make(outputs="all")
@@ -367,11 +376,14 @@ def test_a_compiled_loop_over_steps():
     torch.compile(last, fullgraph=True, backend="aot_eager")(inputs(net, 4)).square().sum().backward()
     assert_steps_as(net, 4)
     net.zero_grad()
-    decode, h = torch.compile(net.rnn, fullgraph=True, backend="aot_eager"), None
-    for row in inputs(net, 5).split(1):
-        _, h = decode(row, h)
-    net.head(h[-1]).square().sum().backward()
-    assert_steps_as(net, 5)
+    decode = torch.compile(net.rnn, fullgraph=True, backend="aot_eager")
+    for seq_len, chunk in ((40, 1), (36, 3)):  # many more calls than graphs that torch would compile
+        net.zero_grad()
+        h = None
+        for rows in inputs(net, seq_len).split(chunk):
+            _, h = decode(rows, h)
+        net.head(h[-1]).square().sum().backward()
+        assert_steps_as(net, seq_len)
     torch._dynamo.reset()
 
 

@@ -39,63 +39,6 @@ int64_t walk_both(const Chain<T>& h, const Chain<T>& d, const T* w, int64_t hidd
   return done;
 }
 
-// Several steps at once, by a power of W̃: two squarings, in rows padded to ld; false if entries underflowed, which one
-// step at a time would not lose.
-constexpr int64_t kStride = 4;
-
-template <typename T>
-bool stride_matrix(const Packed<T>& w, int64_t w_exponent, Buffer<T>& power, int64_t& exponent) {
-  const int64_t hidden = w.depth, ld = padded<T>(hidden);
-  Buffer<T> square(hidden * ld);
-  power.resize(hidden * ld);
-  unpack(w, 0, hidden, power.data(), ld);
-  exponent = w_exponent;
-  const bool underflowed = FlushDenormals::underflowed();
-  for (int64_t n = 1; n < kStride; n *= 2) {
-    const Product<T> product{power.data(), ld, 1, power.data(), ld, hidden};
-    panels(&product, 1, square.data(), ld, hidden, ld, T(1));
-    const int64_t m = magnitude(square.data(), hidden * ld);
-    if (m == kZeroExponent) return false;  // nilpotent: one step at a time ends sooner
-    const T s = power_of_two<T>(-m);
-    for (int64_t at = 0; at < hidden * ld; at += Simd<T>::width) store(power.data() + at, load(square.data() + at) * s);
-    exponent = 2 * exponent + m;
-  }
-  if (underflowed || !FlushDenormals::underflowed()) return true;
-  FlushDenormals::forget();
-  return false;
-}
-
-// Steps [from, steps), kStride at a time, where the drive has been one row, or none, for all but the first step:
-// x_{s+m} = W̃^m x_s + d, d what m steps make of nothing. W̃^m is read once for m steps, whose rows fill a register tile.
-template <typename T>
-void stride(const Chain<T>& c, const Packed<T>& w, int64_t w_exponent, const Buffer<T>& power, int64_t power_exponent,
-            int64_t from, int64_t steps) {
-  const int64_t hidden = w.depth, ld = c.out.row, late = c.first + from * c.stride;
-  Buffer<T> drive(2 * ld, T(0));
-  T *driven = drive.data(), *before = driven + ld;
-  int64_t drive_exponent = kZeroExponent, largest;
-  for (int64_t n = 0; n < kStride; ++n) {
-    std::swap(driven, before);
-    matrix_vector(w, before, driven);
-    finish_step(driven, drive_exponent + w_exponent, c.drive.data, c.drive.exponent[late * c.drive.exponent_step], ld,
-                drive_exponent, largest);
-  }
-  for (int64_t s = from; s < steps; s += kStride) {
-    const int64_t rows = std::min(kStride, steps - s), t = c.first + s * c.stride, source = t - kStride * c.stride;
-    const Product<T> product{c.out[source], c.stride * ld, 1, power.data(), ld, hidden};
-    panels(&product, 1, c.out[t], c.stride * ld, rows, ld, T(1));
-    bool converged = rows == kStride;
-    for (int64_t r = 0; r < rows; ++r) {
-      const int64_t row = t + r * c.stride, previous = row - c.stride;
-      finish_step(c.out[row], c.out.exponent[source + r * c.stride] + power_exponent, driven, drive_exponent, ld,
-                  c.out.exponent[row], c.out.largest[row]);
-      converged = converged && has_converged(c, s + r, c.out[row], c.out[previous], c.out.exponent[row],
-                                             c.out.exponent[previous]);
-    }
-    if (converged) return end_converged(c, s, s + rows - 1, steps);
-  }
-}
-
 constexpr int64_t kFirstLook = 24;
 
 // The first steps, all of them if the chain converges or has a closed form: then it returns 0. Otherwise, the steps
@@ -126,22 +69,8 @@ int64_t begin_chain(const Chain<T>& c, const Packed<T>& w, int64_t w_exponent, i
   return steps;
 }
 
-// The rest of the steps.
-template <typename T>
-void end_chain(const Chain<T>& c, const Packed<T>& w, int64_t w_exponent, int64_t done, int64_t steps) {
-  constexpr int64_t kWorthPowers = 3;
-  if (done > kStride && c.drive.row == 0 && steps - done >= kWorthPowers * w.depth) {
-    Buffer<T> power;
-    int64_t power_exponent;
-    if (stride_matrix(w, w_exponent, power, power_exponent)) {
-      return stride(c, w, w_exponent, power, power_exponent, done, steps);
-    }
-  }
-  walk(c, w, w_exponent, done, steps, steps);
-}
-
 template <typename T>
 void chain(const Chain<T>& c, const Packed<T>& w, int64_t w_exponent, int64_t steps) {
   int64_t done = 0;
-  if (begin_chain(c, w, w_exponent, done, steps) > 0) end_chain(c, w, w_exponent, done, steps);
+  if (begin_chain(c, w, w_exponent, done, steps) > 0) walk(c, w, w_exponent, done, steps, steps);
 }

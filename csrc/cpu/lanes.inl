@@ -18,6 +18,14 @@ inline Vec<double> powers_of_two(const Vec<int64_t>& n) {
   std::memcpy(&result, &bits, sizeof(result));
   return result;
 }
+// A row of ones, as long as what a step takes at once.
+constexpr int64_t kRun = 256;
+template <typename T>
+constexpr std::array<T, kRun> kOnes = [] {
+  std::array<T, kRun> ones{};
+  for (T& one : ones) one = 1;
+  return ones;
+}();
 template <typename T>
 inline int64_t magnitude(T largest) {
   return largest > T(0) ? std::ilogb(largest) : kZeroExponent;

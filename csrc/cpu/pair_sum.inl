@@ -1,13 +1,5 @@
 // Sums of outer products over time: κ⁽¹⁾, and C of κ⁽²⁾.
 
-// As many ones as a vector has lanes.
-template <typename T>
-constexpr std::array<T, Simd<T>::width> kLanes = [] {
-  std::array<T, Simd<T>::width> ones{};
-  for (T& one : ones) one = 1;
-  return ones;
-}();
-
 // Σ_t d_t h_tᵀ, steps 0 … n-1, columns [j0, j1) of d, on the scale 2^exponent, as at most two products: one of the few
 // vectors that closed forms leave, one of the steps at which both chains move.
 template <typename T>
@@ -60,7 +52,7 @@ struct PairSum {
         for (int64_t k = 0; k < whole; k += Simd<T>::width) below |= load(c + k) < least;
         // Lanes beyond the end are zeros, which are no entries.
         if (whole < width) {
-          const Vec<T> v = load(c + whole, width - whole), ends = load(kLanes<T>.data(), width - whole);
+          const Vec<T> v = load(c + whole, width - whole), ends = load(kOnes<T>.data(), width - whole);
           below |= (v < least) & (ends > T(0));
         }
       }

@@ -25,7 +25,7 @@ class FlushDenormals {
  public:
 #if defined(__x86_64__)
   explicit FlushDenormals(bool operands = true) : saved_(_mm_getcsr()) {
-    _mm_setcsr((saved_ & ~0x3fu) | 0x8000 | (operands ? 0x40 : 0));
+    _mm_setcsr((saved_ & ~0x7fu) | 0x8000 | (operands ? 0x40 : 0));  // also where torch.set_flush_denormal has set it
   }
   ~FlushDenormals() { _mm_setcsr(saved_); }
   // A result underflowed, or an operand was denormal.

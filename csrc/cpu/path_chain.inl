@@ -182,8 +182,8 @@ class PathChainRun {
       FlushDenormals::forget();
     }
     if (first) results_.summed[c] = !stepped;
-    if (stepped && first && converges_[0] > 0) end_chain(h, w_h, w.exponent, done_h, T_);
-    if (stepped && last && converges_[1] > 0) end_chain(d, w_d, w.exponent, done_d, T_);
+    if (stepped && first && converges_[0] > 0) walk(h, w_h, w.exponent, done_h, T_, T_);
+    if (stepped && last && converges_[1] > 0) walk(d, w_d, w.exponent, done_d, T_, T_);
     const bool underflowed = FlushDenormals::underflowed();
     FlushDenormals::forget();
     team.wait();

@@ -79,9 +79,9 @@ class PathChainResults {
     return outer_sum(d, h, n_.T_, n_.H, n_.H, out, row, beside, exponent, left(team), right(team), team);
   }
   // What follows, in one thread, leaves in held_ whether it is right.
-  int64_t copy(const T* vector, int64_t exponent, int64_t n, T* out) {
+  int64_t copy(const T* vector, int64_t exponent, int64_t n, T* out, int64_t beside = kZeroExponent) {
     bool held;
-    const int64_t result = copy_result(vector, exponent, n, out, held);
+    const int64_t result = copy_result(vector, exponent, n, out, held, beside);
     held_ &= held;
     return result;
   }
@@ -105,13 +105,9 @@ class PathChainResults {
       const int64_t m = magnitude(*std::max_element(h_sum(e), h_sum(e) + n_.H));
       if (m != kZeroExponent) top = std::max(top, m + h_sum_exponent_[e]);
     }
-    const int64_t result = result_exponent(top);
+    int64_t result = 0;
     for (int64_t e = 0; e < n_.D; ++e) {
-      // In two halves: the scale may be out of range where the entries are not.
-      const int64_t shift = h_sum_exponent_[e] - result;
-      const T s1 = power_of_two<T>(shift / 2), s2 = power_of_two<T>(shift - shift / 2);
-      std::transform(h_sum(e), h_sum(e) + n_.H, n_.net.kappa_head + e * n_.H, [=](T v) { return v * s1 * s2; });
-      held_ &= kept(h_sum(e), n_.net.kappa_head + e * n_.H, n_.H);
+      result = copy(h_sum(e), h_sum_exponent_[e], n_.H, n_.net.kappa_head + e * n_.H, top);
     }
     return result;
   }
@@ -169,14 +165,19 @@ class PathChainResults {
     };
     for (int64_t e = 0; e < n_.D; ++e) {
       // Both factors are brought near one before they are multiplied.
-      double dot = 0;
+      const Scaled<T>& head = boundary_.head[e];
+      Number dot{0, kCentre<T>};
       const double centre = std::ldexp(1.0, static_cast<int>(-kCentre<T>));
-      for (int64_t k = 0; k < n_.H; ++k) dot += static_cast<double>(boundary_.head[e].data[k]) * centre * h_sum(e)[k];
-      if (!(dot > 0)) continue;
+      for (int64_t k = 0; k < n_.H; ++k) dot.mantissa += static_cast<double>(head.data[k]) * centre * h_sum(e)[k];
+      // Beside more than this, products that underflow are as nothing; of less they may be all.
+      if (dot.mantissa < 0x1p-900) {
+        dot = {};
+        for (int64_t k = 0; k < n_.H; ++k) dot = dot + Number{head.data[k], 0}.normal() * Number{h_sum(e)[k], 0}.normal();
+      }
+      if (!(dot.mantissa > 0)) continue;
       // Large exponents of opposite signs cancel as integers, not as rounded logarithms.
-      int own = 0;
-      const double mantissa = std::frexp(dot, &own);
-      add(std::log(mantissa) + (own + boundary_.head[e].exponent + kCentre<T> + h_sum_exponent_[e]) * M_LN2);
+      dot = dot.normal();
+      add(std::log(dot.mantissa) + (dot.exponent + head.exponent + h_sum_exponent_[e]) * M_LN2);
     }
     if (n_.net.head_bias) {
       const T* const b = n_.net.head_bias;

@@ -523,7 +523,7 @@ class Step {
     Number square;
     for (size_t v = 0; v < views_.size(); ++v) {
       if (static_cast<int64_t>(v) == bias) continue;
-      hold = static_cast<int64_t>(numbers(v)[5]);
+      hold = std::max(hold, static_cast<int64_t>(numbers(v)[5]));
       square = square + sums[v].square * Number{1, -views_[v].exponent};
     }
     const Number length = square.normal().root();
@@ -857,16 +857,14 @@ int64_t step(Arguments a, const Kappa& kappa) {
   return kDone;
 }
 
-std::vector<optional<Tensor>> list(const c10::List<optional<Tensor>>& given) { return {given.begin(), given.end()}; }
-
-int64_t path_update(TensorList weights, const c10::List<optional<Tensor>>& gradients, TensorList first,
+int64_t path_update(TensorList weights, const std::vector<optional<Tensor>>& gradients, TensorList first,
                     TensorList second, TensorList counts, const optional<Tensor>& constant, TensorList rates,
                     at::ArrayRef<double> numbers, c10::string_view rule, int64_t chains, bool bidirectional, bool bias,
                     bool head, bool head_bias, bool embedding, int64_t scale, double eps, double radius,
                     const optional<Tensor>& grad_scale, const optional<Tensor>& found_inf, TensorList kappas,
                     const Tensor& exponents, const Tensor& unit_exponents, TensorList entry_exponents,
                     const Tensor& log_path_norm) {
-  Arguments a{weights, list(gradients), first, second, counts, constant, rates, numbers, rule,
+  Arguments a{weights, gradients, first, second, counts, constant, rates, numbers, rule,
               {chains, bidirectional, bias, head, head_bias, embedding}, scale, eps, radius, grad_scale, found_inf};
   check_scalar(log_path_norm, "log_path_norm");
   Kappa kappa{kappas, exponents, unit_exponents, entry_exponents, scalar(log_path_norm), false, false};
@@ -893,18 +891,6 @@ std::vector<Tensor> path_norm_gradients(TensorList weights, int64_t chains, bool
   AT_DISPATCH_FLOATING_TYPES(weights[0].scalar_type(), "path_norm_gradients",
                              [&] { result = Step<scalar_t>(a, kappa).norm_gradients(scale); });
   return result;
-}
-
-int64_t path_step(TensorList weights, const c10::List<optional<Tensor>>& gradients, TensorList first, TensorList second,
-                  TensorList counts, const optional<Tensor>& constant, TensorList rates, at::ArrayRef<double> numbers,
-                  c10::string_view rule, int64_t chains, bool bidirectional, bool bias, bool head, bool head_bias,
-                  bool embedding, int64_t scale, double eps, double radius, const optional<Tensor>& grad_scale,
-                  const optional<Tensor>& found_inf, int64_t seq_len, bool last_only, bool ones_h0,
-                  double second_factor, double rtol, int64_t workspace_bytes, const optional<Tensor>& lags,
-                  TensorList bases) {
-  return path_step_op(weights, list(gradients), first, second, counts, constant, rates, numbers, rule, chains,
-                      bidirectional, bias, head, head_bias, embedding, scale, eps, radius, grad_scale, found_inf,
-                      seq_len, last_only, ones_h0, second_factor, rtol, workspace_bytes, lags, bases);
 }
 
 }  // namespace
@@ -965,7 +951,7 @@ int64_t path_step_op(TensorList weights, const std::vector<optional<Tensor>>& gr
 TORCH_LIBRARY_IMPL(pathrnn, CPU, m) {
   m.impl("path_norm_gradients", &path_norm_gradients);
   m.impl("path_update_", &path_update);
-  m.impl("path_step_", &path_step);
+  m.impl("path_step_", &path_step_op);
 }
 TORCH_LIBRARY_IMPL(pathrnn, Autograd, m) {
   m.impl("path_norm_gradients", torch::CppFunction::makeFallthrough());

@@ -2,8 +2,6 @@
 // (ops.h), which is exact, and all arithmetic is done there by the same vector loops whatever the scaling. U is what it is
 // done in.
 
-constexpr int64_t kRun = 256;
-
 // Entries [i, i + n) of a weight, which lie in one row, from `column` on.
 struct Span {
   int64_t i, n, row, column;
@@ -31,12 +29,6 @@ template <typename U>
 inline Vec<U> all(double value) {
   return Vec<U>{} + static_cast<U>(value);
 }
-template <typename U>
-constexpr std::array<U, kRun> kOnes = [] {
-  std::array<U, kRun> ones{};
-  for (U& one : ones) one = 1;
-  return ones;
-}();
 
 // e of an entry.
 template <typename T>
@@ -614,26 +606,14 @@ void raw_and_divided(const StepWeight<T>& w, const SgdRule& rule, int64_t first,
   *divided = parts.total();
 }
 
-// x's mantissa, its exponent added to `exponent`.
-inline double split(double x, int64_t& exponent) {
-  int own = 0;
-  const double mantissa = std::frexp(x, &own);
-  exponent += own;
-  return mantissa;
-}
-
 // A run's entries one by one, as numbers of any size.
 template <typename T>
 void norm_gradient_exactly(const StepWeight<T>& w, const Number& factor, const Span& s, T* out) {
   for (int64_t q = 0; q < s.n; ++q) {
-    const int64_t at = kappa_at(w, s, q), e = exponent_at(w, s.row, s.column + q);
     // κ scales as 1/weight² does.
-    int64_t exponent = factor.exponent + 2 * e + (w.entry_exponents ? w.entry_exponents[at] : 0);
-    const double product =
-        split(static_cast<double>(w.weight[s.i + q]), exponent) * split(static_cast<double>(w.kappa[at]), exponent);
-    const double scaled = product * split(factor.mantissa, exponent);
-    const int bounded = static_cast<int>(std::clamp<int64_t>(exponent, -100000, 100000));
-    out[q] = product == 0 ? T(0) : static_cast<T>(std::ldexp(scaled, bounded));
+    const Number weight{static_cast<double>(w.weight[s.i + q]), 2 * exponent_at(w, s.row, s.column + q)};
+    const Number product = weight.normal() * entry_kappa(w, kappa_at(w, s, q)).normal();
+    out[q] = product.mantissa == 0 ? T(0) : static_cast<T>((product * factor.normal()).value());
   }
 }
 

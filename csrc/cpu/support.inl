@@ -99,14 +99,16 @@ bool sum_rows(const Rows<T>& rows, int64_t first, int64_t last, int64_t n, T* ou
   return true;
 }
 
-// out = the first n numbers of a padded vector, on the scale that suits a result; returns that scale's exponent, and
-// whether all of them are held.
+// out = the first n numbers of a padded vector, on the scale that suits a result, beside others of magnitude `beside` at
+// most; returns that scale's exponent, and whether all of them are held.
 template <typename T>
-int64_t copy_result(const T* vector, int64_t exponent, int64_t n, T* out, bool& held) {
+int64_t copy_result(const T* vector, int64_t exponent, int64_t n, T* out, bool& held, int64_t beside = kZeroExponent) {
   const int64_t m = magnitude(*std::max_element(vector, vector + n));
-  const int64_t result = result_exponent(m == kZeroExponent ? m : m + exponent);
-  const T s = m == kZeroExponent ? T(0) : std::ldexp(T(1), static_cast<int>(exponent - result));
-  std::transform(vector, vector + n, out, [s](T v) { return v * s; });
+  const int64_t result = result_exponent(m == kZeroExponent ? beside : std::max(m + exponent, beside));
+  // In two halves: the scale may be out of range where the entries are not.
+  const int64_t shift = m == kZeroExponent ? 0 : exponent - result;
+  const T s1 = power_of_two<T>(shift / 2), s2 = power_of_two<T>(shift - shift / 2);
+  std::transform(vector, vector + n, out, [=](T v) { return v * s1 * s2; });
   held = kept(vector, out, n);
   return result;
 }

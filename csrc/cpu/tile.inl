@@ -38,7 +38,7 @@ struct Product {
 
 enum class Activation { none, relu, mask };
 
-// C = activation(alpha · Σ products ⊙ factor + start); `factor` and `start` are optional, start_row 0 broadcasts.
+// C = activation(alpha · Σ products + start); `start` is optional, start_row 0 broadcasts.
 template <typename T>
 struct Tile {
   const Product<T>* products;
@@ -48,8 +48,6 @@ struct Tile {
   int64_t c_row;
   const T* start = nullptr;
   int64_t start_row = 0;
-  const T* factor = nullptr;
-  int64_t factor_row = 0;
   T alpha = 1;
   Activation activation = Activation::none;
   const T* gate = nullptr;  // mask: where gate ≤ 0 the result is 0
@@ -88,7 +86,6 @@ void tile(const Tile<T>& t) {
       const int64_t n = t.columns - v * width;
       Vec<T> r = acc[i][v];
       if (t.alpha != T(1)) r *= t.alpha;
-      if (t.factor) r *= load(t.factor + i * t.factor_row + v * width, n);
       if (t.start) r += load(t.start + i * t.start_row + v * width, n);
       // Written so that a nan passes through, as it does in torch.
       if (t.activation == Activation::relu) r = r < T(0) ? Vec<T>{} : r;
@@ -134,7 +131,6 @@ void panel(Tile<T> t, Product<T>* products, int64_t rows) {
     for (int64_t p = 0; p < t.num_products; ++p) products[p].a += height * products[p].a_row;
     t.c += height * t.c_row;
     if (t.start) t.start += height * t.start_row;
-    if (t.factor) t.factor += height * t.factor_row;
     if (t.gate) t.gate += height * t.gate_row;
   }
 }

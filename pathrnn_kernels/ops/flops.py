@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 _MODULE = "torch.utils.flop_counter"
 
@@ -40,19 +41,21 @@ def backward(
 
 def be_counted() -> None:
     """Register them once that module is there. Importing it here would import Triton, which takes half a second."""
-    if _MODULE in sys.modules:
-        _register()
+    if _MODULE not in sys.modules:
+        return
+    registry = _register()
+    for mode in _get_current_dispatch_mode_stack():  # one that is older has copied the table before
+        counter = getattr(mode, "counter", None)
+        if hasattr(counter, "flop_registry"):
+            for packet, formula in registry.items():
+                counter.flop_registry.setdefault(packet, formula)
 
 
 @functools.cache
-def _register() -> None:
-    from torch.utils import flop_counter
-    from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
+def _register() -> dict[Any, Any]:
+    from torch.utils.flop_counter import flop_registry, register_flop_formula
 
     formulas: dict[Any, Any] = {torch.ops.pathrnn.relu_rnn: forward, torch.ops.pathrnn.relu_rnn_backward: backward}
     for packet, formula in formulas.items():
-        flop_counter.register_flop_formula(packet)(formula)
-        for mode in _get_current_dispatch_mode_stack():  # which have copied the table before
-            counter = getattr(mode, "counter", None)
-            if isinstance(counter, flop_counter.FlopCounterMode):
-                counter.flop_registry[packet] = flop_counter.flop_registry[packet]
+        register_flop_formula(packet)(formula)
+    return {packet: flop_registry[packet] for packet in formulas}
