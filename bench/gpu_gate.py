@@ -562,9 +562,9 @@ def row_step(gate: Child, batch: int, seq_len: int, hidden: int, second_term: bo
 
 def rows_of_kernels(gate: Child, hidden: int, seq_len: int) -> dict[str, Callable[[], Row]]:
     """The kernels of path_chain one by one, each against the plainest torch that does its work."""
-    from pathrnn_kernels.ops import cuda, triton
+    from pathrnn_kernels.ops.path_chain import _kernels
 
-    modules = {name: {"cuda": cuda, "triton": triton}[name] for name in backends(gate)}
+    modules = {name: _kernels(name) for name in backends(gate)}
     w = torch.randn(hidden, hidden, device=gate.device) / hidden**0.5
     top = w.abs().max().reshape(1)
     rows = torch.rand(seq_len, hidden, device=gate.device) + 0.5

@@ -117,7 +117,7 @@ WALKS = {
     "how to add a backend": (
         "How to add a backend",
         (
-            "gpu.py: Kernels",
+            "kernels.py: __all__",
             "path_chain.py: _kernels",
             "backend.py: BACKENDS",
             "relu_rnn.py: relu_rnn",

@@ -41,7 +41,7 @@ def flags(name):
 
 def run(name, *arguments):
     """The kernel's results and, where it sets it, ``lost``; twice alike to the last bit, on the CPU."""
-    from pathrnn_kernels.ops import triton as kernels
+    from pathrnn_kernels.ops.triton import kernels
 
     def once():
         lost = moved(flags(name))

@@ -41,8 +41,9 @@ def second_term(*arguments: Any) -> Tensor:
 
     if (problem := triton.problem()) is not None:
         raise ValueError(f"κ⁽²⁾ on a GPU is computed by Triton's kernels: {problem}")
-    found: Tensor = triton.second_term(*arguments)
-    return found
+    from .triton import kappa2
+
+    return kappa2.second_term(*arguments)
 
 
 def _exponents(like: Tensor, count: int) -> Tensor:

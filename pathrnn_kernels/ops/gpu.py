@@ -1,4 +1,5 @@
-"""path_chain on a GPU: which kernels run, in which order. The backends cuda and triton share it.
+"""path_chain on a GPU: which kernels run, in which order. The backends cuda and triton share it;
+tests/gpu_model.py specifies their kernels.
 
 Nothing here waits for the device, nor depends on what it finds.
 
@@ -13,7 +14,7 @@ from __future__ import annotations
 import math
 import threading
 from collections.abc import Iterable, Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -37,21 +38,6 @@ _LAGS, _LAGS_LARGE, _LARGE = 16, 8, 512
 _MOST_LAGS = 1 << 15
 #: Numbers that ``second_term`` takes the maxima of.
 _MAXIMA = 5
-
-
-class Kernels(Protocol):
-    """The kernels of a backend; tests/gpu_model.py specifies them."""
-
-    maxima: Any
-    reach: Any
-    canonical_: Any
-    column_sums: Any
-    ends: Any
-    chains: Any
-    row_sums: Any
-    pair_sums: Any
-    second_term: Any
-    finish: Any
 
 
 class Rows(NamedTuple):
@@ -122,7 +108,7 @@ class Network(NamedTuple):
 
 
 def path_chain(
-    kernels: Kernels,
+    kernels: Any,
     plan: Plan,
     weight_ih: Sequence[Tensor],
     weight_hh: Sequence[Tensor],
@@ -175,7 +161,7 @@ class State(NamedTuple):
         return cls(*bits, zero, maxima.view(chains, _MAXIMA), largest.view(like.dtype)[:weights])
 
 
-def canonical(kernels: Kernels, given: Network) -> tuple[Network, Tensor, State]:
+def canonical(kernels: Any, given: Network) -> tuple[Network, Tensor, State]:
     """The network in canonical coordinates, in which no rescaling of units by powers of two is seen, and their d.
 
     Unit j's incoming weights are divided by 2^(d_j/2) and its outgoing ones multiplied. d_j is half the difference
@@ -201,7 +187,7 @@ def canonical(kernels: Kernels, given: Network) -> tuple[Network, Tensor, State]
     return net, unit_exponents, state
 
 
-def _reached(kernels: Kernels, net: Network) -> tuple[Tensor, Tensor]:
+def _reached(kernels: Any, net: Network) -> tuple[Tensor, Tensor]:
     """Exponents of what reaches every unit and of what it reaches, int32 ``[C, H]``; weights lie end to end."""
     directions, hidden = net.directions, len(net.weight_hh[0])
     layers = len(net.weight_hh) // directions
@@ -300,7 +286,7 @@ def _own_precision() -> str:
 class _Pass:
     """One pass over the squared network."""
 
-    def __init__(self, kernels: Kernels, plan: Plan, net: Network, unit_exponents: Tensor, state: State) -> None:
+    def __init__(self, kernels: Any, plan: Plan, net: Network, unit_exponents: Tensor, state: State) -> None:
         self.kernels, self.plan, self.net, self.state = kernels, plan, net, state
         self.unit_exponents = unit_exponents
         self.directions, self.count = net.directions, len(net.weight_hh)

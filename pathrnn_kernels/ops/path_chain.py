@@ -121,9 +121,9 @@ def _kernels(backend: str) -> Any:
         from . import cuda
 
         return cuda
-    from . import triton
+    from .triton import kernels
 
-    return triton
+    return kernels
 
 
 def _check(

@@ -9,6 +9,7 @@ import torch
 from gpu_cases import F32, F64, KERNEL_SIZES, LARGE_KERNEL_SIZES, ON_CPU, needs_gpu, served
 from gpu_model import ZERO, centre, same
 
+from pathrnn_kernels.ops.path_chain import _kernels
 from pathrnn_kernels.ops.plan import describe, plans
 
 pytestmark = pytest.mark.gpu
@@ -20,9 +21,7 @@ STEPS = (1, 7) if ON_CPU else (1, 2, 7, 40)
 
 @pytest.fixture
 def kernels(backend):
-    from pathrnn_kernels.ops import cuda, triton
-
-    return {"cuda": cuda, "triton": triton}[backend]
+    return _kernels(backend)
 
 
 def moved(arguments, device):

@@ -1,28 +1,12 @@
 """The Triton backend: kernels that need nothing but torch and triton, for NVIDIA and AMD GPUs.
 
-The functions are those of ``ops.gpu.Kernels``, specified by tests/gpu_model.py. They take contiguous tensors on a GPU,
-or on the CPU where TRITON_INTERPRET=1 stood in the environment when triton was first imported. Triton is imported when
-the first of them is asked for.
+They take contiguous tensors on a GPU, or on the CPU where TRITON_INTERPRET=1 stood in the environment when triton was
+first imported, which importing this alone does not do.
 """
 
 from __future__ import annotations
 
-import importlib
 import importlib.util
-from typing import Any
-
-_HOMES = {
-    "maxima": "canonical",
-    "reach": "canonical",
-    "canonical_": "canonical",
-    "column_sums": "sums",
-    "ends": "sums",
-    "chains": "path_chain",
-    "row_sums": "sums",
-    "pair_sums": "sums",
-    "second_term": "kappa2",
-    "finish": "sums",
-}
 
 
 def problem() -> str | None:
@@ -48,9 +32,3 @@ def interpreted() -> bool:
     import triton
 
     return not isinstance(triton.language.sum, triton.JITFunction)
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f".{_HOMES[name]}", __name__), name)

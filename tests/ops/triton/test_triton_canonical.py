@@ -9,9 +9,9 @@ pytestmark = MARKS
 
 @pytest.fixture
 def kernels():
-    from pathrnn_kernels.ops import triton
+    from pathrnn_kernels.ops.triton import kernels
 
-    return triton
+    return kernels
 
 
 @cases.DTYPES

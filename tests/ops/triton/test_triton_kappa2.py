@@ -24,10 +24,10 @@ class Kernels:
         return getattr(gpu_model, name)
 
     def second_term(self, *arguments):
-        from pathrnn_kernels.ops import triton
+        from pathrnn_kernels.ops.triton.kappa2 import second_term
 
         given = [*map(moved, arguments)]
-        found = triton.second_term(*given)
+        found = second_term(*given)
         for own, on_device in zip(arguments, given, strict=True):
             if isinstance(own, torch.Tensor):
                 own.copy_(on_device)  # what it sets

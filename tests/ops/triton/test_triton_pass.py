@@ -48,12 +48,12 @@ def arguments(net, seq_len, dtype=None, device="cpu"):
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: "-".join(map(str, case)))
 def test_every_kernel_in_its_place(case):
-    from pathrnn_kernels.ops import triton
+    from pathrnn_kernels.ops.triton import kernels
 
     *options, dtype, plan, seq_len, factor, rtol = case
     net = network(*options, dtype)
     call = arguments(net, seq_len, device=DEVICE)
-    found = ops.PathChain._make(gpu.path_chain(triton, PLANS[plan], *call, True, factor, rtol, (), 1 << 24))
+    found = ops.PathChain._make(gpu.path_chain(kernels, PLANS[plan], *call, True, factor, rtol, (), 1 << 24))
     wanted = ops.path_chain(*arguments(net, seq_len, F64), second_factor=factor)
     tolerance = rtol + tolerances.path(dtype, net.num_layers * seq_len, 7)
     torch.testing.assert_close(found.log_path_norm.cpu(), wanted.log_path_norm, rtol=0, atol=tolerance)
@@ -65,9 +65,9 @@ def test_every_kernel_in_its_place(case):
 
 
 def test_launches(monkeypatch):
-    from pathrnn_kernels.ops import triton
+    from pathrnn_kernels.ops.triton import kernels
 
-    launches.check_pass(triton, monkeypatch)
+    launches.check_pass(kernels, monkeypatch)
 
 
 @pytest.mark.parametrize("dtype", (F32, F64), ids=str)

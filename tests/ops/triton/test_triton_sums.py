@@ -136,13 +136,13 @@ def test_a_column_that_fades_is_told(dtype):
 
 
 def finish(*arguments):
-    from pathrnn_kernels.ops import triton
+    from pathrnn_kernels.ops.triton import kernels
 
     for flag in (True, False):
-        found, bias, arithmetic = triton.finish(*map(moved, (*arguments, torch.tensor([flag]))))
+        found, bias, arithmetic = kernels.finish(*map(moved, (*arguments, torch.tensor([flag]))))
         assert bias.tolist() == [arguments[6]] and arithmetic.dtype == torch.int8 and arithmetic == -int(flag)
         assert found.isnan() or not flag
-    again = triton.finish(*map(moved, (*arguments, torch.tensor([False]))))[0]
+    again = kernels.finish(*map(moved, (*arguments, torch.tensor([False]))))[0]
     assert found.shape == () and found.dtype == F64
     assert found == again or found.isnan()
     return found.cpu()
