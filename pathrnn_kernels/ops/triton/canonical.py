@@ -12,8 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import on_device
-from .scaled import either, is_double, least_normal, log2_floor, power_of_two, times_power
+from .scaled import either, is_double, least_normal, log2_floor, on_device, power_of_two, times_power
 
 #: The exponent of a unit that nothing reaches.
 NONE = tl.constexpr(-(1 << 30))

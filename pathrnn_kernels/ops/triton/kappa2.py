@@ -32,7 +32,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import on_device
 from .scaled import (
     HALF_ZERO,
     ZERO,
@@ -42,6 +41,7 @@ from .scaled import (
     least_normal,
     log2_floor,
     log_scale,
+    on_device,
     power_of_two,
     square,
     square_exponent,

@@ -16,7 +16,6 @@ import triton.language as tl
 from torch import Tensor
 
 from . import interpreted
-from .launch import on_device
 from .scaled import (
     ZERO,
     centre,
@@ -26,6 +25,7 @@ from .scaled import (
     least_normal,
     log2_floor,
     log_scale,
+    on_device,
     power_of_two,
     square,
     times_power,

@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import on_device
+from .scaled import on_device
 
 #: The largest hidden size: M of twice the size would spill registers, for any number of warps.
 _LIMITS = {torch.float32: 128, torch.float64: 64}

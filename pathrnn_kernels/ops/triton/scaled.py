@@ -5,6 +5,9 @@ By bits they are exact, and alike on every device, where a device's exp2 need no
 
 from __future__ import annotations
 
+import contextlib
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -28,6 +31,11 @@ def whole(num_warps: int) -> dict[str, int]:
     if torch.version.hip is None:
         options["maxnreg"] = min(255, _REGISTERS // (32 * num_warps))
     return options
+
+
+def on_device(tensor: Tensor) -> contextlib.AbstractContextManager[Any]:
+    """Triton launches on the current device, which need not be the tensor's."""
+    return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
 
 
 def is_double(x: Tensor) -> bool:

@@ -31,8 +31,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .. import step as codes
-from .launch import on_device
-from .scaled import least_normal, log2_floor, times_power, whole
+from .scaled import least_normal, log2_floor, on_device, times_power, whole
 
 _BLOCK = tl.constexpr(1024)
 #: Results of programs that the one that decides takes at a time.

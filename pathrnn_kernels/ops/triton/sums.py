@@ -14,7 +14,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import on_device
 from .scaled import (
     HALF_ZERO,
     ZERO,
@@ -26,6 +25,7 @@ from .scaled import (
     log2_floor,
     log_scale,
     natural_exponent,
+    on_device,
     power_of_two,
     square,
     square_exponent,
