@@ -33,10 +33,10 @@ import triton.language as tl
 from torch import Tensor
 
 from .scaled import (
-    HALF_ZERO,
     ZERO,
     centre,
     faint,
+    flushed,
     is_double,
     least_normal,
     log2_floor,
@@ -47,6 +47,7 @@ from .scaled import (
     square_exponent,
     tile,
     times_power,
+    top_of,
     transposed_tile,
     whole,
 )
@@ -69,12 +70,6 @@ NUMBERS = 8
 # relative half width of the enclosure.
 _SHARE, _WIDTH = tl.constexpr(3), tl.constexpr(4)
 MAXIMA = 5
-
-
-@triton.jit
-def _flushed(exponent):
-    """ZERO for whatever exponent a zero has got by multiplication."""
-    return tl.where(exponent < HALF_ZERO, ZERO, exponent)
 
 
 @triton.jit
@@ -191,7 +186,7 @@ def _powers(weight, largest, powers, exponents, underflow, hidden, count, DOUBLE
         shift = _shift(most, DOUBLE)
         old = powers + n * matrix
         most = _advance(weight, scale, exponents, own, old, shift, old + matrix, j, hidden, underflow, True, DOUBLE)
-        exponent = tl.where(most > 0, _flushed(exponent + own - shift), ZERO)
+        exponent = tl.where(most > 0, flushed(exponent + own - shift), ZERO)
         tl.store(exponents + (n + 1) * stride + j, exponent, j < hidden)
 
 
@@ -205,13 +200,8 @@ def _add_lag(
     stride = hidden.to(tl.int64)
     live = (j < hidden)[:, None]
     pairs = steps - 1 - n
-    tops = tl.full([_CHUNK], ZERO, tl.int64)
-    for start in range(0, pairs, _CHUNK):
-        t = start + tl.arange(0, _CHUNK)
-        both = tl.load(d_exponents + t + n + 1, t < pairs, other=ZERO) + tl.load(h_exponents + t, t < pairs, other=ZERO)
-        tops = tl.maximum(tops, both)
-    top = _flushed(tl.max(tops, 0))
-    term = _flushed(exponent + top)
+    top = top_of(d_exponents + n + 1, h_exponents, pairs, _CHUNK)
+    term = flushed(exponent + top)
     joint = tl.maximum(total_exponent, term)
     if keeps:
         tl.store(overlap_exponent, top)
@@ -256,11 +246,7 @@ def _lags(
         if CERTIFIED:
             bound = tl.minimum(tl.load(numbers + _BOUND_A), _geometric_bound(maxima))
             count = tl.where(bound <= _number(rtol), 0, count)
-        tops = tl.full([_CHUNK], ZERO, tl.int64)
-        for start in range(0, hidden, _CHUNK):
-            i = start + tl.arange(0, _CHUNK)
-            tops = tl.maximum(tops, tl.load(exponents + tried * stride + i, i < hidden, other=ZERO))
-        top = tl.max(tops, 0)
+        top = top_of(exponents + tried * stride, None, hidden, _CHUNK)
         total_exponent = tl.load(sum_exponents + lag * stride + j, j < hidden, other=ZERO)
         old, new = powers + place, scratch + place
         shift = tl.zeros([_UNITS], tl.int64)
@@ -269,7 +255,7 @@ def _lags(
                 powers + tried * matrix, 0.0, exponents + tried * stride, top, old, shift, new, j, hidden, underflow,
                 False, DOUBLE,
             )  # fmt: skip
-            exponent = tl.where(most > 0, _flushed(exponent + top - shift), ZERO)
+            exponent = tl.where(most > 0, flushed(exponent + top - shift), ZERO)
             tl.debug_barrier()
             total_exponent = _add_lag(
                 d, d_exponents, h, h_exponents, new, exponent, sums + place, total_exponent, overlap, overlap_exponent,
@@ -301,11 +287,7 @@ def _perron(
     if side == 1:
         out_stride, in_stride = in_stride, out_stride
     scale, _ = _scaling(largest, DOUBLE)
-    tops = tl.full([_CHUNK], ZERO, tl.int64)
-    for start in range(0, hidden, _CHUNK):
-        i = start + tl.arange(0, _CHUNK)
-        tops = tl.maximum(tops, tl.load(power_exponents + i, i < hidden, other=ZERO))
-    top = tl.max(tops, 0)
+    top = top_of(power_exponents, None, hidden, _CHUNK)
     for begin in range(0, hidden, _TILE):
         o = begin + tl.arange(0, _TILE)
         total = tl.zeros([_TILE, _TILE], tl.float64)
@@ -630,12 +612,12 @@ def _scan(
         some = high > 0
         m = tl.where(some, log2_floor(high, True), 0).to(tl.int64)
         low, high = times_power(low, -m, True), times_power(high, -m, True)
-        exponent = tl.where(some, _flushed(joint + own + m), ZERO)
+        exponent = tl.where(some, flushed(joint + own + m), ZERO)
         middle = (low + high) / 2
         width = tl.maximum(width, _certain(tl.where(high == 0, 0.0, (high - low) / 2 / middle)))
         tl.store(scanned + place, middle.to(dtype), live)
         tl.store(scanned_exponents + place, exponent, live)
-        top = tl.maximum(top, _flushed(exponent + tl.load(other_exponents + t)))
+        top = tl.maximum(top, flushed(exponent + tl.load(other_exponents + t)))
     return tl.where(live, width, 0.0), top
 
 
@@ -718,7 +700,7 @@ def _tail(
         limits = tl.exp((tried - 1) * log_rho + ((tried - 1) * own - e).to(tl.float64) * _LN2) * u / dot * x
         p = tl.where(rank_one, limits, p)
         w = factor * square(tl.load(weight + entry, inside, other=0), scale).to(tl.float64)
-        scaled = _flushed(e + top[:, None]) + own - e1
+        scaled = flushed(e + top[:, None]) + own - e1
         term = times_power(w * p * total.to(tl.float64), scaled, True)
         known = tl.load(kappa + entry, inside, other=0)
         weak = inside & (known > 0) & (times_power(w * p * missing, scaled, True) > roundoff * (known + term))

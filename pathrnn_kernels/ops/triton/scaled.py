@@ -111,6 +111,25 @@ def square_exponent(largest, DOUBLE: tl.constexpr):  # type: ignore[no-untyped-d
 
 
 @triton.jit
+def flushed(exponent):  # type: ignore[no-untyped-def]
+    """ZERO for whatever exponent a zero has got by multiplication."""
+    return tl.where(exponent < HALF_ZERO, ZERO, exponent)
+
+
+@triton.jit
+def top_of(exponents, more, count, CHUNK: tl.constexpr):  # type: ignore[no-untyped-def]
+    """The largest exponent of a sequence or, with ``more``, of its products with another."""
+    tops = tl.full([CHUNK], ZERO, tl.int64)
+    for start in range(0, count, CHUNK):
+        t = start + tl.arange(0, CHUNK)
+        own = tl.load(exponents + t, t < count, other=ZERO)
+        if more is not None:
+            own += tl.load(more + t, t < count, other=ZERO)
+        tops = tl.maximum(tops, own)
+    return flushed(tl.max(tops, 0))
+
+
+@triton.jit
 def square(w, scale):  # type: ignore[no-untyped-def]
     return (w * scale) * (w * scale)
 

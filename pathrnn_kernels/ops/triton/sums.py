@@ -31,6 +31,7 @@ from .scaled import (
     square_exponent,
     tile,
     times_power,
+    top_of,
     transposed_tile,
     whole,
 )
@@ -266,11 +267,7 @@ def _end_to_end(biases: list[Tensor], other: Tensor) -> Tensor:
 def _row_sum(rows, exponents, total, exponent, underflow, count, hidden, DOUBLE: tl.constexpr):
     """The sum over time of _WIDE columns."""
     column = tl.program_id(0) * _WIDE + tl.arange(0, _WIDE)
-    tops = tl.full([_STEPS], ZERO, tl.int64)
-    for start in range(0, count, _STEPS):
-        t = start + tl.arange(0, _STEPS)
-        tops = tl.maximum(tops, tl.load(exponents + t, t < count, other=ZERO))
-    top = tl.max(tops, 0)
+    top = top_of(exponents, None, count, _STEPS)
     sums = tl.zeros([_STEPS, _WIDE], rows.dtype.element_ty)
     some = tl.zeros([_STEPS, _WIDE], tl.int1)
     for start in range(0, count, _STEPS):
@@ -322,20 +319,14 @@ def row_sums(
 @triton.jit(do_not_specialize=["late", "early", "hidden"])
 def _pair_sums(
     d, d_exponents, h, h_exponents, sums, exponent, underflow, late, early, hidden,
-    DOUBLE: tl.constexpr, TILE: tl.constexpr, STEPS: tl.constexpr, CHUNK: tl.constexpr,
+    DOUBLE: tl.constexpr, TILE: tl.constexpr, STEPS: tl.constexpr,
 ):  # fmt: skip
     """Program (j, k): TILE × TILE entries of Σ_t δ_t h_tᵀ."""
     j = tl.program_id(0) * TILE + tl.arange(0, TILE)
     k = tl.program_id(1) * TILE + tl.arange(0, TILE)
     inside = (j < hidden)[:, None] & (k < hidden)[None, :]
     count = tl.minimum(early, late)
-    tops = tl.full([CHUNK], ZERO, tl.int64)
-    for start in range(0, count, CHUNK):
-        t = start + tl.arange(0, CHUNK)
-        both = tl.load(d_exponents + t, t < count, other=ZERO) + tl.load(h_exponents + t, t < count, other=ZERO)
-        tops = tl.maximum(tops, both)
-    top = tl.max(tops, 0)
-    top = tl.where(top < HALF_ZERO, ZERO, top)
+    top = top_of(d_exponents, h_exponents, count, _CHUNK)
     dtype = d.dtype.element_ty
     summed = tl.zeros([TILE, TILE], dtype)
     for start in range(0, count, STEPS):
@@ -378,7 +369,7 @@ def pair_sums(
     with on_device(d):
         _pair_sums[(tiles, tiles)](
             d, d_exponents, h, h_exponents, sums, exponent, underflow, len(d), len(h), hidden, double,
-            TILE=_PAIR_TILE, STEPS=16, CHUNK=_CHUNK.value, **options,
+            TILE=_PAIR_TILE, STEPS=16, **options,
         )  # fmt: skip
     return sums, exponent
 
