@@ -805,9 +805,26 @@ def second_term(
             **programs,
         )  # fmt: skip
         if certifies:
-            _certify(
-                weight, largest, sequences, powers, exponents, sums, sum_exponents, overlap, overlap_exponent, numbers,
-                kappa1, kappa1_exponent, bits, kappa, maxima, underflow, tried, shrinks, programs,
+            wide = [(6 * hidden,), (tried - 1, hidden), (hidden,), (4, hidden), (steps,)]
+            vectors, rows, columns, ratios, dots = (weight.new_empty(shape, dtype=torch.float64) for shape in wide)
+            scanned, scanned_exponents = torch.empty_like(d), torch.empty_like(d, dtype=torch.int64)
+            _perron[(2,)](
+                weight, largest, powers[-1], exponents[-1], vectors, numbers, bits[1], steps, hidden, _ITERATIONS,
+                double, **programs,
+            )  # fmt: skip
+            _deviations[(blocks, tried + 3)](
+                d, largest, powers, exponents, vectors, numbers, rows, columns, ratios, dots, steps, hidden, tried,
+                double, **programs,
+            )  # fmt: skip
+            _bounds[(blocks,)](
+                weight, largest, d, sums, sum_exponents, overlap, overlap_exponent, exponents[tried - 1], vectors,
+                numbers, rows, columns, dots, kappa1, kappa1_exponent, bits[0], kappa, maxima, steps, hidden, tried,
+                double, **programs,
+            )  # fmt: skip
+            _tail[(blocks,)](
+                *sequences, weight, largest, powers[tried - 1], exponents[tried - 1], vectors, numbers, ratios, scanned,
+                scanned_exponents, kappa1_exponent, *bits, kappa, maxima, underflow, steps, hidden, tried, shrinks,
+                double, **programs,
             )  # fmt: skip
         if more:
             scratch = torch.empty_like(sums)
@@ -820,37 +837,6 @@ def second_term(
             found, lags, bounds, underflow, steps, hidden, tried, certifies, double, **programs,
         )  # fmt: skip
     return found
-
-
-def _certify(
-    weight, largest, sequences, powers, exponents, sums, sum_exponents, overlap, overlap_exponent, numbers, kappa1,
-    kappa1_exponent, bits, kappa, maxima, underflow, tried, shrinks, programs,
-):  # fmt: skip
-    """Launches what tries both certificates, with which ``numbers``, ``maxima`` and ``kappa`` are filled."""
-    d = sequences[0]
-    steps, hidden = d.shape
-    double, blocks = is_double(weight), triton.cdiv(hidden, _UNITS.value)
-    wide = [(6, hidden), (tried - 1, hidden), (hidden,), (4, hidden), (steps,)]
-    vectors, rows, columns, ratios, dots = (weight.new_empty(shape, dtype=torch.float64) for shape in wide)
-    vectors = vectors.view(-1)
-    scanned, scanned_exponents = torch.empty_like(d), torch.empty_like(d, dtype=torch.int64)
-    _perron[(2,)](
-        weight, largest, powers[-1], exponents[-1], vectors, numbers, bits[1], steps, hidden, _ITERATIONS, double,
-        **programs,
-    )  # fmt: skip
-    _deviations[(blocks, tried + 3)](
-        d, largest, powers, exponents, vectors, numbers, rows, columns, ratios, dots, steps, hidden, tried, double,
-        **programs,
-    )  # fmt: skip
-    _bounds[(blocks,)](
-        weight, largest, d, sums, sum_exponents, overlap, overlap_exponent, exponents[tried - 1], vectors, numbers,
-        rows, columns, dots, kappa1, kappa1_exponent, bits[0], kappa, maxima, steps, hidden, tried, double, **programs,
-    )  # fmt: skip
-    _tail[(blocks,)](
-        *sequences, weight, largest, powers[tried - 1], exponents[tried - 1], vectors, numbers, ratios, scanned,
-        scanned_exponents, kappa1_exponent, *bits, kappa, maxima, underflow, steps, hidden, tried, shrinks, double,
-        **programs,
-    )  # fmt: skip
 
 
 def _bits(x: float) -> int:
