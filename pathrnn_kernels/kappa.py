@@ -71,6 +71,48 @@ def ldexp(x: Tensor, n: Tensor) -> Tensor:
     return x
 
 
+@dataclass(frozen=True)
+class Number:
+    """Numbers m 2^e of any size, as csrc/cpu/number.h has them."""
+
+    m: Tensor
+    e: Tensor
+
+    @staticmethod
+    def of(x: Tensor) -> Number:
+        """Mantissas in [1/2, 1), 0, or not finite."""
+        mantissa, exponent = torch.frexp(x)
+        usual = x.isfinite()
+        return Number(torch.where(usual, mantissa, x), torch.where(usual, exponent.long(), 0))
+
+    def __mul__(self, other: Number) -> Number:
+        return Number(self.m * other.m, self.e + other.e)
+
+    def __truediv__(self, other: Number) -> Number:
+        return Number(self.m / other.m, self.e - other.e)
+
+    def normal(self) -> Number:
+        own = Number.of(self.m)
+        return Number(own.m, own.e + self.e)
+
+    def root(self) -> Number:
+        odd = self.e & 1
+        return Number((self.m * (1 + odd)).sqrt(), (self.e - odd) // 2)
+
+    def sum(self) -> Number:
+        own = self.normal()
+        most = torch.where(own.m != 0, own.e, -(1 << 40)).amax()
+        return Number(ldexp(own.m, (own.e - most).clamp(min=-3000)).sum(), most)
+
+    def squares(self, factor: Number | None = None) -> Number:
+        """Σ factor x²."""
+        own = self.normal()
+        return (own * own if factor is None else own * own * factor).sum()
+
+    def value(self) -> Tensor:
+        return ldexp(self.m, self.e)
+
+
 @dataclass(slots=True, eq=False)
 class Kappa:
     """κ of every parameter. It holds tensors on the weights' device; what is read of it is formed on demand.
@@ -442,17 +484,13 @@ class _Norm(torch.autograd.Function):
 
 
 def _norm_gradient(p: Tensor, kappa: Scaled, grad: Tensor, log_norm: Tensor | None) -> Tensor:
-    """∂γ²/∂p = 2 p κ⁽¹⁾, times grad, over γ² if its logarithm is given: mantissas and exponents apart."""
-    mantissa, exponent = kappa.parts()
-    weight, weight_exponent = torch.frexp(p.double())
-    exponent = exponent + weight_exponent + 1
-    factor = grad.double()  # as it is: batched, it has no exponents
+    """∂γ²/∂p = 2 p κ⁽¹⁾, times grad, over γ² if its logarithm is given."""
+    product = Number.of(p.double()) * Number(*kappa.parts())
+    twice = Number(grad.double(), torch.ones_like(product.e))  # as it is: batched, it has no exponents
     if log_norm is not None:
-        norm, norm_exponent = power_of_e(log_norm)
-        factor, exponent = factor / norm, exponent - norm_exponent
-    product = weight * mantissa
+        twice /= Number(*power_of_e(log_norm))
     # Without a path, or of a zero, it is 0, whatever grad is.
-    return torch.where(product == 0, 0.0, ldexp(product * factor, exponent)).to(p.dtype)
+    return torch.where(product.m == 0, 0.0, (product * twice).value()).to(p.dtype)
 
 
 class _FirstOrder(torch.autograd.Function):

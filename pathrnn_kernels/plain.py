@@ -15,50 +15,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .kappa import Scaled, ldexp, power_of_e
+from .kappa import Number, Scaled, ldexp, power_of_e
 from .ops.step import NO_CONSTANT, NO_PATH, OVERFLOW, UNBOUNDED, UNREACHED
-
-
-@dataclass(frozen=True)
-class Number:
-    """Numbers m 2^e of any size, as csrc/cpu/number.h has them."""
-
-    m: Tensor
-    e: Tensor
-
-    @staticmethod
-    def of(x: Tensor) -> Number:
-        """Mantissas in [1/2, 1), 0, or not finite."""
-        mantissa, exponent = torch.frexp(x)
-        usual = x.isfinite()
-        return Number(torch.where(usual, mantissa, x), torch.where(usual, exponent.long(), 0))
-
-    def __mul__(self, other: Number) -> Number:
-        return Number(self.m * other.m, self.e + other.e)
-
-    def __truediv__(self, other: Number) -> Number:
-        return Number(self.m / other.m, self.e - other.e)
-
-    def normal(self) -> Number:
-        own = Number.of(self.m)
-        return Number(own.m, own.e + self.e)
-
-    def root(self) -> Number:
-        odd = self.e & 1
-        return Number((self.m * (1 + odd)).sqrt(), (self.e - odd) // 2)
-
-    def sum(self) -> Number:
-        own = self.normal()
-        most = torch.where(own.m != 0, own.e, -(1 << 40)).amax()
-        return Number(ldexp(own.m, (own.e - most).clamp(min=-3000)).sum(), most)
-
-    def squares(self, factor: Number | None = None) -> Number:
-        """Σ factor x²."""
-        own = self.normal()
-        return (own * own if factor is None else own * own * factor).sum()
-
-    def value(self) -> Tensor:
-        return ldexp(self.m, self.e)
 
 
 def _total(parts: Sequence[Number]) -> Number:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .arguments import check_count, check_number, check_writable
-from .kappa import ldexp
+from .kappa import Number
 from .network import PathNetwork, check_network
 from .ops.backend import without_numbers
 
@@ -135,16 +135,13 @@ def _rescaled(net: PathNetwork, alphas: list[Tensor]) -> dict[str, Tensor]:
 
 
 def _scaled(p: Tensor, times: Tensor | None, over: Tensor | None) -> Tensor:
-    """p · times / over: mantissas and exponents apart, so that nothing between p and the result leaves the range."""
-    mantissa, exponent = torch.frexp(p.double())
-    exponent = exponent.long()
+    """p · times / over, where nothing between p and the result leaves the range."""
+    scaled = Number.of(p.double())
     if times is not None:
-        factor, shift = torch.frexp(times.double())
-        mantissa, exponent = mantissa * factor, exponent + shift
+        scaled *= Number.of(times.double())
     if over is not None:
-        divisor, shift = torch.frexp(over.double())
-        mantissa, exponent = mantissa / divisor, exponent - shift
-    return ldexp(mantissa, exponent).to(p.dtype)
+        scaled /= Number.of(over.double())
+    return scaled.value().to(p.dtype)
 
 
 def _below(net: PathNetwork, place: int) -> list[int]:
