@@ -179,10 +179,8 @@ def steps(dtype: torch.dtype) -> None:
     for scale in range(3):
         step_of("sgd", 5, scale)
         step_of("sgd", 5, scale, 1.0, True, True)
-    for of_entries in (False, True):
-        step_of("given", 0, entries=of_entries)
-        if dtype == wide:
-            step_of("coordinates", 9, entries=of_entries, scaled=of_entries)
+    for of_entries in (False, True) if dtype == wide else ():
+        step_of("coordinates", 9, entries=of_entries, scaled=of_entries)
 
 
 def layer(hidden: int, dtype: torch.dtype) -> None:

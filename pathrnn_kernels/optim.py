@@ -292,17 +292,10 @@ class _Preconditioner(PathSGD):
         # A step that has been taken is no quotient to be scaled, nor one to take the constant from.
         scale = "none" if rule == "given" else self.scale
         constant = self._constant_on(weights[0]) if scale == "first_step" else None
-        served = self._served(layout, weights[0])
-        if served is not None:
+        if self._served(layout, weights[0]) == "cpu":
             # Weights, gradients, no state; then what ops/step.py has after it.
             update = (written, gradients, [], [], [], constant, [], given, rule, *layout.structure)  # type: ignore[misc]
-            options = (SCALES[scale], self.eps, radius, None, None, *raw(k, self.net))
-            if served == "cpu":
-                status = path_update_(*update, *options)
-            else:
-                from .ops.triton.step import path_update_ as launch
-
-                status = int(launch(*update, *options))  # type: ignore[call-arg]
+            status = path_update_(*update, SCALES[scale], self.eps, radius, None, None, *raw(k, self.net))
         else:
             entries = moving.entries(k, written, [given] * len(places), [-1.0] * len(places))
             if rule == "given":

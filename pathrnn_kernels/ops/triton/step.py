@@ -1,4 +1,4 @@
-"""path_update_ on a GPU: a step of Path-SGD, of Adam in path coordinates, or another optimiser's, shortened.
+"""path_update_ on a GPU: a step of Path-SGD, or of Adam in path coordinates.
 
 Three launches for all weights together: programs of BLOCK entries measure, one program decides, and the programs apply
 what was decided; ``scale="first_step"`` has one more of each of the first two. They find the weights through a table on
@@ -8,8 +8,7 @@ exact, and all arithmetic is done there, in float32 for float32 weights and rate
 products are of mantissas, whose exponents are added beside them, so that nothing in between is out of range. Sums are
 in float64, with an exponent each, over programs first and those in a fixed order.
 
-The host reads nothing. Arguments are those of ops/step.py, with another rule, ``"given"``: ``gradients`` are the
-weights after a step Δ of another optimiser, which becomes min(1, radius · γ/sqrt(Σ κ Δ²)) of itself.
+The host reads nothing. Arguments are those of ops/step.py.
 
 Bytes moved, for n weights of b bytes each and κ counted where it is dense: 5 b n without momentum, 7 b n with it and
 10 b n in coordinates, of which the second reading of gradients and κ, 2 b n, is from the L2 cache where they fit it.
@@ -361,8 +360,8 @@ def _decide_first(scratch, programs, constant, ROWS: tl.constexpr):
 @triton.jit(do_not_specialize=["rows", "programs", "bias", "mass"])
 def _measure(
     table, scratch, rows, programs, bias, mass, log_norm, grad_scale,
-    GIVEN: tl.constexpr, COORDINATES: tl.constexpr, SCALE: tl.constexpr, DAMPED: tl.constexpr, ENTRIES: tl.constexpr,
-    LIMIT: tl.constexpr, DTYPE: tl.constexpr, KAPPA: tl.constexpr, U: tl.constexpr, ROWS: tl.constexpr,
+    COORDINATES: tl.constexpr, SCALE: tl.constexpr, DAMPED: tl.constexpr, ENTRIES: tl.constexpr, LIMIT: tl.constexpr,
+    DTYPE: tl.constexpr, KAPPA: tl.constexpr, U: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     """Of every program Σ κ Δ², by rule "coordinates" Σ g²/κ, and what may not be."""
     program = tl.program_id(0)
@@ -374,9 +373,7 @@ def _measure(
     factor, code = kappa, tl.full([], _NONE, tl.int64)
     x = _read(entry, _GRADIENT, i, inside, DTYPE).to(U)
     bits = tl.where(_any(x != 0), _PULLED, 0) | tl.where(_any(inside & (kappa > 0)), _PATHS, 0)
-    if GIVEN:
-        x = _times(x, up) - _weight(entry, i, inside, up, DTYPE, U)
-    elif COORDINATES:
+    if COORDINATES:
         if which == bias:
             quotient = x.to(tl.float64) * _unscaled(grad_scale) / _times(kappa.to(tl.float64), exponent)
             bits |= tl.where(_any(inside & (_is_finite(quotient) == 0)), _INFINITE, 0)
@@ -568,9 +565,9 @@ def _share(total, exponent, norm, norm_exponent, radius):
 def _decide(
     table, scratch, status, recurrent, moving, rows, programs, weight_programs, pulling_programs, log_norm, constant,
     found_inf,
-    GIVEN: tl.constexpr, COORDINATES: tl.constexpr, SCALE: tl.constexpr, ENTRIES: tl.constexpr, SAFE: tl.constexpr,
-    DTYPE: tl.constexpr, KAPPA: tl.constexpr, U: tl.constexpr, BOUNDED: tl.constexpr, BIAS: tl.constexpr,
-    MASS: tl.constexpr, ROWS: tl.constexpr,
+    COORDINATES: tl.constexpr, SCALE: tl.constexpr, ENTRIES: tl.constexpr, SAFE: tl.constexpr, DTYPE: tl.constexpr,
+    KAPPA: tl.constexpr, U: tl.constexpr, BOUNDED: tl.constexpr, BIAS: tl.constexpr, MASS: tl.constexpr,
+    ROWS: tl.constexpr,
 ):  # fmt: skip
     """One program: the status, and what apply needs to know. ``rows`` is without that of γ²."""
     words = scratch + _HEADER + _RULE * ROWS
@@ -584,7 +581,7 @@ def _decide(
     pulled = _any((bits & _PULLED) != 0)
     unreached = _unreached(table, words, recurrent)
     code = tl.where(_is_finite(norm), unreached, _UNBOUNDED)
-    if COORDINATES or ((SCALE == 1 or BOUNDED) and not GIVEN):
+    if COORDINATES or SCALE == 1 or BOUNDED:
         code = tl.where((norm == 0) & pulled, _NO_PATH, code)
     if SCALE == 2:
         code = tl.where(code == 0, tl.load(scratch + _NO_CONSTANT), code)
@@ -630,8 +627,8 @@ def _decide(
 @triton.jit(do_not_specialize=["rows", "bias"])
 def _apply(
     table, scratch, rows, bias, log_norm, grad_scale,
-    GIVEN: tl.constexpr, COORDINATES: tl.constexpr, SCALE: tl.constexpr, DAMPED: tl.constexpr, ENTRIES: tl.constexpr,
-    LIMIT: tl.constexpr, DTYPE: tl.constexpr, KAPPA: tl.constexpr, U: tl.constexpr, ROWS: tl.constexpr,
+    COORDINATES: tl.constexpr, SCALE: tl.constexpr, DAMPED: tl.constexpr, ENTRIES: tl.constexpr, LIMIT: tl.constexpr,
+    DTYPE: tl.constexpr, KAPPA: tl.constexpr, U: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     """Every weight and its state, written once, where a step is taken."""
     program = tl.program_id(0)
@@ -640,36 +637,24 @@ def _apply(
     if moves:
         i, inside, row, column = _places(entry, program)
         up = _up(entry, row, column, inside)
-        share = tl.load(scratch + _SHARE).to(tl.float64, bitcast=True)
-        share_exponent = tl.load(scratch + _SHARE + 1)
-        if GIVEN:
-            after = _read(entry, _GRADIENT, i, inside, DTYPE)
-            if (share == 1) & (share_exponent == 0):
-                _write(entry, _WEIGHT, i, inside, after, DTYPE)
+        kappa, exponent = _kappa(entry, row, column, inside, ENTRIES, KAPPA, U)
+        if COORDINATES:
+            if which == bias:
+                _move_bias(entry, i, inside, kappa, exponent, grad_scale, DTYPE)
             else:
-                before = _weight(entry, i, inside, up, DTYPE, U)
-                value = before + _times(_times(after.to(U), up) - before, share_exponent) * share.to(U)
-                _write(entry, _WEIGHT, i, inside, _times(value, -up), DTYPE)
+                value, m, v, _lost = _in_coordinates(entry, scratch, which, i, inside, up, kappa, exponent, DTYPE, U)
+                _write(entry, _WEIGHT, i, inside, value, DTYPE)
+                _write(entry, _FIRST, i, inside, m, DTYPE)
+                _write(entry, _SECOND, i, inside, v, DTYPE)
         else:
-            kappa, exponent = _kappa(entry, row, column, inside, ENTRIES, KAPPA, U)
-            if COORDINATES:
-                if which == bias:
-                    _move_bias(entry, i, inside, kappa, exponent, grad_scale, DTYPE)
-                else:
-                    value, m, v, _lost = _in_coordinates(
-                        entry, scratch, which, i, inside, up, kappa, exponent, DTYPE, U
-                    )
-                    _write(entry, _WEIGHT, i, inside, value, DTYPE)
-                    _write(entry, _FIRST, i, inside, m, DTYPE)
-                    _write(entry, _SECOND, i, inside, v, DTYPE)
-            else:
-                step, rate, rate_exponent, first, _lost = _descent(
-                    entry, i, inside, up, kappa, exponent, scratch, log_norm, grad_scale, SCALE, DAMPED, LIMIT, DTYPE, U
-                )
-                step = _times(step, rate_exponent + share_exponent) * (rate * share).to(U)
-                value = _weight(entry, i, inside, up, DTYPE, U) - step
-                _write(entry, _WEIGHT, i, inside, _times(value, -up), DTYPE)
-                _write(entry, _FIRST, i, inside, _times(first, -up), DTYPE)
+            share = tl.load(scratch + _SHARE).to(tl.float64, bitcast=True)
+            step, rate, rate_exponent, first, _lost = _descent(
+                entry, i, inside, up, kappa, exponent, scratch, log_norm, grad_scale, SCALE, DAMPED, LIMIT, DTYPE, U
+            )
+            step = _times(step, rate_exponent + tl.load(scratch + _SHARE + 1)) * (rate * share).to(U)
+            value = _weight(entry, i, inside, up, DTYPE, U) - step
+            _write(entry, _WEIGHT, i, inside, _times(value, -up), DTYPE)
+            _write(entry, _FIRST, i, inside, _times(first, -up), DTYPE)
 
 
 @triton.jit
@@ -686,7 +671,7 @@ def _move_bias(entry, i, inside, kappa, exponent, grad_scale, DTYPE: tl.constexp
 # ---- on the host -----------------------------------------------------------------------------------------------------
 
 #: Numbers of a weight, by rule.
-_COUNTS = {"sgd": 5, "given": 0, "coordinates": 9}
+_COUNTS = {"sgd": 5, "coordinates": 9}
 _MOST = max(_COUNTS.values())
 
 
@@ -768,7 +753,7 @@ def _check(given: _Update, moving: int) -> None:
     if len(given.weights) != expected:
         raise ValueError(f"there are {len(given.weights)} weights; these chains have {expected}")
     each, numbers, rates = _COUNTS[given.rule], len(given.numbers), len(given.rates)
-    if each and numbers not in (each, moving * each):
+    if numbers not in (each, moving * each):
         raise ValueError(f"there are {numbers} numbers for {moving} gradients; give {each} once, or for each")
     if rates not in (0, 1, moving):
         raise ValueError(f"there are {rates} rates for {moving} gradients; give none, one, or one for each")
@@ -847,15 +832,11 @@ def _launch(table: Tensor, shape: _Shape, given: _Update) -> Tensor:
     scratch = torch.empty(size, dtype=torch.int64, device=table.device)
     bias, mass = (moving if moving < rows else -1), (rows if rows < all_rows else -1)
     rule, constant, log_norm, grad_scale = given.rule, given.constant, given.log_path_norm, given.grad_scale
-    # Both weights of another's step may be at opposite ends of the range, a step of odd size may be below it.
+    # A step of odd size may be below the range.
     rates = given.numbers[:: _COUNTS[rule]] if rule == "sgd" else ()
     dtype = given.weights[0].dtype
-    wide = rule == "given" or dtype == torch.float64 or any(x and not 2.0**-60 <= x <= 2.0**60 for x in rates)
-    kind = {
-        "GIVEN": rule == "given",
-        "COORDINATES": rule == "coordinates",
-        "SCALE": given.scale if rule == "sgd" else 0,
-    }
+    wide = dtype == torch.float64 or any(x and not 2.0**-60 <= x <= 2.0**60 for x in rates)
+    kind = {"COORDINATES": rule == "coordinates", "SCALE": given.scale if rule == "sgd" else 0}
     has_entries = any(map(Tensor.numel, given.entry_exponents))
     kappa_dtype = _DTYPES[given.kappas[0].dtype]
     of_kappa = {"ENTRIES": has_entries, "DTYPE": _DTYPES[dtype], "KAPPA": kappa_dtype, "ROWS": slots}

@@ -20,7 +20,6 @@ from step_cases import (
 from triton_cases import DEVICE, F32, F64, MARKS, dtypes, moved
 
 from pathrnn_kernels import plain
-from pathrnn_kernels.kappa import ldexp, power_of_e
 from pathrnn_kernels.ops.step import NO_CONSTANT, NO_PATH, OVERFLOW, UNBOUNDED, UNREACHED, path_update_
 from pathrnn_kernels.ops.triton import step as triton_step
 
@@ -34,7 +33,6 @@ NETWORKS = {
     "one of all": Case(1, 1, 1, 1, 1),
     "entry exponents": Case(2, 1, 4, 2, 3, entries=True),
 }
-networks = pytest.mark.parametrize("network", NETWORKS)
 SGD = (1e-3, 0.0, 0.0, 0.0, 0.0)
 SLOW = pytest.mark.slow
 
@@ -194,8 +192,7 @@ def test_numbers_and_rates_of_every_weight():
 
 
 @SLOW
-@pytest.mark.parametrize("rule", ("sgd", "given"))
-def test_many_programs(monkeypatch, rule):
+def test_many_programs(monkeypatch):
     """More of them than one reads at a time."""
     hidden = 1100
     if DEVICE == "cpu":
@@ -204,17 +201,13 @@ def test_many_programs(monkeypatch, rule):
         monkeypatch.setattr(triton_step, "_CHUNK", triton_step.tl.constexpr(8))
     case, twin = Case(1, 1, hidden, 3, 2), Case(1, 1, hidden, 3, 2)
     before = snapshot(case)
-    if rule == "sgd":
-        assert triton_update(case, rule, SGD, "path_norm", radius=1e-3) == 0
-        assert cpp_update(twin, rule, SGD, "path_norm", radius=1e-3) == 0
-    else:
-        assert triton_update(case, rule, [], radius=1e-3) == 0
-        shortened(twin, 1e-3)
+    assert triton_update(case, "sgd", SGD, "path_norm", radius=1e-3) == 0
+    assert cpp_update(twin, "sgd", SGD, "path_norm", radius=1e-3) == 0
     assert_steps_alike(case, twin, before, 8)
     case.gradients[1].view(-1)[-1] = 1e300  # of the last entries
-    assert rule == "given" or triton_update(case, rule, (1.0, *SGD[1:]), "none", radius=1e-3) == 0
+    assert triton_update(case, "sgd", (1.0, *SGD[1:]), "none", radius=1e-3) == 0
     case.kappas[1].zero_()
-    assert rule == "given" or triton_update(case, rule, SGD) == UNREACHED + 4
+    assert triton_update(case, "sgd", SGD) == UNREACHED + 4
 
 
 # --- path coordinates -------------------------------------------------------------------------------------------------
@@ -264,84 +257,27 @@ def test_a_bias_alone_and_all_but_the_bias():
         assert_steps_alike(case, twin, before, 100)
 
 
-# --- another optimiser's step, shortened ------------------------------------------------------------------------------
-
-
-def shortened(case, radius):
-    """The rule "given" in plain torch, in float64."""
-    entries = [case.entry(i, (), 0.0, ()) for i in range(len(case.weights))]
-    norm, exponent = power_of_e(case.log_path_norm)
-    deltas = [w.to_canonical(w.gradient) - w.to_canonical(w.weight) for w in entries]
-    squares = [
-        ldexp(w.divisor.m * d * d / norm, w.divisor.e - exponent).sum() for w, d in zip(entries, deltas, strict=True)
-    ]
-    length = float(torch.stack(squares).sum().sqrt())
-    share = radius / length if length > radius else 1.0
-    for w, d in zip(entries, deltas, strict=True):
-        w.weight.copy_(w.gradient if share == 1 else w.from_canonical(w.to_canonical(w.weight) + share * d))
-    return share
-
-
-def displaced(network, dtype, size=1e-2, **changes):
-    case = build(network, dtype, **changes)
-    for w, g in zip(case.weights, case.gradients, strict=True):
-        g.copy_(w + size * w * torch.sign(g))
-    return case
-
-
-@SLOW
-@networks
-@dtypes
-def test_a_given_step_is_shortened(network, dtype):
-    case, twin = displaced(network, dtype), displaced(network, dtype)
-    before = snapshot(case)
-    assert triton_update(case, "given", [], radius=1e-3) == 0
-    assert 0 < shortened(twin, 1e-3) < 1
-    # Of Δ, of its share and of the sum.
-    assert_steps_alike(case, twin, before, 4)
-    case = displaced(network, dtype)
-    assert triton_update(case, "given", [], radius=1e30) == 0
-    assert all(torch.equal(p, g) for p, g in zip(case.weights, case.gradients, strict=True))
-
-
-def test_a_given_step_that_has_no_length_is_taken_whole():
-    for change in ("nan", "no path"):
-        case = displaced("one layer", F32)
-        if change == "nan":
-            case.gradients[1][0, 0] = math.nan
-        else:
-            case.log_path_norm.fill_(-math.inf)
-        assert triton_update(case, "given", [], radius=1e-6) == 0
-        torch.testing.assert_close(case.weights, case.gradients, rtol=0, atol=0, equal_nan=True)
-
-
 # --- Theorem 2, bit for bit -------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("rule", ("sgd", "coordinates", "given"))
+@pytest.mark.parametrize("rule", ("sgd", "coordinates"))
 @pytest.mark.parametrize(
     "network",
     ("one layer", *(pytest.param(n, marks=SLOW) for n in ("both directions", "embedding", "entry exponents"))),
 )
 def test_a_step_commutes_bit_for_bit_with_powers_of_two(network, rule):
-    case, twin = (displaced(network, F32) if rule == "given" else build(network, F32) for _ in range(2))
+    case, twin = build(network, F32), build(network, F32)
     generator = torch.Generator().manual_seed(1)
     exponents = torch.randint(-50, 51, (case.layers * case.directions, case.hidden), generator=generator)
     exponents[:, ::2] = 60 - exponents[:, ::2].abs() % 2
     exponents[:, 1::2] = -exponents[:, 1::2].abs() // 8
     rescale_(twin, exponents)
-    if rule == "given":  # gradients are weights, and scale so
-        after = displaced(network, F32)
-        after.weights, after.gradients = after.gradients, after.weights
-        twin.gradients = rescale_(after, exponents).weights
     before = snapshot(case)
     states = fresh(case), fresh(twin)
     for c, state in zip((case, twin), states, strict=True):
         if rule == "coordinates":
             for numbers in COORDINATES[:0:-1]:
                 assert triton_update(c, rule, numbers, state=state) == 0
-        elif rule == "given":
-            assert triton_update(c, rule, [], radius=1e4 if case.entries else 1e-3) == 0
         else:
             assert triton_update(c, "sgd", (1.0, 0.0, 0.1, 0.0, 0.0), "path_norm", radius=0.01) == 0
     assert sum(torch.equal(p, q) for p, q in zip(case.weights, before, strict=True)) <= 1
@@ -438,20 +374,6 @@ def test_a_radius_shortens_a_step_of_any_length(rate, dtype):
         assert triton_update(case, "sgd", (lr, *SGD[1:]), "path_norm", radius=1e-3) == 0
     # Of quotients, rates, shares and sums.
     assert_steps_alike(*cases, before, 8)
-    if rate < torch.finfo(dtype).max:
-        cases = displaced("embedding", dtype, rate), displaced("embedding", dtype, 1e3)
-        for case in cases:
-            assert triton_update(case, "given", [], radius=1e-3) == 0
-        # The shorter one's Δ is 10³ weights, with a rounding of the sum.
-        assert_steps_alike(*cases, before, 8)
-
-
-def test_a_step_from_one_end_of_the_range_to_the_other_is_shortened():
-    case = build("one layer", F32)
-    case.weights[1][0, 0], case.gradients[1][0, 0] = -3e38, 3e38
-    assert triton_update(case, "given", [], radius=1e-3) == 0
-    assert all(w.isfinite().all() for w in case.weights)
-    assert case.weights[1][0, 0] != 3e38
 
 
 def test_a_step_that_is_not_finite_is_lost():
