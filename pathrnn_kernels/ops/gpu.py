@@ -133,7 +133,7 @@ def path_chain(
     given = Network(
         ih, hh, b_ih, b_hh, head_weight, head_bias, embedding_weight, seq_len, last_only, ones_h0, directions, none
     )
-    with torch.no_grad(), _exact_products():
+    with torch.no_grad(), _repeatable_products():
         net, unit_exponents, state = canonical(kernels, given)
         found = _Pass(kernels, plan, net, unit_exponents, state).run(
             kappa1, second_factor, rtol, first_lags, workspace_bytes
@@ -224,63 +224,32 @@ def _reached(kernels: Any, net: Network) -> tuple[Tensor, Tensor]:
     return (f[0], g[0]) if layers == 1 else (torch.cat(f), torch.cat(g))
 
 
-class _exact_products:
-    """Within: products of float32 in float32, and under deterministic algorithms too; afterwards what the user chose.
+class _repeatable_products:
+    """Within: products under deterministic algorithms too; afterwards what the user chose.
 
-    The settings are the process's, so that threads count: the first one in changes them, the last one out restores.
+    The setting is the process's, so that threads count: the first one in changes it, the last one out restores.
     torch gives cuBLAS a workspace a stream, with which it repeats itself, yet asks for CUBLAS_WORKSPACE_CONFIG too.
     """
 
     _lock, _inside = threading.Lock(), 0
-    _before: tuple[str | None, tuple[bool, bool] | None] = None, None
+    #: Of what is to be restored, whether it only warns; None: nothing is.
+    _warn_only: bool | None = None
 
     def __enter__(self) -> None:
-        matmul, own = torch.backends.cuda.matmul, type(self)
+        own = type(self)
         with own._lock:
             own._inside += 1
-            if own._inside > 1:
-                return
-            strict = torch.are_deterministic_algorithms_enabled()
-            deterministic = (strict, torch.is_deterministic_algorithms_warn_only_enabled()) if strict else None
-            if strict:
+            if own._inside == 1 and torch.are_deterministic_algorithms_enabled():
+                own._warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
                 torch._C._set_deterministic_algorithms(False)
-            precision = _own_precision() if matmul.fp32_precision == "tf32" else None
-            if precision is not None:
-                matmul.fp32_precision = "ieee"
-            own._before = precision, deterministic
 
     def __exit__(self, *_: object) -> None:
         own = type(self)
         with own._lock:
             own._inside -= 1
-            if own._inside > 0:
-                return
-            precision, deterministic = own._before
-            if precision is not None:
-                torch.backends.cuda.matmul.fp32_precision = precision
-            if deterministic is not None:
-                torch._C._set_deterministic_algorithms(deterministic[0], warn_only=deterministic[1])
-
-
-def _own_precision() -> str:
-    """Of products that take "tf32": that, where it is their own setting, or "none", where they follow a general one.
-
-    torch gives away only what holds in the end, so each general setting, CUDA's and everything's, is turned for a look.
-    """
-    matmul = torch.backends.cuda.matmul
-    modules: tuple[Any, ...] = (torch.backends, torch.backends.cudnn)  # torch leaves fp32_precision untyped
-    for general in modules:
-        if general.fp32_precision != "tf32":
-            continue
-        general.fp32_precision = "ieee"
-        follows = matmul.fp32_precision == "ieee"
-        of_cuda_follows = modules[1].fp32_precision == "ieee"
-        general.fp32_precision = "tf32"
-        if follows:
-            return "none"
-        if of_cuda_follows and general is modules[0]:
-            break  # the setting of CUDA has no value of its own, so the products have one
-    return "tf32"
+            if own._inside == 0 and own._warn_only is not None:
+                torch._C._set_deterministic_algorithms(True, warn_only=own._warn_only)
+                own._warn_only = None
 
 
 class _Pass:
@@ -467,7 +436,9 @@ class _Pass:
         """Times the squared matrix, downwards, or its transpose, upwards; an underflow counts as a loss."""
         squares, exponent = self.squares(weight, largest)
         self.underflows += [_may_underflow(rows.data, squares), _underflowed(squares, weight != 0, 1.0)]
-        return Rows(rows.data @ (squares if transposed else squares.T), rows.exponents + exponent)
+        # In float64, of which no setting makes TF32.
+        products = rows.data.double() @ (squares if transposed else squares.T).double()
+        return Rows(products.to(self.dtype), rows.exponents + exponent)
 
     # ---- sums --------------------------------------------------------------------------------------------------------
 
@@ -544,12 +515,11 @@ def power_of_two(exponent: Tensor, dtype: torch.dtype) -> Tensor:
     return (biased.to(integer) << bits).view(dtype)
 
 
-def centred(rows: Rows, dtype: torch.dtype | None = None) -> Rows:
-    """Every row on the scale on which its largest entry lies in [1, 2) · 2^CENTRE of the dtype."""
-    dtype = dtype or rows.data.dtype
-    most = rows.data.amax(1)
+def centred(rows: Rows) -> Rows:
+    """Every row on the scale on which its largest entry lies in [1, 2) · 2^CENTRE."""
+    dtype, most = rows.data.dtype, rows.data.amax(1)
     shift = CENTRE[dtype] + 1 - torch.frexp(most).exponent.long()
-    data = (rows.data * power_of_two(shift, rows.data.dtype)[:, None]).to(dtype)
+    data = rows.data * power_of_two(shift, dtype)[:, None]
     return Rows(data, torch.where(most > 0, rows.exponents - shift, ZERO))
 
 

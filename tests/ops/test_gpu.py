@@ -11,6 +11,7 @@ import tolerances
 import torch
 from pass_cases import PLAN, arguments, check, network, truth
 from torch.utils._python_dispatch import TorchDispatchMode
+from triton_cases import DEVICE
 
 from pathrnn_kernels.ops import gpu
 
@@ -161,50 +162,28 @@ def test_a_weight_that_is_not_finite_gives_nan(value):
         assert run(net, 3).log_path_norm.isnan()
 
 
-PRECISIONS = [("generic", "all"), ("cuda", "all"), ("cuda", "matmul"), ("cuda", "conv"), ("cuda", "rnn")]
-
-
-def precisions():
-    return [torch._C._get_fp32_precision_getter(*key) for key in PRECISIONS]
-
-
-@pytest.mark.parametrize("chosen", list(itertools.product(("none", "ieee", "tf32"), repeat=3)), ids="-".join)
-def test_products_keep_full_precision_whatever_the_user_chose_and_chooses_later(chosen):
-    before = precisions()
-
-    def choose(general, of_cuda, own):
-        torch.backends.fp32_precision = general
-        torch.backends.cudnn.fp32_precision = of_cuda
-        torch.backends.cuda.matmul.fp32_precision = own
-
-    def seen():
-        """What holds now, and what would if a general setting changed: inherited values are not pinned."""
-        found = [precisions()]
-        for general in ("ieee", "tf32"):
-            torch.backends.fp32_precision = general
-            found.append(precisions())
-        torch.backends.fp32_precision = chosen[0]
-        return found
-
+@pytest.mark.parametrize("transposed", (False, True))
+def test_a_product_is_that_of_float64_where_the_user_allows_tf32(transposed):
+    """Rounded once."""
+    own = object.__new__(gpu._Pass)
+    own.dtype, own.underflows = torch.float32, []
+    rows, weight = (torch.rand(HIDDEN, HIDDEN, device=DEVICE) for _ in range(2))
+    squares, exponent = own.squares(weight, weight.max().reshape(1))
+    torch.backends.cuda.matmul.fp32_precision = "tf32"
     try:
-        choose(*chosen)
-        wanted = seen()
-        with gpu._exact_products():
-            assert torch.backends.cuda.matmul.fp32_precision != "tf32"
-            with gpu._exact_products():
-                pass
-            assert torch.backends.cuda.matmul.fp32_precision != "tf32"
-        assert seen() == wanted
+        found = own.product(gpu.Rows(rows, exponent), weight, weight.max().reshape(1), transposed)
     finally:
-        choose("none", "none", "none")
-    assert precisions() == before
+        torch.backends.cuda.matmul.fp32_precision = "none"
+    wanted = rows.double() @ (squares if transposed else squares.T).double()
+    assert found.data.dtype == torch.float32 and torch.equal(found.exponents, 2 * exponent)
+    torch.testing.assert_close(found.data.double(), wanted, rtol=tolerances.unit_roundoff(torch.float32), atol=0)
 
 
 @pytest.mark.parametrize("warn_only", (False, True))
 def test_products_serve_deterministic_algorithms_without_an_environment_variable(warn_only):
     torch.use_deterministic_algorithms(True, warn_only=warn_only)
     try:
-        with gpu._exact_products():
+        with gpu._repeatable_products():
             assert not torch.are_deterministic_algorithms_enabled()
         assert torch.are_deterministic_algorithms_enabled()
         assert torch.is_deterministic_algorithms_warn_only_enabled() == warn_only
