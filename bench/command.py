@@ -80,6 +80,8 @@ def _run(options: argparse.Namespace) -> int:
         value = getattr(options, name)
         if value is not None:
             check_number(f"--{name}", value, zero=name == "random")
+            if value >= 2**31:
+                raise ValueError(f"--{name} is {value}; it must be below {2**31}")
     if (problem := backend.extension_problem()) is not None:
         raise ImportError(problem)  # the kernels of another backend would be timed under this one's name
     if options.device == "cuda" and not torch.cuda.is_available():

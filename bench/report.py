@@ -63,6 +63,8 @@ def load(path: Path) -> dict[str, Any]:
         raise ResultError(f"{path} is no result file of pathrnn bench with schema {SCHEMA}")
     if missing := [key for key in ("machine", "parts", "rows") if key not in result]:
         raise ResultError(f"{path} lacks {', '.join(missing)}")
+    if not isinstance(result["rows"], list) or not all(isinstance(row, dict) for row in result["rows"]):
+        raise ResultError(f"{path} is damaged: its rows are no list of objects")
     for row in result["rows"]:
         if missing := [key for key in _OF_ROW if key not in row]:
             raise ResultError(f"{path}: a row lacks {', '.join(missing)}")

@@ -100,18 +100,20 @@ class Together(Optimizer):
 
     def state_dict(self) -> dict[str, Any]:
         """The bases' state dicts as that of one optimiser with all groups."""
-        state: dict[int, Any] = {}
+        state: dict[Any, Any] = {}
         groups: list[dict[str, Any]] = []
-        for base in self.bases:
+        for number, base in enumerate(self.bases):
             own, first = base.state_dict(), sum(len(group["params"]) for group in groups)
-            state.update({first + i: value for i, value in own["state"].items()})
+            # What is no parameter's has a key of its own.
+            state.update({first + i if type(i) is int else (number, i): value for i, value in own["state"].items()})
             groups += [{**group, "params": [first + i for i in group["params"]]} for group in own["param_groups"]]
         return {"state": state, "param_groups": groups}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         state = state_dict["state"]
-        for base, groups in zip(self.bases, self._split(state_dict["param_groups"]), strict=True):
+        for number, (base, groups) in enumerate(zip(self.bases, self._split(state_dict["param_groups"]), strict=True)):
             own = {i: state[i] for group in groups for i in group["params"] if i in state}
+            own.update({i[1]: value for i, value in state.items() if type(i) is tuple and i[0] == number})
             base.load_state_dict({"state": own, "param_groups": groups})
 
 
@@ -134,6 +136,49 @@ def unchanged_unless_loaded(optimizers: Sequence[Optimizer]) -> Iterator[None]:
             vars(optimizer).clear()
             vars(optimizer).update(own)
         raise ValueError(f"state_dict does not fit this optimiser, or is damaged: {type(e).__name__}: {e}") from e
+
+
+class WithPath(Optimizer):
+    """Whose state dicts have an entry ``"path"``: torch's hooks see it, and come before it is checked."""
+
+    def state_dict(self) -> dict[str, Any]:
+        hooks = vars(self)
+        for hook in list(hooks["_optimizer_state_dict_pre_hooks"].values()):
+            hook(self)
+        found = self._saved()
+        for hook in list(hooks["_optimizer_state_dict_post_hooks"].values()):
+            replaced = hook(self, found)
+            found = found if replaced is None else replaced
+        return found
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        hooks = vars(self)
+        if hooks["_optimizer_load_state_dict_pre_hooks"]:
+            state_dict = state_dict.copy()  # as torch gives it to them
+        for hook in list(hooks["_optimizer_load_state_dict_pre_hooks"].values()):
+            replaced = hook(self, state_dict)
+            state_dict = state_dict if replaced is None else replaced
+        self._load(state_dict)
+        for hook in list(hooks["_optimizer_load_state_dict_post_hooks"].values()):
+            hook(self)
+
+    def _saved(self) -> dict[str, Any]:
+        raise NotImplementedError
+
+    def _load(self, state_dict: dict[str, Any]) -> None:
+        raise NotImplementedError
+
+    @contextlib.contextmanager
+    def _without_state_hooks(self) -> Iterator[None]:
+        own = {kind: hooks for kind, hooks in vars(self).items() if kind.endswith(_STATE_HOOKS)}
+        vars(self).update({kind: {} for kind in own})
+        try:
+            yield
+        finally:
+            vars(self).update(own)
+
+
+_STATE_HOOKS = "state_dict_pre_hooks", "state_dict_post_hooks"
 
 
 def without_hooks(optimizer: Optimizer) -> dict[str, Any]:

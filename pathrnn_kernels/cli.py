@@ -41,7 +41,10 @@ _NO_MEMORY = ("allocate memory", "Storage size calculation overflowed")
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; returns its exit code."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
-    for stream in (sys.stdout, sys.stderr):
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed, as a daemon's are
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115
+        stream = getattr(sys, name)
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # κ where the terminal's encoding has none
     try:
@@ -150,7 +153,7 @@ def _task(tasks: Any, name: str, what: str) -> argparse.ArgumentParser:
     add("--seed", type=int, help="of initial weights and training data (0)")
     add("--log-every", type=int, metavar="N", help="steps between two records of the training loss")
     add("--eval-every", type=int, metavar="N", help="steps between two held-out errors, each with a checkpoint")
-    add("--out", type=Path, metavar="DIR", help="folder of log, plot and checkpoint (runs/TASK-OPTIMIZER-SEED)")
+    add("--out", type=Path, metavar="DIR", help="for log, plot and checkpoint (runs/TASK[-LENGTH]-OPTIMIZER-SEED)")
     add("--resume", action="store_true", help="continue the run in --out, with its options; --steps may be raised")
     return parser
 

@@ -17,7 +17,7 @@ from torch.optim import Optimizer
 
 from . import plain
 from .arguments import check_count, check_flags, check_number, check_writable, checked
-from .bases import unchanged_unless_loaded, without_hooks
+from .bases import WithPath, unchanged_unless_loaded, without_hooks
 from .feedforward import FeedForward
 from .kappa import KAPPA2_FACTOR, Kappa, kappa, kappa_without_waiting, precision
 from .kappa_state import from_state, moved, raw, to_state
@@ -98,7 +98,7 @@ class Moving(NamedTuple):
                 raise ValueError(f"the gradient of {self.layout.names[i]} is sparse; use nn.Embedding(…, sparse=False)")
 
 
-class Engine(Optimizer):
+class Engine(WithPath):
     """An optimiser of a network alone, whose step is one call."""
 
     divides_by_kappa = True
@@ -258,7 +258,7 @@ class Engine(Optimizer):
         elif (served := self._served(layout, weights[0])) is not None:
             try:
                 status = self._call(served, moving, states)
-            except (AttributeError, KeyError, TypeError, ValueError):
+            except (AttributeError, KeyError, OverflowError, TypeError, ValueError):
                 moving.check_gradients()  # by name
                 self._check_groups()
                 self._check_states(moving, states, alike=True)
@@ -586,9 +586,13 @@ class Engine(Optimizer):
 
     def state_dict(self) -> dict[str, Any]:
         """torch's, with an entry ``"path"``: tensors and plain Python values only. May raise what ``step`` does."""
+        return super().state_dict()
+
+    def _saved(self) -> dict[str, Any]:
         if self._pending is not None:
             self._raise_pending()
-        return {**super().state_dict(), "path": self._path()}
+        with self._without_state_hooks():
+            return {**Optimizer.state_dict(self), "path": self._path()}
 
     def _path(self) -> dict[str, Any]:
         if self._kappa is not None or self._lags is not None:
@@ -608,9 +612,12 @@ class Engine(Optimizer):
         Raises:
             ValueError: the state dict is not of a like optimiser of a like network; nothing has changed then.
         """
+        super().load_state_dict(state_dict)
+
+    def _load(self, state_dict: dict[str, Any]) -> None:
         rest, commit = self._parts(state_dict)
-        with unchanged_unless_loaded([self]):
-            super().load_state_dict(rest)
+        with unchanged_unless_loaded([self]), self._without_state_hooks():
+            Optimizer.load_state_dict(self, rest)
         commit()
 
     def _parts(self, state_dict: dict[str, Any]) -> tuple[dict[str, Any], Callable[[], None]]:
@@ -631,7 +638,7 @@ class Engine(Optimizer):
             raise ValueError(f"state_dict has log_constant={constant!r}; it must be None or a finite number")
         names, weights = self._weights()
         if not isinstance(lags, dict) or not all(
-            name in names and type(count) is int and count >= 0 for name, count in lags.items()
+            name in names and type(count) is int and 0 <= count < 2**63 for name, count in lags.items()
         ):
             raise ValueError(f"state_dict has lags={lags!r}; they must be counts by recurrent weight")
         found = None if path.get("kappa") is None else from_state(path["kappa"], dict(zip(names, weights, strict=True)))
@@ -639,7 +646,7 @@ class Engine(Optimizer):
         if (
             not isinstance(groups, list)
             or not isinstance(state, dict)
-            or not all(isinstance(s, dict) for s in state.values())
+            or not all(isinstance(s, dict) for key, s in state.items() if type(key) is int)
         ):
             raise ValueError(f"state_dict lacks the {self._owner}'s 'state' and 'param_groups': it is damaged")
         if [len(group.get("params", ())) if isinstance(group, dict) else -1 for group in groups] != self._sizes():
@@ -755,7 +762,10 @@ def _check_one(name: str, value: Tensor) -> None:
 
 def _is_finite(value: Any) -> bool:
     value = value.detach() if isinstance(value, Tensor) else value
-    return isinstance(value, numbers.Real | Tensor) and math.isfinite(value)
+    try:
+        return isinstance(value, numbers.Real | Tensor) and math.isfinite(value)
+    except OverflowError:  # a Python integer beyond float64
+        return False
 
 
 def _tensor(rate: float | Tensor, like: Tensor) -> Tensor:

@@ -67,8 +67,9 @@ def kappa_of_module(module: nn.Module, input_shape: Sequence[int]) -> Kappa:
 
     The pass is in float64 with a power of two beside every tensor, so that depth and the size of weights do not matter:
     κ⁽¹⁾ of a plain chain of layers is right for every γ², beyond float64 too. Where paths of unlike size meet, as at
-    biases and shortcuts, it is where they are within some 1e180 of one another, and refused beyond. The pass costs the
-    module's forward and backward on one example, and some ten sweeps over the parameters and 20 bytes for each.
+    biases and shortcuts, or in one layer, it is where they are within some 1e180 of one another, and refused beyond.
+    The pass costs the module's forward and backward on one example, and some ten sweeps over the parameters and 20
+    bytes for each.
 
     Args:
         module: takes one tensor and returns one. Parameters of one dtype, float32 or float64, on one device.
@@ -202,6 +203,7 @@ class _Pass:
         self.squares: dict[str, Squared] = {}
         for name, p in parameters.items():
             root, exponent = normalised(p.detach().double().abs(), 0, WEIGHT_RANGE)
+            self.run.watch(root, root)
             square = root.square().requires_grad_()
             self.squares[name] = Squared(square, 2 * exponent, Kind.EDGE, {name}, self.run)
         #: Qualified name of a module → what was refused in it.
@@ -263,6 +265,11 @@ class _Pass:
         )
 
     def kappa(self, output: Squared) -> Kappa:
+        if self.run.lost:
+            raise FloatingPointError(
+                "κ underflows: entries of weights, or units of a layer, differ by more than float64 holds; rescale the "
+                "units, or set such entries to 0"
+            )
         total = output.value.sum()
         leaves = [square.value for square in self.squares.values()]
         found = torch.autograd.grad(total, leaves, allow_unused=True) if total.requires_grad else [None] * len(leaves)

@@ -29,8 +29,12 @@ def raw(k: Kappa, net: PathNetwork) -> tuple[list[Tensor], Tensor, Tensor, list[
 
 def moved(scaled: dict[str, Scaled], log_norm: Tensor, dtype: torch.dtype, device: torch.device) -> Kappa:
     def move(s: Scaled) -> Scaled:
-        rows, columns, entries = (None if part is None else part.to(device) for part in (s.rows, s.columns, s.entries))
-        return Scaled(s.mantissa.to(device, dtype), s.exponent.to(device), rows, columns, entries)
+        exponent, rows, columns, entries = (None if part is None else part.to(device) for part in s[1:])
+        mantissa, narrow = s.mantissa.to(device), s.mantissa.to(device, dtype)
+        if bool(((mantissa > 0) & (narrow < torch.finfo(dtype).tiny)).any()):  # an exponent for each entry
+            mantissa, own = torch.frexp(mantissa)
+            narrow, entries = mantissa.to(dtype), own.long() if entries is None else own.long() + entries
+        return Scaled(narrow, exponent, rows, columns, entries)  # type: ignore[arg-type]
 
     moved = {name: move(s) for name, s in scaled.items()}
     return Kappa.of(moved, log_norm.to(device), {name: s.mantissa.shape for name, s in moved.items()})
@@ -59,6 +63,7 @@ def from_state(state: Any, parameters: dict[str, Tensor]) -> Kappa:
         for name, p in parameters.items():
             s = scaled[name]
             fits &= s.mantissa.dtype.is_floating_point and s.mantissa.expand_as(p).shape == p.shape
+            fits &= bool((s.mantissa.isfinite() & (s.mantissa >= 0)).all())
             fits &= all(part is None or part.dtype == torch.int64 for part in s[1:]) and s.exponent.dim() == 0
             fits &= s.entries is None or s.entries.shape == s.mantissa.shape
             s.exponents().expand_as(p)

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from . import plain
-from .bases import Step, Together, bases_of, check_base, unchanged_unless_loaded, without_hooks
+from .bases import Step, Together, WithPath, bases_of, check_base, unchanged_unless_loaded, without_hooks
 from .engine import SCALES, Moving, check_written
 from .feedforward import FeedForward
 from .kappa_state import raw
@@ -31,7 +31,7 @@ def _held_by(part: str, name: str) -> Any:
     return property(operator.attrgetter(f"{part}.{name}"), change)
 
 
-class PathOptimizer(Optimizer):
+class PathOptimizer(WithPath):
     """Feeds a base optimiser with path-normalised gradients: g/κ (eq. (8)) in place of g.
 
     ``param_groups``, ``state``, ``defaults``, ``train()`` and ``eval()`` are the base optimiser's own, so that
@@ -118,6 +118,8 @@ class PathOptimizer(Optimizer):
             rtol=rtol,
         )
         bases = list(base) if isinstance(base, Sequence) else [base]
+        if not bases:
+            raise ValueError("base is an empty list; give it an optimiser, or several that hold the network's weights")
         for one in bases:
             if getattr(one, "divides_by_kappa", False):
                 raise ValueError(
@@ -141,8 +143,6 @@ class PathOptimizer(Optimizer):
             raise ValueError(f"{', '.join(twice)} would be stepped by two bases: give each parameter to one")
         # In place of Optimizer.__init__, which would make groups and state of its own: its hooks and its patch of step.
         self.__setstate__({})
-        for kind in ("state_dict_pre", "state_dict_post", "load_state_dict_pre", "load_state_dict_post"):
-            setattr(self, f"_optimizer_{kind}_hooks", getattr(base, f"_optimizer_{kind}_hooks"))
 
     @property
     def trust_radius(self) -> float | None:
@@ -180,8 +180,9 @@ class PathOptimizer(Optimizer):
         Raises:
             ValueError: no sequence length is known, a gradient is sparse, γ² is 0 where scale or radius needs it, or κ
                 of a recurrent matrix is 0 for T = 1 and its gradient is not.
-            FloatingPointError: a preconditioned gradient overflows though the gradient does not.
-            In every case parameters, gradients and state are untouched.
+            FloatingPointError: a preconditioned gradient overflows though the gradient does not, or the base's step of
+                such gradients does, with a trust radius.
+            In every case parameters, gradients and state are untouched, but for the base's state in the last one.
         """
         loss = None
         if closure is not None:
@@ -224,7 +225,16 @@ class PathOptimizer(Optimizer):
                 finally:
                     for p, own in before.items():
                         p.data = own
-                self._preconditioner.write(after)
+                try:
+                    self._preconditioner.write(after)
+                except FloatingPointError as error:
+                    if all(bool(quotient.isfinite().all()) for quotient in quotients.values()):
+                        raise FloatingPointError(
+                            "the base's step leaves the range of the weights' dtype before trust_radius can shorten it "
+                            "(its state has taken the gradient up): give it a smaller lr"
+                        ) from error
+                    for p, moved in after.items():  # as torch's optimisers take a gradient that is not finite
+                        p.copy_(moved)
             step.finish()
         finally:
             for p, gradient in held:
@@ -233,6 +243,9 @@ class PathOptimizer(Optimizer):
 
     def state_dict(self) -> dict[str, Any]:
         """The base's state dict with an entry ``"path"``: tensors and plain Python values only."""
+        return super().state_dict()
+
+    def _saved(self) -> dict[str, Any]:
         return {**self.base.state_dict(), "path": self._preconditioner._path()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -244,6 +257,9 @@ class PathOptimizer(Optimizer):
         Raises:
             ValueError: the state dict is not of a like optimiser of a like network; nothing has changed then.
         """
+        super().load_state_dict(state_dict)
+
+    def _load(self, state_dict: dict[str, Any]) -> None:
         rest, commit = self._preconditioner._parts(state_dict)
         with unchanged_unless_loaded(bases_of(self.base)):
             self.base.load_state_dict(rest)

@@ -198,7 +198,8 @@ def given(weights: Sequence[Weight], log_path_norm: Tensor, radius: float) -> De
     """Of a step that another optimiser has taken: ``gradient`` is the weight after it."""
     norm = Number(*power_of_e(log_path_norm))
     steps = [Number.of(w.to_canonical(w.gradient) - w.to_canonical(w.weight)) for w in weights]
-    share = _share([step.squares(w.divisor) for step, w in zip(steps, weights, strict=True)], norm, radius)
+    squares = [step.squares(w.divisor) for step, w in zip(steps, weights, strict=True)]
+    share = _share(squares, norm, radius)
 
     def commit(ok: Tensor) -> None:
         for w, step in zip(weights, steps, strict=True):
@@ -206,7 +207,8 @@ def given(weights: Sequence[Weight], log_path_norm: Tensor, radius: float) -> De
             shortened = w.from_canonical(w.to_canonical(w.weight) + (step * share).value()).to(w.weight.dtype)
             _keep(w.weight, torch.where(share.value() == 1, w.gradient, shortened), ok)
 
-    return torch.where(norm.m.isfinite(), 0, UNBOUNDED), commit
+    unbounded = torch.where(norm.m.isfinite(), 0, UNBOUNDED)
+    return _first(unbounded, _status(weights, [~square.m.isfinite() for square in squares], OVERFLOW)), commit
 
 
 def _share(squares: Sequence[Number], norm: Number, radius: float) -> Number:

@@ -110,7 +110,7 @@ class ReLURNN(nn.RNNBase):
 
     def __init__(self, *arguments: Any, **keywords: Any) -> None:
         if len(arguments) > 3 and isinstance(arguments[3], str):
-            self._init(*arguments[:3], *arguments[4:], nonlinearity=arguments[3], **keywords)
+            self._init(*arguments[:3], *arguments[4:], nonlinearity=arguments[3], **keywords)  # type: ignore[misc]
         else:
             self._init(*arguments, **keywords)
 
@@ -254,7 +254,7 @@ class ReLURNN(nn.RNNBase):
         steps_first = x.transpose(0, 1) if self.batch_first else x
         seq_len = steps_first.shape[0]
         if lengths is not None:
-            # On the CPU once, not in every layer and direction: that is where they are read. A copy, for the backward pass
+            # On the CPU once, not in every layer and direction: that is where they are read. A copy: the backward pass
             # reads them again, and a loader may have written the next batch's there by then.
             lengths = torch.as_tensor(lengths).to("cpu", torch.int64, copy=True)
             if not torch.compiler.is_compiling() and lengths.numel() > 0 and not without_numbers(lengths):

@@ -12,7 +12,7 @@ import functools
 import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
 
@@ -25,6 +25,7 @@ from torch.utils._pytree import tree_map
 #: The largest entry of a weight stays within 2^±100, its square within 2^±200, and that of what is computed within
 #: 2^±400, so that no product leaves float64. The power of two beside a tensor takes the rest.
 WEIGHT_RANGE, _RANGE = 100, 400
+_LEAST = 2.0**-1000
 
 
 class Kind(Enum):
@@ -45,6 +46,15 @@ class Run:
     report: Callable[[str, str], None]
     #: Whether tensors of unlike exponents have met: only then can the smaller, and its derivatives, have underflowed.
     aligned: bool = False
+    #: Whether the entries of tensors were so unlike that products of them may have underflowed.
+    lost: bool = False
+    #: ``weights`` of tensors that have been cast to another dtype, perhaps: the module has one memory, or two, then.
+    cast: list[set[str]] = field(default_factory=list)
+
+    def watch(self, a: Tensor, b: Tensor) -> None:
+        """Note whether a product of positive entries may underflow."""
+        least, other = (float(torch.where(x > 0, x, 1.0).detach().amin()) if x.numel() else 1.0 for x in (a, b))
+        self.lost |= least * other < _LEAST
 
 
 class Squared(Tensor):
@@ -149,6 +159,7 @@ def _operand(value: Any, beside: Squared) -> Squared:
     if tensor.is_complex():
         raise _Refused("it has a complex constant")
     weight, exponent = normalised(tensor.to(beside.value.device, torch.float64).abs(), 0, WEIGHT_RANGE)
+    beside.run.watch(weight, weight)
     return Squared(weight.square(), 2 * exponent, Kind.EDGE, set(), beside.run)
 
 
@@ -176,6 +187,7 @@ def _times(product: Callable[[Tensor, Tensor], Tensor], first: Any, second: Any)
         raise _Refused("it multiplies two activations, or an activation by computed weights")
     if twice := sorted(a.weights & b.weights):
         raise _Refused(f"{', '.join(twice)} lies twice on a path, so that κ⁽²⁾ is not 0: untie what shares it")
+    a.run.watch(a.value, b.value)
     result = _node(product(a.value, b.value), a.exponent + b.exponent, a, b)
     if a.kind is b.kind and not (a.weights and b.weights):
         result.kind = Kind.EDGE
@@ -203,14 +215,18 @@ def _scaled(x: Any, factor: Any) -> Any:
 
 
 def _add(func: Any, input: Any, other: Any, *, alpha: Any = 1) -> Squared:
-    return _plus(input, _scaled(other, alpha))  # a difference has the weight -1, squared 1
+    x, y = _operands(input, other)
+    return _plus(x, _scaled(y, alpha))  # a difference has the weight -1, squared 1
 
 
 def _add_(func: Any, input: Any, other: Any, *, alpha: Any = 1) -> Squared:
     """In memory, as the module means it: tensors that share it change too."""
-    x, y = _operands(input, _scaled(other, alpha))
+    x, y = _operands(input, other)
+    y = _scaled(y, alpha)
     if x is not input or x.kind is not Kind.NODE:
         raise _Refused("it changes its input, a weight or a constant in place")
+    if any(x.weights is cast for cast in x.run.cast):
+        raise _Refused("it changes in place what a cast to another dtype may or may not have copied: write x = x + y")
     x.value.add_(_at(y, x.exponent))
     x.weights.update(y.weights)
     return x
@@ -299,10 +315,15 @@ def _pad(func: Any, input: Squared, pad: Any, mode: str = "constant", value: Any
 def _cast(func: Any, input: Squared, *args: Any, **kwargs: Any) -> Squared:
     """All is float64 here. The input may be tokens."""
     arguments = tree_map(lambda x: x.value if isinstance(x, Squared) else x, (args, kwargs))
-    result = func(input.value.new_empty(0), *arguments[0], **arguments[1])
-    if input.kind is not Kind.INPUT and not result.is_floating_point():
+    own = torch.float32, torch.float64
+    cast = [func(input.value.new_empty(0, dtype=dtype), *arguments[0], **arguments[1]).dtype for dtype in own]
+    if input.kind is not Kind.INPUT and not cast[0].is_floating_point:
         raise _Refused("it rounds activations")
-    return _copy(input) if kwargs.get("copy") else input
+    if kwargs.get("copy"):
+        return _copy(input)
+    if cast[0] is cast[1]:
+        input.run.cast.append(input.weights)
+    return input
 
 
 def _join(func: Any, tensors: Sequence[Any], *args: Any, **kwargs: Any) -> Squared:

@@ -39,14 +39,15 @@ class Steps:
         #: former changes no tensor of others.
         self._transformed = 0
         self._compiled = torch.zeros((), dtype=torch.int64, device="cpu")
+        self._is_compiled = False  # whether there is something in it to be read
 
     @property
     def longest(self) -> int | None:
         """T; None if no gradient can have been."""
-        compiled = 0 if without_numbers(self._compiled) else int(self._compiled)
+        compiled = int(self._compiled) if self._is_compiled and not without_numbers(self._compiled) else 0
         if traced := max(self._transformed, compiled):
             self._add(traced, {})
-            self._transformed = 0
+            self._transformed, self._is_compiled = 0, False
             self._compiled.zero_()
         return self._found or self._frozen
 
@@ -59,6 +60,7 @@ class Steps:
         if transformed():
             self._transformed = seq_len + (self._transformed if goes_on else 0)
         else:
+            self._is_compiled = True
             (self._compiled.add_ if goes_on else self._compiled.fill_)(seq_len)
 
     def watch(self, outputs: Iterable[Tensor], seq_len: int, h_0: Tensor | None, weights: _Weights) -> None:

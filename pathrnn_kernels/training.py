@@ -625,6 +625,7 @@ def plot(run: Run, path: Path) -> None:
         if values and 0 < 10 * min(values) < max(values):
             axes.set_yscale("log")
     axes.set_xlabel(f"optimiser steps (batches of {config.batch_size} sequences)")
-    figure.suptitle(f"{task.title}: {config.optimizer}, lr {config.lr:g}, {config.hidden_size} hidden units")
+    title = f"{task.title}: {config.optimizer}, lr {config.lr:g}, {config.hidden_size} hidden units"
+    figure.suptitle(title, parse_math=False)  # a file's name may have any character
     with atomic_write(path) as file:
         figure.savefig(file, format="png", dpi=120)

@@ -670,3 +670,84 @@ def test_state_dict_hooks_and_added_groups():
     optimizer.step()
     assert extra[0].item() == pytest.approx(0.5)  # the radius is the network's
     assert optimizer.state_dict()["by"] == "hook"
+
+
+def of_several(net):
+    ps = list(net.parameters())
+    return [torch.optim.Adam(ps[:2], lr=1e-3), torch.optim.SGD(ps[2:], lr=1e-3)]
+
+
+@pytest.mark.parametrize("copied", (False, True), ids=("itself", "copy"))
+@pytest.mark.parametrize("kind", ("PathSGD", "around one", "around two"))
+def test_state_dict_hooks_run_around_all_of_a_state_dict(kind, copied):
+    net = make()
+    base = torch.optim.Adam(net.parameters()) if kind == "around one" else of_several(net)
+    optimizer = pk.PathSGD(net) if kind == "PathSGD" else pk.PathOptimizer(base, net)
+    if copied:
+        net, optimizer = copy.deepcopy((net, optimizer))
+    backward(net)
+    optimizer.step()
+    seen, path = [], optimizer.state_dict()["path"]
+    assert path["shapes"]
+
+    def trimmed(_, state):
+        seen.append("load")
+        return {**state, "param_groups": state["param_groups"][:-1]}
+
+    optimizer.register_state_dict_pre_hook(lambda _: seen.append("before"))
+    optimizer.register_state_dict_post_hook(lambda o, state: seen.append((o is optimizer, state["path"] == path)))
+    optimizer.register_load_state_dict_pre_hook(trimmed)
+    optimizer.register_load_state_dict_post_hook(lambda o: o.state_dict())
+    state = optimizer.state_dict()
+    state["param_groups"] = [*state["param_groups"], {"params": [99]}]  # fits after the hook
+    optimizer.load_state_dict(state)
+    assert seen == ["before", (True, True), "load", "before", (True, True)]
+
+
+class Counting(torch.optim.SGD):
+    """Keeps something that is no parameter's, as torch lets it."""
+
+    def step(self, closure=None):
+        self.state["calls"] = self.state.get("calls", 0) + 1
+        return super().step(closure)
+
+
+@pytest.mark.parametrize("several", (False, True))
+def test_state_that_is_no_parameters_is_saved_and_loaded(several):
+    net = make()
+    ps = list(net.parameters())
+    bases = [Counting(ps[:2], 1e-3), Counting(ps[2:], 1e-3)] if several else [Counting(ps, 1e-3)]
+    optimizer = pk.PathOptimizer(bases, net)
+    for _ in range(2):
+        backward(net)
+        optimizer.step()
+    state = optimizer.state_dict()
+    for base in bases:
+        base.state["calls"] = 0
+    optimizer.load_state_dict(state)
+    assert [base.state["calls"] for base in bases] == [2] * len(bases)
+
+
+@pytest.mark.parametrize("backend", ("cpu", "reference"))
+@pytest.mark.parametrize("gradient", (0.01, math.nan))
+def test_a_step_of_the_base_beyond_the_dtype_is_refused_unless_the_gradient_is(gradient, backend, monkeypatch):
+    monkeypatch.setenv("PATHRNN_BACKEND", backend)
+    net = make(dtype=torch.float16)
+    with torch.no_grad():
+        net.head.weight.fill_(0.02)
+    for p in net.parameters():
+        p.grad = torch.full_like(p, gradient)
+    before = values(net)
+    optimizer = pk.PathOptimizer(torch.optim.SGD(net.parameters(), lr=6e4), net, trust_radius=0.01, seq_len=6)
+    if math.isnan(gradient):  # as torch's own optimisers
+        optimizer.step()
+        assert not any(p.isfinite().any() for p in net.parameters())
+        return
+    with pytest.raises(FloatingPointError, match="the base's step leaves the range of the weights' dtype"):
+        optimizer.step()
+    assert all(torch.equal(p, q) for p, q in zip(net.parameters(), before, strict=True))
+
+
+def test_no_base_at_all_is_refused():
+    with pytest.raises(ValueError, match="base is an empty list"):
+        pk.PathOptimizer([], make())

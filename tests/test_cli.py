@@ -281,3 +281,13 @@ def test_too_large_a_network_is_a_sentence(tmp_path, capsys, size):
     assert cli.main(["train", "adding", "--hidden-size", size, "--out", str(tmp_path / "run")]) == 1
     error = capsys.readouterr().err
     assert error.startswith("pathrnn: the memory does not suffice; use a smaller network or batch")
+
+
+def test_closed_streams_are_no_reason_to_stop(monkeypatch, tmp_path):
+    monkeypatch.setattr(sys, "stdout", None)
+    monkeypatch.setattr(sys, "stderr", None)
+    arguments = ["adding", "--length", "4", "--hidden-size", "4", "--steps", "2", "--out", str(tmp_path)]
+    status = cli.main(["train", *arguments])
+    for name in ("stdout", "stderr"):
+        getattr(sys, name).close()
+    assert status == 0

@@ -409,6 +409,7 @@ def test_state_dicts_of_version_0_1_load():
         (mutate(["path", "steps"], -1), "steps=-1"),
         (mutate(["path", "log_constant"], math.nan), "log_constant=nan"),
         (mutate(["path", "lags"], {"nothing": 1}), "lags="),
+        (mutate(["path", "lags"], {"rnn.weight_hh_l0": 2**63}), "lags="),
         (mutate(["path", "kappa"], 3), "cached κ"),
         (mutate(["path", "kappa", "entries", "head.bias"], KeyError), "cached κ"),
         (mutate(["path", "kappa", "entries", "head.bias", "mantissa"], torch.ones(7)), "cached κ"),

@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 from torch.func import functional_call
 
 import pathrnn_kernels as pk
@@ -848,3 +848,52 @@ def test_backward_hooks_are_for_gradients_of_a_loss(register):
     assert len(seen) == 1
     optimizer.step()
     assert len(seen) == 1
+
+
+def test_units_of_one_layer_that_float64_does_not_hold_beside_one_another_are_refused():
+    net = nn.Sequential(nn.Linear(1, 2, bias=False), nn.ReLU(), nn.Linear(2, 1, bias=False)).double()
+    for ratio in (1e150, 1e200):
+        with torch.no_grad():
+            net[0].weight.copy_(torch.tensor([[1.0], [1 / ratio]]))
+            net[2].weight.copy_(torch.tensor([[1.0, ratio]]))
+        if ratio == 1e150:
+            assert pk.kappa_of_module(net, (1,)).log_path_norm.item() == pytest.approx(math.log(2), rel=1e-12)
+            continue
+        with pytest.raises(FloatingPointError, match="units of a layer, differ by more than float64 holds"):
+            pk.kappa_of_module(net, (1,))
+
+
+class Casts(nn.Module):
+    def __init__(self, cast, in_place):
+        super().__init__()
+        self.a, self.b, self.cast, self.in_place = nn.Linear(3, 2), nn.Linear(3, 2), cast, in_place
+
+    def forward(self, x):
+        h = self.a(x)
+        y = self.cast(h)
+        y = y.add_(self.b(x)) if self.in_place else y + self.b(x)
+        return y.float() + h
+
+
+@pytest.mark.parametrize("cast", (Tensor.double, Tensor.float, lambda h: h.to(torch.float64)))
+def test_what_a_cast_may_have_copied_is_not_changed_in_place(cast):
+    k = pk.kappa_of_module(Casts(cast, False), (3,))
+    assert k.dense("b.bias").tolist() == [1, 1] and k.dense("a.bias").tolist() == [2, 2]
+    with pytest.raises(ValueError, match="it changes in place what a cast to another dtype may or may not have copied"):
+        pk.kappa_of_module(Casts(cast, True), (3,))
+    assert pk.kappa_of_module(Casts(lambda h: h.to("cpu"), True), (3,)).dense("b.bias").tolist() == [2, 2]
+
+
+@pytest.mark.parametrize("call", (torch.add, torch.sub, Tensor.add_))
+def test_a_constant_is_added_so_many_times(call):
+    class Adds(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a = nn.Linear(3, 1, bias=False)
+
+        def forward(self, x):
+            return call(self.a(x), 2.0, alpha=3)
+
+    net = Adds()
+    norm = pk.kappa_of_module(net, (3,)).log_path_norm.exp().item()
+    assert norm == pytest.approx(net.a.weight.double().square().sum().item() + 36, rel=1e-12)

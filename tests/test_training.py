@@ -242,6 +242,14 @@ def test_the_plot_shows_both_errors_their_baselines_and_units(tmp_path, monkeypa
         assert any("always answering 1" in text.get_text() for text in axes.get_legend().get_texts())
 
 
+def test_a_plot_names_a_text_of_any_name(tmp_path):
+    path = tmp_path / os.fsdecode(b"$^\xff_$.txt")
+    path.write_text("to be or not to be " * 40)
+    options = {"task": "charlm", "corpus": "file", "data": str(path), "length": 4, "hidden_size": 4, "batch_size": 2}
+    training.train(Config.of(steps=2, optimizer="path-sgd", **options), tmp_path / "run")
+    assert (tmp_path / "run" / training.PLOT).stat().st_size > 10_000
+
+
 def test_a_run_stopped_before_its_first_held_out_error_has_a_plot_and_a_checkpoint_too(tmp_path):
     train(tiny(), tmp_path, stop=stop_after(2))
     assert (tmp_path / training.PLOT).stat().st_size > 1000 and state(tmp_path)["step"] == 2

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Sequence
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
+from typing import Any
 
 from pathrnn_kernels.checkpoints import TrainingError
 from pathrnn_kernels.cli import Parser
@@ -81,8 +82,17 @@ def _table(given: argparse.Namespace, out: Path) -> int:
         make_task(experiment)  # what is no data set is refused now, not after the rows before it, hours later
     committed = out / f"{given.what}.json"
     report.restore(committed, jobs)
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
-    finished = run_all(jobs, given.processes)
+    ended: list[int] = []
+
+    def end(number: int, _: Any) -> None:
+        ended.append(number)
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, end)
+    try:
+        finished = run_all(jobs, given.processes)
+    finally:
+        signal.signal(signal.SIGTERM, before)
     result = report.collect(given.what, chosen, jobs, given.quick)
     if given.what == "fig2" and finished:
         lengths, sizes = (ratios.QUICK_LENGTHS, ratios.QUICK_SIZES) if given.quick else (ratios.LENGTHS, ratios.SIZES)
@@ -92,7 +102,7 @@ def _table(given: argparse.Namespace, out: Path) -> int:
         print(path)
     if not finished:
         print("interrupted: the same command goes on", file=sys.stderr)
-        return 128 + signal.SIGINT
+        return 128 + (ended or [signal.SIGINT])[0]
     return 0
 
 

@@ -15,7 +15,7 @@ from pathrnn_kernels.training import extra
 
 from . import ratios
 from .rows import TABLES, Cell
-from .running import RESULT, Job, options, result_of
+from .running import RESULT, Job, loaded, options, result_of
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -86,7 +86,7 @@ def _settings(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def _stored(path: Path) -> dict[str, Any] | None:
-    found = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    found = loaded(path) if path.is_file() else {}
     return found if found.get("schema") == SCHEMA and not found["quick"] else None
 
 
@@ -202,7 +202,7 @@ def curves(rows: Sequence[dict[str, Any]]) -> Figure:
     if 0 < min(best, default=0.0) < trivial / 10:
         axes.set_yscale("log")
     else:
-        axes.set_ylim(0, max(1.5 * trivial, *(1.1 * value for value in best)))  # explosions must not flatten the rest
+        axes.set_ylim(0, max([1.5 * trivial, *(1.1 * value for value in best)]))  # explosions must not flatten the rest
     times = f" × {rows[0]['factor']:g}" if rows[0]["factor"] != 1 else ""
     axes.set_ylabel(f"held-out {rows[0]['error']}{times}")
     axes.set_xlabel("optimiser steps")

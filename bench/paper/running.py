@@ -51,6 +51,17 @@ def options(config: Config) -> dict[str, Any]:
     return {name: None if value == math.inf else value for name, value in asdict(config).items()}
 
 
+def loaded(path: Path) -> dict[str, Any]:
+    """The object of a JSON file; TrainingError if there is another thing in it, or half of one."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise TrainingError(f"{path} is damaged ({error}): move it away") from error
+    if not isinstance(found, dict):
+        raise TrainingError(f"{path} is damaged, it holds no JSON object: move it away")
+    return found
+
+
 def result_of(job: Job) -> dict[str, Any] | None:
     """The job's result file; None where there is none yet, or one of fewer steps.
 
@@ -60,8 +71,9 @@ def result_of(job: Job) -> dict[str, Any] | None:
     path = job.folder / RESULT
     if not path.is_file():
         return None
-    found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    wanted = options(job.experiment)
+    found, wanted = loaded(path), options(job.experiment)
+    if not isinstance(found.get("config"), dict):
+        raise TrainingError(f"{path} is damaged, it has no config: move it away")
     other = [name for name in wanted if found["config"].get(name) != wanted[name]]
     if other == ["steps"] and found["config"]["steps"] < wanted["steps"]:
         return None

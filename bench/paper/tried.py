@@ -214,7 +214,7 @@ def curves(results: Sequence[Result]) -> Figure:
         axes.grid(alpha=0.3)
     right.legend()
     first = results[0]
-    figure.suptitle(f"{first['title']}; batches of {first['config']['batch_size']}", fontsize=10)
+    figure.suptitle(f"{first['title']}; batches of {first['config']['batch_size']}", fontsize=10, parse_math=False)
     return figure
 
 

@@ -363,12 +363,14 @@ class Step {
   }
   int64_t lost(size_t v) const { return narrow() ? kNarrow : kLost + 4 * moving_[v]; }
   // A square that is not finite is no length, unless of gradients that are not either: torch's optimisers take those.
+  // Whether they were, of a step that is given, its caller knows.
   int64_t refused(const std::vector<StepSums>& sums) const {
     for (size_t v = 0; v < views_.size(); ++v) {
       if (chains_.recurrent(moving_[v]) && sums[v].pulled && !sums[v].paths) return kUnreached + 4 * moving_[v];
     }
     for (size_t v = 0; v < views_.size(); ++v) {
-      if (sums[v].lost || (!std::isfinite(sums[v].square.mantissa) && all_finite(views_[v]))) return lost(v);
+      const bool finite = std::isfinite(sums[v].square.mantissa);
+      if (sums[v].lost || (!finite && (a_.rule == "given" || all_finite(views_[v])))) return lost(v);
     }
     return kDone;
   }

@@ -45,10 +45,9 @@ def be_counted() -> None:
         return
     registry = _register()
     for mode in _get_current_dispatch_mode_stack():  # one that is older has copied the table before
-        counter = getattr(mode, "counter", None)
-        if hasattr(counter, "flop_registry"):
-            for packet, formula in registry.items():
-                counter.flop_registry.setdefault(packet, formula)
+        copied = getattr(getattr(mode, "counter", None), "flop_registry", {})
+        for packet, formula in registry.items():
+            copied.setdefault(packet, formula)
 
 
 @functools.cache

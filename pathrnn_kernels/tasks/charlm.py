@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -48,7 +49,7 @@ class Characters(LanguageModel):
     ) -> None:
         text.check_corpus(corpus, data, CORPORA)
         characters = _speeches(corpus) if data is None else _characters(corpus, Path(data))
-        title = CORPORA[corpus] if corpus != "file" else Path(str(data)).name
+        title = CORPORA[corpus] if corpus != "file" else os.fsencode(Path(str(data)).name).decode("utf-8", "replace")
         super().__init__(characters.first(size) if size else characters, seq_len, one_hot, "character", title)
 
     def held_out_error(self, mean: float) -> float:

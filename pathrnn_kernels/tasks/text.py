@@ -77,6 +77,8 @@ class LanguageModel:
         self.trivial_answer = f"the training text's frequencies of {unit}s"
         self.held_out_size = _streams(corpus.valid)[1].numel()
         counts = corpus.train.long().bincount(minlength=self.input_size).double()
+        if int((counts > 0).sum()) < 2:
+            raise DataError(f"the train text of {title} is one {unit} over and over: nothing to learn")
         # One is added to what the training text lacks: it would cost infinitely many bits.
         information = (counts.sum() / counts.clamp(min=1)).log()
         self.trivial_loss = float((counts / counts.sum()) @ information)
