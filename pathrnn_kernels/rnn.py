@@ -256,7 +256,7 @@ class ReLURNN(nn.RNNBase):
         if lengths is not None:
             # On the CPU once, not in every layer and direction: that is where they are read. A copy: the backward pass
             # reads them again, and a loader may have written the next batch's there by then.
-            lengths = torch.as_tensor(lengths).to("cpu", torch.int64, copy=True)
+            lengths = torch.as_tensor(lengths, dtype=torch.int64, device="cpu").clone()
             if not torch.compiler.is_compiling() and lengths.numel() > 0 and not without_numbers(lengths):
                 seq_len = min(seq_len, max(1, int(lengths.max())))
         y, h_n = self._run(steps_first, seq_len, h_0, lengths, weight.dtype, autocast)
