@@ -391,8 +391,7 @@ class Engine(WithPath):
         moving.check_gradients()
         self._check_groups()
         check_written([weights[i] for i in moving.places], *update[2:5])
-        scaler = [t if t is None else t.to(weights[0].device) for t in update[-2:]]  # which may be of another device
-        update = (*update[:-2], *scaler)
+        update = (*update[:-2], *self._scaler(weights[0].device))
         capturable = self.param_groups[0]["capturable"]
         if _captures(weights[0]) and (not capturable or self.update_every > 1):
             raise RuntimeError(
@@ -409,6 +408,10 @@ class Engine(WithPath):
                     self._trusted = not self._underflowed and int(k._arithmetic) == 0
                 self._pending = _Pending(*_to_host(status), moving.layout.names, weights[0].dtype, not unread)
         return 0
+
+    def _scaler(self, device: torch.device) -> list[Tensor | None]:
+        """GradScaler's numbers, which may be of another device."""
+        return [None if (t := self.__dict__.get(name)) is None else t.to(device) for name in _OF_A_SCALER]
 
     def _raise_pending(self) -> None:
         """Raises what the last step would have raised, had it waited."""
@@ -439,9 +442,11 @@ class Engine(WithPath):
             keys = (*self.buffers, "")[:2]
             state = [[of.get(key) for of in states] for key in (*keys, "step")]
             numbers = [tuple(map(float, self._numbers(group))) for group in groups]
-            rates = [lr if isinstance(lr := group["lr"], Tensor) else float(lr) for group in groups]
+            rates = [
+                _tensor(lr, weights[0]) if isinstance(lr := group["lr"], Tensor) else float(lr) for group in groups
+            ]
             entries = moving.entries(k, weights, numbers, rates, *state, states)
-            scale, found_inf = map(self.__dict__.get, _OF_A_SCALER)
+            scale, found_inf = self._scaler(weights[0].device)
             status, commit = self._decide(moving, k, entries, 1.0 if scale is None else 1 / scale)
             ok = status == 0
             if found_inf is not None:

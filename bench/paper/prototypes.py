@@ -8,8 +8,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from pathrnn_kernels import GatedPathSGD, PathAdam, PathNetwork, kappa, log_path_norm
-from pathrnn_kernels.kappa import Kappa
+from pathrnn_kernels import GatedPathSGD, PathAdam, PathNetwork, PathSOAP, kappa, log_path_norm, plain
+from pathrnn_kernels.kappa import Kappa, Number
 
 _RECURRENT, _OUTPUT_BIAS = "rnn.weight_hh_l0", "head.bias"
 
@@ -72,6 +72,37 @@ class BoundedGrowth(PathAdam):
                 p.add_(former).mul_(0.5)
             growth = float(log_path_norm(self.net, self.length)) - old
         return loss
+
+
+class SteadySOAP(PathSOAP):
+    """``PathSOAP``, whose gradients keep their sizes beside one another: a small one is divided by an average of ‖g̃‖.
+
+    Divided each by its own, the gradient of a batch that is learned counts as much as that of one that is not, and where
+    steps become short weights go to where the mean of g̃/‖g̃‖ is 0, which is no minimum. ``memory`` is the decay of the
+    average; without ``clip`` large ones keep their sizes, too.
+    """
+
+    def __init__(
+        self, net: PathNetwork, lr: float, seq_len: int, memory: float = 0.99, clip: bool = True, **given: Any
+    ) -> None:
+        super().__init__(net, lr, seq_len=seq_len, fused=False, **given)
+        self.memory, self.clip, self.mean, self.weight = memory, clip, 0.0, 0.0
+
+    def _decide(self, *given: Any) -> Any:
+        total = plain._total
+
+        def divisor(squares: Any) -> Number:
+            length = float(total(squares).root().value())
+            self.mean += (1 - self.memory) * (length - self.mean)
+            self.weight += (1 - self.memory) * (1 - self.weight)
+            mean = self.mean / self.weight
+            return Number.of(torch.tensor(max(length, mean) if self.clip else mean, dtype=torch.float64).square())
+
+        plain._total = divisor
+        try:
+            return super()._decide(*given)
+        finally:
+            plain._total = total
 
 
 class PathMuon(torch.optim.Optimizer):

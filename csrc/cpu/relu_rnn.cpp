@@ -42,7 +42,7 @@ double copy_bytes(const Tensor& t) { return t.is_contiguous() ? 0 : bytes_of(t);
 
 // y, copies of what is not dense, and W_hh once more, packed. In double, which no size overflows.
 double forward_bytes(const Sizes& s, const Tensor& x, const Tensor& weight_hh) {
-  const double rows = static_cast<double>(s.seq_len) * s.batch;
+  const double rows = static_cast<double>(x.numel()) / s.input;  // of a PackedSequence fewer than T B
   return rows * s.hidden * x.element_size() + copy_bytes(x) + copy_bytes(weight_hh) + bytes_of(weight_hh);
 }
 
