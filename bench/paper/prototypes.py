@@ -77,9 +77,9 @@ class BoundedGrowth(PathAdam):
 class SteadySOAP(PathSOAP):
     """``PathSOAP``, whose gradients keep their sizes beside one another: a small one is divided by an average of ‖g̃‖.
 
-    Divided each by its own, the gradient of a batch that is learned counts as much as that of one that is not, and where
-    steps become short weights go to where the mean of g̃/‖g̃‖ is 0, which is no minimum. ``memory`` is the decay of the
-    average; without ``clip`` large ones keep their sizes, too.
+    Divided each by its own, the gradient of a batch that is learned counts as much as that of one that is not, and
+    where steps become short weights go to where the mean of g̃/‖g̃‖ is 0, which is no minimum. ``memory`` is the decay
+    of the average; without ``clip`` large ones keep their sizes, too.
     """
 
     def __init__(
@@ -98,7 +98,7 @@ class SteadySOAP(PathSOAP):
             mean = self.mean / self.weight
             return Number.of(torch.tensor(max(length, mean) if self.clip else mean, dtype=torch.float64).square())
 
-        plain._total = divisor
+        plain._total = divisor  # type: ignore[assignment]
         try:
             return super()._decide(*given)
         finally:
