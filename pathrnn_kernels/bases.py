@@ -73,7 +73,8 @@ class Together(Optimizer):
     def state(self, state: Any) -> None:
         for base in self.bases:
             own = (p for group in base.param_groups for p in group["params"])
-            base.state = defaultdict(dict, {p: state[p] for p in own if p in state})
+            kept = {key: value for key, value in base.state.items() if not isinstance(key, Tensor)}
+            base.state = defaultdict(dict, kept | {p: state[p] for p in own if p in state})
 
     @property
     def defaults(self) -> dict[str, Any]:  # type: ignore[override]

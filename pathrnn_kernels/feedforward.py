@@ -16,7 +16,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from .arguments import FULL_DTYPES, check_alike, check_finite
 from .kappa import Kappa, Scaled
@@ -28,6 +28,8 @@ _LN2 = math.log(2)
 
 #: Of ∂γ²/∂p̃ in the units of the run. Derivatives that are smaller by what a tensor may hold, 2^400, are denormal.
 _UNDERFLOW = 2.0**-600
+#: Bits below γ² at which nothing of a path is left in it.
+_FAINT = 53
 
 #: Modules that are refused whatever they are made of.
 _REFUSED: tuple[tuple[tuple[type[nn.Module], ...], str], ...] = (
@@ -67,9 +69,9 @@ def kappa_of_module(module: nn.Module, input_shape: Sequence[int]) -> Kappa:
 
     The pass is in float64 with a power of two beside every tensor, so that depth and the size of weights do not matter:
     κ⁽¹⁾ of a plain chain of layers is right for every γ², beyond float64 too. Where paths of unlike size meet, as at
-    biases and shortcuts, or in one layer, it is where they are within some 1e180 of one another, and refused beyond.
-    The pass costs the module's forward and backward on one example, and some ten sweeps over the parameters and 20
-    bytes for each.
+    biases and shortcuts, it is where they are within some 1e180 of one another, and refused beyond; of one tensor,
+    entries 1e150 times smaller than the largest are taken to be on no path, unless their paths count. The pass costs
+    the module's forward and backward on one example, and some ten sweeps over the parameters and 20 bytes for each.
 
     Args:
         module: takes one tensor and returns one. Parameters of one dtype, float32 or float64, on one device.
@@ -199,12 +201,15 @@ class _Pass:
         self.module = module
         self.device = next(iter(parameters.values())).device
         self.parameters = parameters
-        self.run = Run(self._refuse)
+        self.run = Run(self._refuse, next(iter(parameters.values())).dtype)
         self.squares: dict[str, Squared] = {}
+        #: Entries whose squares underflow beside their tensor's largest, and 0.
+        self.faint: dict[str, Tensor] = {}
         for name, p in parameters.items():
             root, exponent = normalised(p.detach().double().abs(), 0, WEIGHT_RANGE)
-            self.run.watch(root, root)
             square = root.square().requires_grad_()
+            if bool((low := (root > 0) & (square < torch.finfo(torch.float64).tiny)).any()):
+                self.faint[name] = torch.where(low, root, 0.0)
             self.squares[name] = Squared(square, 2 * exponent, Kind.EDGE, {name}, self.run)
         #: Qualified name of a module → what was refused in it.
         self.refusals: dict[str, str] = {}
@@ -265,11 +270,6 @@ class _Pass:
         )
 
     def kappa(self, output: Squared) -> Kappa:
-        if self.run.lost:
-            raise FloatingPointError(
-                "κ underflows: entries of weights, or units of a layer, differ by more than float64 holds; rescale the "
-                "units, or set such entries to 0"
-            )
         total = output.value.sum()
         leaves = [square.value for square in self.squares.values()]
         found = torch.autograd.grad(total, leaves, allow_unused=True) if total.requires_grad else [None] * len(leaves)
@@ -282,6 +282,13 @@ class _Pass:
                 if stride == 0 and gradient.shape[dim] > 1:  # equal entries, which autograd has not expanded either
                     gradient = gradient.narrow(dim, 0, 1)
             largest = float(gradient.amax()) if gradient.numel() else 0.0
+            if (faint := self.faint.get(name)) is not None:  # whose paths may be all the same of some weight
+                share = torch.frexp(gradient)[1] + 2 * torch.frexp(faint)[1] - torch.frexp(norm)[1]
+                if bool(((gradient > 0) & (faint > 0) & ((share > -_FAINT) | (norm == 0))).any()):
+                    raise FloatingPointError(
+                        f"the square of an entry of {name} underflows beside its tensor's largest, but paths through "
+                        "it do not: rescale the units"
+                    )
             if not math.isfinite(largest + float(norm)):
                 raise FloatingPointError(
                     f"κ of {name} overflows: units on the same paths differ by more than float64 holds; rescale the "

@@ -53,8 +53,9 @@ def node_rescale_(net: PathNetwork, alphas: Sequence[Tensor]) -> PathNetwork:
     for name, p in net.named_parameters():
         if name not in new:
             continue
-        tiny = torch.finfo(p.dtype).tiny  # what becomes subnormal loses digits, and with them the function
-        lost = (p.abs() >= tiny) & (new[name].abs() < tiny) | (p != 0) & (new[name] == 0)
+        # A row that becomes subnormal loses digits, and with them the function.
+        tiny, most = torch.finfo(p.dtype).tiny, new[name].abs().amax(-1, keepdim=True)
+        lost = (p.abs() >= tiny) & (most < tiny) | (p != 0) & (new[name] == 0)
         if (lost | p.isfinite() & ~new[name].isfinite()).any():
             raise ValueError(f"alphas take an entry of {name} out of the range of {p.dtype}: use factors closer to 1")
         check_writable(name, p)

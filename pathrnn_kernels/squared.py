@@ -12,7 +12,7 @@ import functools
 import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from enum import Enum
 from typing import Any
 
@@ -25,7 +25,6 @@ from torch.utils._pytree import tree_map
 #: The largest entry of a weight stays within 2^±100, its square within 2^±200, and that of what is computed within
 #: 2^±400, so that no product leaves float64. The power of two beside a tensor takes the rest.
 WEIGHT_RANGE, _RANGE = 100, 400
-_LEAST = 2.0**-1000
 
 
 class Kind(Enum):
@@ -44,17 +43,10 @@ class Run:
 
     #: Told of every call without a rule: the function's name, and the reason.
     report: Callable[[str, str], None]
+    #: Of the module's parameters.
+    dtype: torch.dtype
     #: Whether tensors of unlike exponents have met: only then can the smaller, and its derivatives, have underflowed.
     aligned: bool = False
-    #: Whether the entries of tensors were so unlike that products of them may have underflowed.
-    lost: bool = False
-    #: ``weights`` of tensors that have been cast to another dtype, perhaps: the module has one memory, or two, then.
-    cast: list[set[str]] = field(default_factory=list)
-
-    def watch(self, a: Tensor, b: Tensor) -> None:
-        """Note whether a product of positive entries may underflow."""
-        least, other = (float(torch.where(x > 0, x, 1.0).detach().amin()) if x.numel() else 1.0 for x in (a, b))
-        self.lost |= least * other < _LEAST
 
 
 class Squared(Tensor):
@@ -66,13 +58,18 @@ class Squared(Tensor):
     #: The parameters that lie on paths to it; one set for all that may share memory, which may be changed in place.
     weights: set[str]
     run: Run
+    #: The dtype that the module has here.
+    own: torch.dtype
 
     @staticmethod
     def __new__(cls, value: Tensor, *_: Any) -> Squared:
         return Tensor._make_wrapper_subclass(cls, value.shape, dtype=value.dtype, device=value.device)
 
-    def __init__(self, value: Tensor, exponent: int, kind: Kind, weights: set[str], run: Run) -> None:
+    def __init__(
+        self, value: Tensor, exponent: int, kind: Kind, weights: set[str], run: Run, own: torch.dtype | None = None
+    ) -> None:
         self.value, self.exponent, self.kind, self.weights, self.run = value, exponent, kind, weights, run
+        self.own = run.dtype if own is None else own
 
     @classmethod
     def __torch_function__(
@@ -129,11 +126,11 @@ def _substitute(func: Any, args: Any, kwargs: Any) -> Any:
     kind = Kind.EDGE if all(x.kind is Kind.EDGE for x in sources) else Kind.NODE
 
     def plain(value: Any) -> Any:
-        return value.value.detach().clone() if isinstance(value, Squared) else value
+        return value.value.detach().to(value.own, copy=True) if isinstance(value, Squared) else value
 
     def squared(value: Any) -> Any:
         fits = isinstance(value, Tensor) and value.is_floating_point()
-        return Squared(value.double(), 0, kind, set(), sources[0].run) if fits else value
+        return Squared(value.double(), 0, kind, set(), sources[0].run, sources[0].own) if fits else value
 
     try:
         return tree_map(squared, func(*tree_map(plain, args), **tree_map(plain, kwargs)))
@@ -159,8 +156,9 @@ def _operand(value: Any, beside: Squared) -> Squared:
     if tensor.is_complex():
         raise _Refused("it has a complex constant")
     weight, exponent = normalised(tensor.to(beside.value.device, torch.float64).abs(), 0, WEIGHT_RANGE)
-    beside.run.watch(weight, weight)
-    return Squared(weight.square(), 2 * exponent, Kind.EDGE, set(), beside.run)
+    typed = isinstance(value, Tensor) and tensor.dim() > 0 and tensor.is_floating_point()
+    own = tensor.dtype if typed else beside.own  # as torch promotes
+    return Squared(weight.square(), 2 * exponent, Kind.EDGE, set(), beside.run, own)
 
 
 def _operands(*values: Any) -> list[Squared]:
@@ -170,15 +168,16 @@ def _operands(*values: Any) -> list[Squared]:
 
 def _node(value: Tensor, exponent: int, *sources: Squared) -> Squared:
     weights = set[str]().union(*(source.weights for source in sources))
-    return Squared(*normalised(value, exponent), Kind.NODE, weights, sources[0].run)
+    own = functools.reduce(torch.promote_types, (source.own for source in sources))
+    return Squared(*normalised(value, exponent), Kind.NODE, weights, sources[0].run, own)
 
 
 def _like(value: Tensor, source: Squared) -> Squared:
-    return Squared(value, source.exponent, source.kind, source.weights, source.run)
+    return Squared(value, source.exponent, source.kind, source.weights, source.run, source.own)
 
 
 def _copy(source: Squared) -> Squared:
-    return Squared(source.value.clone(), source.exponent, source.kind, set(source.weights), source.run)
+    return Squared(source.value.clone(), source.exponent, source.kind, set(source.weights), source.run, source.own)
 
 
 def _times(product: Callable[[Tensor, Tensor], Tensor], first: Any, second: Any) -> Squared:
@@ -187,7 +186,6 @@ def _times(product: Callable[[Tensor, Tensor], Tensor], first: Any, second: Any)
         raise _Refused("it multiplies two activations, or an activation by computed weights")
     if twice := sorted(a.weights & b.weights):
         raise _Refused(f"{', '.join(twice)} lies twice on a path, so that κ⁽²⁾ is not 0: untie what shares it")
-    a.run.watch(a.value, b.value)
     result = _node(product(a.value, b.value), a.exponent + b.exponent, a, b)
     if a.kind is b.kind and not (a.weights and b.weights):
         result.kind = Kind.EDGE
@@ -225,8 +223,6 @@ def _add_(func: Any, input: Any, other: Any, *, alpha: Any = 1) -> Squared:
     y = _scaled(y, alpha)
     if x is not input or x.kind is not Kind.NODE:
         raise _Refused("it changes its input, a weight or a constant in place")
-    if any(x.weights is cast for cast in x.run.cast):
-        raise _Refused("it changes in place what a cast to another dtype may or may not have copied: write x = x + y")
     x.value.add_(_at(y, x.exponent))
     x.weights.update(y.weights)
     return x
@@ -314,16 +310,15 @@ def _pad(func: Any, input: Squared, pad: Any, mode: str = "constant", value: Any
 
 def _cast(func: Any, input: Squared, *args: Any, **kwargs: Any) -> Squared:
     """All is float64 here. The input may be tokens."""
-    arguments = tree_map(lambda x: x.value if isinstance(x, Squared) else x, (args, kwargs))
-    own = torch.float32, torch.float64
-    cast = [func(input.value.new_empty(0, dtype=dtype), *arguments[0], **arguments[1]).dtype for dtype in own]
-    if input.kind is not Kind.INPUT and not cast[0].is_floating_point:
+    arguments = tree_map(lambda x: x.value.new_empty(0, dtype=x.own) if isinstance(x, Squared) else x, (args, kwargs))
+    dtype = func(input.value.new_empty(0, dtype=input.own), *arguments[0], **arguments[1]).dtype
+    if input.kind is not Kind.INPUT and not dtype.is_floating_point:
         raise _Refused("it rounds activations")
-    if kwargs.get("copy"):
-        return _copy(input)
-    if cast[0] is cast[1]:
-        input.run.cast.append(input.weights)
-    return input
+    if dtype is input.own and not kwargs.get("copy"):
+        return input
+    result = _copy(input)
+    result.own = dtype
+    return result
 
 
 def _join(func: Any, tensors: Sequence[Any], *args: Any, **kwargs: Any) -> Squared:
@@ -466,11 +461,12 @@ _register(
         *("repeat", "tile", "repeat_interleave", "pixel_shuffle", "pixel_unshuffle", "channel_shuffle", "unfold"),
     ),
 )
+_register(lambda func, input: input.own, _functions("dtype"))
 _register(
     _ask,
     _functions(
         *("shape", "size", "dim", "ndim", "ndimension", "numel", "nelement", "__len__", "stride"),
-        *("dtype", "device", "layout", "is_cuda", "is_cpu", "is_sparse", "is_nested", "requires_grad"),
+        *("device", "layout", "is_cuda", "is_cpu", "is_sparse", "is_nested", "requires_grad"),
         *("is_floating_point", "is_complex", "is_contiguous"),
         *("zeros_like", "ones_like", "full_like", "new_zeros", "new_ones", "new_full"),
     ),

@@ -38,14 +38,26 @@ class Steps:
         #: can be, or 0: it is taken at once. The latter would be compiled anew for every value of a number, and the
         #: former changes no tensor of others.
         self._transformed = 0
-        self._compiled = torch.zeros((), dtype=torch.int64, device="cpu")
+        with torch.inference_mode(False):  # it is changed outside, too
+            self._compiled = torch.zeros((), dtype=torch.int64, device="cpu")
         self._is_compiled = False  # whether there is something in it to be read
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {key: value for key, value in vars(self).items() if key != "_compiled"} | {"steps": self._read()}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__init__()  # type: ignore[misc]
+        self._compiled.fill_(state.pop("steps", 0))
+        vars(self).update(state)
+
+    def _read(self) -> int:
+        """What compiled code has counted."""
+        return int(self._compiled) if self._is_compiled and not without_numbers(self._compiled) else 0
 
     @property
     def longest(self) -> int | None:
         """T; None if no gradient can have been."""
-        compiled = int(self._compiled) if self._is_compiled and not without_numbers(self._compiled) else 0
-        if traced := max(self._transformed, compiled):
+        if traced := max(self._transformed, self._read()):
             self._add(traced, {})
             self._transformed, self._is_compiled = 0, False
             self._compiled.zero_()

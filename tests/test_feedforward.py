@@ -850,38 +850,56 @@ def test_backward_hooks_are_for_gradients_of_a_loss(register):
     assert len(seen) == 1
 
 
-def test_units_of_one_layer_that_float64_does_not_hold_beside_one_another_are_refused():
+def test_entries_that_float64_does_not_hold_beside_one_another_count_or_are_refused():
     net = nn.Sequential(nn.Linear(1, 2, bias=False), nn.ReLU(), nn.Linear(2, 1, bias=False)).double()
     for ratio in (1e150, 1e200):
         with torch.no_grad():
-            net[0].weight.copy_(torch.tensor([[1.0], [1 / ratio]]))
-            net[2].weight.copy_(torch.tensor([[1.0, ratio]]))
+            net[0].weight.copy_(torch.tensor([[1.0], [1 / ratio]], dtype=torch.float64))
+            net[2].weight.copy_(torch.tensor([[1.0, ratio]], dtype=torch.float64))
         if ratio == 1e150:
             assert pk.kappa_of_module(net, (1,)).log_path_norm.item() == pytest.approx(math.log(2), rel=1e-12)
             continue
-        with pytest.raises(FloatingPointError, match="units of a layer, differ by more than float64 holds"):
+        with pytest.raises(
+            FloatingPointError, match=r"square of an entry of 0.weight underflows .* but paths through it"
+        ):
             pk.kappa_of_module(net, (1,))
+    with torch.no_grad():  # a weight that decay has all but removed
+        net[2].weight.fill_(1)
+    k = pk.kappa_of_module(net, (1,))
+    assert k.log_path_norm.item() == 0 and k.dense("0.weight").tolist() == [[1], [1]]
 
 
 class Casts(nn.Module):
-    def __init__(self, cast, in_place):
+    """y is h, cast there and back; in place where memory is shared, h changes with it."""
+
+    def __init__(self, cast, dtype=torch.float32):
         super().__init__()
-        self.a, self.b, self.cast, self.in_place = nn.Linear(3, 2), nn.Linear(3, 2), cast, in_place
+        self.a, self.b, self.cast = nn.Linear(3, 2, dtype=dtype), nn.Linear(3, 2, dtype=dtype), cast
 
     def forward(self, x):
         h = self.a(x)
-        y = self.cast(h)
-        y = y.add_(self.b(x)) if self.in_place else y + self.b(x)
-        return y.float() + h
+        y = self.cast(h, self.b.weight)
+        y += self.b(x)
+        return y.to(self.a.weight.dtype) + h
 
 
-@pytest.mark.parametrize("cast", (Tensor.double, Tensor.float, lambda h: h.to(torch.float64)))
-def test_what_a_cast_may_have_copied_is_not_changed_in_place(cast):
-    k = pk.kappa_of_module(Casts(cast, False), (3,))
-    assert k.dense("b.bias").tolist() == [1, 1] and k.dense("a.bias").tolist() == [2, 2]
-    with pytest.raises(ValueError, match="it changes in place what a cast to another dtype may or may not have copied"):
-        pk.kappa_of_module(Casts(cast, True), (3,))
-    assert pk.kappa_of_module(Casts(lambda h: h.to("cpu"), True), (3,)).dense("b.bias").tolist() == [2, 2]
+@pytest.mark.parametrize(
+    ("cast", "shares"),
+    [
+        (lambda h, w: h.double(), (False, True)),
+        (lambda h, w: h.float(), (True, False)),
+        (lambda h, w: h.to(w.dtype), (True, True)),
+        (lambda h, w: h.to(h.dtype), (True, True)),
+        (lambda h, w: h.type_as(w), (True, True)),
+        (lambda h, w: h.to("cpu"), (True, True)),
+        (lambda h, w: h.to(h.dtype, copy=True), (False, False)),
+        (lambda h, w: h.double().to(h.dtype), (False, True)),
+    ],
+)
+def test_a_cast_shares_memory_where_it_does_in_the_module(cast, shares):
+    for dtype, shared in zip((torch.float32, torch.float64), shares, strict=True):
+        k = pk.kappa_of_module(Casts(cast, dtype), (3,))
+        assert k.dense("b.bias").tolist() == [2 if shared else 1] * 2 and k.dense("a.bias").tolist() == [2, 2]
 
 
 @pytest.mark.parametrize("call", (torch.add, torch.sub, Tensor.add_))

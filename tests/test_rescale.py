@@ -90,7 +90,7 @@ ONES = torch.ones(3)
         ([ONES, math.inf * ONES], ValueError, r"alphas\[1\]"),
         ([ONES, ONES * (1 + 1j)], TypeError, r"alphas\[1\] has dtype torch.complex64; it must be real"),
         ([1e200 * ONES.double(), 1e-200 * ONES.double()], ValueError, "rnn.weight_ih_l1 out of the range"),
-        ([2.0**-1030 * ONES.double(), ONES], ValueError, "rnn.weight_ih_l0 out of the range"),  # it is subnormal
+        ([2.0**-1030 * ONES.double(), ONES], ValueError, "rnn.weight_ih_l0 out of the range"),  # rows are subnormal
     ],
 )
 def test_bad_alphas_are_refused_and_change_nothing(alphas, error, message):

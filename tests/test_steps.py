@@ -398,6 +398,18 @@ def test_functional_call_and_transforms():
     assert_steps_as(net, 6)
 
 
+def test_a_module_that_was_made_in_inference_mode_is_compiled():
+    torch._dynamo.reset()
+    with torch.inference_mode():
+        net = copy.deepcopy(make())
+    for module in (net.rnn, net.head):
+        for name, p in list(module.named_parameters()):
+            setattr(module, name, nn.Parameter(p.detach().clone()))
+    torch.compile(net, backend="aot_eager")(inputs(net, 5)).square().sum().backward()
+    assert net.last_seq_len == 5
+    torch._dynamo.reset()
+
+
 @pytest.mark.parametrize("clone", (copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))), ids=("copy", "pickle"))
 def test_copies_count_for_themselves(clone):
     net = make()
