@@ -172,7 +172,9 @@ class PathChainResults {
       // Beside more than this, products that underflow are as nothing; of less they may be all.
       if (dot.mantissa < 0x1p-900) {
         dot = {};
-        for (int64_t k = 0; k < n_.H; ++k) dot = dot + Number{head.data[k], 0}.normal() * Number{h_sum(e)[k], 0}.normal();
+        for (int64_t k = 0; k < n_.H; ++k) {
+          dot = dot + Number{head.data[k], 0}.normal() * Number{h_sum(e)[k], 0}.normal();
+        }
       }
       if (!(dot.mantissa > 0)) continue;
       // Large exponents of opposite signs cancel as integers, not as rounded logarithms.
