@@ -401,9 +401,9 @@ _Module = TypeVar("_Module", bound=nn.Module)
 def _like(source: nn.Module, result: _Module) -> _Module:
     """``result`` with the weights of a module of the same parameters, frozen where they are, and in its mode."""
     weights = source.state_dict()
-    for name in sorted(weights.keys() ^ result.state_dict().keys()):
+    if alone := sorted(weights.keys() ^ result.state_dict().keys()):
         raise ValueError(
-            f"{name} is a weight of one of the two modules alone: where weights are computed from others "
+            f"{alone[0]} is a weight of one of the two modules alone: where weights are computed from others "
             "(parametrizations, weight_norm, pruning), make them parameters again before the module is converted"
         )
     result.load_state_dict(weights)

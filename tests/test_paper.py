@@ -354,6 +354,24 @@ def test_a_step_is_halved_until_the_path_norm_grows_no_more_than_it_may():
     assert optimizer.sharpest > 0.5  # before it was halved
 
 
+@pytest.mark.parametrize("memory", (0.0, 0.9))
+def test_small_gradients_stay_small_where_an_average_divides_them(memory):
+    """Without memory it is PathSOAP; with it, small gradients after a large one do less to the averages."""
+    averages = []
+    for kind, own in ((pk.PathSOAP, {"fused": False}), (prototypes.SteadySOAP, {"memory": memory})):
+        torch.manual_seed(0)
+        net = pk.PathNetwork(pk.ReLURNN(1, 4), nn.Linear(4, 1), outputs="last")
+        optimizer = kind(net, 0.1, seq_len=5, **own)
+        for size in (1.0, 1e-3, 1e-3):
+            for p in net.parameters():
+                p.grad = size * torch.randn_like(p)
+            optimizer.step()
+        averages.append(sum(s["exp_avg_sq"].sum().item() for s in optimizer.state.values() if "exp_avg_sq" in s))
+    # All three gradients have length 1, or the first alone: 0.99² of 1 + 0.99 + 0.99².
+    share = 1.0 if memory == 0 else 0.99**2 / (1 + 0.99 + 0.99**2)
+    assert averages[1] == pytest.approx(share * averages[0], rel=1e-4)
+
+
 def test_the_exact_distance_is_that_of_all_paths_and_the_balance_undoes_rescaling():
     torch.manual_seed(0)
     w = [torch.rand(3, 2, dtype=torch.float64), torch.rand(3, 3, dtype=torch.float64), torch.rand(1, 3).double()]
