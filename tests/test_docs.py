@@ -87,7 +87,7 @@ def test_one_row_of_the_benchmarks_by_the_command_of_the_pages():
     [(file, row)] = {written.search(PAGES[page]).groups() for page in ("bench/README.md", "tests/README.md")}
     arguments = [sys.executable, "-m", "pytest", file, "-k", row, "--collect-only", "-q"]
     # Where this test is one of several workers', pytest-benchmark would warn, and a warning is an error.
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_XDIST")}
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
     done = subprocess.run(arguments, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
     rows = {re.sub(r".*\[|-(baseline|pathrnn).*", "", line) for line in done.stdout.splitlines() if "::" in line}
     assert done.returncode == 0 and len(rows) == 1, done.stdout + done.stderr
