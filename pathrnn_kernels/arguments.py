@@ -69,7 +69,7 @@ def check_choice(name: str, value: Any, choices: Iterable[str], show: Callable[[
 
 
 def check_dtype(what: str, dtype: Any) -> None:
-    if dtype not in DTYPES:
+    if not isinstance(dtype, torch.dtype) or dtype not in DTYPES:  # an array compares entry by entry
         raise TypeError(f"{what} {dtype}; use one of {', '.join(map(str, DTYPES))}")
 
 

@@ -21,7 +21,6 @@ from typing import Any, NoReturn
 import torch
 
 from . import __version__, training
-from .arguments import check_choice
 from .checkpoints import CHECKPOINT, TrainingError, load_checkpoint
 from .engine import SCALES
 from .ops import backend, plan
@@ -61,6 +60,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("\npathrnn: interrupted", file=sys.stderr)
         return 128 + signal.SIGINT
+    except BrokenPipeError:  # nobody reads on; what is left to be written would be an error at exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + signal.SIGPIPE
     except (TrainingError, ValueError, OSError, ImportError) as error:
         print(f"pathrnn: {error}", file=sys.stderr)
         return _FAILED
@@ -297,7 +299,7 @@ def _check(parser: Parser, seconds: float) -> int:
     """``pathrnn info`` and the table of ``check``: all that a bug report needs."""
     if not seconds > 0:
         parser.error(f"--seconds is {seconds}; it must be above 0")
-    check_choice(backend.ENVIRONMENT, backend.environment(), ("auto", *backend.BACKENDS), str)
+    backend.environment()  # that it names one
     plan.check_plan("auto")
     from .check import check
 

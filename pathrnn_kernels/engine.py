@@ -92,6 +92,10 @@ class Moving(NamedTuple):
             if (g := self.gradients[i]) is not None
         ]
 
+    def named(self) -> tuple[list[str], list[Tensor]]:
+        """Of those that move."""
+        return [self.layout.names[i] for i in self.places], [self.weights[i] for i in self.places]
+
     def check_gradients(self) -> None:
         for i in self.places:
             if self.gradients[i].layout is not torch.strided:  # type: ignore[union-attr]
@@ -153,9 +157,9 @@ class Engine(WithPath):
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         own = {id(p) for p in self.net.parameters()}
-        given = param_group["params"]
-        if isinstance(given, set):  # without an order: torch says so
-            return super().add_param_group(param_group)
+        given = param_group.get("params") if isinstance(param_group, dict) else None
+        if isinstance(given, set) or not isinstance(given, Tensor | Iterable):
+            return super().add_param_group(param_group)  # torch says what is wrong with it
         param_group = {**param_group, "params": [given] if isinstance(given, Tensor) else list(given)}
         # torch's optimisers also take pairs of a name and a parameter.
         if any(id(p[1] if isinstance(p, tuple) else p) not in own for p in param_group["params"]):
@@ -252,20 +256,22 @@ class Engine(WithPath):
 
     def _try(self, moving: Moving) -> None:
         layout, weights = moving.layout, moving.weights
-        states, new = self._states(moving)
-        if without_numbers(weights[0]) and not _recorded():
-            status = 0
-        elif (served := self._served(layout, weights[0])) is not None:
-            try:
+        states: list[dict[str, Any]] = []
+        try:
+            states, new = self._states(moving)
+            if without_numbers(weights[0]) and not _recorded():
+                status = 0
+            elif (served := self._served(layout, weights[0])) is not None:
                 status = self._call(served, moving, states)
-            except (AttributeError, KeyError, OverflowError, TypeError, ValueError):
-                moving.check_gradients()  # by name
-                self._check_groups()
-                self._check_states(moving, states, alike=True)
-                raise
-        else:
-            status = self._in_plain_torch(moving, states)
-        if status:
+            else:
+                status = self._in_plain_torch(moving, states)
+        except (AttributeError, KeyError, OverflowError, RuntimeError, TypeError, ValueError):
+            moving.check_gradients()  # by name
+            self._check_groups()
+            if states:
+                self._check_states(zip(*moving.named(), states, strict=True), alike=True)
+            raise
+        if status and not self.param_groups[0]["capturable"]:
             self._refuse(status, layout.names, weights[0].dtype)
         self.state.update(new)
 
@@ -436,7 +442,7 @@ class Engine(WithPath):
         moving.check_gradients()
         self._check_groups()
         check_written([weights[i] for i in places], *[state.values() for state in states])
-        self._check_states(moving, states)
+        self._check_states(zip(*moving.named(), states, strict=True))
         with torch.no_grad():
             k = self._cached(weights)
             keys = (*self.buffers, "")[:2]
@@ -473,10 +479,9 @@ class Engine(WithPath):
             if name in group and not _is_finite(group[name]):
                 raise ValueError(f"{name} is {group[name]!r}; it must be a finite number")
 
-    def _check_states(self, moving: Moving, states: list[dict[str, Any]], alike: bool = False) -> None:
+    def _check_states(self, states: Iterable[tuple[str, Tensor, dict[str, Any]]], alike: bool = False) -> None:
         """By name, before anything is written, what the kernels check for themselves; ``alike``: dtypes, too."""
-        for i, state in zip(moving.places, states, strict=True):
-            name, p = moving.layout.names[i], moving.weights[i]
+        for name, p, state in states:
             shapes = self._buffer_shapes(p)
             for key in (*shapes, "step"):
                 if (value := state.get(key)) is None:
@@ -488,6 +493,8 @@ class Engine(WithPath):
                         raise ValueError(f"step of {name} has shape {tuple(value.shape)}; it must have one entry")
                     if alike and value.dtype != torch.float32:
                         raise TypeError(f"step of {name} is {value.dtype}; it must be torch.float32: convert it")
+                elif value.layout is not torch.strided:
+                    raise TypeError(f"{key} of {name} has layout {value.layout}; it must be strided")
                 elif value.shape != shapes[key]:
                     raise ValueError(
                         f"{key} of {name} has shape {tuple(value.shape)}; it must be {tuple(shapes[key])}: it is "
@@ -546,7 +553,7 @@ class Engine(WithPath):
     def _numbers(self, group: dict[str, Any]) -> tuple[float, ...]:
         """The rule's (ops/step.py); 0 for a rate that is a tensor."""
         lr = group["lr"]
-        return (0.0 if isinstance(lr, Tensor) else lr, *self._own_numbers(group), float(group["maximize"]))
+        return (0.0 if isinstance(lr, Tensor) else lr, *self._own_numbers(group), group["maximize"])
 
     def _own_numbers(self, group: dict[str, Any]) -> tuple[float, ...]:
         """Between the rate and ``maximize``."""
@@ -609,7 +616,13 @@ class Engine(WithPath):
             "log_constant": None if self._constant is None or self._constant.isnan() else float(self._constant),
             "lags": {name: count for name, count in lags.items() if count},
             "kappa": None if self._kappa is None else to_state(self._kappa),
+            "kappa_of": self._kappa_depends_on(),
         }
+
+    def _kappa_depends_on(self) -> list[Any]:
+        """What κ that is kept is of, beside weights, and for how long."""
+        seq_len = None if self.seq_len is None else int(self.seq_len)
+        return [*map(str, self._of_network()), seq_len, float(self.rtol), int(self.update_every)]
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continue from what ``state_dict`` returned: bit for bit on parameters of the dtype that it was saved for.
@@ -631,7 +644,7 @@ class Engine(WithPath):
             raise ValueError(f"state_dict is a {type(state_dict).__name__}; it must be what state_dict() returned")
         path = self._path_of(state_dict)
         for key, value in self._settings().items():
-            if path.get(key) != value:
+            if repr(path.get(key)) != repr(value):
                 raise ValueError(
                     f"state_dict was saved with {key}={path.get(key)!r}, but this {self._kind} has {key}={value!r}: "
                     "build both alike"
@@ -647,6 +660,9 @@ class Engine(WithPath):
         ):
             raise ValueError(f"state_dict has lags={lags!r}; they must be counts by recurrent weight")
         found = None if path.get("kappa") is None else from_state(path["kappa"], dict(zip(names, weights, strict=True)))
+        own = self._kappa_depends_on()
+        if self.update_every == 1 or repr(path.get("kappa_of", own)) != repr(own):  # earlier versions did not say
+            found = None
         groups, state = state_dict.get("param_groups"), state_dict.get("state")
         if (
             not isinstance(groups, list)
@@ -654,8 +670,12 @@ class Engine(WithPath):
             or not all(isinstance(s, dict) for key, s in state.items() if type(key) is int)
         ):
             raise ValueError(f"state_dict lacks the {self._owner}'s 'state' and 'param_groups': it is damaged")
-        if [len(group.get("params", ())) if isinstance(group, dict) else -1 for group in groups] != self._sizes():
+        held: list[Any] = [group.get("params") if isinstance(group, dict) else None for group in groups]
+        if [len(part) if isinstance(part, list) else -1 for part in held] != self._sizes():
             raise ValueError(f"state_dict has param_groups that do not hold {self._sizes()} parameters: it is damaged")
+        self._check_loaded(
+            chain.from_iterable(held), state, {id(p): name for name, p in zip(names, weights, strict=True)}
+        )
 
         @torch.inference_mode(False)
         def commit() -> None:
@@ -669,6 +689,23 @@ class Engine(WithPath):
                 self._constant = torch.tensor(constant, dtype=torch.float64, device=weights[0].device)
 
         return {key: value for key, value in state_dict.items() if key != "path"}, commit
+
+    def _check_loaded(self, numbers: Iterable[Any], state: dict[Any, Any], names: dict[int, str]) -> None:
+        """ValueError if what is saved of a parameter is not what steps need."""
+        parameters = [p for group in self.param_groups for p in group["params"]]
+        found = [(names.get(id(p), "a parameter"), p, state.get(n)) for n, p in zip(numbers, parameters, strict=True)]
+        try:  # a count may be a number, which becomes a tensor
+            self._check_states(
+                (
+                    name,
+                    p,
+                    own | {"step": torch.as_tensor(own["step"])} if isinstance(own.get("step"), int | float) else own,
+                )
+                for name, p, own in found
+                if own
+            )
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"state_dict is damaged: {error}") from error
 
     def _path_of(self, state_dict: dict[str, Any]) -> dict[str, Any]:
         """The entry "path"; what stands for it in a state dict without one."""
@@ -769,7 +806,7 @@ def _is_finite(value: Any) -> bool:
     value = value.detach() if isinstance(value, Tensor) else value
     try:
         return isinstance(value, numbers.Real | Tensor) and math.isfinite(value)
-    except OverflowError:  # a Python integer beyond float64
+    except (OverflowError, RuntimeError, TypeError, ValueError):  # beyond float64, complex, or several numbers
         return False
 
 

@@ -9,7 +9,7 @@ from torch import nn
 
 from .arguments import check_count
 from .kappa import layout_of, precision
-from .network import PathNetwork
+from .network import PathNetwork, check_rnn
 from .ops.backend import choose, environment, refusals, without_numbers
 from .ops.plan import Plan, check_plan, describe, plans
 from .ops.plan import choose as choose_plan
@@ -75,6 +75,7 @@ def explain(
         raise TypeError(
             f"rnn_or_net is a {type(rnn_or_net).__name__}; it must be a ReLURNN, torch.nn.RNN or PathNetwork"
         )
+    check_rnn(rnn_or_net.rnn if isinstance(rnn_or_net, PathNetwork) else rnn_or_net)
     if seq_len is not None:
         check_count("seq_len", seq_len)
     check_plan(plan)

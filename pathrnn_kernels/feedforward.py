@@ -11,6 +11,7 @@ import functools
 import math
 import numbers
 import sys
+import threading
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -25,6 +26,9 @@ from .rnn import ReLURNN
 from .squared import WEIGHT_RANGE, Kind, Run, Squared, normalised, shifted
 
 _LN2 = math.log(2)
+
+#: For the length of a pass squares stand for a module's parameters, and hooks of all modules are off.
+_ALONE = threading.RLock()
 
 #: Of ∂γ²/∂p̃ in the units of the run. Derivatives that are smaller by what a tensor may hold, 2^400, are denormal.
 _UNDERFLOW = 2.0**-600
@@ -98,12 +102,10 @@ def kappa_of_module(module: nn.Module, input_shape: Sequence[int]) -> Kappa:
         Traceback (most recent call last):
         ValueError: module has 1 part for which κ is not defined or not supported...
     """
-    parameters = _check(module, input_shape)
     # κ is made of derivatives; callers often hold no_grad or inference_mode.
-    with torch.inference_mode(False), torch.enable_grad(), _uncompiled():
-        run = _Pass(module, parameters)
-        output = run.output(tuple(input_shape))
-        return run.kappa(output)
+    with _ALONE, torch.inference_mode(False), torch.enable_grad(), _uncompiled():
+        run = _Pass(module, _check(module, input_shape))
+        return run.kappa(*run.output(tuple(input_shape)))
 
 
 class FeedForward:
@@ -164,6 +166,7 @@ def _check(module: nn.Module, input_shape: Sequence[int]) -> dict[str, nn.Parame
     if not parameters:
         raise ValueError(f"module is a {type(module).__name__} without parameters: κ has nothing to be computed for")
     first = next(iter(parameters.items()))
+    places: dict[int, str] = {}
     for name, p in parameters.items():
         if isinstance(p, nn.parameter.UninitializedParameter):
             raise ValueError(f"{name} has no shape yet; run the lazy module once before")
@@ -176,6 +179,8 @@ def _check(module: nn.Module, input_shape: Sequence[int]) -> dict[str, nn.Parame
                 "depends on them: move the module to a device first, with to_empty() and initialised"
             )
         check_finite(name, p)
+        if p.numel() and (other := places.setdefault(p.data_ptr(), name)) != name:
+            raise ValueError(f"{name} and {other} are one piece of memory; κ couples them: make them one parameter")
     return parameters
 
 
@@ -192,6 +197,21 @@ def _without_backward_hooks(module: nn.Module) -> Iterator[None]:
     finally:
         for m, kind, hooks in held:
             setattr(m, kind, hooks)
+
+
+class _Derived(nn.Module):
+    """A module's output, and its sum's derivatives: while squares stand for the parameters, as what is checkpointed is
+    run again for them."""
+
+    def __init__(self, module: nn.Module, leaves: Sequence[Tensor]) -> None:
+        super().__init__()
+        self.module, self.leaves = module, leaves
+
+    def forward(self, x: Tensor) -> tuple[Any, Sequence[Tensor | None]]:
+        output = self.module(x)
+        if not isinstance(output, Squared) or not (total := output.value.sum()).requires_grad:
+            return output, [None] * len(self.leaves)
+        return output, torch.autograd.grad(total, self.leaves, allow_unused=True)
 
 
 class _Pass:
@@ -215,18 +235,21 @@ class _Pass:
         self.refusals: dict[str, str] = {}
         self._calls: list[tuple[str, nn.Module]] = [("", module)]
 
-    def output(self, input_shape: tuple[int, ...]) -> Squared:
+    def output(self, input_shape: tuple[int, ...]) -> tuple[Squared, Sequence[Tensor | None]]:
+        """With ∂γ²/∂p̃, in the units of the run, of every parameter on a path."""
         ones = torch.ones((1, *input_shape), dtype=torch.float64, device=self.device)
         x = Squared(ones, 0, Kind.INPUT, set(), self.run)
         # Statistics that a refused layer would update are copies.
         buffers = {name: b.clone() for name, b in self.module.named_buffers()}
+        whole = _Derived(self.module, [square.value for square in self.squares.values()])
+        inside = {f"module.{name}": t for name, t in {**buffers, **self.squares}.items()}
         handles = []
         try:
             for name, module in self.module.named_modules():
                 handles.append(module.register_forward_pre_hook(functools.partial(self._enter, name)))
                 handles.append(module.register_forward_hook(self._leave, always_call=True))
             with _without_backward_hooks(self.module):
-                output = torch.func.functional_call(self.module, {**buffers, **self.squares}, (x,))
+                output, found = torch.func.functional_call(whole, inside, (x,))
         except Exception as error:
             if self.refusals:
                 raise self._report(f"\nIt then fails, before all was looked at: {error}") from error
@@ -244,7 +267,7 @@ class _Pass:
                 f"module returns a {type(output).__name__} that is no tensor computed from input or parameters; γ² "
                 "needs one tensor: wrap the module in one that returns it"
             )
-        return output
+        return output, found
 
     def _enter(self, name: str, module: nn.Module, _: Any) -> None:
         self._calls.append((name, module))
@@ -269,11 +292,8 @@ class _Pass:
             + remark
         )
 
-    def kappa(self, output: Squared) -> Kappa:
-        total = output.value.sum()
-        leaves = [square.value for square in self.squares.values()]
-        found = torch.autograd.grad(total, leaves, allow_unused=True) if total.requires_grad else [None] * len(leaves)
-        norm = total.detach()
+    def kappa(self, output: Squared, found: Sequence[Tensor | None]) -> Kappa:
+        norm = output.value.detach().sum()
         scaled = {}
         for (name, p), gradient in zip(self.parameters.items(), found, strict=True):
             if gradient is None:  # on no path

@@ -35,7 +35,7 @@ def identity_(
         >>> pk.init.identity_(pk.ReLURNN(2, 2)).weight_hh_l0.tolist()
         [[1.0, 0.0], [0.0, 1.0]]
     """
-    _check(net, generator, scale=scale, other_bound=other_bound)
+    scale, other_bound = _check(net, generator, scale=scale, other_bound=other_bound)
     for weight in _recurrent(net):
         weight.zero_().fill_diagonal_(scale)  # nn.init.eye_ would make its matrix on the default device
     return _others(net, other_bound, generator)
@@ -83,7 +83,7 @@ def uniform_(
         >>> bool(rnn.weight_hh_l0.abs().max() <= 0.01)
         True
     """
-    _check(net, generator, recurrent_bound=recurrent_bound, other_bound=other_bound)
+    recurrent_bound, other_bound = _check(net, generator, recurrent_bound=recurrent_bound, other_bound=other_bound)
     for weight in _recurrent(net):
         weight.uniform_(-recurrent_bound, recurrent_bound, generator=generator)
     return _others(net, other_bound, generator)
@@ -100,7 +100,7 @@ def orthogonal_(
         >>> torch.allclose(w @ w.T, torch.eye(100), atol=1e-5)
         True
     """
-    _check(net, generator, gain=gain, other_bound=other_bound)
+    gain, other_bound = _check(net, generator, gain=gain, other_bound=other_bound)
     for weight in _recurrent(net):
         wide = torch.empty_like(weight, dtype=precision(weight.dtype))  # no QR decomposition in half precision
         weight.copy_(nn.init.orthogonal_(wide, gain, generator=generator))
@@ -138,8 +138,8 @@ def _non_recurrent(net: ReLURNN | nn.RNN | PathNetwork) -> list[tuple[str, Tenso
     return [(name, p) for name, p in net.named_parameters() if "weight_hh" not in name]
 
 
-def _check(net: ReLURNN | nn.RNN | PathNetwork, generator: Any, **values: float) -> None:
-    """Before anything is written."""
+def _check(net: ReLURNN | nn.RNN | PathNetwork, generator: Any, **values: float) -> list[float]:
+    """Before anything is written; returns the values as torch takes them, which are real numbers of any make."""
     for name, _ in _rnn(net).named_parameters():
         if not name.startswith(("weight_", "bias_")):
             raise ValueError(
@@ -158,3 +158,4 @@ def _check(net: ReLURNN | nn.RNN | PathNetwork, generator: Any, **values: float)
         most = torch.finfo(dtype).max / (2 if name.endswith("bound") else 1)
         if float(value) > most:
             raise ValueError(f"{name} is {value}; in {dtype} it must be at most {most:g}")
+    return [float(value) for value in values.values()]

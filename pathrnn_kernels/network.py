@@ -90,7 +90,7 @@ class PathNetwork(nn.Module):
 
     @outputs.setter
     def outputs(self, outputs: Literal["all", "last"]) -> None:
-        if outputs not in ("all", "last"):
+        if not isinstance(outputs, str) or outputs not in ("all", "last"):
             raise ValueError(f'outputs is {outputs!r}; use "all" (a loss at every step) or "last" (at the last step)')
         self._outputs = outputs
 
@@ -100,7 +100,7 @@ class PathNetwork(nn.Module):
 
     @h0.setter
     def h0(self, h0: Literal["zeros", "ones"]) -> None:
-        if h0 not in ("zeros", "ones"):
+        if not isinstance(h0, str) or h0 not in ("zeros", "ones"):
             raise ValueError(f'h0 is {h0!r}; use "zeros" or "ones"')
         self._h0 = h0
 
@@ -273,12 +273,16 @@ def _place(p: Tensor) -> int:
     return id(p) if transformed() or without_numbers(p) else p.data_ptr() or id(p)
 
 
-def _check_modules(rnn: object, head: object, embedding: object) -> None:
+def check_rnn(rnn: object) -> None:
     if isinstance(rnn, nn.RNN):
         if rnn.nonlinearity != "relu":
             raise ValueError(f'rnn has nonlinearity {rnn.nonlinearity!r}; path norms need "relu"')
     elif not isinstance(rnn, ReLURNN):
         raise TypeError(f'rnn is a {type(rnn).__name__}; it must be a ReLURNN or torch.nn.RNN(nonlinearity="relu")')
+
+
+def _check_modules(rnn: Any, head: object, embedding: object) -> None:
+    check_rnn(rnn)
     if head is not None:
         if not isinstance(head, nn.Linear):
             raise TypeError(f"head is a {type(head).__name__}; it must be torch.nn.Linear or None")

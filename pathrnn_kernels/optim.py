@@ -276,6 +276,9 @@ class _Preconditioner(PathSGD):
     def _groups(self) -> list[dict[str, Any]]:
         return self.base.param_groups
 
+    def _check_loaded(self, *_: Any) -> None:
+        """The base's state is the base's."""
+
     def quotients(self) -> dict[Tensor, Tensor]:
         """Parameter → what eq. (8) puts in place of its gradient, of all that have one."""
         moving = self._moving()

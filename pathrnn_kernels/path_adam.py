@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import numbers
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, ClassVar
 
 import torch
@@ -66,6 +66,7 @@ class InCoordinates(Engine):
 
     def _states(self, moving: Moving) -> tuple[list[dict[str, Any]], dict[Tensor, dict[str, Any]]]:
         own, weights, new = self.state, moving.weights, {}
+        _check_dtype(weights[0].dtype)  # they may have been cast since
         states = [own.get(weights[i]) for i in moving.places]
         for s, i in enumerate(moving.places):
             if not states[s]:
@@ -74,17 +75,16 @@ class InCoordinates(Engine):
         return states, new  # type: ignore[return-value]
 
     def _new_state(self, name: str, p: Tensor, group: dict[str, Any]) -> dict[str, Any]:
-        _check_dtype(p.dtype)  # it may have been cast since
         averages = {} if name == _OUTPUT_BIAS else {key: zeros_like(p) for key in self.buffers}
         return {"step": zeros_like(p.new_empty((), dtype=torch.float32)), **averages}
 
-    def _check_states(self, moving: Moving, states: list[dict[str, Any]], alike: bool = False) -> None:
-        super()._check_states(moving, states, alike)
-        for i, state in zip(moving.places, states, strict=True):
-            name = moving.layout.names[i]
+    def _check_states(self, states: Iterable[tuple[str, Tensor, dict[str, Any]]], alike: bool = False) -> None:
+        states = list(states)
+        super()._check_states(states, alike)
+        for name, _, state in states:
             needed = ("step", *(self.buffers if name != _OUTPUT_BIAS else ()))
             if missing := sorted(key for key in needed if state.get(key) is None):
-                raise KeyError(f"the state of {name} lacks {', '.join(missing)}: clear it, or load it whole")
+                raise ValueError(f"the state of {name} lacks {', '.join(missing)}: clear it, or load it whole")
 
     def _own_numbers(self, group: dict[str, Any]) -> tuple[float, ...]:
         shape = group.get("power", 1.0), group.get("eps", 0.0), group.get("hold", 0), group.get("warmup", 0)
@@ -211,4 +211,4 @@ def check_betas(betas: Any) -> None:
 
 def is_share(value: Any) -> bool:
     """Whether it can be a β."""
-    return isinstance(value, numbers.Real) and not isinstance(value, bool) and 0 <= float(value) < 1
+    return isinstance(value, numbers.Real) and not isinstance(value, bool) and bool(0 <= value < 1)  # type: ignore[operator]

@@ -7,7 +7,7 @@ from typing import Any, Literal
 from torch import Tensor
 
 from . import plain
-from .arguments import check_choice, check_count, check_number, checked
+from .arguments import check_choice, check_count, check_flags, check_number, checked
 from .engine import SCALES, SWITCHES, Engine, Moving, Switches, check_rate, zeros_like
 from .feedforward import FeedForward
 from .kappa import Kappa
@@ -93,6 +93,7 @@ class PathSGD(Engine):
         check_rate("lr", lr)
         check_number("momentum", momentum, zero=True)
         check_number("weight_decay", weight_decay, zero=True)
+        check_flags(nesterov=nesterov)
         if nesterov and momentum == 0:
             raise ValueError("nesterov is True without momentum: give momentum, such as 0.9")
         self.scale = scale
@@ -119,7 +120,7 @@ class PathSGD(Engine):
         return states, new
 
     def _own_numbers(self, group: dict[str, Any]) -> tuple[float, ...]:
-        return group["momentum"], group["weight_decay"], float(group["nesterov"])
+        return group["momentum"], group["weight_decay"], group["nesterov"]
 
     def _lists(self, states: list[dict[str, Any]]) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
         if not any(states):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -146,14 +146,15 @@ class PathSOAP(InCoordinates):
         sides = {key: (size, size) for size, keys in zip(p.shape, SIDES, strict=False) for key in keys}
         return {**super()._buffer_shapes(p), **sides}
 
-    def _check_states(self, moving: Moving, states: list[dict[str, Any]], alike: bool = False) -> None:
-        super()._check_states(moving, states, alike)
-        for i, state in zip(moving.places, states, strict=True):
+    def _check_states(self, states: Iterable[tuple[str, Tensor, dict[str, Any]]], alike: bool = False) -> None:
+        states = list(states)
+        super()._check_states(states, alike)
+        for name, p, state in states:
             for keys in SIDES:
                 own = [state.get(key) for key in keys if key in state]
-                if own and (len(own) < len(keys) or any(t is None or t.dtype != moving.weights[i].dtype for t in own)):
-                    raise KeyError(
-                        f"the state of {moving.layout.names[i]} lacks one of {', '.join(keys)}, or has it of another "
+                if own and (len(own) < len(keys) or any(t is None or (alike and t.dtype != p.dtype) for t in own)):
+                    raise ValueError(
+                        f"the state of {name} lacks one of {', '.join(keys)}, or has it of another "
                         "dtype: clear it, or load it whole"
                     )
 

@@ -128,7 +128,7 @@ class ReLURNN(nn.RNNBase):
         nonlinearity: str = "relu",
     ) -> None:
         nn.Module.__init__(self)
-        if nonlinearity != "relu":
+        if not isinstance(nonlinearity, str) or nonlinearity != "relu":
             raise ValueError(f'nonlinearity is {nonlinearity!r}; it can only be "relu", for others use torch.nn.RNN')
         for name, size in (("input_size", input_size), ("hidden_size", hidden_size), ("num_layers", num_layers)):
             check_count(name, size)

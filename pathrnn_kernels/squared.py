@@ -76,8 +76,8 @@ class Squared(Tensor):
         cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         kwargs = dict(kwargs or {})
-        # A forward pass may hold no_grad: its paths are there all the same.
-        with torch._C.DisableTorchFunctionSubclass(), torch.enable_grad():
+        # A forward pass may hold no_grad, or inference_mode: its paths are there all the same.
+        with torch._C.DisableTorchFunctionSubclass(), torch.inference_mode(False), torch.enable_grad():
             try:
                 if func not in _RULES:
                     raise _Refused("it is not linear, or not known here to be")

@@ -58,7 +58,7 @@ def test_the_environment_is_heeded(monkeypatch):
     assert pk.explain(pk.ReLURNN(2, 3)).backend == "reference"
     assert pk.explain(pk.ReLURNN(2, 3, device=torch.device("meta")), backend="triton").backend is None
     monkeypatch.setenv(backend.ENVIRONMENT, "cpuu")
-    with pytest.raises(ValueError, match="backend is 'cpuu'"):
+    with pytest.raises(ValueError, match="PATHRNN_BACKEND is 'cpuu'"):
         pk.explain(pk.ReLURNN(2, 3))
 
 
@@ -137,3 +137,8 @@ def test_a_network_without_a_kappa_is_explained():
     with FakeTensorMode():
         fake = pk.PathNetwork(pk.ReLURNN(2, 3), nn.Linear(3, 1))
     assert pk.explain(fake, seq_len=5).chains == ()
+
+
+def test_an_rnn_that_is_not_of_relus_is_refused():
+    with pytest.raises(ValueError, match="rnn has nonlinearity 'tanh'"):
+        pk.explain(torch.nn.RNN(2, 3))

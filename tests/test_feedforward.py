@@ -2,12 +2,15 @@ import copy
 import io
 import itertools
 import math
+import sys
+import threading
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.utils.checkpoint import checkpoint
 
 import pathrnn_kernels as pk
 
@@ -915,3 +918,85 @@ def test_a_constant_is_added_so_many_times(call):
     net = Adds()
     norm = pk.kappa_of_module(net, (3,)).log_path_norm.exp().item()
     assert norm == pytest.approx(net.a.weight.double().square().sum().item() + 36, rel=1e-12)
+
+
+class Frozen(nn.Module):
+    """A part that runs in inference mode, with a constant of it."""
+
+    def __init__(self, mode):
+        super().__init__()
+        self.mode = mode
+        self.body, self.head = nn.Linear(3, 4), nn.Linear(4, 2)
+
+    def forward(self, x):
+        with self.mode():
+            h = F.relu(self.body(x)) * torch.full((4,), 3.0)
+        return self.head(h.clone())
+
+
+def test_paths_through_inference_mode_are_there_all_the_same():
+    one, two = Frozen(torch.inference_mode), Frozen(torch.no_grad)
+    two.load_state_dict(one.state_dict())
+    found, expected = (dense(pk.kappa_of_module(m, (3,))) for m in (one, two))
+    assert found["body.weight"].all()
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+class Checkpointed(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.body, self.head = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 4)), nn.Linear(4, 2)
+        self.reentrant = None
+
+    def forward(self, x):
+        if self.reentrant is None:
+            return self.head(self.body(x))
+        return self.head(checkpoint(self.body, x, use_reentrant=self.reentrant))
+
+
+@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad:UserWarning")
+@pytest.mark.parametrize("reentrant", (False, True))
+def test_checkpointed_modules(reentrant):
+    module = Checkpointed()
+    expected = dense(pk.kappa_of_module(module, (3,)))
+    module.reentrant = reentrant
+    found = dense(pk.kappa_of_module(module, (3,)))
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+def test_threads_leave_hooks_of_all_modules_in_place():
+    modules = [nn.Sequential(nn.Linear(3, 3), nn.ReLU(), nn.Linear(3, 2)) for _ in range(4)]
+    expected = [dense(pk.kappa_of_module(module, (3,))) for module in modules]
+    handle = nn.modules.module.register_module_full_backward_hook(lambda *_: None)
+    found, failed = {}, []
+
+    def run(i):
+        try:
+            for _ in range(40):
+                found[i] = dense(pk.kappa_of_module(modules[i % 4], (3,)))
+        except Exception as error:
+            failed.append(error)
+
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        threads = [threading.Thread(target=run, args=(i,)) for i in range(8)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert len(nn.modules.module._global_backward_hooks) == 1
+    finally:
+        sys.setswitchinterval(interval)
+        handle.remove()
+        nn.modules.module._global_backward_hooks.clear()
+    assert not failed
+    for i, k in found.items():
+        assert all(torch.equal(k[name], expected[i % 4][name]) for name in k)
+
+
+def test_parameters_that_are_one_piece_of_memory_are_refused():
+    one, two = nn.Linear(3, 3), nn.Linear(3, 3)
+    two.weight.data = one.weight.data.t()
+    with pytest.raises(ValueError, match="2.weight and 0.weight are one piece of memory"):
+        pk.FeedForward(nn.Sequential(one, nn.ReLU(), two), (3,))

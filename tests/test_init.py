@@ -1,4 +1,6 @@
+import inspect
 import math
+from fractions import Fraction
 
 import pytest
 import torch
@@ -176,3 +178,14 @@ def test_what_cannot_be_written_or_drawn_is_refused_before_anything_changes(func
     with pytest.raises((TypeError, RuntimeError, ValueError), match=message):
         function(net, generator=0 if bad == "generator" else None)
     assert all(torch.equal(p, q) for p, q in zip(net.parameters(), before, strict=True))
+
+
+@pytest.mark.parametrize("number", (Fraction(1, 2), 2**70), ids=str)
+@pytest.mark.parametrize("name", ("scale", "gain", "recurrent_bound", "other_bound"))
+def test_real_numbers_of_any_make_are_as_their_float(number, name):
+    for function in (f for f in ALL if name in inspect.signature(f).parameters):
+        nets = [
+            function(pk.ReLURNN(2, 3), **{name: value}, generator=torch.Generator().manual_seed(0))
+            for value in (number, float(number))
+        ]
+        assert all(torch.equal(p, q) for p, q in zip(*(net.parameters() for net in nets), strict=True))

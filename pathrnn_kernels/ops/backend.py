@@ -32,7 +32,14 @@ def environment() -> str:
     """The backend that PATHRNN_BACKEND names, "auto" by default."""
     if _variables is not None and _name not in _variables:
         return "auto"
-    return os.environ.get(ENVIRONMENT, "auto")
+    backend = os.environ.get(ENVIRONMENT, "auto")
+    _check_name(ENVIRONMENT, backend)
+    return backend
+
+
+def _check_name(what: str, backend: object) -> None:
+    if not isinstance(backend, str) or (backend != "auto" and backend not in BACKENDS):
+        raise ValueError(f"{what} is {backend!r}; use one of {', '.join(map(repr, ('auto', *BACKENDS)))}")
 
 
 _REBUILD = "rebuild it, in the source tree: pip install --no-build-isolation --force-reinstall --no-deps ."
@@ -219,13 +226,12 @@ def choose(device: torch.device, dtype: torch.dtype, backend: str = "auto", op: 
     Raises:
         ValueError: an unknown backend, or one that does not serve the call, with every reason.
     """
+    _check_name("backend", backend)
     if backend == "auto":
         backend = environment()
     served = device.type == "cpu" and dtype in FULL_DTYPES
     if backend == "auto" and served and extension_problem() is None:
         return "cpu"  # the hot path: no table of reasons is built
-    if backend not in (*BACKENDS, "auto"):
-        raise ValueError(f"backend is {backend!r}; use one of {', '.join(map(repr, ('auto', *BACKENDS)))}")
     reasons = refusals(device, dtype, op)
     if backend == "auto":
         # On a CPU a missing extension is a mistake to hear of, not a reason to run a hundred times slower.

@@ -52,7 +52,7 @@ def test_environment(monkeypatch):
     monkeypatch.setenv("PATHRNN_BACKEND", "gpu")
     for call in (lambda: pk.ReLURNN(2, 3)(torch.ones(4, 1, 2)), lambda: pk.kappa(pk.PathNetwork(pk.ReLURNN(2, 3)), 4)):
         with pytest.raises(
-            ValueError, match="backend is 'gpu'; use one of 'auto', 'cpu', 'cuda', 'triton', 'reference'"
+            ValueError, match="PATHRNN_BACKEND is 'gpu'; use one of 'auto', 'cpu', 'cuda', 'triton', 'reference'"
         ):
             call()
 
