@@ -294,6 +294,7 @@ def test_closed_streams_are_no_reason_to_stop(monkeypatch, tmp_path):
 
 
 def test_a_reader_that_ends_early_is_no_error():
-    command = f"{sys.executable} -c 'import sys, pathrnn_kernels.cli as c; sys.exit(c.main([\"info\"]))' | true; exit ${{PIPESTATUS[0]}}"
+    program = 'import sys, pathrnn_kernels.cli as c; sys.exit(c.main(["info"]))'
+    command = f"{sys.executable} -c '{program}' | true; exit ${{PIPESTATUS[0]}}"
     done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=120)
     assert (done.returncode, done.stderr) == (128 + signal.SIGPIPE, "")
