@@ -692,18 +692,14 @@ class Engine(WithPath):
 
     def _check_loaded(self, numbers: Iterable[Any], state: dict[Any, Any], names: dict[int, str]) -> None:
         """ValueError if what is saved of a parameter is not what steps need."""
-        parameters = [p for group in self.param_groups for p in group["params"]]
-        found = [(names.get(id(p), "a parameter"), p, state.get(n)) for n, p in zip(numbers, parameters, strict=True)]
-        try:  # a count may be a number, which becomes a tensor
-            self._check_states(
-                (
-                    name,
-                    p,
-                    own | {"step": torch.as_tensor(own["step"])} if isinstance(own.get("step"), int | float) else own,
-                )
-                for name, p, own in found
-                if own
-            )
+        found = []
+        for number, p in zip(numbers, chain.from_iterable(group["params"] for group in self.param_groups), strict=True):
+            if own := state.get(number):
+                if isinstance(own.get("step"), int | float):  # it becomes a tensor
+                    own = own | {"step": torch.zeros(())}
+                found.append((names.get(id(p), "a parameter"), p, own))
+        try:
+            self._check_states(found)
         except (TypeError, ValueError) as error:
             raise ValueError(f"state_dict is damaged: {error}") from error
 
