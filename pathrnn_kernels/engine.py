@@ -63,6 +63,10 @@ class Switches(NamedTuple):
             raise ValueError(
                 "fused is True, but net is a FeedForward, whose steps are taken in plain torch: leave it out"
             )
+        if self.capturable and isinstance(net, FeedForward):
+            raise ValueError(
+                "capturable is True, but net is a FeedForward, whose κ takes decisions on the host: leave it out"
+            )
 
 
 class _Pending(NamedTuple):
@@ -149,6 +153,7 @@ class Engine(WithPath):
         self._known: Sequence[Tensor] = self._weights()[1]
         self._kappa: Kappa | None = None
         self._kappa_of = self._of_network()
+        self._kappa_steps: int | None = None  # T that it is of
         self._steps = 0
         #: Per chain, of the last κ: lags of κ⁽²⁾ that the next one tries first.
         self._lags: Tensor | None = None
@@ -233,6 +238,11 @@ class Engine(WithPath):
         )
 
     def _unwatched(self, closure: Callable[[], Any] | None = None) -> Any:
+        if _captures(self._known[0]) and (not self.param_groups[0]["capturable"] or self.update_every > 1):
+            raise RuntimeError(
+                "a CUDA graph is being captured, but the step is not for that: build the optimiser with "
+                "capturable=True and update_every=1"
+            )
         if self._pending is not None:
             self._raise_pending()
         loss = None
@@ -259,6 +269,12 @@ class Engine(WithPath):
         states: list[dict[str, Any]] = []
         try:
             states, new = self._states(moving)
+            begins = bool(new) or (self.scale == "first_step" and self._constant is None)
+            if begins and _captures(weights[0]):  # it would be made anew at every replay
+                raise RuntimeError(
+                    "a CUDA graph is being captured, but this step makes the state that later ones go on with: take "
+                    "one before the capture"
+                )
             if without_numbers(weights[0]) and not _recorded():
                 status = 0
             elif (served := self._served(layout, weights[0])) is not None:
@@ -399,11 +415,6 @@ class Engine(WithPath):
         check_written([weights[i] for i in moving.places], *update[2:5])
         update = (*update[:-2], *self._scaler(weights[0].device))
         capturable = self.param_groups[0]["capturable"]
-        if _captures(weights[0]) and (not capturable or self.update_every > 1):
-            raise RuntimeError(
-                "a CUDA graph is being captured, but the step is not for that: build the optimiser with "
-                "capturable=True and update_every=1"
-            )
         # A step whose status nobody asks for must not be left out in silence.
         unread = self._trusted and not capturable
         with torch.no_grad():
@@ -517,12 +528,12 @@ class Engine(WithPath):
             if (first.dtype, first.device) != (dtype, device):  # the network has been cast or moved since
                 self._kappa = moved(self._kappa.scaled, self._kappa.log_path_norm, dtype, device)
             return self._kappa
+        seq_len = 1 if isinstance(self.net, FeedForward) else self._seq_len()
         if isinstance(self.net, FeedForward):
             k = self.net.kappa()
         elif unread or _captures(weights[0]):
-            k = kappa_without_waiting(self.net, self._seq_len(), self.second_term, self.rtol)
+            k = kappa_without_waiting(self.net, seq_len, self.second_term, self.rtol)
         else:
-            seq_len = self._seq_len()
             lags = self._first_lags(weights[0])
             tried: dict[str, int] | None = None
             if lags is not None:
@@ -533,7 +544,7 @@ class Engine(WithPath):
                 found = k._lags[1]
                 with torch.inference_mode(False):  # a new one, as the step may yet be refused
                     self._lags = torch.where(found < seq_len - 1, found, 0)
-        self._kappa, self._kappa_of = k, self._of_network()
+        self._kappa, self._kappa_of, self._kappa_steps = k, self._of_network(), seq_len
         return k
 
     def _of_network(self) -> tuple[Any, ...]:
@@ -547,7 +558,11 @@ class Engine(WithPath):
         if self._constant is None or self._constant.device != like.device:
             value = math.nan if self._constant is None else self._constant
             with torch.inference_mode(False):
-                self._constant = torch.as_tensor(value, dtype=torch.float64, device=like.device)
+                self._constant = (
+                    value.to(like.device)
+                    if isinstance(value, Tensor)
+                    else torch.full((), value, dtype=torch.float64, device=like.device)
+                )
         return self._constant
 
     def _numbers(self, group: dict[str, Any]) -> tuple[float, ...]:
@@ -616,13 +631,12 @@ class Engine(WithPath):
             "log_constant": None if self._constant is None or self._constant.isnan() else float(self._constant),
             "lags": {name: count for name, count in lags.items() if count},
             "kappa": None if self._kappa is None else to_state(self._kappa),
-            "kappa_of": self._kappa_depends_on(),
+            "kappa_of": None if self._kappa is None else self._kappa_depends_on(self._kappa_steps),
         }
 
-    def _kappa_depends_on(self) -> list[Any]:
+    def _kappa_depends_on(self, seq_len: int | None) -> list[Any]:
         """What κ that is kept is of, beside weights, and for how long."""
-        seq_len = None if self.seq_len is None else int(self.seq_len)
-        return [*map(str, self._of_network()), seq_len, float(self.rtol), int(self.update_every)]
+        return [seq_len, *map(str, self._of_network()), float(self.rtol), int(self.update_every)]
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continue from what ``state_dict`` returned: bit for bit on parameters of the dtype that it was saved for.
@@ -660,8 +674,10 @@ class Engine(WithPath):
         ):
             raise ValueError(f"state_dict has lags={lags!r}; they must be counts by recurrent weight")
         found = None if path.get("kappa") is None else from_state(path["kappa"], dict(zip(names, weights, strict=True)))
-        own = self._kappa_depends_on()
-        if self.update_every == 1 or repr(path.get("kappa_of", own)) != repr(own):  # earlier versions did not say
+        kept = path.get("kappa_of")  # earlier versions did not say
+        kept_steps = kept[0] if isinstance(kept, list) and kept else None
+        own = self._kappa_depends_on(kept_steps if self.seq_len is None else int(self.seq_len))
+        if self.update_every == 1 or (kept is not None and repr(kept) != repr(own)):
             found = None
         groups, state = state_dict.get("param_groups"), state_dict.get("state")
         if (
@@ -680,7 +696,7 @@ class Engine(WithPath):
         @torch.inference_mode(False)
         def commit() -> None:
             self._steps, self._kappa, self._lags, self._constant, self._pending = steps, found, None, None, None
-            self._known, self._kappa_of = weights, self._of_network()
+            self._known, self._kappa_of, self._kappa_steps = weights, self._of_network(), kept_steps
             self._trusted = self._underflowed = False
             if lags:
                 counts = [lags.get(name, 0) for name in self.net.recurrent]

@@ -345,6 +345,10 @@ def kappa_without_waiting(net: PathNetwork, seq_len: int, second_term: bool, rto
         parameters = _weights(net)
         factor = KAPPA2_FACTOR["exact"] if second_term else 0.0
         backend = _choose(net, parameters, "auto")
+        if backend == "reference":
+            raise ValueError(
+                "a CUDA graph is being captured, but no kernel serves κ (see explain), and the reference reads numbers"
+            )
         chain = _pass(net, parameters, seq_len, backend=backend, second_factor=factor, rtol=min(float(rtol), 1.0))
     return Kappa.from_chain(chain, layout_of(net.recurrent, tuple(parameters)), [p.shape for p in parameters.values()])
 

@@ -190,8 +190,8 @@ def _descent(
     first = None if w.first is None else momentum * w.to_canonical(w.first) + d
     if first is not None:
         d = d + momentum * first if nesterov else first
-    rate = torch.as_tensor(-w.rate, dtype=torch.float64, device=norm.m.device)
-    return Number.of(d) * Number.of(rate), first, overflows
+    rate = w.rate if isinstance(w.rate, Tensor) else norm.m.new_full((), w.rate)  # filled there: a copy would wait
+    return Number.of(d) * Number.of(-rate.double()), first, overflows
 
 
 def given(weights: Sequence[Weight], log_path_norm: Tensor, radius: float) -> Decided:

@@ -154,7 +154,7 @@ def test_the_time_is_heeded(capsys):
 
 @pytest.mark.parametrize(
     ("name", "sentence"),
-    [("PATHRNN_BACKEND", "PATHRNN_BACKEND is 'foo'; use one of auto, cpu"), ("PATHRNN_PLAN", "plan is 'foo'")],
+    [("PATHRNN_BACKEND", "PATHRNN_BACKEND is 'foo'; use one of 'auto', 'cpu'"), ("PATHRNN_PLAN", "plan is 'foo'")],
 )
 def test_the_command_refuses_what_the_environment_misspells(capsys, monkeypatch, name, sentence):
     monkeypatch.setenv(name, "foo")

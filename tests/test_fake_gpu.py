@@ -16,6 +16,8 @@ import pytest
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensor, FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_iter
 
 import pathrnn_kernels as pk
 from pathrnn_kernels import engine
@@ -54,6 +56,17 @@ class Launches:
             self.launched.append(self.name)
 
         return launch
+
+
+class NoCopies(TorchDispatchMode):
+    """Refuses what a capture does: copies from the host's memory, for which it waits."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        found = func(*args, **(kwargs or {}))
+        given = [t for t in tree_iter((args, kwargs)) if isinstance(t, torch.Tensor)]
+        if given and not any(t.is_cuda for t in given):
+            assert not any(isinstance(t, torch.Tensor) and t.is_cuda for t in tree_iter(found)), func
+        return found
 
 
 @pytest.fixture
@@ -103,18 +116,29 @@ def give_gradients(net):
         p.grad = torch.empty_like(p)
 
 
+def begin(optimizer):
+    """What a first step makes, without its numbers."""
+    optimizer.state.update(optimizer._states(optimizer._moving())[1])
+    if optimizer.scale == "first_step":
+        optimizer._constant_on(optimizer._known[0])
+
+
 @pytest.mark.parametrize("served", ("cuda", "triton"))
+@pytest.mark.parametrize("fused", (None, False), ids=("kernels", "plain"))
 @pytest.mark.parametrize("second_term", (False, True))
 @pytest.mark.parametrize("shape", NETWORKS)
 @pytest.mark.parametrize("kind", OPTIMIZERS)
-def test_a_captured_step(monkeypatch, launched, kind, shape, second_term, served):
+def test_a_captured_step(monkeypatch, launched, kind, shape, second_term, fused, served):
     monkeypatch.setenv("PATHRNN_BACKEND", served)
-    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
     net = network(**NETWORKS[shape])
-    optimizer = OPTIMIZERS[kind](net, seq_len=7, capturable=True, second_term=second_term)
-    for _ in range(2):
-        give_gradients(net)
-        optimizer.step()
+    optimizer = OPTIMIZERS[kind](net, seq_len=7, capturable=True, second_term=second_term, fused=fused)
+    give_gradients(net)
+    begin(optimizer)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    with NoCopies():
+        for _ in range(2):
+            give_gradients(net)
+            optimizer.step()
     assert served == "cuda" or launched
     state = [t for own in optimizer.state.values() for t in own.values()]
     assert all(t.is_cuda for t in state)
@@ -162,8 +186,42 @@ def test_planted_mistakes_are_found(monkeypatch, launched):
     give_gradients(net)
     with pytest.raises(DataDependentOutputException):
         pk.PathSGD(net, seq_len=7).step()  # the first step without capturable
-    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
     optimizer = pk.PathAdam(net, seq_len=7, capturable=True)
     monkeypatch.setattr(sys.modules["pathrnn_kernels.path_adam"], "zeros_like", lambda p: torch.zeros(p.shape))
+    begin(optimizer)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
     with pytest.raises((TypeError, RuntimeError, AssertionError), match="cpu"):
         optimizer.step()
+    with pytest.raises(AssertionError), NoCopies():
+        torch.as_tensor(0.1, device="cuda")
+
+
+def test_what_may_not_be_captured_is_refused(monkeypatch, launched):
+    net = network()
+    give_gradients(net)
+    capturing = False
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing)
+
+    def optimizer(begun=True, **options):
+        found = pk.PathSGD(net, momentum=0.9, seq_len=7, **options)
+        if begun:
+            begin(found)
+        found._pending = object()  # of a step before the capture, which may not be waited for in it
+        return found
+
+    optimizers = [optimizer(), optimizer(capturable=True, update_every=2, fused=False)]
+    first = optimizer(begun=False, capturable=True), optimizer(begun=False, capturable=True, fused=False)
+    reference = optimizer(capturable=True)
+    for other in (*first, reference):
+        other._pending = None
+    capturing = True
+    for one in optimizers:
+        with pytest.raises(RuntimeError, match="build the optimiser with capturable=True and update_every=1"):
+            one.step()
+    for one in first:
+        with pytest.raises(RuntimeError, match="take one before the capture"):
+            one.step()
+        assert not one.state
+    monkeypatch.setenv("PATHRNN_BACKEND", "reference")
+    with pytest.raises(ValueError, match="no kernel serves κ"):
+        reference.step()

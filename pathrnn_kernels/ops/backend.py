@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import os
 import sys
 from collections.abc import Callable
@@ -118,8 +117,12 @@ def cuda_code(device: torch.device) -> tuple[int, str]:
     return _cuda_code(torch.cuda.current_device() if device.index is None else device.index)
 
 
-@functools.cache
+_codes: dict[int, tuple[int, str]] = {}
+
+
 def _cuda_code(index: int) -> tuple[int, str]:
+    if index in _codes:
+        return _codes[index]
     if _problem is not None:
         return 0, _problem
     from .. import _C  # type: ignore[attr-defined]
@@ -127,6 +130,8 @@ def _cuda_code(index: int) -> tuple[int, str]:
     if not hasattr(_C, "cuda_code"):
         return 0, f"the extension was built without CUDA kernels ({why_without_cuda()})"
     code: tuple[int, str] = _C.cuda_code(index)
+    if code[0] > 0:  # else there may have been no memory to load it
+        _codes[index] = code
     return code
 
 

@@ -18,6 +18,7 @@ Bytes moved, for n weights of b bytes each and κ counted where it is dense: 5 b
 
 from __future__ import annotations
 
+import contextlib
 import math
 import struct
 from collections import OrderedDict
@@ -812,7 +813,8 @@ def _table(given: _Update, moving: list[int]) -> tuple[Tensor, _Shape]:
     capturing = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
     found = None if capturing else _tables.get(made_from)
     if found is not None:
-        _tables.move_to_end(made_from)
+        with contextlib.suppress(KeyError):  # another thread may have made room
+            _tables.move_to_end(made_from)
         return found
     rows, shape = _rows(given, moving)
     table = _on_device(rows, device, capturing), shape
