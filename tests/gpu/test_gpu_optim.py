@@ -2,6 +2,8 @@
 
 import copy
 import math
+import re
+from pathlib import Path
 
 import pytest
 import tolerances
@@ -13,6 +15,7 @@ import pathrnn_kernels as pk
 
 pytestmark = pytest.mark.gpu
 
+PAGE = Path(__file__).parents[2] / "pathrnn_kernels" / "README.md"
 STEPS, SEQ_LEN, BATCH, HIDDEN = 5, 8, 4, 19
 
 CASES = {
@@ -188,6 +191,17 @@ def test_a_training_step_is_recorded(path, device, kind):
     for p, q in zip(*(net.parameters() for net in nets), strict=True):
         assert torch.equal(p, q)
     assert not torch.equal(nets[0].rnn.weight_hh_l0, build(device).rnn.weight_hh_l0)
+
+
+@needs_gpu
+def test_the_pages_graph():
+    text = PAGE.read_text(encoding="utf-8")
+    block = re.search(r"<!-- graph -->\n```python\n(.*?)```", text, re.S).group(1)
+    names = {}
+    exec(compile(block, "the pages' graph", "exec"), names)
+    state = names["opt"].state[names["net"].rnn.weight_hh_l0]
+    assert state["step"].item() == 103
+    assert all(p.isfinite().all() for p in names["net"].parameters())
 
 
 def test_an_error_is_known_at_the_next_step(path, device):
