@@ -9,6 +9,7 @@ import io
 import math
 import os
 import platform
+import select
 import shlex
 import signal
 import sys
@@ -60,10 +61,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("\npathrnn: interrupted", file=sys.stderr)
         return 128 + signal.SIGINT
-    except BrokenPipeError:  # nobody reads on; what is left to be written would be an error at exit
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 128 + signal.SIGPIPE
     except (TrainingError, ValueError, OSError, ImportError) as error:
+        if isinstance(error, BrokenPipeError) and not _is_read(sys.stdout):
+            return 128 + signal.SIGPIPE
         print(f"pathrnn: {error}", file=sys.stderr)
         return _FAILED
     except (MemoryError, RuntimeError) as error:
@@ -293,6 +293,20 @@ def _info() -> int:
         reasons = backend.refusals(torch.device(device), torch.float32)
         _table(*((f"  {name}", "available" if reason is None else f"no: {reason}") for name, reason in reasons.items()))
     return _OK
+
+
+def _is_read(stream: Any) -> bool:
+    """Whether anybody reads what is written; if not, what is left of it will be no error at exit."""
+    try:
+        descriptor = stream.fileno()
+    except (OSError, ValueError):  # it has none
+        return True
+    pipe = select.poll()
+    pipe.register(descriptor, 0)
+    if not any(event & select.POLLERR for _, event in pipe.poll(0)):
+        return True
+    os.dup2(os.open(os.devnull, os.O_WRONLY), descriptor)
+    return False
 
 
 def _check(parser: Parser, seconds: float) -> int:

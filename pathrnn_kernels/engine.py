@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-import numbers
 import operator
 import sys
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from itertools import chain
+from numbers import Real
 from typing import Any, ClassVar, NamedTuple, NoReturn
 
 import torch
@@ -636,7 +636,8 @@ class Engine(WithPath):
 
     def _kappa_depends_on(self, seq_len: int | None) -> list[Any]:
         """What κ that is kept is of, beside weights, and for how long."""
-        return [seq_len, *map(str, self._of_network()), float(self.rtol), int(self.update_every)]
+        own = None if seq_len is None else int(seq_len)
+        return [own, *map(str, self._of_network()), float(self.rtol), int(self.update_every)]
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continue from what ``state_dict`` returned: bit for bit on parameters of the dtype that it was saved for.
@@ -658,7 +659,7 @@ class Engine(WithPath):
             raise ValueError(f"state_dict is a {type(state_dict).__name__}; it must be what state_dict() returned")
         path = self._path_of(state_dict)
         for key, value in self._settings().items():
-            if repr(path.get(key)) != repr(value):
+            if _differ(path.get(key), value):
                 raise ValueError(
                     f"state_dict was saved with {key}={path.get(key)!r}, but this {self._kind} has {key}={value!r}: "
                     "build both alike"
@@ -675,9 +676,8 @@ class Engine(WithPath):
             raise ValueError(f"state_dict has lags={lags!r}; they must be counts by recurrent weight")
         found = None if path.get("kappa") is None else from_state(path["kappa"], dict(zip(names, weights, strict=True)))
         kept = path.get("kappa_of")  # earlier versions did not say
-        kept_steps = kept[0] if isinstance(kept, list) and kept else None
-        own = self._kappa_depends_on(kept_steps if self.seq_len is None else int(self.seq_len))
-        if self.update_every == 1 or (kept is not None and repr(kept) != repr(own)):
+        kept_steps = kept[0] if isinstance(kept, list) and kept and self.seq_len is None else self.seq_len
+        if self.update_every == 1 or (kept is not None and _differ(kept, self._kappa_depends_on(kept_steps))):
             found = None
         groups, state = state_dict.get("param_groups"), state_dict.get("state")
         if (
@@ -687,7 +687,7 @@ class Engine(WithPath):
         ):
             raise ValueError(f"state_dict lacks the {self._owner}'s 'state' and 'param_groups': it is damaged")
         held: list[Any] = [group.get("params") if isinstance(group, dict) else None for group in groups]
-        if [len(part) if isinstance(part, list) else -1 for part in held] != self._sizes():
+        if [len(part) if isinstance(part, list | tuple) else -1 for part in held] != self._sizes():
             raise ValueError(f"state_dict has param_groups that do not hold {self._sizes()} parameters: it is damaged")
         self._check_loaded(
             chain.from_iterable(held), state, {id(p): name for name, p in zip(names, weights, strict=True)}
@@ -708,15 +708,15 @@ class Engine(WithPath):
 
     def _check_loaded(self, numbers: Iterable[Any], state: dict[Any, Any], names: dict[int, str]) -> None:
         """ValueError if what is saved of a parameter is not what steps need."""
+        parameters = chain.from_iterable(group["params"] for group in self.param_groups)
         found = []
-        for number, p in zip(numbers, chain.from_iterable(group["params"] for group in self.param_groups), strict=True):
-            if own := state.get(number):
-                if isinstance(own.get("step"), int | float):  # it becomes a tensor
-                    own = own | {"step": torch.zeros(())}
-                found.append((names.get(id(p), "a parameter"), p, own))
         try:
+            for number, p in zip(numbers, parameters, strict=True):
+                if id(p) in names and (own := state.get(number)):  # of a module that has been replaced it is never read
+                    count = {"step": torch.zeros(())} if isinstance(own.get("step"), Real) else {}
+                    found.append((names[id(p)], p, own | count))  # a number becomes a tensor
             self._check_states(found)
-        except (TypeError, ValueError) as error:
+        except (AttributeError, TypeError, ValueError) as error:
             raise ValueError(f"state_dict is damaged: {error}") from error
 
     def _path_of(self, state_dict: dict[str, Any]) -> dict[str, Any]:
@@ -814,10 +814,18 @@ def _check_one(name: str, value: Tensor) -> None:
         raise ValueError(f"{name} is a tensor of {value.dtype}, {list(value.shape)}; it must have one entry, and real")
 
 
+def _differ(found: Any, own: Any) -> bool:
+    """Whether what is found in a state dict is anything else."""
+    try:
+        return bool(found != own)
+    except (RuntimeError, TypeError, ValueError):  # tensors among it, say
+        return True
+
+
 def _is_finite(value: Any) -> bool:
     value = value.detach() if isinstance(value, Tensor) else value
     try:
-        return isinstance(value, numbers.Real | Tensor) and math.isfinite(value)
+        return isinstance(value, Real | Tensor) and math.isfinite(value)
     except (OverflowError, RuntimeError, TypeError, ValueError):  # beyond float64, complex, or several numbers
         return False
 

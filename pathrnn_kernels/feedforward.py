@@ -10,6 +10,7 @@ import contextlib
 import functools
 import math
 import numbers
+import os
 import sys
 import threading
 from collections import OrderedDict
@@ -29,6 +30,7 @@ _LN2 = math.log(2)
 
 #: For the length of a pass squares stand for a module's parameters, and hooks of all modules are off.
 _ALONE = threading.RLock()
+os.register_at_fork(after_in_child=_ALONE._at_fork_reinit)  # type: ignore[attr-defined]  # the thread that has it is gone
 
 #: Of ∂γ²/∂p̃ in the units of the run. Derivatives that are smaller by what a tensor may hold, 2^400, are denormal.
 _UNDERFLOW = 2.0**-600
@@ -105,7 +107,7 @@ def kappa_of_module(module: nn.Module, input_shape: Sequence[int]) -> Kappa:
     # κ is made of derivatives; callers often hold no_grad or inference_mode.
     with _ALONE, torch.inference_mode(False), torch.enable_grad(), _uncompiled():
         run = _Pass(module, _check(module, input_shape))
-        return run.kappa(*run.output(tuple(input_shape)))
+        return run.kappa(run.output(tuple(input_shape)))
 
 
 class FeedForward:
@@ -129,7 +131,7 @@ class FeedForward:
     def __init__(self, module: nn.Module, input_shape: Sequence[int]) -> None:
         kappa_of_module(module, input_shape)
         self.module = module
-        self.input_shape = tuple(input_shape)
+        self.input_shape = tuple(map(int, input_shape))
 
     def kappa(self) -> Kappa:
         """κ at the present weights."""
@@ -179,7 +181,7 @@ def _check(module: nn.Module, input_shape: Sequence[int]) -> dict[str, nn.Parame
                 "depends on them: move the module to a device first, with to_empty() and initialised"
             )
         check_finite(name, p)
-        if p.numel() and (other := places.setdefault(p.data_ptr(), name)) != name:
+        if p.numel() and (other := places.setdefault(p.data_ptr() or id(p), name)) != name:
             raise ValueError(f"{name} and {other} are one piece of memory; κ couples them: make them one parameter")
     return parameters
 
@@ -197,21 +199,6 @@ def _without_backward_hooks(module: nn.Module) -> Iterator[None]:
     finally:
         for m, kind, hooks in held:
             setattr(m, kind, hooks)
-
-
-class _Derived(nn.Module):
-    """A module's output, and its sum's derivatives: while squares stand for the parameters, as what is checkpointed is
-    run again for them."""
-
-    def __init__(self, module: nn.Module, leaves: Sequence[Tensor]) -> None:
-        super().__init__()
-        self.module, self.leaves = module, leaves
-
-    def forward(self, x: Tensor) -> tuple[Any, Sequence[Tensor | None]]:
-        output = self.module(x)
-        if not isinstance(output, Squared) or not (total := output.value.sum()).requires_grad:
-            return output, [None] * len(self.leaves)
-        return output, torch.autograd.grad(total, self.leaves, allow_unused=True)
 
 
 class _Pass:
@@ -234,22 +221,22 @@ class _Pass:
         #: Qualified name of a module → what was refused in it.
         self.refusals: dict[str, str] = {}
         self._calls: list[tuple[str, nn.Module]] = [("", module)]
+        #: ∂γ²/∂p̃ in the units of the run, None on no path.
+        self.gradients: Sequence[Tensor | None] = [None] * len(parameters)
 
-    def output(self, input_shape: tuple[int, ...]) -> tuple[Squared, Sequence[Tensor | None]]:
-        """With ∂γ²/∂p̃, in the units of the run, of every parameter on a path."""
+    def output(self, input_shape: tuple[int, ...]) -> Squared:
         ones = torch.ones((1, *input_shape), dtype=torch.float64, device=self.device)
         x = Squared(ones, 0, Kind.INPUT, set(), self.run)
         # Statistics that a refused layer would update are copies.
         buffers = {name: b.clone() for name, b in self.module.named_buffers()}
-        whole = _Derived(self.module, [square.value for square in self.squares.values()])
-        inside = {f"module.{name}": t for name, t in {**buffers, **self.squares}.items()}
         handles = []
         try:
             for name, module in self.module.named_modules():
                 handles.append(module.register_forward_pre_hook(functools.partial(self._enter, name)))
                 handles.append(module.register_forward_hook(self._leave, always_call=True))
+            handles.append(self.module.register_forward_hook(self._derive))
             with _without_backward_hooks(self.module):
-                output, found = torch.func.functional_call(whole, inside, (x,))
+                output = torch.func.functional_call(self.module, {**buffers, **self.squares}, (x,))
         except Exception as error:
             if self.refusals:
                 raise self._report(f"\nIt then fails, before all was looked at: {error}") from error
@@ -267,7 +254,13 @@ class _Pass:
                 f"module returns a {type(output).__name__} that is no tensor computed from input or parameters; γ² "
                 "needs one tensor: wrap the module in one that returns it"
             )
-        return output, found
+        return output
+
+    def _derive(self, module: nn.Module, _: Any, output: Any) -> None:
+        """While squares stand for the parameters: what is checkpointed is run again for the derivatives."""
+        if isinstance(output, Squared) and (total := output.value.sum()).requires_grad:
+            leaves = [square.value for square in self.squares.values()]
+            self.gradients = torch.autograd.grad(total, leaves, allow_unused=True)
 
     def _enter(self, name: str, module: nn.Module, _: Any) -> None:
         self._calls.append((name, module))
@@ -292,10 +285,10 @@ class _Pass:
             + remark
         )
 
-    def kappa(self, output: Squared, found: Sequence[Tensor | None]) -> Kappa:
+    def kappa(self, output: Squared) -> Kappa:
         norm = output.value.detach().sum()
         scaled = {}
-        for (name, p), gradient in zip(self.parameters.items(), found, strict=True):
+        for (name, p), gradient in zip(self.parameters.items(), self.gradients, strict=True):
             if gradient is None:  # on no path
                 gradient = torch.zeros([1] * p.dim(), dtype=torch.float64, device=self.device)
             for dim, stride in enumerate(gradient.stride()):

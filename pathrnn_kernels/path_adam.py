@@ -211,4 +211,6 @@ def check_betas(betas: Any) -> None:
 
 def is_share(value: Any) -> bool:
     """Whether it can be a β."""
-    return isinstance(value, numbers.Real) and not isinstance(value, bool) and bool(0 <= value < 1)  # type: ignore[operator]
+    if not isinstance(value, numbers.Real) or isinstance(value, bool):
+        return False
+    return bool(0 <= value < 1) and float(value) < 1  # type: ignore[operator]  # of any make, and as a float

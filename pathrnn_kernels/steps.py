@@ -23,7 +23,7 @@ class Steps:
     A call counts when a gradient flows back into it, so that T is that of the graphs whose gradients wait: not of an
     evaluation, nor of a forward pass that was thrown away. Calls that pass the state on with its graph are one
     sequence, as long as all together; of several sequences the longest counts. A new count begins with the first
-    gradient after a step, or after the gradients that a backward pass has left were set to None.
+    gradient after a step, or after the gradients were set to None, which those of autograd.grad always are.
 
     Nothing is read from a device: T is a shape, and a hook of an autograd node tells that a gradient flows.
     """
@@ -34,7 +34,6 @@ class Steps:
         self._frozen: int | None = None
         self._used = False
         self._backward: int | None = None  # the backward pass that _found was last changed in
-        self._left = False  # whether a backward pass has left gradients, and not returned them as autograd.grad does
         #: T of the last sequence that passed through a transform of torch.func, or through compiled code, where no hook
         #: can be, or 0: it is taken at once. The latter would be compiled anew for every value of a number, and the
         #: former changes no tensor of others.
@@ -97,18 +96,10 @@ class Steps:
         backward = torch._C._current_graph_task_id()
         if backward == -1 or backward != self._backward:
             leaves = [p for p in weights.values() if p is not None and p.is_leaf and p.requires_grad]
-            none = bool(leaves) and all(p.grad is None for p in leaves)
-            if none and backward != -1:  # what was traced has left no gradient either
-                self._transformed, self._is_compiled = 0, False
-            if self._used or (none and self._left):
-                self._found, self._left = None, False
-            if backward != -1:
-                torch.autograd.Variable._execution_engine.queue_callback(lambda: self._ends(leaves))
+            if self._used or (leaves and all(p.grad is None for p in leaves)):
+                self._found = None
         self._found = max(self._found or 0, seq_len)
         self._used, self._backward = False, backward
-
-    def _ends(self, leaves: Iterable[Tensor]) -> None:
-        self._left |= any(p.grad is not None for p in leaves)
 
     def _before(self, node: Any) -> int:
         """The steps of the calls of this module that are next above the node: of several, which a state may be made

@@ -298,3 +298,12 @@ def test_a_reader_that_ends_early_is_no_error():
     command = f"{sys.executable} -c '{program}' | true; exit ${{PIPESTATUS[0]}}"
     done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=120)
     assert (done.returncode, done.stderr) == (128 + signal.SIGPIPE, "")
+
+
+def test_a_broken_pipe_that_is_not_the_output_is_an_error(monkeypatch, capsys):
+    def broken():
+        raise BrokenPipeError(32, "Broken pipe")
+
+    monkeypatch.setattr(cli, "_info", broken)
+    assert cli.main(["info"]) == 1
+    assert "Broken pipe" in capsys.readouterr().err

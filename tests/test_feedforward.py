@@ -2,6 +2,8 @@ import copy
 import io
 import itertools
 import math
+import os
+import signal
 import sys
 import threading
 
@@ -1000,3 +1002,39 @@ def test_parameters_that_are_one_piece_of_memory_are_refused():
     two.weight.data = one.weight.data.t()
     with pytest.raises(ValueError, match="2.weight and 0.weight are one piece of memory"):
         pk.FeedForward(nn.Sequential(one, nn.ReLU(), two), (3,))
+
+
+def test_hooks_of_all_modules_see_the_modules_alone():
+    seen = []
+    handle = nn.modules.module.register_module_forward_hook(lambda m, _, output: seen.append((m, tuple(output.shape))))
+    try:
+        module = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))
+        pk.kappa_of_module(module, (3,))
+    finally:
+        handle.remove()
+    assert seen == [(module[0], (1, 4)), (module[1], (1, 4)), (module[2], (1, 2)), (module, (1, 2))]
+
+
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
+def test_a_process_forked_from_the_middle_of_a_pass_has_passes_of_its_own():
+    within, done = threading.Event(), threading.Event()
+
+    class Waiting(nn.Linear):
+        def forward(self, x):
+            within.set()
+            done.wait(60)
+            return super().forward(x)
+
+    thread = threading.Thread(target=pk.kappa_of_module, args=(Waiting(3, 2), (3,)))
+    thread.start()
+    within.wait(60)
+    try:
+        if (child := os.fork()) == 0:
+            signal.alarm(20)
+            torch.set_num_threads(1)
+            pk.kappa_of_module(nn.Linear(3, 2), (3,))
+            os._exit(0)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    finally:
+        done.set()
+        thread.join()

@@ -2,7 +2,11 @@
 numbers, batched gradients, subclasses, and wrappers."""
 
 import copy
+import enum
+import io
+from fractions import Fraction
 
+import numpy
 import pytest
 import torch
 from test_bases import ScheduleFree
@@ -708,3 +712,127 @@ def test_a_group_that_is_none_is_refused_as_torch_does(group):
             optimizer.add_param_group(group)
         errors.append(str(raised.value))
     assert errors[0] == errors[1]
+
+
+def resumes(make_optimizer, other=None, through=copy.deepcopy, change=lambda state: None):
+    """Whether a run of ``make_optimizer`` that another one goes on with is the same bit for bit."""
+    net = make()
+    optimizer = make_optimizer(net)
+    for step in range(2):
+        backward(net, seed=step)
+        optimizer.step()
+    state = through(optimizer.state_dict())
+    change(state)
+    twin = copy.deepcopy(net)
+    resumed = (other or make_optimizer)(twin)
+    resumed.load_state_dict(state)
+    for step in range(2, 4):
+        for n, o in ((net, optimizer), (twin, resumed)):
+            backward(n, seed=step)
+            o.step()
+    return equal(net, values(twin))
+
+
+def through_a_file_of_plain_values(state):
+    memory = io.BytesIO()
+    torch.save(state, memory)
+    memory.seek(0)
+    return torch.load(memory, weights_only=True)
+
+
+def kept(**options):
+    return lambda net: pk.PathSGD(net, 0.1, scale="path_norm", update_every=5, **options)
+
+
+def test_lengths_of_any_integer_type_are_saved_as_plain_ones():
+    assert resumes(kept(seq_len=numpy.int64(4)), kept(seq_len=4), through_a_file_of_plain_values)
+    assert resumes(kept(seq_len=4), kept(seq_len=numpy.int64(4)))
+    module = nn.Linear(2, 1)
+    assert pk.FeedForward(module, (numpy.int64(2),)).input_shape == (2,)
+
+
+def test_a_scale_that_equals_its_name_is_the_same():
+    class Scale(str, enum.Enum):
+        PATH_NORM = "path_norm"
+
+    for scale in (numpy.str_("path_norm"), Scale.PATH_NORM):
+        one = lambda net, scale=scale: pk.PathSGD(net, 0.1, scale=scale, update_every=5)  # noqa: E731
+        assert resumes(one, kept()) and resumes(kept(), one)
+
+
+def test_state_dicts_that_do_not_say_what_their_kappa_is_of_are_taken_up():
+    """Earlier versions', also where they are loaded and saved again."""
+
+    def forget(state):
+        del state["path"]["kappa_of"]
+
+    assert resumes(kept(seq_len=4), change=forget)
+
+    def again(state):
+        forget(state)
+        other = kept(seq_len=4)(make())
+        other.load_state_dict(state)
+        return other.state_dict()
+
+    assert resumes(kept(seq_len=4), through=again)
+    net = make()
+    optimizer = kept(seq_len=4)(net)
+    for step in range(2):
+        backward(net, seed=step)
+        optimizer.step()
+    state = saved(optimizer)
+    forget(state)
+    each = pk.PathSGD(net, 0.1, scale="path_norm", seq_len=4)
+    each.load_state_dict(state)
+    assert each._kappa is None  # it computes one a step
+
+
+@pytest.mark.parametrize("count", (1, numpy.float32(1), numpy.float64(1), torch.tensor([1])), ids=repr)
+def test_counts_of_steps_of_any_kind_are_loaded(count):
+    def change(state):
+        for own in state["state"].values():
+            own["step"] = count
+
+    assert resumes(KINDS["adam"], change=lambda state: None)
+    net = make()
+    optimizer = KINDS["adam"](net)
+    backward(net)
+    optimizer.step()
+    state = saved(optimizer)
+    change(state)
+    state["param_groups"][0]["params"] = tuple(state["param_groups"][0]["params"])
+    optimizer.load_state_dict(state)
+    assert all(float(own["step"]) == 1 for own in optimizer.state.values())
+
+
+@pytest.mark.parametrize("damage", ("lists", "strings"))
+def test_numbers_of_parameters_that_are_none_are_damage(damage):
+    net = make()
+    optimizer = KINDS["adam"](net)
+    backward(net)
+    optimizer.step()
+    state = saved(optimizer)
+    group = state["param_groups"][0]
+    group["params"] = [[n] if damage == "lists" else str(n) for n in group["params"]]
+    if damage == "strings":
+        state["state"] = {str(n): "x" for n in state["state"]}
+    with pytest.raises(ValueError, match="damaged|doesn't match"):
+        optimizer.load_state_dict(state)
+
+
+def test_a_state_dict_is_loaded_though_a_module_has_been_replaced():
+    net = make()
+    optimizer = KINDS["adam"](net)
+    backward(net)
+    optimizer.step()
+    net.head = nn.Linear(net.head.in_features, net.head.out_features, dtype=F64)
+    optimizer.load_state_dict(saved(optimizer))
+
+
+@pytest.mark.parametrize(
+    "beta", (Fraction(10**30 - 1, 10**30), numpy.longdouble(1) - 1e-19), ids=("fraction", "long double")
+)
+def test_shares_that_are_one_as_a_float_are_refused(beta):
+    for betas in ((beta, 0.9), (0.9, beta)):
+        with pytest.raises(ValueError, match="betas is"):
+            pk.PathAdam(make(), betas=betas)

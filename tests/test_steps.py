@@ -527,32 +527,3 @@ def test_a_step_that_is_refused_uses_no_gradients(optimizer):
         net.rnn.weight_ih_l0.copy_(weight)
     loss(net, 3).backward()
     assert net.last_seq_len == 7
-
-
-def test_gradients_that_autograd_grad_returns_are_of_one_step():
-    """They are put together by hand; nothing has been left in the parameters that could be set to None."""
-    net = make()
-    parameters = list(net.parameters())
-    first, second = (torch.autograd.grad(loss(net, seq_len), parameters) for seq_len in (6, 3))
-    assert net.last_seq_len == 6
-    for p, a, b in zip(parameters, first, second, strict=True):
-        p.grad = a + b
-    assert_steps_as(net, 6)
-    pk.PathSGD(net, lr=1e-3, scale="path_norm").step()
-    torch.autograd.grad(loss(net, 2), parameters)
-    assert net.last_seq_len == 2
-
-
-@pytest.mark.parametrize("how", ("vmap", "grad", "compiled"))
-def test_traced_calls_that_leave_no_gradient_do_not_count(how):
-    net = make()
-    weights = {name: p.detach() for name, p in net.named_parameters()}
-    x = inputs(net, 9)
-    if how == "compiled":
-        torch.compile(net, backend="eager")(x)
-    elif how == "grad":
-        torch.func.grad(lambda w: torch.func.functional_call(net, w, (x,)).sum())(weights)
-    else:
-        torch.func.vmap(lambda x: torch.func.functional_call(net, weights, (x,)), 1)(x)
-    loss(net, 4).backward()
-    assert_steps_as(net, 4)
