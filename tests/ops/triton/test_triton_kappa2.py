@@ -61,7 +61,6 @@ CERTIFIED = (
     *("gaussian", "uniform", "orthogonal", "identity", "diagonal", "growing", "vanishing", "two blocks"),
     *("a dead row", "a dead column", "nilpotent"),  # of the last P_16 is 0
 )
-OUTPUTS = pytest.mark.parametrize("outputs", ("all", pytest.param("last", marks=pytest.mark.slow)))
 
 
 @pytest.mark.parametrize(
