@@ -2,8 +2,7 @@ import copy
 import io
 import itertools
 import math
-import os
-import signal
+import subprocess
 import sys
 import threading
 
@@ -1015,26 +1014,34 @@ def test_hooks_of_all_modules_see_the_modules_alone():
     assert seen == [(module[0], (1, 4)), (module[1], (1, 4)), (module[2], (1, 2)), (module, (1, 2))]
 
 
-@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
+FORKED = """
+import os, signal, threading
+import torch
+import pathrnn_kernels as pk
+
+torch.set_num_threads(1)
+within, done = threading.Event(), threading.Event()
+
+class Waiting(torch.nn.Linear):
+    def forward(self, x):
+        within.set()
+        done.wait(60)
+        return super().forward(x)
+
+thread = threading.Thread(target=pk.kappa_of_module, args=(Waiting(3, 2), (3,)))
+thread.start()
+within.wait(60)
+if (child := os.fork()) == 0:
+    signal.alarm(20)
+    pk.kappa_of_module(torch.nn.Linear(3, 2), (3,))
+    os._exit(0)
+print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+done.set()
+thread.join()
+"""
+
+
 def test_a_process_forked_from_the_middle_of_a_pass_has_passes_of_its_own():
-    within, done = threading.Event(), threading.Event()
-
-    class Waiting(nn.Linear):
-        def forward(self, x):
-            within.set()
-            done.wait(60)
-            return super().forward(x)
-
-    thread = threading.Thread(target=pk.kappa_of_module, args=(Waiting(3, 2), (3,)))
-    thread.start()
-    within.wait(60)
-    try:
-        if (child := os.fork()) == 0:
-            signal.alarm(20)
-            torch.set_num_threads(1)
-            pk.kappa_of_module(nn.Linear(3, 2), (3,))
-            os._exit(0)
-        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
-    finally:
-        done.set()
-        thread.join()
+    """In a process without other threads than that one: forks and they do not go together."""
+    done = subprocess.run([sys.executable, "-c", FORKED], capture_output=True, text=True, timeout=120)
+    assert done.stdout == "0\n", done.stdout + done.stderr
