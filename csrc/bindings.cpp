@@ -144,6 +144,9 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
 #else
             {"openmp", "none: one thread"},
 #endif
+#ifdef PATHRNN_POISON
+            {"memory", "full of nan where it is fresh, for tests"},
+#endif
 #ifdef PATHRNN_WITH_CUDA
             {"cuda", pathrnn::cuda_build()},
 #else

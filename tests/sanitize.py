@@ -5,8 +5,9 @@ that this machine has, on odd sizes, with teams of threads. Under ``address`` an
 once, too. Under ``thread`` teams are of std::thread, since ThreadSanitizer does not know OpenMP's barriers.
 ``memcheck`` is valgrind's, with every workspace undefined when it is taken (csrc/cpu/isa.h, PATHRNN_POISON).
 ``--extension`` builds the extension with both ``address`` and ``undefined`` as well, some ten minutes, and runs the
-tests of the ops on it. ``--poison`` builds it so that fresh memory is full of nan, and runs these tests and two short
-runs of fuzz_numbers.py. Neither runs the kernels alone, unless they are named.
+tests of the ops on it. ``--poison`` runs these tests, and two short runs of fuzz_numbers.py side by side, on the
+extension that is installed: build it with PATHRNN_POISON=1 set, so that fresh memory is full of nan. Neither runs the
+kernels alone, unless they are named.
 """
 
 from __future__ import annotations
@@ -69,15 +70,10 @@ def kernels(kind: str, folder: Path) -> None:
         run(program, *([] if thread else ["allocations fail"]))
 
 
-def extension(folder: Path, building: dict[str, str], testing: dict[str, str]) -> None:
-    """The tests of the ops, on an extension built for it."""
-    build = ["setup.py", "-q", "build", "--build-base", folder / "build", "--build-lib", folder / "lib"]
-    os.chdir(ROOT)
-    run(sys.executable, *build, **building)
-    os.chdir(folder)  # not where the other extension is
+def ops(**environment: str) -> None:
+    """The tests of the ops."""
     pytest = ["-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", LEFT_OUT, "-c", ROOT / "pyproject.toml"]
-    tests = [ROOT / "tests" / "ops" / name for name in TESTS]
-    run(sys.executable, *pytest, *tests, PYTHONPATH=str(folder / "lib"), **testing)
+    run(sys.executable, *pytest, *[ROOT / "tests" / "ops" / name for name in TESTS], **environment)
 
 
 def sanitized(folder: Path) -> None:
@@ -85,21 +81,31 @@ def sanitized(folder: Path) -> None:
         "-fsanitize=address,undefined -fno-sanitize=vptr -fno-omit-frame-pointer"  # torch's types carry no vptr checks
     )
     library = subprocess.run(["g++", "-print-file-name=libasan.so"], check=True, capture_output=True, text=True)
-    extension(folder, {"CFLAGS": options, "LDFLAGS": options}, {"LD_PRELOAD": library.stdout.strip()})
+    build = ["setup.py", "-q", "build", "--build-base", folder / "build", "--build-lib", folder / "lib"]
+    os.chdir(ROOT)
+    run(sys.executable, *build, CFLAGS=options, LDFLAGS=options)
+    os.chdir(folder)  # not where the other extension is
+    ops(PYTHONPATH=str(folder / "lib"), LD_PRELOAD=library.stdout.strip())
 
 
 def poisoned(folder: Path) -> None:
-    extension(folder, {"PATHRNN_POISON": "1", "PATHRNN_CUDA": "0"}, {})
-    for options in (["--cases", "5000"], ["--cases", "300", "--long"]):
-        fuzz = [ROOT / "tests" / "fuzz_numbers.py", "--seed", "1", *options]
-        run(sys.executable, *fuzz, PYTHONPATH=str(folder / "lib"))
+    os.chdir(folder)  # as above
+    built = "import torch; from pathrnn_kernels import _C; raise SystemExit('memory' not in _C.build_info())"
+    run(sys.executable, "-c", built)
+    ops()
+    fuzz = [sys.executable, ROOT / "tests" / "fuzz_numbers.py", "--seed", "1", "--seconds", "60"]
+    both = [subprocess.Popen([*fuzz, *options]) for options in (["--cases", "5000"], ["--long", "--cases", "300"])]
+    if failed := [one.args for one in both if one.wait()]:
+        raise subprocess.CalledProcessError(1, failed[0])
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("kind", nargs="*", help=f"of {', '.join(KINDS)}; all by default")
     parser.add_argument("--extension", action="store_true", help="the tests of the ops under address and undefined")
-    parser.add_argument("--poison", action="store_true", help="the tests of the ops with poisoned memory")
+    parser.add_argument(
+        "--poison", action="store_true", help="the tests of the ops on an extension with PATHRNN_POISON=1"
+    )
     given = parser.parse_args()
     if unknown := set(given.kind) - set(KINDS):
         parser.error(f"{', '.join(sorted(unknown))}: choose from {', '.join(KINDS)}")
@@ -110,7 +116,7 @@ def main() -> int:
             if given.extension:
                 sanitized(Path(folder) / "sanitized")
             if given.poison:
-                poisoned(Path(folder) / "poisoned")
+                poisoned(Path(folder))
         except subprocess.CalledProcessError as error:
             print(f"failed with {error.returncode}: {' '.join(map(str, error.cmd))}")
             return 1

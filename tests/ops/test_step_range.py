@@ -99,15 +99,19 @@ def take(case, how, numbers, radius, scale="path_norm", eps=0.0):
     return int(status)
 
 
-#: Interpreted kernels are slow.
-hows = pytest.mark.parametrize(
-    ("how", "seed"),
-    [*itertools.product(("kernels", "plain"), range(4)), pytest.param("triton", 0, marks=pytest.mark.slow)],
+#: Interpreted kernels are slow: of these, few.
+RATES = [(0.5, 0.0), (0.5, 1e-3), (2.0**90, 1e-3), (1e160, 1e-3)]
+INTERPRETED = [(0.0, (0.5, 1e-3)), (1e-3, (0.5, 0.0)), (0.0, (1e160, 1e-3))]
+
+
+@pytest.mark.parametrize(
+    ("how", "seed", "eps", "rate_and_radius"),
+    [
+        *itertools.product(("kernels", "plain"), range(4), (0.0, 1e-3), RATES),
+        *[pytest.param("triton", 0, *own, marks=pytest.mark.slow) for own in INTERPRETED],
+    ],
     ids=str,
 )
-
-
-@hows
 @pytest.mark.parametrize(
     ("dtype", "options"),
     [
@@ -123,9 +127,8 @@ hows = pytest.mark.parametrize(
     ],
     ids=str,
 )
-@pytest.mark.parametrize("eps", (0.0, 1e-3))
-@pytest.mark.parametrize(("rate", "radius"), [(0.5, 0.0), (0.5, 1e-3), (2.0**90, 1e-3), (1e160, 1e-3)])
-def test_path_sgd_is_right_or_says_so(how, seed, dtype, options, eps, rate, radius):
+def test_path_sgd_is_right_or_says_so(how, seed, dtype, options, eps, rate_and_radius):
+    rate, radius = rate_and_radius
     case = case_of(seed, dtype, **options)
     norm = EXACT.exp(Decimal(float(case.log_path_norm)))
     limit = Decimal(torch.finfo(dtype).max)
@@ -163,7 +166,11 @@ def test_path_sgd_is_right_or_says_so(how, seed, dtype, options, eps, rate, radi
         assert abs(float(at(case.weights[i], r, c)) - want) <= few * size + smallest(dtype)
 
 
-@hows
+@pytest.mark.parametrize(
+    ("how", "seed"),
+    [*itertools.product(("kernels", "plain"), range(4)), pytest.param("triton", 0, marks=pytest.mark.slow)],
+    ids=str,
+)
 @pytest.mark.parametrize(
     ("dtype", "options"),
     [
