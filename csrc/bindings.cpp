@@ -5,8 +5,6 @@
 
 #include <map>
 #include <string>
-#include <type_traits>
-#include <utility>
 #include <vector>
 
 #include "cpu/isa.h"
@@ -101,29 +99,6 @@ TORCH_LIBRARY(pathrnn, m) {
       tags);
 }
 
-namespace {
-
-// What holds an argument that came from Python while an op looks at it.
-template <typename T>
-struct Held {
-  using type = std::decay_t<T>;
-};
-template <typename T>
-struct Held<at::ArrayRef<T>> {
-  using type = std::vector<T>;
-};
-template <>
-struct Held<c10::string_view> {
-  using type = std::string;
-};
-
-template <typename R, typename... Args>
-auto direct(R (*op)(Args...)) {
-  return torch::wrap_pybind_function_no_gil([op](const typename Held<Args>::type&... held) { return op(held...); });
-}
-
-}  // namespace
-
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.doc() = "The C++ kernels of pathrnn_kernels, registered as torch.ops.pathrnn, and how they were built.";
   pathrnn::active_isa();  // a wrong PATHRNN_CPU_ISA should be heard of now, not in the first call
@@ -155,11 +130,21 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
         };
       },
       "The versions and options that this extension was built with, and the instruction set that it uses.");
-  // The ops, without the dispatcher, which takes as long as a small network's κ.
-  m.def("path_chain", direct(&pathrnn::path_chain_op));
-  m.def("path_chain_ways", direct(&pathrnn::path_chain_ways),
-        "How the chains of κ⁽¹⁾ go: a Way of ops.h with its number for each of h, then of δ; and by how many threads.");
-  m.def("path_step_", direct(&pathrnn::path_step_op));
+  // The ops without the dispatcher, which takes as long as a small network's κ, and with the tensors held of many calls.
+  using pathrnn::HeldStep, pathrnn::NetworkWeights, pathrnn::PathChainPass, torch::wrap_pybind_function_no_gil;
+  using Tensors = std::vector<at::Tensor>;
+  using Integers = std::vector<int64_t>;
+  using Optional = std::optional<at::Tensor>;
+  py::class_<PathChainPass>(m, "PathChainPass", "_C.pyi")
+      .def("tensors", torch::wrap_pybind_function(&PathChainPass::tensors));
+  py::class_<NetworkWeights>(m, "NetworkWeights", "_C.pyi")
+      .def(py::init<Tensors, Tensors, Tensors, Tensors, Optional, Optional, Optional, bool>())
+      .def("path_chain", wrap_pybind_function_no_gil(&NetworkWeights::path_chain))
+      .def("ways", wrap_pybind_function_no_gil(&NetworkWeights::ways));
+  py::class_<HeldStep>(m, "HeldStep", "_C.pyi")
+      .def(py::init<Tensors, Integers, Integers, Integers, Tensors, Tensors, Tensors, Tensors, std::string, int64_t, bool,
+                    bool, bool, bool, bool>())
+      .def("take", wrap_pybind_function_no_gil(&HeldStep::take));
 #ifdef PATHRNN_WITH_CUDA
   m.def("cuda_code", &pathrnn::cuda_code,
         "The architecture, as 90 for compute_90, of the code that a device would run; 0 and the reason if there is none.");

@@ -9,7 +9,7 @@ import warnings
 from collections.abc import Callable, Iterable, Sequence
 from itertools import chain
 from numbers import Real
-from typing import Any, ClassVar, NamedTuple, NoReturn
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor
@@ -21,9 +21,12 @@ from .bases import WithPath, unchanged_unless_loaded, without_hooks
 from .feedforward import FeedForward
 from .kappa import KAPPA2_FACTOR, Kappa, kappa, kappa_without_waiting, precision
 from .kappa_state import from_state, moved, raw, to_state
-from .network import WHOLE_SEQUENCES, PathNetwork, gradients_used, sequence_length
-from .ops.backend import choose, refusals, transformed, without_numbers
+from .network import WHOLE_SEQUENCES, Held, PathNetwork, gradients_used, sequence_length
+from .ops.backend import at_once, choose, refusals, transformed, without_numbers
 from .ops.step import NO_CONSTANT, NO_PATH, OVERFLOW, UNBOUNDED, UNREACHED, path_step_, path_update_
+
+if TYPE_CHECKING:
+    from ._C import HeldStep
 
 #: The module, whose name torch.optim has made away with.
 _HOOKS = sys.modules[Optimizer.__module__]
@@ -106,6 +109,16 @@ class Moving(NamedTuple):
                 raise ValueError(f"the gradient of {self.layout.names[i]} is sparse; use nn.Embedding(…, sparse=False)")
 
 
+class _Ready(NamedTuple):
+    """A step like the last one, for as long as the state is where it was."""
+
+    weights: list[Tensor]  # that have any
+    states: list[dict[str, Any]]
+    held: Held  # of the states
+    kind: Any  # Engine._kind_of
+    step: HeldStep
+
+
 class Engine(WithPath):
     """An optimiser of a network alone, whose step is one call."""
 
@@ -149,6 +162,7 @@ class Engine(WithPath):
         self.seq_len = seq_len
         self.rtol = rtol
         self._layout: Layout | None = None
+        self._ready: _Ready | None = None
         #: Of which κ and lags are kept.
         self._known: Sequence[Tensor] = self._weights()[1]
         self._kappa: Kappa | None = None
@@ -186,6 +200,7 @@ class Engine(WithPath):
         own = without_hooks(self)
         return {key: value for key, value in own.items() if key not in _OF_A_SCALER} | {
             "_layout": None,
+            "_ready": None,
             "_pending": None,
         }
 
@@ -253,6 +268,9 @@ class Engine(WithPath):
         return loss
 
     def _step(self) -> None:
+        if self._ready is not None and self._at_once(self._ready):
+            return self._taken()
+        self._ready = None
         moving = self._moving()
         if moving is None:
             return
@@ -264,9 +282,53 @@ class Engine(WithPath):
             raise
         self._taken()
 
+    def _at_once(self, ready: _Ready) -> bool:
+        """A step by the CPU's kernels, all but gradients and options held; False, and nothing is done, where something
+        is out of the ordinary: ``_try`` takes it then, or says what is wrong."""
+        layout, groups = self._layout, self.param_groups
+        if (
+            layout is None
+            or not layout.fits(self.net, groups)
+            or not all(map(operator.is_, map(self.state.get, ready.weights), ready.states))
+            or not ready.held.still()
+            or self.update_every > 1
+            or not at_once()
+        ):
+            return False
+        try:
+            numbers = [self._numbers(group) for group in groups]
+            if self._kind_of(groups) != ready.kind or layout.rates_are_tensors():
+                return False
+            weight = layout.weights[0]
+            status = ready.step.take(numbers, *self._options(weight), *self._run(weight))
+        except Exception:
+            return False
+        if status is None:  # other weights have gradients
+            return False
+        if status and not groups[0]["capturable"]:
+            self._refuse(status, layout.names, layout.weights[0].dtype)
+        return True
+
+    def _make_ready(self, moving: Moving, states: list[dict[str, Any]]) -> None:
+        from . import _C
+
+        layout, weights, _, places = moving
+        owners, lists = [layout.owners[i] for i in places], self._lists(states)
+        structure: Any = layout.structure
+        step = _C.HeldStep(weights, places, layout.foreign, owners, *lists, self._bases(states), self.rule, *structure)
+        kept = [(weights[i], state) for i, state in zip(places, states, strict=True) if state]
+        held = Held((state, key) for state in states for key in state)
+        kind = self._kind_of(layout.groups)
+        self._ready = _Ready([p for p, _ in kept], [state for _, state in kept], held, kind, step)
+
+    def _kind_of(self, groups: list[dict[str, Any]]) -> Any:
+        """Of the options, what decides which state there is and who takes the step."""
+        return groups[0]["fused"]
+
     def _try(self, moving: Moving) -> None:
         layout, weights = moving.layout, moving.weights
         states: list[dict[str, Any]] = []
+        served = None
         try:
             states, new = self._states(moving)
             begins = bool(new) or (self.scale == "first_step" and self._constant is None)
@@ -290,6 +352,8 @@ class Engine(WithPath):
         if status and not self.param_groups[0]["capturable"]:
             self._refuse(status, layout.names, weights[0].dtype)
         self.state.update(new)
+        if served == "cpu" and self.update_every == 1 and not status:
+            self._make_ready(moving, states)
 
     def _moving(self) -> Moving | None:
         """None if no weight has a gradient."""
@@ -364,42 +428,42 @@ class Engine(WithPath):
 
     def _call(self, served: str, moving: Moving, states: list[dict[str, Any]]) -> int:
         layout, weights, gradients, places = moving
-        net = self.net
         groups = layout.groups
         numbers = [self._numbers(group) for group in groups]
         rates = [_tensor(group["lr"], weights[0]) for group in groups] if layout.rates_are_tensors() else []
         if len(groups) > 1:  # of every weight; else once for all
             numbers = [numbers[layout.owners[i]] for i in places]
             rates = rates and [rates[layout.owners[i]] for i in places]
+        constant, *options = self._options(weights[0])
         update = (
             weights,
             gradients,
             *self._lists(states),
-            None if self.scale != "first_step" else self._constant_on(weights[0]),
+            constant,
             rates,
             list(chain.from_iterable(numbers)),
             self.rule,
             *layout.structure,  # type: ignore[misc]
-            SCALES[self.scale],
-            self.eps,
-            self.trust_radius or 0.0,
-            *map(self.__dict__.get, _OF_A_SCALER),
+            *options,
         )
         if served == "triton":
             return self._launch(update, moving)
         if self.update_every > 1:
-            return path_update_(*update, *raw(self._cached(weights), net))
-        return path_step_(
-            *update,
-            self._seq_len(),
-            net.outputs == "last",
-            net.h0 == "ones",
-            KAPPA2_FACTOR["exact"] if self.second_term else 0.0,
-            min(self.rtol, 1.0),
-            -1,  # workspace_bytes by default
-            self._first_lags(weights[0]),
-            self._bases(states),
-        )
+            return path_update_(*update, *raw(self._cached(weights), self.net))
+        *run, lags = self._run(weights[0])
+        return path_step_(*update, *run, -1, lags, self._bases(states))  # workspace_bytes by default
+
+    def _options(self, weight: Tensor) -> tuple[Any, ...]:
+        """Of a step, as the op takes them: the constant; scale, eps, the radius and what GradScaler gives."""
+        constant = None if self.scale != "first_step" else self._constant_on(weight)
+        scaler = map(self.__dict__.get, _OF_A_SCALER)
+        return (constant, SCALES[self.scale], self.eps, self.trust_radius or 0.0, *scaler)
+
+    def _run(self, weight: Tensor) -> tuple[Any, ...]:
+        """Of κ, as the op takes it: T, outputs and h0, the second term's factor, its tolerance and its lags."""
+        net, factor = self.net, KAPPA2_FACTOR["exact"] if self.second_term else 0.0
+        ends = net.outputs == "last", net.h0 == "ones"
+        return (self._seq_len(), *ends, factor, min(self.rtol, 1.0), self._first_lags(weight))
 
     def _bases(self, states: list[dict[str, Any]]) -> list[Tensor]:
         """Of PathSOAP (ops/step.py)."""
@@ -422,7 +486,7 @@ class Engine(WithPath):
             status = path_update_(*update, *raw(k, self.net))  # type: ignore[call-arg]
             if not capturable:
                 if not unread:
-                    self._trusted = not self._underflowed and int(k._arithmetic) == 0
+                    self._trusted = not self._underflowed and int(k._chain.arithmetic) == 0
                 self._pending = _Pending(*_to_host(status), moving.layout.names, weights[0].dtype, not unread)
         return 0
 
@@ -541,7 +605,7 @@ class Engine(WithPath):
             k = kappa(self.net, seq_len, self.second_term, rtol=self.rtol, lags=tried)
             if lags is not None:
                 # Where all lags were summed there is nothing to start from.
-                found = k._lags[1]
+                found = k._chain.lags
                 with torch.inference_mode(False):  # a new one, as the step may yet be refused
                     self._lags = torch.where(found < seq_len - 1, found, 0)
         self._kappa, self._kappa_of, self._kappa_steps = k, self._of_network(), seq_len
@@ -768,24 +832,15 @@ class Layout:
         self.foreign = [i for i, p in enumerate(weights) if id(p) not in owners]
         #: What ops/step.py has of a PathNetwork.
         self.structure = net.structure if isinstance(net, PathNetwork) else None
-        # All of this follows from what these containers hold under these keys; map looks it up without a bytecode each.
         places = [*held, *[(group, "params") for group in groups]]
         places += [(own, i) for own in self._lists for i in range(len(own))]
-        self._containers, self._keys = zip(*places, strict=True)
-        self._found = list(map(operator.getitem, self._containers, self._keys))
+        self._held = Held(places)  # all of this follows from it
         self._lengths = list(map(len, self._lists))
 
     def fits(self, net: PathNetwork | FeedForward, groups: list[dict[str, Any]]) -> bool:
-        if groups is not self.groups or list(map(len, self._lists)) != self._lengths:
+        if groups is not self.groups or list(map(len, self._lists)) != self._lengths or not self._held.still():
             return False
-        try:
-            now = map(operator.getitem, self._containers, self._keys)
-            same = all(map(operator.is_, now, self._found))
-        except LookupError:
-            return False
-        if isinstance(net, FeedForward):
-            same &= list(map(id, net.parameters())) == list(map(id, self.weights))
-        return same
+        return not isinstance(net, FeedForward) or list(map(id, net.parameters())) == list(map(id, self.weights))
 
     def is_recurrent(self, i: int) -> bool:
         return self.structure is not None and self.names[i].startswith("rnn.weight_hh")

@@ -5,18 +5,22 @@ from __future__ import annotations
 import contextlib
 import functools
 import math
-from collections.abc import Callable, Collection, Iterable, Mapping
-from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+import weakref
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from . import ops
 from .arguments import FULL_DTYPES, HALF_DTYPES, check_choice, check_count, check_finite, check_flags, check_number
-from .network import PathNetwork
-from .ops.backend import choose, environment, extension_problem, transformed, without_numbers
+from .network import Held, PathNetwork
+from .ops.backend import at_once, choose, extension_problem, transformed, without_numbers
 from .ops.step import path_norm_gradients
+
+if TYPE_CHECKING:
+    from ._C import NetworkWeights, PathChainPass
 
 #: κ⁽²⁾ = factor · W̃ ⊙ S: the Hessian's factor, the paper's Lemma 1 over ordered pairs, its Theorem 3 as printed.
 KAPPA2_FACTOR = {"exact": 4.0, "lemma1": 2.0, "theorem3": 1.0}
@@ -27,7 +31,6 @@ _FAR = 1 << 60
 
 _UNCHANGED = contextlib.nullcontext()  # one for all: making it takes longer than entering it
 _PLAIN = frozenset((Tensor, nn.Parameter))
-_CPU = frozenset(("auto", "cpu"))
 
 
 def precision(dtype: torch.dtype) -> torch.dtype:
@@ -113,9 +116,8 @@ class Number:
         return ldexp(self.m, self.e)
 
 
-@dataclass(slots=True, eq=False)
 class Kappa:
-    """κ of every parameter. It holds tensors on the weights' device; what is read of it is formed on demand.
+    """κ of every parameter. It holds numbers on the weights' device; what is read of it is formed on demand.
 
     Example:
         >>> net = pk.PathNetwork(pk.ReLURNN(2, 3), torch.nn.Linear(3, 1))
@@ -128,23 +130,23 @@ class Kappa:
         torch.Size([3, 3])
     """
 
-    #: As the op gives it, or by name; what is missing is formed of the other on demand.
-    _chain: ops.PathChain | None = field(repr=False)
-    _scaled: dict[str, Scaled] | Callable[[], dict[str, Scaled]] = field(repr=False)
-    #: log γ² of the same pass, float64, 0-dim.
-    log_path_norm: Tensor
-    _lags: tuple[tuple[str, ...], Tensor]
-    _bounds: Tensor
-    _arithmetic: Tensor
-    _shapes: Mapping[str, torch.Size] | Iterable[torch.Size] = field(repr=False)
-    _factors: dict[str, Tensor] = field(default_factory=dict, repr=False)
-    _log_scales: dict[str, float] = field(default_factory=dict, repr=False)
+    __slots__ = ("_factors", "_found", "_log_scales", "_recurrent", "_scaled", "_shapes")
 
-    @classmethod
-    def from_chain(cls, chain: ops.PathChain, layout: Layout, shapes: list[torch.Size]) -> Kappa:
-        scaled = functools.partial(_scaled, chain, layout)
-        lags = layout.recurrent, chain.lags
-        return cls(chain, scaled, chain.log_path_norm, lags, chain.bounds, chain.arithmetic, shapes)
+    def __init__(
+        self,
+        found: ops.PathChain | PathChainPass,
+        scaled: dict[str, Scaled] | Layout,
+        recurrent: tuple[str, ...],
+        shapes: Mapping[str, torch.Size] | Iterable[torch.Size],
+    ) -> None:
+        #: A PathChain, or a pass that becomes one when it is asked for; without κ where that is given by name.
+        self._found = found
+        #: By name, or where it stands in what was found.
+        self._scaled = scaled
+        self._recurrent = recurrent
+        self._shapes = shapes
+        self._factors: dict[str, Tensor] | None = None
+        self._log_scales: dict[str, float] = {}
 
     @classmethod
     def of(
@@ -159,7 +161,28 @@ class Kappa:
         counts = torch.tensor(list(lags.values()), dtype=torch.int64, device=device)
         bounds = torch.zeros(1, dtype=torch.float64, device=device)
         own = torch.zeros((), dtype=torch.int8, device=device)
-        return cls(None, scaled, log_path_norm, (tuple(lags), counts), bounds, own, shapes)
+        none = counts.new_empty(0)
+        chain = ops.PathChain([], none, none, [], log_path_norm, counts, bounds, own)
+        return cls(chain, scaled, tuple(lags), shapes)
+
+    @property
+    def _chain(self) -> ops.PathChain:
+        if not isinstance(self._found, ops.PathChain):
+            self._found = ops.PathChain._make(self._found.tensors())
+        return self._found
+
+    def __getstate__(self) -> Any:
+        self._found = self._chain  # a pass is no object that can be copied
+        return None, {name: getattr(self, name) for name in self.__slots__}
+
+    def __repr__(self) -> str:
+        shown = ("log_path_norm", "lags", "bound", "arithmetic")
+        return f"Kappa({', '.join(f'{name}={getattr(self, name)!r}' for name in shown)})"
+
+    @property
+    def log_path_norm(self) -> Tensor:
+        """log γ² of the same pass, float64, 0-dim."""
+        return self._chain.log_path_norm
 
     @property
     def scaled(self) -> dict[str, Scaled]:
@@ -167,7 +190,7 @@ class Kappa:
         bfloat16 and float16. This alone holds every entry, whatever its size.
         """
         if not isinstance(self._scaled, dict):
-            self._scaled = self._scaled()
+            self._scaled = _scaled(self._chain, self._scaled)
         return self._scaled
 
     @property
@@ -176,14 +199,16 @@ class Kappa:
 
         An entry below the range of the dtype is 0 here, though not in :meth:`relative`.
         """
-        if not self._factors:
+        if self._factors is None:
+            factors = {}
             for name, s in self.scaled.items():
                 mantissa, exponents = s.parts()
                 most = torch.where(mantissa > 0, exponents - 1, -_FAR).amax()
                 # The factor is κ itself where that is at home in the dtype.
                 scale = torch.where(((most >= 0) & (most <= 60)) | (most == -_FAR), 0, most)
-                self._factors[name] = ldexp(mantissa, exponents - scale).to(s.mantissa.dtype)
+                factors[name] = ldexp(mantissa, exponents - scale).to(s.mantissa.dtype)
                 self._log_scales[name] = int(scale) * _LN2
+            self._factors = factors
         return self._factors
 
     @property
@@ -195,7 +220,7 @@ class Kappa:
     @property
     def lags(self) -> dict[str, int]:
         """Recurrent parameter name → lags of κ⁽²⁾ that were summed explicitly; 0 without the second term."""
-        return dict(zip(self._lags[0], self._lags[1].tolist(), strict=True))
+        return dict(zip(self._recurrent, self._chain.lags.tolist(), strict=True))
 
     @property
     def bound(self) -> float:
@@ -203,7 +228,7 @@ class Kappa:
 
         Rounding comes on top of it, in the dtype of the weights.
         """
-        return max(self._bounds.tolist())
+        return max(self._chain.bounds.tolist())
 
     @property
     def arithmetic(self) -> str:
@@ -211,7 +236,7 @@ class Kappa:
         an exponent of 64 bits for every number, where something underflows in that, too. The last takes longer.
         """
         own = str(next(iter(self.scaled.values())).mantissa.dtype).removeprefix("torch.")
-        return (own, "float64", "extended")[int(self._arithmetic)]
+        return (own, "float64", "extended")[int(self._chain.arithmetic)]
 
     def relative(self, name: str) -> Tensor:
         """γ²/κ of one parameter, float64, broadcastable to it; 0 where κ is 0 (no path, no step), and, as inf, where
@@ -316,7 +341,7 @@ def kappa(
             first_lags=first_lags,
             workspace_bytes=workspace_bytes,
         )
-    return Kappa.from_chain(chain, layout, [p.shape for p in parameters.values()])
+    return Kappa(chain, layout, layout.recurrent, [p.shape for p in parameters.values()])
 
 
 def _by_reference(
@@ -350,42 +375,65 @@ def kappa_without_waiting(net: PathNetwork, seq_len: int, second_term: bool, rto
                 "a CUDA graph is being captured, but no kernel serves κ (see explain), and the reference reads numbers"
             )
         chain = _pass(net, parameters, seq_len, backend=backend, second_factor=factor, rtol=min(float(rtol), 1.0))
-    return Kappa.from_chain(chain, layout_of(net.recurrent, tuple(parameters)), [p.shape for p in parameters.values()])
+    layout = layout_of(net.recurrent, tuple(parameters))
+    return Kappa(chain, layout, layout.recurrent, [p.shape for p in parameters.values()])
+
+
+class _Known(NamedTuple):
+    """A network of which the CPU's kernel has the weights, for as long as it holds the same parameters."""
+
+    held: Held
+    weights: NetworkWeights
+    layout: Layout
+    shapes: list[torch.Size]
+
+
+_known: weakref.WeakKeyDictionary[PathNetwork, _Known] = weakref.WeakKeyDictionary()
+
+
+def _know(net: PathNetwork) -> _Known | None:
+    """None where something is out of the ordinary, or another backend serves."""
+    parameters = net.weights()
+    weights = [*parameters.values()]
+    if (
+        extension_problem() is not None
+        or not _PLAIN.issuperset(map(type, weights))
+        or not all(p.is_cpu and p.dtype in FULL_DTYPES for p in weights)
+    ):
+        return None
+    from . import _C
+
+    layout = layout_of(net.recurrent, tuple(parameters))
+    own = _C.NetworkWeights(*layout.by_kind(weights), net.rnn.bidirectional)
+    found = _known[net] = _Known(Held(net.holders()), own, layout, [p.shape for p in weights])
+    return found
 
 
 def _at_once(net: PathNetwork, seq_len: int, second_term: bool, rtol: float) -> Kappa | None:
     """κ where nothing is out of the ordinary and the CPU's kernel serves; else None. The same as by way of ``_launch``,
     without what takes longer than the pass of a small network."""
-    if type(net) is not PathNetwork or type(seq_len) is not int or type(second_term) is not bool:
-        return None
-    parameters = net.weights()
-    weights = [*parameters.values()]
-    weight = weights[1]
     if (
-        type(rtol) is not float
+        type(net) is not PathNetwork
+        or type(seq_len) is not int
+        or type(second_term) is not bool
+        or type(rtol) is not float
         or not 0 <= rtol < math.inf
         or not 1 <= seq_len < 2**31
-        or not weight.is_cpu
-        or weight.dtype not in FULL_DTYPES
-        or environment() not in _CPU
-        or extension_problem() is not None
         or torch.is_autocast_enabled("cpu")
-        or transformed()
-        or not _PLAIN.issuperset(map(type, weights))
-        or _tied(weights)
+        or not at_once()
     ):
         return None
-    layout = layout_of(net.recurrent, tuple(parameters))
-    chain = ops.path_chain_on_cpu(
-        *layout.arguments(net, weights, seq_len),
-        True,
-        KAPPA2_FACTOR["exact"] if second_term else 0.0,
-        min(rtol, 1.0),
-        (),
-        -1,
-        net._modules["rnn"].bidirectional,  # type: ignore[union-attr]
-    )
-    return Kappa.from_chain(ops.PathChain._make(chain), layout, [p.shape for p in weights])
+    known = _known.get(net)
+    if known is None or not known.held.still():
+        known = _know(net)
+        if known is None:
+            return None
+    factor = KAPPA2_FACTOR["exact"] if second_term else 0.0
+    found = known.weights.path_chain(seq_len, net._outputs == "last", net._h0 == "ones", factor, min(rtol, 1.0))
+    if found is None:  # weights that have changed, or are tied
+        _known.pop(net, None)
+        return None
+    return Kappa(found, known.layout, known.layout.recurrent, known.shapes)
 
 
 def _first_lags(lags: Mapping[str, int] | None, names: tuple[str, ...]) -> list[int]:
@@ -563,6 +611,10 @@ def _tied(weights: Collection[Tensor]) -> bool:
     return len({p.data_ptr() for p in weights}) < len(weights)
 
 
+_Lists = list[Tensor]
+_ByKind = tuple[_Lists, _Lists, _Lists, _Lists, Tensor | None, Tensor | None, Tensor | None]
+
+
 class Layout(NamedTuple):
     """Where the weights of a network stand in the op's arguments and results."""
 
@@ -575,20 +627,17 @@ class Layout(NamedTuple):
     #: Places of the head's weight and bias and of the embedding among the weights; None where there is none.
     boundary: tuple[int | None, ...]
 
-    def arguments(self, net: PathNetwork, weights: list[Tensor], seq_len: int) -> Any:
+    def arguments(self, net: PathNetwork, weights: list[Tensor], seq_len: int) -> tuple[Any, ...]:
         """Of ``ops.path_chain``, those that a network and T are."""
+        return (*self.by_kind(weights), seq_len, net.outputs == "last", net.h0 == "ones")
+
+    def by_kind(self, weights: list[Tensor]) -> _ByKind:
+        """weight_ih, weight_hh, bias_ih and bias_hh of all chains; the head's weight and bias and the embedding."""
         step = self.per_chain
         n = step * len(self.recurrent)
-        return (
-            weights[0:n:step],
-            weights[1:n:step],
-            weights[2:n:step] if step == 4 else [],
-            weights[3:n:step] if step == 4 else [],
-            *[None if i is None else weights[i] for i in self.boundary],
-            seq_len,
-            net.outputs == "last",
-            net.h0 == "ones",
-        )
+        head, bias, embedding = (None if i is None else weights[i] for i in self.boundary)
+        kinds = [weights[kind:n:step] if kind < step else [] for kind in range(4)]
+        return kinds[0], kinds[1], kinds[2], kinds[3], head, bias, embedding
 
 
 @functools.cache
@@ -618,7 +667,7 @@ def _launch(net: PathNetwork, parameters: dict[str, Tensor], seq_len: int, **opt
     """The pass, in a wider arithmetic where one loses something."""
     found = _pass(net, parameters, seq_len, **options)
     weight = parameters["rnn.weight_hh_l0"]
-    if without_numbers(weight):
+    if without_numbers(weight) or options["backend"] == "cpu":  # whose op takes the wider one itself
         return found
     log_norm, arithmetic = found.to_host()
     if math.isnan(log_norm):

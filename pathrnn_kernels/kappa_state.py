@@ -16,7 +16,7 @@ _LN2 = math.log(2)
 
 def raw(k: Kappa, net: PathNetwork) -> tuple[list[Tensor], Tensor, Tensor, list[Tensor], Tensor]:
     """κ as the op path_chain gives it, and log γ²."""
-    if k._chain is not None:
+    if k._chain.kappa:
         return (*k._chain[:4], k.log_path_norm)  # type: ignore[return-value]
     each = [s for name, s in k.scaled.items() if ".bias_hh_" not in name]  # both biases have one
     hidden = [k.scaled[name] for name in net.recurrent]

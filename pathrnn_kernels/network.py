@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 import re
 from collections.abc import Iterable
 from typing import Any, Literal
@@ -15,6 +16,21 @@ from .rnn import ReLURNN
 
 #: Of what κ is known for: not, for example, of the tensors that a weight is computed from.
 _NAMES = re.compile(r"rnn\.(weight|bias)_(ih|hh)_l\d+(_reverse)?|head\.(weight|bias)|embedding\.weight")
+
+
+class Held:
+    """What containers hold under some keys, and whether they still do: all that follows from it holds as long."""
+
+    def __init__(self, places: Iterable[tuple[Any, Any]]) -> None:
+        # map looks them up without a bytecode each.
+        self._containers, self._keys = tuple(zip(*places, strict=True)) or ((), ())
+        self._found = list(map(operator.getitem, self._containers, self._keys))
+
+    def still(self) -> bool:
+        try:
+            return all(map(operator.is_, map(operator.getitem, self._containers, self._keys), self._found))
+        except LookupError:
+            return False
 
 
 class PathNetwork(nn.Module):

@@ -69,7 +69,8 @@ class PathOptimizer(WithPath):
             rescalings leave the function's path unchanged).
         eps: adds eps γ² to κ. With 0, entries of κ = 0 (on no path) get a zero step.
         trust_radius: shortens the network's step Δp to sqrt(Σ κ Δp²) = trust_radius · γ where it is longer.
-        update_every: steps between two computations of κ, which is cached, in state dicts too.
+        update_every: steps between two computations of κ, which is cached, in state dicts too; that a weight is no
+            longer finite is noticed when it is computed.
         seq_len: T; by default that of the gradients.
         rtol: relative truncation error allowed in κ⁽¹⁾ + κ⁽²⁾, as for :func:`kappa`.
 
@@ -85,6 +86,8 @@ class PathOptimizer(WithPath):
     """
 
     divides_by_kappa = True
+    #: Whether the base has been seen to step from copies.
+    _tried = False
     second_term = _held_by("_preconditioner", "second_term")
     scale = _held_by("_preconditioner", "scale")
     eps = _held_by("_preconditioner", "eps")
@@ -218,13 +221,17 @@ class PathOptimizer(WithPath):
                 step.run()
             else:
                 before = {p: p.data for p in quotients}
+                first = {} if self._tried else {p: p.clone() for p in quotients}
                 try:
                     for p, copied in after.items():
                         p.data = copied
                     step.run()
+                    for p in after:
+                        after[p] = p.data  # where a base may have put another tensor
                 finally:
                     for p, own in before.items():
                         p.data = own
+                self._check_copies(first)
                 try:
                     self._preconditioner.write(after)
                 except FloatingPointError as error:
@@ -240,6 +247,17 @@ class PathOptimizer(WithPath):
             for p, gradient in held:
                 if p.grad is not None or p not in quotients:  # else a hook of the base's has taken it away
                     p.grad = gradient
+
+    def _check_copies(self, first: dict[Tensor, Tensor]) -> None:
+        """Of the first step: that the base has moved the copies that it was given, and not the weights."""
+        if any(not torch.equal(p, was) for p, was in first.items()):
+            for p, was in first.items():
+                p.copy_(was)
+            raise ValueError(
+                f"base is {self._preconditioner.base_name}, which moves the memory where weights were (one buffer for "
+                "all?) instead of what its parameters hold, so that trust_radius cannot shorten its step: leave it out"
+            )
+        self._tried = True
 
     def state_dict(self) -> dict[str, Any]:
         """The base's state dict with an entry ``"path"``: tensors and plain Python values only."""
@@ -332,8 +350,12 @@ class _Preconditioner(PathSGD):
         if self._steps % self.update_every == 0:
             self._kappa = None
 
+    @property
+    def base_name(self) -> str:
+        return " + ".join(type(base).__name__ for base in bases_of(self.base))
+
     def _settings(self) -> dict[str, Any]:
-        return {**super()._settings(), "base": " + ".join(type(base).__name__ for base in bases_of(self.base))}
+        return {**super()._settings(), "base": self.base_name}
 
     def _shapes(self) -> list[list[list[int]]]:
         return [[list(p.shape) for p in group["params"]] for group in self.base.param_groups]

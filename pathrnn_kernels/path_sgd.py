@@ -119,6 +119,9 @@ class PathSGD(Engine):
                     states[s] = new[p] = {**states[s], "momentum_buffer": zeros_like(p)}
         return states, new
 
+    def _kind_of(self, groups: list[dict[str, Any]]) -> Any:
+        return super()._kind_of(groups), [group["momentum"] != 0 for group in groups]
+
     def _own_numbers(self, group: dict[str, Any]) -> tuple[float, ...]:
         return group["momentum"], group["weight_decay"], group["nesterov"]
 

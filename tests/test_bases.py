@@ -751,3 +751,61 @@ def test_a_step_of_the_base_beyond_the_dtype_is_refused_unless_the_gradient_is(g
 def test_no_base_at_all_is_refused():
     with pytest.raises(ValueError, match="base is an empty list"):
         pk.PathOptimizer([], make())
+
+
+class Assigns(torch.optim.Optimizer):
+    """SGD as one writes it by hand."""
+
+    def __init__(self, params, lr):
+        super().__init__(params, {"lr": lr})
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is not None:
+                    p.data = p.data - group["lr"] * p.grad
+
+
+class Buffered(Assigns):
+    """The same in one buffer, of which the parameters are views."""
+
+    def __init__(self, params, lr):
+        super().__init__(params, lr)
+        own = self.param_groups[0]["params"]
+        self.flat = torch.nn.utils.parameters_to_vector(own).detach().clone()
+        torch.nn.utils.vector_to_parameters(self.flat, own)
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            self.flat.sub_(torch.cat([p.grad.reshape(-1) for p in group["params"]]), alpha=group["lr"])
+
+
+@pytest.mark.parametrize("radius", (None, 1e-3, 1e3))
+def test_a_base_that_puts_other_tensors_in_place_of_weights(radius):
+    nets = []
+    for base in (Assigns, torch.optim.SGD):
+        net = make()
+        optimizer = pk.PathOptimizer(base(net.parameters(), lr=0.1), net, scale="path_norm", trust_radius=radius)
+        before = values(net)
+        for seed in range(3):
+            backward(net, seed=seed)
+            optimizer.step()
+        assert not any(map(torch.equal, net.parameters(), before))
+        nets.append(net)
+    for p, q in zip(*(net.parameters() for net in nets), strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-14, atol=1e-14)
+
+
+def test_a_base_that_moves_a_buffer_behind_the_weights_cannot_be_shortened():
+    net = make()
+    optimizer = pk.PathOptimizer(Buffered(net.parameters(), lr=100.0), net, scale="path_norm", trust_radius=1e-3)
+    before = values(net)
+    backward(net)
+    with pytest.raises(ValueError, match=r"base is Buffered, .*trust_radius cannot shorten its step: leave it out"):
+        optimizer.step()
+    assert all(map(torch.equal, net.parameters(), before))
+    optimizer.trust_radius = None
+    optimizer.step()
+    assert not any(map(torch.equal, net.parameters(), before))

@@ -1,6 +1,9 @@
 // path_chain: checks, allocation, and the choice of an arithmetic that loses nothing. The pass itself: path_chain.inl.
+#include <ATen/EmptyTensor.h>
+#include <c10/core/InferenceMode.h>
 #include <torch/library.h>
 
+#include <algorithm>
 #include <cstdlib>
 
 #include "../check.h"
@@ -76,52 +79,47 @@ double pass_bytes(const Arguments& a, double weights, double itemsize) {
          (second ? 6 * matrix + powers : 16 * matrix) + weights * itemsize;
 }
 
-// What the op returns, κ in the dtype of the pass that made it.
-struct Results {
-  std::vector<Tensor> kappa;
-  Tensor exponents, unit_exponents;
-  std::vector<Tensor> entry_exponents;  // none, or one for each κ, without elements where they are zeros
-  Tensor log_path_norm, lags, bounds;
-
-  Results(const Arguments& a, at::ScalarType dtype) {
-    const auto options = a.weight_hh[0].options().dtype(dtype);
-    const auto add = [&](at::IntArrayRef shape) { kappa.push_back(at::empty(shape, options)); };
-    for (int64_t c = 0; a.kappa1 && c < a.chains; ++c) {
-      const int64_t columns = c >= a.directions ? a.directions * a.hidden : a.embedding.defined() ? a.input : 1;
-      add({a.hidden, columns});
-      add({a.hidden, a.hidden});
-      if (!a.bias_ih.empty()) add({a.hidden});
-    }
-    if (a.kappa1 && a.head_weight.defined()) add({1, a.directions * a.hidden});
-    if (a.kappa1 && a.head_bias.defined()) add({1});
-    if (a.kappa1 && a.embedding.defined()) add({1, a.input});
-    const int64_t count = static_cast<int64_t>(kappa.size());
-    const auto integers = options.dtype(at::kLong), doubles = options.dtype(at::kDouble);
-    exponents = zeros<int64_t>(count, integers);
-    unit_exponents = at::empty({a.chains, a.hidden}, integers);
-    log_path_norm = at::empty({}, doubles);
-    lags = zeros<int64_t>(a.chains, integers);
-    bounds = zeros<double>(a.chains, doubles);
+// κ in the dtype of the pass that makes it; nothing is written yet.
+PathChainPass results(const Arguments& a, at::ScalarType dtype) {
+  PathChainPass out;
+  const auto options = a.weight_hh[0].options().dtype(dtype);
+  const auto add = [&](at::IntArrayRef shape) { out.kappa.push_back(at::empty(shape, options)); };
+  for (int64_t c = 0; a.kappa1 && c < a.chains; ++c) {
+    const int64_t columns = c >= a.directions ? a.directions * a.hidden : a.embedding.defined() ? a.input : 1;
+    add({a.hidden, columns});
+    add({a.hidden, a.hidden});
+    if (!a.bias_ih.empty()) add({a.hidden});
   }
+  if (a.kappa1 && a.head_weight.defined()) add({1, a.directions * a.hidden});
+  if (a.kappa1 && a.head_bias.defined()) add({1});
+  if (a.kappa1 && a.embedding.defined()) add({1, a.input});
+  out.exponents.resize(out.kappa.size());
+  out.unit_exponents.resize(a.chains * a.hidden);
+  poison(out.unit_exponents.data(), out.unit_exponents.size());
+  out.log_path_norm = std::numeric_limits<double>::quiet_NaN();
+  out.lags.resize(a.chains);
+  out.bounds.resize(a.chains);
+  return out;
+}
 
-  // Of the i-th κ: zeros from now on, of its shape.
-  Tensor& entries(size_t i) {
-    while (entry_exponents.size() < kappa.size()) entry_exponents.push_back(at::empty({0}, exponents.options()));
-    return entry_exponents[i] = at::zeros(kappa[i].sizes(), exponents.options());
-  }
+// Exponents of the entries of the i-th κ: zeros from now on, of its shape.
+Tensor& entries(PathChainPass& out, size_t i) {
+  const auto integers = out.kappa[i].options().dtype(at::kLong);
+  while (out.entry_exponents.size() < out.kappa.size()) out.entry_exponents.push_back(at::empty({0}, integers));
+  return out.entry_exponents[i] = at::zeros(out.kappa[i].sizes(), integers);
+}
 
- private:
-  // Without at::zeros' dispatch.
-  template <typename T>
-  static Tensor zeros(int64_t n, const at::TensorOptions& options) {
-    Tensor result = at::empty({n}, options);
-    std::fill_n(result.mutable_data_ptr<T>(), n, T(0));
-    return result;
-  }
-};
+// Whatever mode of torch's it is asked for in: the numbers may have been there before.
+template <typename T>
+Tensor tensor_of(const std::vector<T>& numbers, at::IntArrayRef shape) {
+  const c10::InferenceMode never(false);
+  const Tensor result = at::detail::empty_cpu(shape, c10::CppTypeToScalarType<T>::value);
+  std::copy(numbers.begin(), numbers.end(), result.mutable_data_ptr<T>());
+  return result;
+}
 
 template <typename T>
-PathChain<T> network(const Arguments& a, const Results& out, bool& underflowed) {
+PathChain<T> network(const Arguments& a, PathChainPass& out, bool& underflowed) {
   PathChain<T> net;
   net.num_layers = a.chains / a.directions;
   net.directions = a.directions;
@@ -150,15 +148,15 @@ PathChain<T> network(const Arguments& a, const Results& out, bool& underflowed) 
   if (a.kappa1 && a.head_weight.defined()) net.kappa_head = result();
   if (a.kappa1 && a.head_bias.defined()) net.kappa_head_bias = result();
   if (a.kappa1 && a.embedding.defined()) net.kappa_embedding = result();
-  net.exponents = out.exponents.mutable_data_ptr<int64_t>();
-  net.unit_exponents = out.unit_exponents.mutable_data_ptr<int64_t>();
-  net.log_path_norm = out.log_path_norm.mutable_data_ptr<double>();
+  net.exponents = out.exponents.data();
+  net.unit_exponents = out.unit_exponents.data();
+  net.log_path_norm = &out.log_path_norm;
   net.second_factor = a.second_factor;
   net.rtol = a.rtol;
   net.first_lags = a.first_lags;
   net.workspace_bytes = a.workspace_bytes;
-  net.lags = out.lags.mutable_data_ptr<int64_t>();
-  net.bounds = out.bounds.mutable_data_ptr<double>();
+  net.lags = out.lags.data();
+  net.bounds = out.bounds.data();
   net.ways = a.ways;
   net.underflowed = &underflowed;
   return net;
@@ -166,7 +164,7 @@ PathChain<T> network(const Arguments& a, const Results& out, bool& underflowed) 
 
 // One pass in the dtype T; whether something underflowed. `bad`: the index of a tensor that is not finite, or -1.
 template <typename T>
-bool pass(const Arguments& a, const Results& out, int64_t& bad) {
+bool pass(const Arguments& a, PathChainPass& out, int64_t& bad) {
   bool underflowed = false;
   const PathChain<T> net = network<T>(a, out, underflowed);
   const int threads = path_chain_threads(a.chains, a.seq_len, a.hidden, a.second_factor > 0,
@@ -178,13 +176,13 @@ bool pass(const Arguments& a, const Results& out, int64_t& bad) {
 // κ of a wider pass in the weights' dtype: with its tensor's exponent where the dtype holds all entries beside the
 // largest, else with one for each entry.
 template <typename T>
-void narrow(const Results& wide, Results& out) {
+void narrow(const PathChainPass& wide, PathChainPass& out) {
   for (size_t i = 0; i < wide.kappa.size(); ++i) {
     const int64_t n = wide.kappa[i].numel();
     const double* from = wide.kappa[i].const_data_ptr<double>();
     T* const to = out.kappa[i].mutable_data_ptr<T>();
     const int64_t* entry = wide.entry_exponents.empty() ? nullptr : wide.entry_exponents[i].const_data_ptr<int64_t>();
-    const int64_t own = wide.exponents.const_data_ptr<int64_t>()[i];
+    const int64_t own = wide.exponents[i];
     int64_t most = kZeroExponent, least = -kZeroExponent;
     const auto exponent = [&](int64_t k) { return (entry ? entry[k] : 0) + std::ilogb(from[k]); };
     for (int64_t k = 0; k < n; ++k) {
@@ -196,8 +194,8 @@ void narrow(const Results& wide, Results& out) {
     const int64_t shift = most == kZeroExponent ? 0 : most - 40;
     const bool common = least - shift >= std::numeric_limits<T>::min_exponent;
     // Entries' own exponents are those beside the largest, so that whoever goes on with them stays in range.
-    out.exponents.mutable_data_ptr<int64_t>()[i] = own + (common ? shift : most);
-    int64_t* const exponents = common ? nullptr : out.entries(i).mutable_data_ptr<int64_t>();
+    out.exponents[i] = own + (common ? shift : most);
+    int64_t* const exponents = common ? nullptr : entries(out, i).mutable_data_ptr<int64_t>();
     for (int64_t k = 0; k < n; ++k) {
       const int64_t e = from[k] == 0 ? 0 : common ? (entry ? entry[k] : 0) - shift : -std::ilogb(from[k]);
       to[k] = static_cast<T>(std::ldexp(from[k], static_cast<int>(e)));
@@ -226,17 +224,18 @@ Arithmetic first_arithmetic() {
 }
 
 // In extended range: mantissas with an exponent each, in place of unit exponents.
-void extended(const Arguments& a, Results& out) {
+void extended(const Arguments& a, PathChainPass& out) {
   bool underflowed = false;
-  const Tensor units = out.unit_exponents.clone();
-  for (size_t i = 0; i < out.kappa.size(); ++i) out.entries(i);
+  const std::vector<int64_t> own_units = out.unit_exponents;
+  for (size_t i = 0; i < out.kappa.size(); ++i) entries(out, i);
   PathChain<double> net = network<double>(a, out, underflowed);
   for (const Tensor& t : out.entry_exponents) net.entry_exponents.push_back(t.mutable_data_ptr<int64_t>());
   const double hidden = static_cast<double>(a.hidden);
   const double work = static_cast<double>(a.chains * a.seq_len) * hidden * hidden * (a.second_factor > 0 ? hidden : 1);
   allocating("path_chain", [&] { active_isa().path_chain_exact(net, threads_for(work)); });
   // Unit exponents as those of every other pass.
-  out.unit_exponents = units;
+  out.unit_exponents = own_units;
+  const Tensor units = tensor_of(own_units, {a.chains, a.hidden});
   size_t next = 0;
   for (int64_t c = 0; a.kappa1 && c < a.chains; ++c) {
     const int64_t own = c / a.directions * a.directions;
@@ -334,21 +333,21 @@ void take(Arguments& a, at::TensorList weight_ih, at::TensorList weight_hh, at::
 }
 
 // In the narrowest arithmetic that loses nothing.
-PathChainResult compute(const Arguments& a) {
+PathChainPass compute(const Arguments& a) {
   const Tensor& like = a.weight_hh[0];
-  Results results(a, like.scalar_type());
+  PathChainPass out = results(a, like.scalar_type());
   Arithmetic arithmetic = kOwn;
   int64_t bad = -1;
   const bool is_double = like.scalar_type() == at::kDouble;
-  bool underflowed = is_double ? pass<double>(a, results, bad) : pass<float>(a, results, bad);
+  bool underflowed = is_double ? pass<double>(a, out, bad) : pass<float>(a, out, bad);
   TORCH_CHECK_VALUE(bad < 0, tensor_name(bad, a),
                     " has a nan or infinite entry; κ and γ² need finite weights: restore them, or lower the step size");
   underflowed = underflowed || first_arithmetic() > (is_double ? kDouble : kOwn);
   if (underflowed) {
     const Arguments wide = is_double ? a : a.wide();
-    Results found(wide, at::kDouble);
+    PathChainPass found = results(wide, at::kDouble);
     if (is_double) {
-      found.unit_exponents = results.unit_exponents;
+      found.unit_exponents = out.unit_exponents;
     } else {
       arithmetic = kDouble;
       underflowed = pass<double>(wide, found, bad) || first_arithmetic() == kExtended;
@@ -357,18 +356,38 @@ PathChainResult compute(const Arguments& a) {
       arithmetic = kExtended;
       extended(wide, found);
     }
-    if (is_double) narrow<double>(found, results);
-    else narrow<float>(found, results);
+    if (is_double) narrow<double>(found, out);
+    else narrow<float>(found, out);
   }
-  const Tensor which = at::empty({}, like.options().dtype(at::kChar));
-  *which.mutable_data_ptr<int8_t>() = arithmetic;
-  return {results.kappa, results.exponents, results.unit_exponents, results.entry_exponents, results.log_path_norm,
-          results.lags, results.bounds, which};
+  out.arithmetic = arithmetic;
+  return out;
+}
+
+PathChainResult path_chain_op(
+    at::TensorList weight_ih, at::TensorList weight_hh, at::TensorList bias_ih, at::TensorList bias_hh,
+    const optional<Tensor>& head_weight, const optional<Tensor>& head_bias, const optional<Tensor>& embedding,
+    int64_t seq_len, bool last_only, bool ones_h0, bool kappa1, double second_factor, double rtol,
+    at::IntArrayRef first_lags, int64_t workspace_bytes, bool bidirectional) {
+  return path_chain_pass(weight_ih, weight_hh, bias_ih, bias_hh, head_weight, head_bias, embedding, seq_len, last_only,
+                         ones_h0, kappa1, second_factor, rtol, first_lags, workspace_bytes, bidirectional)
+      .tensors();
 }
 
 }  // namespace
 
-PathChainResult path_chain_op(
+PathChainResult PathChainPass::tensors() const {
+  const int64_t chains = static_cast<int64_t>(lags.size()), hidden = static_cast<int64_t>(unit_exponents.size()) / chains;
+  return {kappa,
+          tensor_of(exponents, {static_cast<int64_t>(exponents.size())}),
+          tensor_of(unit_exponents, {chains, hidden}),
+          entry_exponents,
+          tensor_of(std::vector<double>{log_path_norm}, {}),
+          tensor_of(lags, {chains}),
+          tensor_of(bounds, {chains}),
+          tensor_of(std::vector<int8_t>{arithmetic}, {})};
+}
+
+PathChainPass path_chain_pass(
     at::TensorList weight_ih, at::TensorList weight_hh, at::TensorList bias_ih, at::TensorList bias_hh,
     const optional<Tensor>& head_weight, const optional<Tensor>& head_bias, const optional<Tensor>& embedding,
     int64_t seq_len, bool last_only, bool ones_h0, bool kappa1, double second_factor, double rtol,
@@ -380,17 +399,60 @@ PathChainResult path_chain_op(
   return compute(a);
 }
 
-std::pair<std::vector<int64_t>, int> path_chain_ways(
-    at::TensorList weight_ih, at::TensorList weight_hh, at::TensorList bias_ih, at::TensorList bias_hh,
-    const optional<Tensor>& head_weight, const optional<Tensor>& head_bias, const optional<Tensor>& embedding,
-    int64_t seq_len, bool last_only, bool ones_h0, bool bidirectional) {
-  std::vector<int64_t> ways(4 * weight_hh.size());
-  Arguments a{static_cast<int64_t>(weight_hh.size()), bidirectional ? 2 : 1, seq_len, last_only, ones_h0, true, 0, 0, {},
-              kWorkspaceBytes, ways.data()};
-  take(a, weight_ih, weight_hh, bias_ih, bias_hh, head_weight, head_bias, embedding);
+NetworkWeights::NetworkWeights(std::vector<Tensor> weight_ih, std::vector<Tensor> weight_hh, std::vector<Tensor> bias_ih,
+                               std::vector<Tensor> bias_hh, optional<Tensor> head_weight, optional<Tensor> head_bias,
+                               optional<Tensor> embedding, bool bidirectional)
+    : weight_ih_(std::move(weight_ih)),
+      weight_hh_(std::move(weight_hh)),
+      bias_ih_(std::move(bias_ih)),
+      bias_hh_(std::move(bias_hh)),
+      head_weight_(std::move(head_weight)),
+      head_bias_(std::move(head_bias)),
+      embedding_(std::move(embedding)),
+      bidirectional_(bidirectional),
+      dtype_(weight_hh_.at(0).scalar_type()) {
+  each([&](const Tensor& t) { sizes_.insert(sizes_.end(), t.sizes().begin(), t.sizes().end()); });
+}
+
+template <typename F>
+void NetworkWeights::each(const F& f) const {
+  for (const auto* list : {&weight_ih_, &weight_hh_, &bias_ih_, &bias_hh_}) {
+    for (const Tensor& t : *list) f(t);
+  }
+  for (const auto* t : {&head_weight_, &head_bias_, &embedding_}) {
+    if (*t) f(**t);
+  }
+}
+
+bool NetworkWeights::unchanged() const {
+  bool same = true;
+  size_t next = 0;
+  c10::SmallVector<const void*, 32> places;
+  each([&](const Tensor& t) {
+    same = same && t.is_cpu() && t.scalar_type() == dtype_ && next + t.dim() <= sizes_.size() &&
+           std::equal(t.sizes().begin(), t.sizes().end(), sizes_.begin() + next);
+    next += t.dim();
+    places.push_back(t.const_data_ptr());
+  });
+  std::sort(places.begin(), places.end());
+  return same && std::adjacent_find(places.begin(), places.end()) == places.end();
+}
+
+optional<PathChainPass> NetworkWeights::path_chain(int64_t seq_len, bool last_only, bool ones_h0, double second_factor,
+                                                   double rtol) const {
+  if (!unchanged()) return std::nullopt;
+  return path_chain_pass(weight_ih_, weight_hh_, bias_ih_, bias_hh_, head_weight_, head_bias_, embedding_, seq_len,
+                         last_only, ones_h0, true, second_factor, rtol, {}, -1, bidirectional_);
+}
+
+std::pair<std::vector<int64_t>, int> NetworkWeights::ways(int64_t seq_len, bool last_only, bool ones_h0) const {
+  const int64_t chains = static_cast<int64_t>(weight_hh_.size());
+  std::vector<int64_t> found(4 * chains);
+  Arguments a{chains, bidirectional_ ? 2 : 1, seq_len, last_only, ones_h0, true, 0, 0, {}, kWorkspaceBytes, found.data()};
+  take(a, weight_ih_, weight_hh_, bias_ih_, bias_hh_, head_weight_, head_bias_, embedding_);
   compute(a);
-  const int64_t ends = (head_weight ? head_weight->numel() : 0) + (embedding ? embedding->numel() : 0);
-  return {ways, path_chain_threads(a.chains, seq_len, a.hidden, false, ends)};
+  const int64_t ends = (head_weight_ ? head_weight_->numel() : 0) + (embedding_ ? embedding_->numel() : 0);
+  return {found, path_chain_threads(chains, seq_len, a.hidden, false, ends)};
 }
 
 int path_chain_threads(int64_t chains, int64_t seq_len, int64_t hidden, bool second_term, int64_t ends) {

@@ -52,7 +52,8 @@ struct Chains {
 
 struct Kappa {
   TensorList factors;
-  Tensor exponents, unit_exponents;
+  const int64_t *exponents, *unit_exponents;
+  int64_t hidden;
   TensorList entry_exponents;
   double log_path_norm;
   bool own;  // nobody else's: its memory may be written to
@@ -156,8 +157,8 @@ class Step {
 
  private:
   void tables() {
-    const int64_t n = kappa_.unit_exponents.numel();
-    const int64_t* const d = kappa_.unit_exponents.const_data_ptr<int64_t>();
+    const int64_t n = chains_.count * kappa_.hidden;
+    const int64_t* const d = kappa_.unit_exponents;
     up_.resize(n);
     down_.resize(n);
     int64_t least = 0, most = 0;
@@ -189,7 +190,7 @@ class Step {
 
   StepWeight<T> view(int64_t i, bool written) {
     const Tensor& own = a_.weights[i];
-    const int64_t place = chains_.place(i), H = kappa_.unit_exponents.size(1);
+    const int64_t place = chains_.place(i), H = kappa_.hidden;
     const Tensor& factor = kappa_.factors[place];
     StepWeight<T> w{};
     w.size = own.numel();
@@ -200,7 +201,7 @@ class Step {
     const auto stride = [&](int64_t d) { return kappa.size(d) == 1 ? 0 : kappa.stride(d); };
     w.row_stride = vector ? w.columns : stride(0);
     w.column_stride = vector ? stride(0) : stride(1);
-    w.exponent = kappa_.exponents.const_data_ptr<int64_t>()[place];
+    w.exponent = kappa_.exponents[place];
     const TensorList entries = kappa_.entry_exponents;
     if (!entries.empty() && entries[place].numel() > 0) w.entry_exponents = entries[place].const_data_ptr<int64_t>();
     // Row exponents -d of the weight's own chain, column exponents +d of those that it reads.
@@ -762,36 +763,38 @@ bool skipped(const Arguments& a) {
   return scalar(*a.found_inf) != 0;
 }
 
-void check_structure(const Arguments& a, const Kappa& kappa) {
+// κ as the op has it, once it fits the weights.
+Kappa checked(const Arguments& a, TensorList factors, const Tensor& exponents, const Tensor& unit_exponents,
+              TensorList entry_exponents) {
   TORCH_CHECK_VALUE(static_cast<int64_t>(a.weights.size()) == a.chains.weights() &&
                         a.gradients.size() == a.weights.size(),
                     "there are ", a.weights.size(), " weights and ", a.gradients.size(), " gradients; these chains have ",
                     a.chains.weights());
-  TORCH_CHECK_VALUE(static_cast<int64_t>(kappa.factors.size()) == a.chains.kappas() &&
-                        (kappa.entry_exponents.empty() || kappa.entry_exponents.size() == kappa.factors.size()) &&
-                        kappa.exponents.sizes() == at::IntArrayRef({a.chains.kappas()}),
-                    "there are ", kappa.factors.size(), " tensors of κ; these chains have ", a.chains.kappas());
-  TORCH_CHECK_VALUE(kappa.unit_exponents.dim() == 2 && kappa.unit_exponents.size(0) == a.chains.count &&
-                        kappa.unit_exponents.is_contiguous(),
-                    "unit_exponents has shape ", kappa.unit_exponents.sizes(), "; it must be [chains, H]");
-  const int64_t H = kappa.unit_exponents.size(1), D = a.chains.directions(), per_chain = a.chains.per_chain();
+  TORCH_CHECK_VALUE(static_cast<int64_t>(factors.size()) == a.chains.kappas() &&
+                        (entry_exponents.empty() || entry_exponents.size() == factors.size()) &&
+                        exponents.sizes() == at::IntArrayRef({a.chains.kappas()}),
+                    "there are ", factors.size(), " tensors of κ; these chains have ", a.chains.kappas());
+  TORCH_CHECK_VALUE(unit_exponents.dim() == 2 && unit_exponents.size(0) == a.chains.count &&
+                        unit_exponents.is_contiguous(),
+                    "unit_exponents has shape ", unit_exponents.sizes(), "; it must be [chains, H]");
+  const int64_t H = unit_exponents.size(1), D = a.chains.directions(), per_chain = a.chains.per_chain();
   TORCH_CHECK_VALUE(D == 1 || a.chains.count % 2 == 0, "there are ", a.chains.count, " chains of two directions");
-  for (const Tensor* t : {&kappa.exponents, &kappa.unit_exponents}) {
+  for (const Tensor* t : {&exponents, &unit_exponents}) {
     TORCH_CHECK_TYPE(t->scalar_type() == at::kLong && t->is_contiguous(), "exponents have dtype ", t->scalar_type(),
                      "; they must be int64, contiguous");
   }
-  const int64_t* const units = kappa.unit_exponents.const_data_ptr<int64_t>();
-  TORCH_CHECK_VALUE(std::all_of(units, units + kappa.unit_exponents.numel(), [](int64_t d) { return d % 2 == 0; }),
+  const int64_t* const units = unit_exponents.const_data_ptr<int64_t>();
+  TORCH_CHECK_VALUE(std::all_of(units, units + unit_exponents.numel(), [](int64_t d) { return d % 2 == 0; }),
                     "unit_exponents has an odd number; they must be even");
-  for (size_t i = 0; i < kappa.entry_exponents.size(); ++i) {
-    const Tensor& entries = kappa.entry_exponents[i];
+  for (size_t i = 0; i < entry_exponents.size(); ++i) {
+    const Tensor& entries = entry_exponents[i];
     TORCH_CHECK_TYPE(entries.scalar_type() == at::kLong && entries.is_contiguous(), "entry_exponents have dtype ",
                      entries.scalar_type(), "; they must be int64, contiguous");
-    if (entries.numel() > 0) check_shape(entries, "entry_exponents", kappa.factors[i].sizes());
+    if (entries.numel() > 0) check_shape(entries, "entry_exponents", factors[i].sizes());
   }
   const at::ScalarType dtype = a.weights[0].scalar_type();
   for (int64_t i = 0; i < a.chains.weights(); ++i) {
-    const Tensor &w = a.weights[i], &factor = kappa.factors[a.chains.place(i)];
+    const Tensor &w = a.weights[i], &factor = factors[a.chains.place(i)];
     const int64_t chain = i / per_chain, kind = i % per_chain, rest = i - per_chain * a.chains.count;
     const bool of_chain = chain < a.chains.count;
     check_floating(w, "weights", at::kCPU, true);
@@ -802,12 +805,13 @@ void check_structure(const Arguments& a, const Kappa& kappa) {
     if (of_chain) fits = w.size(0) == H && (kind != 0 || chain < D || w.size(1) == D * H) && (kind != 1 || w.size(1) == H);
     if (!of_chain && rest == 0 && a.chains.head) fits = w.size(1) == D * H;
     TORCH_CHECK_VALUE(fits, "weight ", i, " has shape ", w.sizes(), "; there are ", H, " hidden units");
-    check_like(factor, "kappas", kappa.factors[0], "the first of them");
+    check_like(factor, "kappas", factors[0], "the first of them");
     TORCH_CHECK_TYPE(factor.scalar_type() == (at::isReducedFloatingType(dtype) ? at::kFloat : dtype) && factor.is_cpu(),
                      "kappas have dtype ", factor.scalar_type(), "; weights have ", dtype);
     TORCH_CHECK_VALUE(at::is_expandable_to(factor.sizes(), w.sizes()) && factor.dim() == w.dim(), "kappa has shape ",
                       factor.sizes(), ", which does not broadcast to that of its weight, ", w.sizes());
   }
+  return {factors, exponents.const_data_ptr<int64_t>(), units, H, entry_exponents, 0, false, false};
 }
 
 int64_t step(Arguments a, const Kappa& kappa) {
@@ -869,8 +873,8 @@ int64_t path_update(TensorList weights, const std::vector<optional<Tensor>>& gra
   Arguments a{weights, gradients, first, second, counts, constant, rates, numbers, rule,
               {chains, bidirectional, bias, head, head_bias, embedding}, scale, eps, radius, grad_scale, found_inf};
   check_scalar(log_path_norm, "log_path_norm");
-  Kappa kappa{kappas, exponents, unit_exponents, entry_exponents, scalar(log_path_norm), false, false};
-  check_structure(a, kappa);
+  Kappa kappa = checked(a, kappas, exponents, unit_exponents, entry_exponents);
+  kappa.log_path_norm = scalar(log_path_norm);
   const int64_t status = step(a, kappa);
   if (status != kNarrow) return status;
   kappa.wide = true;
@@ -883,8 +887,7 @@ std::vector<Tensor> path_norm_gradients(TensorList weights, int64_t chains, bool
                                         TensorList entry_exponents, const Tensor& log_path_norm) {
   const Arguments a{weights, std::vector<optional<Tensor>>(weights.size()), {}, {}, {}, {}, {}, {}, "",
                     {chains, bidirectional, bias, head, head_bias, embedding}, 0, 0, 0, {}, {}};
-  const Kappa kappa{kappas, exponents, unit_exponents, entry_exponents, 0, false, false};
-  check_structure(a, kappa);
+  const Kappa kappa = checked(a, kappas, exponents, unit_exponents, entry_exponents);
   check_scalar(grad, "grad");
   check_scalar(log_path_norm, "log_path_norm");
   Number scale{scalar(grad), 0};
@@ -893,6 +896,50 @@ std::vector<Tensor> path_norm_gradients(TensorList weights, int64_t chains, bool
   AT_DISPATCH_FLOATING_TYPES(weights[0].scalar_type(), "path_norm_gradients",
                              [&] { result = Step<scalar_t>(a, kappa).norm_gradients(scale); });
   return result;
+}
+
+// A step with the pass for κ before it.
+int64_t run(const Arguments& a, int64_t seq_len, bool last_only, bool ones_h0, double second_factor, double rtol,
+            int64_t workspace_bytes, const optional<Tensor>& lags) {
+  const at::NoGradGuard no_grad;
+  if (skipped(a)) return kDone;
+  // By kind, as path_chain takes them.
+  std::vector<Tensor> kinds[4];
+  optional<Tensor> rest[3];
+  const int64_t per_chain = a.chains.per_chain();
+  const auto wide = [](const Tensor& t) { return at::isReducedFloatingType(t.scalar_type()) ? t.to(at::kFloat) : t; };
+  int64_t next = 0;
+  for (int64_t c = 0; c < a.chains.count; ++c) {
+    for (int64_t k = 0; k < per_chain; ++k) kinds[k].push_back(wide(a.weights[next++]));
+  }
+  if (a.chains.head) rest[0] = wide(a.weights[next++]);
+  if (a.chains.head_bias) rest[1] = wide(a.weights[next++]);
+  if (a.chains.embedding) rest[2] = wide(a.weights[next]);
+  std::vector<int64_t> first_lags;
+  if (lags) {
+    TORCH_CHECK_VALUE(lags->scalar_type() == at::kLong && lags->numel() == a.chains.count && lags->is_contiguous(),
+                      "lags has shape ", lags->sizes(), "; it must be int64 [chains]");
+    const int64_t* const former = lags->const_data_ptr<int64_t>();
+    // One less than the last κ needed, so that the number can shrink again.
+    for (int64_t c = 0; c < a.chains.count; ++c) first_lags.push_back(std::max<int64_t>(former[c] - 1, 0));
+  }
+  const bool by_team = path_chain_threads(a.chains.count, seq_len, kinds[1][0].size(0), second_factor > 0, 0) > 1;
+  std::vector<int64_t> counted;
+  const auto attempt = [&](bool in_double) {
+    const PathChainPass k =
+        path_chain_pass(kinds[0], kinds[1], kinds[2], kinds[3], rest[0], rest[1], rest[2], seq_len, last_only, ones_h0,
+                        true, second_factor, rtol, first_lags, workspace_bytes, a.chains.bidirectional);
+    counted = k.lags;
+    return step(a, {k.kappa, k.exponents.data(), k.unit_exponents.data(), kinds[1][0].size(0), k.entry_exponents,
+                    k.log_path_norm, true, in_double, by_team});
+  };
+  int64_t status = attempt(false);
+  if (status == kNarrow) status = attempt(true);  // a first one may have written over κ
+  if (status == kDone && lags) {
+    // Where all lags were summed there is nothing to start from.
+    for (int64_t c = 0; c < a.chains.count; ++c) lags->mutable_data_ptr<int64_t>()[c] = counted[c] < seq_len - 1 ? counted[c] : 0;
+  }
+  return status;
 }
 
 }  // namespace
@@ -904,50 +951,51 @@ int64_t path_step_op(TensorList weights, const std::vector<optional<Tensor>>& gr
                      const optional<Tensor>& grad_scale, const optional<Tensor>& found_inf, int64_t seq_len,
                      bool last_only, bool ones_h0, double second_factor, double rtol, int64_t workspace_bytes,
                      const optional<Tensor>& lags, TensorList bases) {
-  const at::NoGradGuard no_grad;
-  Arguments a{weights, gradients, first, second, counts, constant, rates, numbers, rule,
+  const Arguments a{weights, gradients, first, second, counts, constant, rates, numbers, rule,
               {chains, bidirectional, bias, head, head_bias, embedding}, scale, eps, radius, grad_scale, found_inf, bases};
   TORCH_CHECK_VALUE(static_cast<int64_t>(weights.size()) == a.chains.weights() && gradients.size() == weights.size(),
                     "there are ", weights.size(), " weights and ", gradients.size(), " gradients; these chains have ",
                     a.chains.weights());
-  if (skipped(a)) return kDone;
-  // By kind, as path_chain takes them.
-  std::vector<Tensor> kinds[4];
-  optional<Tensor> rest[3];
-  const int64_t per_chain = a.chains.per_chain();
-  const auto wide = [](const Tensor& t) { return at::isReducedFloatingType(t.scalar_type()) ? t.to(at::kFloat) : t; };
-  int64_t next = 0;
-  for (int64_t c = 0; c < chains; ++c) {
-    for (int64_t k = 0; k < per_chain; ++k) kinds[k].push_back(wide(weights[next++]));
+  return run(a, seq_len, last_only, ones_h0, second_factor, rtol, workspace_bytes, lags);
+}
+
+HeldStep::HeldStep(std::vector<Tensor> weights, std::vector<int64_t> places, std::vector<int64_t> foreign,
+                   std::vector<int64_t> owners, std::vector<Tensor> first, std::vector<Tensor> second,
+                   std::vector<Tensor> counts, std::vector<Tensor> bases, std::string rule, int64_t chains,
+                   bool bidirectional, bool bias, bool head, bool head_bias, bool embedding)
+    : weights_(std::move(weights)),
+      first_(std::move(first)),
+      second_(std::move(second)),
+      counts_(std::move(counts)),
+      bases_(std::move(bases)),
+      owners_(std::move(owners)),
+      moves_(weights_.size(), 0),
+      rule_(std::move(rule)),
+      structure_{chains, bidirectional, bias, head, head_bias, embedding},
+      dtype_(weights_.at(0).scalar_type()) {
+  for (const int64_t i : places) moves_.at(i) = 1;
+  for (const int64_t i : foreign) moves_.at(i) = -1;
+}
+
+optional<int64_t> HeldStep::take(const std::vector<std::vector<double>>& numbers, optional<Tensor> constant,
+                                 int64_t scale, double eps, double radius, optional<Tensor> grad_scale,
+                                 optional<Tensor> found_inf, int64_t seq_len, bool last_only, bool ones_h0,
+                                 double second_factor, double rtol, optional<Tensor> lags) const {
+  if (weights_[0].scalar_type() != dtype_) return std::nullopt;
+  std::vector<optional<Tensor>> gradients(weights_.size());
+  for (size_t i = 0; i < weights_.size(); ++i) {
+    if (moves_[i] < 0) continue;
+    const bool moves = weights_[i].requires_grad() && weights_[i].grad().defined();
+    if (moves != (moves_[i] == 1)) return std::nullopt;
+    if (moves) gradients[i] = weights_[i].grad();
   }
-  if (head) rest[0] = wide(weights[next++]);
-  if (head_bias) rest[1] = wide(weights[next++]);
-  if (embedding) rest[2] = wide(weights[next]);
-  std::vector<int64_t> first_lags;
-  if (lags) {
-    TORCH_CHECK_VALUE(lags->scalar_type() == at::kLong && lags->numel() == chains && lags->is_contiguous(),
-                      "lags has shape ", lags->sizes(), "; it must be int64 [chains]");
-    const int64_t* const former = lags->const_data_ptr<int64_t>();
-    // One less than the last κ needed, so that the number can shrink again.
-    for (int64_t c = 0; c < chains; ++c) first_lags.push_back(std::max<int64_t>(former[c] - 1, 0));
-  }
-  const bool by_team = path_chain_threads(chains, seq_len, kinds[1][0].size(0), second_factor > 0, 0) > 1;
-  Tensor counted;
-  const auto attempt = [&](bool in_double) {
-    const auto [kappas, exponents, unit_exponents, entry_exponents, log_path_norm, found, bounds, arithmetic] =
-        path_chain_op(kinds[0], kinds[1], kinds[2], kinds[3], rest[0], rest[1], rest[2], seq_len, last_only, ones_h0,
-                      true, second_factor, rtol, first_lags, workspace_bytes, bidirectional);
-    counted = found;
-    return step(a, {kappas, exponents, unit_exponents, entry_exponents, scalar(log_path_norm), true, in_double, by_team});
-  };
-  int64_t status = attempt(false);
-  if (status == kNarrow) status = attempt(true);  // a first one may have written over κ
-  if (status == kDone && lags) {
-    const int64_t* const now = counted.const_data_ptr<int64_t>();
-    // Where all lags were summed there is nothing to start from.
-    for (int64_t c = 0; c < chains; ++c) lags->mutable_data_ptr<int64_t>()[c] = now[c] < seq_len - 1 ? now[c] : 0;
-  }
-  return status;
+  std::vector<double> all;
+  for (const int64_t group : owners_) all.insert(all.end(), numbers.at(group).begin(), numbers.at(group).end());
+  const auto& [chains, bidirectional, bias, head, head_bias, embedding] = structure_;
+  const Arguments a{weights_, std::move(gradients), first_, second_, counts_, constant, {}, all, rule_,
+                    {chains, bidirectional != 0, bias != 0, head != 0, head_bias != 0, embedding != 0},
+                    scale, eps, radius, grad_scale, found_inf, bases_};
+  return run(a, seq_len, last_only, ones_h0, second_factor, rtol, -1, lags);
 }
 
 TORCH_LIBRARY_IMPL(pathrnn, CPU, m) {

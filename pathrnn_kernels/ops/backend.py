@@ -17,6 +17,7 @@ _Function = TypeVar("_Function", bound=Callable[..., Any])
 #: In the order in which "auto" tries them.
 BACKENDS = ("cpu", "cuda", "triton", "reference")
 ENVIRONMENT = "PATHRNN_BACKEND"
+_AT_ONCE = frozenset(("auto", "cpu"))
 
 #: Set by tests that have loaded an emulation of CUDA (tests/emulation), which then serves κ of CPU tensors.
 emulated = False
@@ -82,24 +83,13 @@ def operator(name: str) -> Callable[..., Any]:
     return unavailable
 
 
-def direct(name: str) -> Callable[..., Any]:
-    """The operator, past torch's dispatcher, which takes as long as a small network's κ: that is for those who look on.
+def at_once() -> bool:
+    """Whether ops of the CPU may be called past torch's dispatcher, which takes as long as a small network's κ.
 
-    Its tensors must be plain ones, and no transform under way.
+    Not where another backend is named, a transform is under way, or somebody looks on: a mode of torch's, the profiler.
     """
-    op = operator(name)
-    if _problem is not None:
-        return op
-    from .. import _C
-
-    own = getattr(_C, name)
-
-    def call(*arguments: Any) -> Any:
-        if torch._C._len_torch_dispatch_stack() or torch.autograd._profiler_enabled():  # type: ignore[attr-defined]
-            return op(*arguments)
-        return own(*arguments)
-
-    return call
+    watched = torch._C._len_torch_dispatch_stack() or torch.autograd._profiler_enabled()  # type: ignore[attr-defined]
+    return not watched and environment() in _AT_ONCE and not transformed()
 
 
 def why_without_cuda() -> str:

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .backend import direct, fake, operator
+from .backend import fake, operator
 from .plan import choose as choose_plan
 from .plan import describe
 
@@ -165,7 +165,6 @@ def _check(
 
 #: The op itself, of the CPU alone; ``workspace_bytes`` is -1 for WORKSPACE_BYTES.
 _op = operator("path_chain")
-path_chain_on_cpu = direct("path_chain")
 
 
 @fake("path_chain")

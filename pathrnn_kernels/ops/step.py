@@ -31,10 +31,10 @@ from __future__ import annotations
 
 import torch
 
-from .backend import direct, fake, operator
+from .backend import fake, operator
 
 path_update_ = operator("path_update_")
-path_step_ = direct("path_step_")
+path_step_ = operator("path_step_")
 path_norm_gradients = operator("path_norm_gradients")
 
 #: What a status means; those of one weight add 4 times its place in ``weights``.

@@ -67,7 +67,9 @@ class LanguageModel:
         check_count("seq_len", seq_len)
         for part in ("train", "valid", "test"):
             if len(getattr(corpus, part)) < 2:
-                raise DataError(f"the {part} text of {title} has fewer than two {unit}s: nothing to predict")
+                raise DataError(
+                    f"the {part} text of {title} has fewer than two {unit}s: give more, or a larger train_size"
+                )
         self.corpus = corpus
         self.seq_len = seq_len
         self.one_hot = one_hot
