@@ -99,6 +99,31 @@ TORCH_LIBRARY(pathrnn, m) {
       tags);
 }
 
+namespace {
+
+// Tensors that somebody in Python holds for longer than this, so that they are nobody's secret: Python's garbage collector
+// sees who refers to them, and torch may swap what is in them. A list of as many is converted far more slowly.
+class Borrowed {
+ public:
+  explicit Borrowed(const std::vector<pybind11::object>& tensors) {
+    for (const auto& t : tensors) {
+      TORCH_CHECK_TYPE(THPVariable_Check(t.ptr()), "these are not all tensors");
+      tensors_.push_back(t.ptr());
+    }
+  }
+  std::vector<at::Tensor> tensors() const {
+    std::vector<at::Tensor> result;
+    result.reserve(tensors_.size());
+    for (PyObject* const t : tensors_) result.push_back(THPVariable_Unpack(t));
+    return result;
+  }
+
+ private:
+  std::vector<PyObject*> tensors_;
+};
+
+}  // namespace
+
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.doc() = "The C++ kernels of pathrnn_kernels, registered as torch.ops.pathrnn, and how they were built.";
   pathrnn::active_isa();  // a wrong PATHRNN_CPU_ISA should be heard of now, not in the first call
@@ -130,21 +155,41 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
         };
       },
       "The versions and options that this extension was built with, and the instruction set that it uses.");
-  // The ops without the dispatcher, which takes as long as a small network's κ, and with the tensors held of many calls.
-  using pathrnn::HeldStep, pathrnn::NetworkWeights, pathrnn::PathChainPass, torch::wrap_pybind_function_no_gil;
+  // The ops without the dispatcher, which takes as long as a small network's κ. Contracts: _C.pyi.
   using Tensors = std::vector<at::Tensor>;
-  using Integers = std::vector<int64_t>;
   using Optional = std::optional<at::Tensor>;
-  py::class_<PathChainPass>(m, "PathChainPass", "_C.pyi")
-      .def("tensors", torch::wrap_pybind_function(&PathChainPass::tensors));
-  py::class_<NetworkWeights>(m, "NetworkWeights", "_C.pyi")
-      .def(py::init<Tensors, Tensors, Tensors, Tensors, Optional, Optional, Optional, bool>())
-      .def("path_chain", wrap_pybind_function_no_gil(&NetworkWeights::path_chain))
-      .def("ways", wrap_pybind_function_no_gil(&NetworkWeights::ways));
-  py::class_<HeldStep>(m, "HeldStep", "_C.pyi")
-      .def(py::init<Tensors, Integers, Integers, Integers, Tensors, Tensors, Tensors, Tensors, std::string, int64_t, bool,
-                    bool, bool, bool, bool>())
-      .def("take", wrap_pybind_function_no_gil(&HeldStep::take));
+  using Integers = std::vector<int64_t>;
+  using pathrnn::Chains, pathrnn::PathChainPass;
+  py::class_<Chains>(m, "Chains").def(py::init<int64_t, bool, bool, bool, bool, bool>());
+  py::class_<Borrowed>(m, "Borrowed").def(py::init<const std::vector<py::object>&>());
+  py::class_<PathChainPass>(m, "PathChainPass").def("tensors", torch::wrap_pybind_function(&PathChainPass::tensors));
+  m.def("path_chain", torch::wrap_pybind_function([](const Borrowed& weights, const Chains& chains, int64_t seq_len,
+                                                     bool last_only, bool ones_h0, double second_factor, double rtol) {
+    const Tensors own = weights.tensors();
+    const py::gil_scoped_release no_gil;
+    return pathrnn::path_chain_at_once(own, chains, seq_len, last_only, ones_h0, second_factor, rtol);
+  }));
+  m.def("path_chain_ways", torch::wrap_pybind_function_no_gil(
+      [](const Tensors& weight_ih, const Tensors& weight_hh, const Tensors& bias_ih, const Tensors& bias_hh,
+         const Optional& head_weight, const Optional& head_bias, const Optional& embedding, int64_t seq_len, bool last_only,
+         bool ones_h0, bool bidirectional) {
+        return pathrnn::path_chain_ways(weight_ih, weight_hh, bias_ih, bias_hh, head_weight, head_bias, embedding, seq_len,
+                                        last_only, ones_h0, bidirectional);
+      }));
+  m.def("path_step_at_once", torch::wrap_pybind_function(
+      [](const Borrowed& weights, const Integers& places, const Integers& foreign, const Integers& owners,
+         const Borrowed& first, const Borrowed& second, const Borrowed& counts, const Borrowed& bases,
+         const std::string& rule, const Chains& chains, const std::vector<std::vector<double>>& numbers,
+         const Optional& constant, int64_t scale, double eps, double radius, const Optional& grad_scale,
+         const Optional& found_inf, int64_t seq_len, bool last_only, bool ones_h0, double second_factor, double rtol,
+         const Optional& lags) {
+        const Tensors own = weights.tensors(), one = first.tensors(), two = second.tensors(), steps = counts.tensors(),
+                      sides = bases.tensors();
+        const py::gil_scoped_release no_gil;
+        return pathrnn::path_step_at_once(own, places, foreign, owners, one, two, steps, sides, rule, chains, numbers,
+                                          constant, scale, eps, radius, grad_scale, found_inf, seq_len, last_only, ones_h0,
+                                          second_factor, rtol, lags);
+      }));
 #ifdef PATHRNN_WITH_CUDA
   m.def("cuda_code", &pathrnn::cuda_code,
         "The architecture, as 90 for compute_90, of the code that a device would run; 0 and the reason if there is none.");

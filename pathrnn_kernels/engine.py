@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import operator
 import sys
@@ -9,7 +10,7 @@ import warnings
 from collections.abc import Callable, Iterable, Sequence
 from itertools import chain
 from numbers import Real
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, NoReturn
+from typing import Any, ClassVar, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor
@@ -24,9 +25,6 @@ from .kappa_state import from_state, moved, raw, to_state
 from .network import WHOLE_SEQUENCES, Held, PathNetwork, gradients_used, sequence_length
 from .ops.backend import at_once, choose, refusals, transformed, without_numbers
 from .ops.step import NO_CONSTANT, NO_PATH, OVERFLOW, UNBOUNDED, UNREACHED, path_step_, path_update_
-
-if TYPE_CHECKING:
-    from ._C import HeldStep
 
 #: The module, whose name torch.optim has made away with.
 _HOOKS = sys.modules[Optimizer.__module__]
@@ -116,7 +114,10 @@ class _Ready(NamedTuple):
     states: list[dict[str, Any]]
     held: Held  # of the states
     kind: Any  # Engine._kind_of
-    step: HeldStep
+    moving: Tensor  # one of the weights that do
+    dtype: torch.dtype
+    tensors: list[list[Tensor]]  # that the extension borrows
+    step: Callable[..., int | None]  # of what a step gives beside
 
 
 class Engine(WithPath):
@@ -141,6 +142,7 @@ class Engine(WithPath):
     trust_radius: Any = None
     update_every: Any = 1
     _pending: _Pending | None = None
+    _ready: _Ready | None = None
     #: On a GPU: whether the last κ that was read was right in the weights' dtype, so that the next one need not be.
     _trusted = False
     #: Whether one that was not read was wrong: from then on all are.
@@ -162,7 +164,6 @@ class Engine(WithPath):
         self.seq_len = seq_len
         self.rtol = rtol
         self._layout: Layout | None = None
-        self._ready: _Ready | None = None
         #: Of which κ and lags are kept.
         self._known: Sequence[Tensor] = self._weights()[1]
         self._kappa: Kappa | None = None
@@ -292,6 +293,8 @@ class Engine(WithPath):
             or not all(map(operator.is_, map(self.state.get, ready.weights), ready.states))
             or not ready.held.still()
             or self.update_every > 1
+            or ready.moving.grad is None  # nor, perhaps, any other's, and then T is nobody's to ask for
+            or ready.moving.dtype != ready.dtype
             or not at_once()
         ):
             return False
@@ -300,7 +303,7 @@ class Engine(WithPath):
             if self._kind_of(groups) != ready.kind or layout.rates_are_tensors():
                 return False
             weight = layout.weights[0]
-            status = ready.step.take(numbers, *self._options(weight), *self._run(weight))
+            status = ready.step(numbers, *self._options(weight), *self._run(weight))
         except Exception:
             return False
         if status is None:  # other weights have gradients
@@ -313,13 +316,22 @@ class Engine(WithPath):
         from . import _C
 
         layout, weights, _, places = moving
-        owners, lists = [layout.owners[i] for i in places], self._lists(states)
-        structure: Any = layout.structure
-        step = _C.HeldStep(weights, places, layout.foreign, owners, *lists, self._bases(states), self.rule, *structure)
+        assert layout.structure is not None
+        tensors = [weights, *self._lists(states), self._bases(states)]
+        own, first, second, counts, bases = map(_C.Borrowed, tensors)
+        owners, chains = [layout.owners[i] for i in places], _C.Chains(*layout.structure)
+        given: Any = (own, places, layout.foreign, owners, first, second, counts, bases, self.rule, chains)
         kept = [(weights[i], state) for i, state in zip(places, states, strict=True) if state]
-        held = Held((state, key) for state in states for key in state)
-        kind = self._kind_of(layout.groups)
-        self._ready = _Ready([p for p, _ in kept], [state for _, state in kept], held, kind, step)
+        self._ready = _Ready(
+            weights=[p for p, _ in kept],
+            states=[state for _, state in kept],
+            held=Held((state, key) for state in states for key in state),
+            kind=self._kind_of(layout.groups),
+            moving=weights[places[0]],
+            dtype=weights[0].dtype,
+            tensors=tensors,
+            step=functools.partial(_C.path_step_at_once, *given),
+        )
 
     def _kind_of(self, groups: list[dict[str, Any]]) -> Any:
         """Of the options, what decides which state there is and who takes the step."""

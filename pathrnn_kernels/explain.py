@@ -110,8 +110,8 @@ def _chains(net: PathNetwork, seq_len: int) -> tuple[str, ...]:
     if not all(p.isfinite().all() for p in weights.values()):
         return ("a weight is not finite, and κ is not to be had",)
     own = layout_of(net.recurrent, tuple(weights)).by_kind([*weights.values()])
-    found = _C.NetworkWeights(*own, net.rnn.bidirectional)
-    ways, threads = found.ways(seq_len, net.outputs == "last", net.h0 == "ones")
+    ends = net.outputs == "last", net.h0 == "ones"
+    ways, threads = _C.path_chain_ways(*own, seq_len, *ends, net.rnn.bidirectional)
     words = ("{0} steps", "{0} steps, then converged", "{0} steps, then in closed form", "blocks of {0} steps")
     said = [words[way].format(number) for way, number in zip(ways[::2], ways[1::2], strict=True)]
     count = len(net.endings)

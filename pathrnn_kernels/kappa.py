@@ -5,8 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import math
-import weakref
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -20,7 +19,7 @@ from .ops.backend import at_once, choose, extension_problem, transformed, withou
 from .ops.step import path_norm_gradients
 
 if TYPE_CHECKING:
-    from ._C import NetworkWeights, PathChainPass
+    from ._C import PathChainPass
 
 #: κ⁽²⁾ = factor · W̃ ⊙ S: the Hessian's factor, the paper's Lemma 1 over ordered pairs, its Theorem 3 as printed.
 KAPPA2_FACTOR = {"exact": 4.0, "lemma1": 2.0, "theorem3": 1.0}
@@ -167,9 +166,10 @@ class Kappa:
 
     @property
     def _chain(self) -> ops.PathChain:
-        if not isinstance(self._found, ops.PathChain):
-            self._found = ops.PathChain._make(self._found.tensors())
-        return self._found
+        found = self._found  # once, for other threads' sake
+        if not isinstance(found, ops.PathChain):
+            found = self._found = ops.PathChain._make(found.tensors())
+        return found
 
     def __getstate__(self) -> Any:
         self._found = self._chain  # a pass is no object that can be copied
@@ -379,34 +379,27 @@ def kappa_without_waiting(net: PathNetwork, seq_len: int, second_term: bool, rto
     return Kappa(chain, layout, layout.recurrent, [p.shape for p in parameters.values()])
 
 
-class _Known(NamedTuple):
-    """A network of which the CPU's kernel has the weights, for as long as it holds the same parameters."""
+class Known(NamedTuple):
+    """What κ of a network on the CPU's kernel begins with, for as long as it holds the same parameters."""
 
     held: Held
-    weights: NetworkWeights
+    weights: list[Tensor]
     layout: Layout
-    shapes: list[torch.Size]
+    call: Callable[..., PathChainPass | None]  # of what a call gives beside
 
 
-_known: weakref.WeakKeyDictionary[PathNetwork, _Known] = weakref.WeakKeyDictionary()
-
-
-def _know(net: PathNetwork) -> _Known | None:
-    """None where something is out of the ordinary, or another backend serves."""
+def _know(net: PathNetwork) -> Known | None:
+    """None where there is no kernel, or a parameter is of no usual type."""
     parameters = net.weights()
     weights = [*parameters.values()]
-    if (
-        extension_problem() is not None
-        or not _PLAIN.issuperset(map(type, weights))
-        or not all(p.is_cpu and p.dtype in FULL_DTYPES for p in weights)
-    ):
+    if extension_problem() is not None or not _PLAIN.issuperset(map(type, weights)):
         return None
     from . import _C
 
     layout = layout_of(net.recurrent, tuple(parameters))
-    own = _C.NetworkWeights(*layout.by_kind(weights), net.rnn.bidirectional)
-    found = _known[net] = _Known(Held(net.holders()), own, layout, [p.shape for p in weights])
-    return found
+    call = functools.partial(_C.path_chain, _C.Borrowed(weights), _C.Chains(*net.structure))
+    net._known = Known(Held(net.holders()), weights, layout, call)
+    return net._known
 
 
 def _at_once(net: PathNetwork, seq_len: int, second_term: bool, rtol: float) -> Kappa | None:
@@ -423,17 +416,20 @@ def _at_once(net: PathNetwork, seq_len: int, second_term: bool, rtol: float) -> 
         or not at_once()
     ):
         return None
-    known = _known.get(net)
+    known: Known | None = net._known
     if known is None or not known.held.still():
         known = _know(net)
         if known is None:
             return None
-    factor = KAPPA2_FACTOR["exact"] if second_term else 0.0
-    found = known.weights.path_chain(seq_len, net._outputs == "last", net._h0 == "ones", factor, min(rtol, 1.0))
-    if found is None:  # weights that have changed, or are tied
-        _known.pop(net, None)
+    weight = known.weights[0]
+    if not weight.is_cpu or weight.dtype not in FULL_DTYPES:
         return None
-    return Kappa(found, known.layout, known.layout.recurrent, known.shapes)
+    ends = net._outputs == "last", net._h0 == "ones"
+    factor = KAPPA2_FACTOR["exact"] if second_term else 0.0
+    found = known.call(seq_len, *ends, factor, min(rtol, 1.0))
+    if found is None:  # tied since
+        return None
+    return Kappa(found, known.layout, known.layout.recurrent, [p.shape for p in known.weights])
 
 
 def _first_lags(lags: Mapping[str, int] | None, names: tuple[str, ...]) -> list[int]:

@@ -64,6 +64,11 @@ class PathNetwork(nn.Module):
     rnn: ReLURNN | nn.RNN
     head: nn.Linear | None
     embedding: nn.Embedding | None
+    #: Of kappa.py, between one call and the next.
+    _known: Any = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {key: value for key, value in self.__dict__.items() if key != "_known"}
 
     def __init__(
         self,
@@ -87,6 +92,8 @@ class PathNetwork(nn.Module):
             parts = {"rnn": self.rnn, "head": self.head, "embedding": self.embedding, name: value}
             _check_modules(*parts.values())
         super().__setattr__(name, value)
+        if name in ("rnn", "head", "embedding"):
+            self._known = None
         if name == "rnn":
             self._name_weights(value)
 
@@ -139,9 +146,10 @@ class PathNetwork(nn.Module):
 
     def holders(self) -> list[tuple[Any, str]]:
         """Where the modules and ``weights()`` are held: dictionaries with a key each."""
-        parts: list[tuple[Any, str]] = [(self._modules, name) for name in ("rnn", "head", "embedding")]
+        held = [(self._modules, name) for name in ("rnn", "head", "embedding")]
+        parts: list[tuple[Any, str]] = [(self.__dict__, "_modules"), *held]
         keys = [key for _, key in self._rnn_names], ["weight", "bias"], ["weight"]
-        for (modules, name), own in zip(list(parts), keys, strict=True):
+        for (modules, name), own in zip(held, keys, strict=True):
             if (module := modules[name]) is not None:
                 parts += [(module.__dict__, "_parameters"), *[(module._parameters, key) for key in own]]
         return parts

@@ -77,7 +77,7 @@ def test_kappa_of_a_network_that_has_changed(what):
     CHANGES[what](net)
     found = pk.kappa(net, 5)
     fresh = copy.deepcopy(net)
-    assert fresh not in pk.kappa.__globals__["_known"]
+    assert fresh._known is None
     assert equal(by_name(found), by_name(pk.kappa(fresh, 5)))
     assert {name: found.dense(name).shape for name in found.scaled} == {n: p.shape for n, p in net.named_parameters()}
     assert list(before) != list(found.scaled) or not equal(before, by_name(found))
@@ -100,13 +100,54 @@ def test_weights_that_are_not_finite_are_named():
         pk.kappa(net, 5)
 
 
-def test_a_network_is_let_go():
+def of_itself(net):
+    net.rnn.owner = [net]
+
+
+def of_a_hook(net):
+    net.head.weight.register_hook(lambda g: g if net.training else None)
+
+
+@pytest.mark.parametrize("refers", (lambda net: None, of_itself, of_a_hook))
+def test_networks_and_optimizers_are_let_go(refers):
     net = make()
+    refers(net)
+    optimizer = pk.PathAdam(net)
+    net.head.weight.owner = optimizer
+    train(net, optimizer, range(2))
     pk.kappa(net, 5)
-    there = weakref.ref(net.rnn.weight_hh_l0)
-    del net
+    there = weakref.ref(net), weakref.ref(optimizer)
+    del net, optimizer
     gc.collect()
-    assert there() is None
+    assert not any(one() for one in there)
+
+
+@pytest.fixture
+def swapping():
+    torch.__future__.set_swap_module_params_on_conversion(True)
+    yield
+    torch.__future__.set_swap_module_params_on_conversion(False)
+
+
+@pytest.mark.usefixtures("swapping")
+def test_parameters_are_swapped():
+    net = make()
+    optimizer = pk.PathSGD(net, lr=1e-3)
+    train(net, optimizer, range(2))
+    pk.kappa(net, 5)
+    optimizer.zero_grad()
+    net.load_state_dict(make(seed=1).state_dict())
+    net.float()
+    fresh = make(seed=1).float()
+    assert equal(by_name(pk.kappa(net, 5)), by_name(pk.kappa(fresh, 5)))
+
+
+def test_a_network_with_the_modules_of_another():
+    net, other = make(), make(seed=1)
+    before = by_name(pk.kappa(net, 5))
+    net.__setstate__(other.__dict__)
+    found = by_name(pk.kappa(net, 5))
+    assert equal(found, by_name(pk.kappa(other, 5))) and not equal(found, before)
 
 
 @pytest.mark.parametrize("how", (copy.copy, copy.deepcopy, lambda k: pickle.loads(pickle.dumps(k))))
@@ -281,3 +322,30 @@ def test_a_step_of_what_is_held_that_may_not_be_changes_nothing(kind):
         net.load_state_dict(before)
         optimizer.load_state_dict(copy.deepcopy(saved))
     assert equal(values(net), before)
+
+
+@pytest.mark.parametrize("first", (True, False), ids=("from the first", "later"))
+def test_weights_that_are_negative_views(first):
+    net = make()
+    optimizer = pk.PathSGD(net, lr=1e-3, scale="path_norm")
+    if not first:
+        train(net, optimizer, range(2))
+    net.head.weight.data = torch.view_as_complex(torch.rand(2, 3, 2, dtype=F64)).conj().imag
+    twin = copy.deepcopy(net)
+    twin.head.weight.data = net.head.weight.data.resolve_neg().clone()
+    train(net, optimizer, range(2, 4))
+    train(twin, pk.PathSGD(twin, lr=1e-3, scale="path_norm"), range(2, 4))
+    assert_same(net, twin)
+
+
+def test_a_step_without_gradients_leaves_t_as_it_is():
+    net = make()
+    optimizer = pk.PathSGD(net, lr=1e-3)
+    train(net, optimizer, range(2))
+    optimizer.zero_grad()
+    parameters = {name: p.detach() for name, p in net.named_parameters()}
+    torch.func.grad(lambda p: torch.func.functional_call(net, p, (torch.rand(9, 1, 2, dtype=F64),)).sum())(parameters)
+    before = values(net)
+    optimizer.step()
+    assert equal(values(net), before)
+    assert net.last_seq_len == 9

@@ -399,60 +399,42 @@ PathChainPass path_chain_pass(
   return compute(a);
 }
 
-NetworkWeights::NetworkWeights(std::vector<Tensor> weight_ih, std::vector<Tensor> weight_hh, std::vector<Tensor> bias_ih,
-                               std::vector<Tensor> bias_hh, optional<Tensor> head_weight, optional<Tensor> head_bias,
-                               optional<Tensor> embedding, bool bidirectional)
-    : weight_ih_(std::move(weight_ih)),
-      weight_hh_(std::move(weight_hh)),
-      bias_ih_(std::move(bias_ih)),
-      bias_hh_(std::move(bias_hh)),
-      head_weight_(std::move(head_weight)),
-      head_bias_(std::move(head_bias)),
-      embedding_(std::move(embedding)),
-      bidirectional_(bidirectional),
-      dtype_(weight_hh_.at(0).scalar_type()) {
-  each([&](const Tensor& t) { sizes_.insert(sizes_.end(), t.sizes().begin(), t.sizes().end()); });
+PathChainPass path_chain_pass(at::TensorList weights, const Chains& chains, int64_t seq_len, bool last_only, bool ones_h0,
+                              double second_factor, double rtol, at::IntArrayRef first_lags, int64_t workspace_bytes) {
+  std::vector<Tensor> kinds[4];
+  optional<Tensor> rest[3];
+  const auto wide = [](const Tensor& t) { return at::isReducedFloatingType(t.scalar_type()) ? t.to(at::kFloat) : t; };
+  int64_t next = 0;
+  for (int64_t c = 0; c < chains.count; ++c) {
+    for (int64_t k = 0; k < chains.per_chain(); ++k) kinds[k].push_back(wide(weights[next++]));
+  }
+  if (chains.head) rest[0] = wide(weights[next++]);
+  if (chains.head_bias) rest[1] = wide(weights[next++]);
+  if (chains.embedding) rest[2] = wide(weights[next]);
+  return path_chain_pass(kinds[0], kinds[1], kinds[2], kinds[3], rest[0], rest[1], rest[2], seq_len, last_only, ones_h0,
+                         true, second_factor, rtol, first_lags, workspace_bytes, chains.bidirectional);
 }
 
-template <typename F>
-void NetworkWeights::each(const F& f) const {
-  for (const auto* list : {&weight_ih_, &weight_hh_, &bias_ih_, &bias_hh_}) {
-    for (const Tensor& t : *list) f(t);
-  }
-  for (const auto* t : {&head_weight_, &head_bias_, &embedding_}) {
-    if (*t) f(**t);
-  }
-}
-
-bool NetworkWeights::unchanged() const {
-  bool same = true;
-  size_t next = 0;
-  c10::SmallVector<const void*, 32> places;
-  each([&](const Tensor& t) {
-    same = same && t.is_cpu() && t.scalar_type() == dtype_ && next + t.dim() <= sizes_.size() &&
-           std::equal(t.sizes().begin(), t.sizes().end(), sizes_.begin() + next);
-    next += t.dim();
-    places.push_back(t.const_data_ptr());
-  });
+optional<PathChainPass> path_chain_at_once(at::TensorList weights, const Chains& chains, int64_t seq_len, bool last_only,
+                                           bool ones_h0, double second_factor, double rtol) {
+  std::vector<const void*> places;
+  for (const Tensor& t : weights) places.push_back(t.const_data_ptr());
   std::sort(places.begin(), places.end());
-  return same && std::adjacent_find(places.begin(), places.end()) == places.end();
+  if (std::adjacent_find(places.begin(), places.end()) != places.end()) return std::nullopt;
+  return path_chain_pass(weights, chains, seq_len, last_only, ones_h0, second_factor, rtol, {}, -1);
 }
 
-optional<PathChainPass> NetworkWeights::path_chain(int64_t seq_len, bool last_only, bool ones_h0, double second_factor,
-                                                   double rtol) const {
-  if (!unchanged()) return std::nullopt;
-  return path_chain_pass(weight_ih_, weight_hh_, bias_ih_, bias_hh_, head_weight_, head_bias_, embedding_, seq_len,
-                         last_only, ones_h0, true, second_factor, rtol, {}, -1, bidirectional_);
-}
-
-std::pair<std::vector<int64_t>, int> NetworkWeights::ways(int64_t seq_len, bool last_only, bool ones_h0) const {
-  const int64_t chains = static_cast<int64_t>(weight_hh_.size());
-  std::vector<int64_t> found(4 * chains);
-  Arguments a{chains, bidirectional_ ? 2 : 1, seq_len, last_only, ones_h0, true, 0, 0, {}, kWorkspaceBytes, found.data()};
-  take(a, weight_ih_, weight_hh_, bias_ih_, bias_hh_, head_weight_, head_bias_, embedding_);
+std::pair<std::vector<int64_t>, int> path_chain_ways(
+    at::TensorList weight_ih, at::TensorList weight_hh, at::TensorList bias_ih, at::TensorList bias_hh,
+    const optional<Tensor>& head_weight, const optional<Tensor>& head_bias, const optional<Tensor>& embedding,
+    int64_t seq_len, bool last_only, bool ones_h0, bool bidirectional) {
+  std::vector<int64_t> ways(4 * weight_hh.size());
+  Arguments a{static_cast<int64_t>(weight_hh.size()), bidirectional ? 2 : 1, seq_len, last_only, ones_h0, true, 0, 0, {},
+              kWorkspaceBytes, ways.data()};
+  take(a, weight_ih, weight_hh, bias_ih, bias_hh, head_weight, head_bias, embedding);
   compute(a);
-  const int64_t ends = (head_weight_ ? head_weight_->numel() : 0) + (embedding_ ? embedding_->numel() : 0);
-  return {found, path_chain_threads(chains, seq_len, a.hidden, false, ends)};
+  const int64_t ends = (head_weight ? head_weight->numel() : 0) + (embedding ? embedding->numel() : 0);
+  return {ways, path_chain_threads(a.chains, seq_len, a.hidden, false, ends)};
 }
 
 int path_chain_threads(int64_t chains, int64_t seq_len, int64_t hidden, bool second_term, int64_t ends) {

@@ -3,7 +3,7 @@
 
 #include <ATen/ATen.h>
 
-#include <array>
+#include <algorithm>
 #include <optional>
 #include <string>
 #include <tuple>
@@ -35,29 +35,37 @@ PathChainPass path_chain_pass(at::TensorList weight_ih, at::TensorList weight_hh
                               int64_t seq_len, bool last_only, bool ones_h0, bool kappa1, double second_factor,
                               double rtol, at::IntArrayRef first_lags, int64_t workspace_bytes, bool bidirectional);
 
-// A network's weights, of which κ is wanted again and again.
-class NetworkWeights {
- public:
-  NetworkWeights(std::vector<at::Tensor> weight_ih, std::vector<at::Tensor> weight_hh, std::vector<at::Tensor> bias_ih,
-                 std::vector<at::Tensor> bias_hh, std::optional<at::Tensor> head_weight,
-                 std::optional<at::Tensor> head_bias, std::optional<at::Tensor> embedding, bool bidirectional);
-  // With κ; none where a weight has come to be of another shape, dtype or device, or to share another's memory.
-  std::optional<PathChainPass> path_chain(int64_t seq_len, bool last_only, bool ones_h0, double second_factor,
-                                          double rtol) const;
-  // How the chains of κ⁽¹⁾ go: a Way of ops.h with its number for each of h, then of δ; and by how many threads.
-  std::pair<std::vector<int64_t>, int> ways(int64_t seq_len, bool last_only, bool ones_h0) const;
+// What a network has, and with it the order of its weights: of every chain weight_ih, weight_hh and, with biases, bias_ih,
+// bias_hh; then the head's weight and bias and the embedding.
+struct Chains {
+  int64_t count;
+  bool bidirectional, bias, head, head_bias, embedding;
 
- private:
-  template <typename F>
-  void each(const F& f) const;
-  bool unchanged() const;
-
-  std::vector<at::Tensor> weight_ih_, weight_hh_, bias_ih_, bias_hh_;
-  std::optional<at::Tensor> head_weight_, head_bias_, embedding_;
-  bool bidirectional_;
-  std::vector<int64_t> sizes_;  // of all, one after the other
-  at::ScalarType dtype_;
+  int64_t directions() const { return bidirectional ? 2 : 1; }
+  int64_t per_chain() const { return bias ? 4 : 2; }
+  int64_t weights() const { return per_chain() * count + head + head_bias + embedding; }
+  int64_t kappas() const { return (bias ? 3 : 2) * count + head + head_bias + embedding; }
+  int64_t place(int64_t weight) const {  // of its κ
+    const int64_t chain = weight / per_chain();
+    if (chain >= count) return weight - per_chain() * count + (bias ? 3 : 2) * count;
+    return (bias ? 3 : 2) * chain + std::min<int64_t>(weight % per_chain(), 2);
+  }
+  bool recurrent(int64_t weight) const { return weight < per_chain() * count && weight % per_chain() == 1; }
+  int64_t head_bias_at() const { return head_bias ? per_chain() * count + head : -1; }
 };
+
+// κ of weights in that order, halves in float32.
+PathChainPass path_chain_pass(at::TensorList weights, const Chains& chains, int64_t seq_len, bool last_only, bool ones_h0,
+                              double second_factor, double rtol, at::IntArrayRef first_lags, int64_t workspace_bytes);
+// The same with the options' defaults; none where two weights are one piece of memory.
+std::optional<PathChainPass> path_chain_at_once(at::TensorList weights, const Chains& chains, int64_t seq_len,
+                                                bool last_only, bool ones_h0, double second_factor, double rtol);
+
+// How the chains of κ⁽¹⁾ go: PathChain's ways, and the number of threads.
+std::pair<std::vector<int64_t>, int> path_chain_ways(
+    at::TensorList weight_ih, at::TensorList weight_hh, at::TensorList bias_ih, at::TensorList bias_hh,
+    const std::optional<at::Tensor>& head_weight, const std::optional<at::Tensor>& head_bias,
+    const std::optional<at::Tensor>& embedding, int64_t seq_len, bool last_only, bool ones_h0, bool bidirectional);
 
 // Threads that it takes; `ends` counts the weights of head and embedding.
 int path_chain_threads(int64_t chains, int64_t seq_len, int64_t hidden, bool second_term, int64_t ends);
@@ -71,27 +79,15 @@ int64_t path_step_op(at::TensorList weights, const std::vector<std::optional<at:
                      int64_t seq_len, bool last_only, bool ones_h0, double second_factor, double rtol,
                      int64_t workspace_bytes, const std::optional<at::Tensor>& lags, at::TensorList bases);
 
-// path_step_ with all tensors but gradients held, for many steps.
-class HeldStep {
- public:
-  // State is of the weights at `places`; those of `foreign` never move. `owners`: which group's numbers each place has.
-  HeldStep(std::vector<at::Tensor> weights, std::vector<int64_t> places, std::vector<int64_t> foreign,
-           std::vector<int64_t> owners, std::vector<at::Tensor> first, std::vector<at::Tensor> second,
-           std::vector<at::Tensor> counts, std::vector<at::Tensor> bases, std::string rule, int64_t chains,
-           bool bidirectional, bool bias, bool head, bool head_bias, bool embedding);
-  // The status; none, and nothing has changed, where other weights than those have a gradient, or of another dtype now.
-  std::optional<int64_t> take(const std::vector<std::vector<double>>& numbers, std::optional<at::Tensor> constant,
-                              int64_t scale, double eps, double radius, std::optional<at::Tensor> grad_scale,
-                              std::optional<at::Tensor> found_inf, int64_t seq_len, bool last_only, bool ones_h0,
-                              double second_factor, double rtol, std::optional<at::Tensor> lags) const;
-
- private:
-  std::vector<at::Tensor> weights_, first_, second_, counts_, bases_;
-  std::vector<int64_t> owners_;
-  std::vector<int8_t> moves_;  // of every weight; -1: whatever its gradient is
-  std::string rule_;
-  std::array<int64_t, 6> structure_;
-  at::ScalarType dtype_;
-};
+// path_step_ for the gradients that the weights have. State is of the weights at `places`; those of `foreign` never move;
+// `owners` says which group's numbers each place has. None, and nothing has changed, where others have a gradient.
+std::optional<int64_t> path_step_at_once(
+    const std::vector<at::Tensor>& weights, const std::vector<int64_t>& places, const std::vector<int64_t>& foreign,
+    const std::vector<int64_t>& owners, const std::vector<at::Tensor>& first, const std::vector<at::Tensor>& second,
+    const std::vector<at::Tensor>& counts, const std::vector<at::Tensor>& bases, const std::string& rule,
+    const Chains& chains, const std::vector<std::vector<double>>& numbers, const std::optional<at::Tensor>& constant,
+    int64_t scale, double eps, double radius, const std::optional<at::Tensor>& grad_scale,
+    const std::optional<at::Tensor>& found_inf, int64_t seq_len, bool last_only, bool ones_h0, double second_factor,
+    double rtol, const std::optional<at::Tensor>& lags);
 
 }  // namespace pathrnn

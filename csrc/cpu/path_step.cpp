@@ -33,23 +33,6 @@ enum Status : int64_t { kDone = 0, kNoPath = 1, kNoConstant = 2, kUnbounded = 3,
 // Not for them: float32 does not hold what the step needs, and κ may be gone; it is to be taken in float64.
 constexpr int64_t kNarrow = -1;
 
-struct Chains {
-  int64_t count;
-  bool bidirectional, bias, head, head_bias, embedding;
-
-  int64_t directions() const { return bidirectional ? 2 : 1; }
-  int64_t per_chain() const { return bias ? 4 : 2; }
-  int64_t weights() const { return per_chain() * count + head + head_bias + embedding; }
-  int64_t kappas() const { return (bias ? 3 : 2) * count + head + head_bias + embedding; }
-  int64_t place(int64_t weight) const {  // of its κ
-    const int64_t chain = weight / per_chain();
-    if (chain >= count) return weight - per_chain() * count + (bias ? 3 : 2) * count;
-    return (bias ? 3 : 2) * chain + std::min<int64_t>(weight % per_chain(), 2);
-  }
-  bool recurrent(int64_t weight) const { return weight < per_chain() * count && weight % per_chain() == 1; }
-  int64_t head_bias_at() const { return head_bias ? per_chain() * count + head : -1; }
-};
-
 struct Kappa {
   TensorList factors;
   const int64_t *exponents, *unit_exponents;
@@ -903,18 +886,6 @@ int64_t run(const Arguments& a, int64_t seq_len, bool last_only, bool ones_h0, d
             int64_t workspace_bytes, const optional<Tensor>& lags) {
   const at::NoGradGuard no_grad;
   if (skipped(a)) return kDone;
-  // By kind, as path_chain takes them.
-  std::vector<Tensor> kinds[4];
-  optional<Tensor> rest[3];
-  const int64_t per_chain = a.chains.per_chain();
-  const auto wide = [](const Tensor& t) { return at::isReducedFloatingType(t.scalar_type()) ? t.to(at::kFloat) : t; };
-  int64_t next = 0;
-  for (int64_t c = 0; c < a.chains.count; ++c) {
-    for (int64_t k = 0; k < per_chain; ++k) kinds[k].push_back(wide(a.weights[next++]));
-  }
-  if (a.chains.head) rest[0] = wide(a.weights[next++]);
-  if (a.chains.head_bias) rest[1] = wide(a.weights[next++]);
-  if (a.chains.embedding) rest[2] = wide(a.weights[next]);
   std::vector<int64_t> first_lags;
   if (lags) {
     TORCH_CHECK_VALUE(lags->scalar_type() == at::kLong && lags->numel() == a.chains.count && lags->is_contiguous(),
@@ -923,14 +894,14 @@ int64_t run(const Arguments& a, int64_t seq_len, bool last_only, bool ones_h0, d
     // One less than the last κ needed, so that the number can shrink again.
     for (int64_t c = 0; c < a.chains.count; ++c) first_lags.push_back(std::max<int64_t>(former[c] - 1, 0));
   }
-  const bool by_team = path_chain_threads(a.chains.count, seq_len, kinds[1][0].size(0), second_factor > 0, 0) > 1;
+  const int64_t hidden = a.weights[1].size(0);
+  const bool by_team = path_chain_threads(a.chains.count, seq_len, hidden, second_factor > 0, 0) > 1;
   std::vector<int64_t> counted;
   const auto attempt = [&](bool in_double) {
-    const PathChainPass k =
-        path_chain_pass(kinds[0], kinds[1], kinds[2], kinds[3], rest[0], rest[1], rest[2], seq_len, last_only, ones_h0,
-                        true, second_factor, rtol, first_lags, workspace_bytes, a.chains.bidirectional);
+    const PathChainPass k = path_chain_pass(a.weights, a.chains, seq_len, last_only, ones_h0, second_factor, rtol,
+                                            first_lags, workspace_bytes);
     counted = k.lags;
-    return step(a, {k.kappa, k.exponents.data(), k.unit_exponents.data(), kinds[1][0].size(0), k.entry_exponents,
+    return step(a, {k.kappa, k.exponents.data(), k.unit_exponents.data(), hidden, k.entry_exponents,
                     k.log_path_norm, true, in_double, by_team});
   };
   int64_t status = attempt(false);
@@ -959,42 +930,27 @@ int64_t path_step_op(TensorList weights, const std::vector<optional<Tensor>>& gr
   return run(a, seq_len, last_only, ones_h0, second_factor, rtol, workspace_bytes, lags);
 }
 
-HeldStep::HeldStep(std::vector<Tensor> weights, std::vector<int64_t> places, std::vector<int64_t> foreign,
-                   std::vector<int64_t> owners, std::vector<Tensor> first, std::vector<Tensor> second,
-                   std::vector<Tensor> counts, std::vector<Tensor> bases, std::string rule, int64_t chains,
-                   bool bidirectional, bool bias, bool head, bool head_bias, bool embedding)
-    : weights_(std::move(weights)),
-      first_(std::move(first)),
-      second_(std::move(second)),
-      counts_(std::move(counts)),
-      bases_(std::move(bases)),
-      owners_(std::move(owners)),
-      moves_(weights_.size(), 0),
-      rule_(std::move(rule)),
-      structure_{chains, bidirectional, bias, head, head_bias, embedding},
-      dtype_(weights_.at(0).scalar_type()) {
-  for (const int64_t i : places) moves_.at(i) = 1;
-  for (const int64_t i : foreign) moves_.at(i) = -1;
-}
-
-optional<int64_t> HeldStep::take(const std::vector<std::vector<double>>& numbers, optional<Tensor> constant,
-                                 int64_t scale, double eps, double radius, optional<Tensor> grad_scale,
-                                 optional<Tensor> found_inf, int64_t seq_len, bool last_only, bool ones_h0,
-                                 double second_factor, double rtol, optional<Tensor> lags) const {
-  if (weights_[0].scalar_type() != dtype_) return std::nullopt;
-  std::vector<optional<Tensor>> gradients(weights_.size());
-  for (size_t i = 0; i < weights_.size(); ++i) {
-    if (moves_[i] < 0) continue;
-    const bool moves = weights_[i].requires_grad() && weights_[i].grad().defined();
-    if (moves != (moves_[i] == 1)) return std::nullopt;
-    if (moves) gradients[i] = weights_[i].grad();
+optional<int64_t> path_step_at_once(
+    const std::vector<Tensor>& weights, const std::vector<int64_t>& places, const std::vector<int64_t>& foreign,
+    const std::vector<int64_t>& owners, const std::vector<Tensor>& first, const std::vector<Tensor>& second,
+    const std::vector<Tensor>& counts, const std::vector<Tensor>& bases, const std::string& rule, const Chains& chains,
+    const std::vector<std::vector<double>>& numbers, const optional<Tensor>& constant, int64_t scale, double eps,
+    double radius, const optional<Tensor>& grad_scale, const optional<Tensor>& found_inf, int64_t seq_len, bool last_only,
+    bool ones_h0, double second_factor, double rtol, const optional<Tensor>& lags) {
+  std::vector<optional<Tensor>> gradients(weights.size());
+  size_t found = 0;
+  for (size_t i = 0; i < weights.size(); ++i) {
+    if (std::find(foreign.begin(), foreign.end(), i) != foreign.end()) continue;
+    if (!weights[i].requires_grad() || !weights[i].grad().defined()) continue;
+    if (found == places.size() || places[found] != static_cast<int64_t>(i)) return std::nullopt;
+    gradients[i] = weights[i].grad();
+    ++found;
   }
+  if (found < places.size()) return std::nullopt;
   std::vector<double> all;
-  for (const int64_t group : owners_) all.insert(all.end(), numbers.at(group).begin(), numbers.at(group).end());
-  const auto& [chains, bidirectional, bias, head, head_bias, embedding] = structure_;
-  const Arguments a{weights_, std::move(gradients), first_, second_, counts_, constant, {}, all, rule_,
-                    {chains, bidirectional != 0, bias != 0, head != 0, head_bias != 0, embedding != 0},
-                    scale, eps, radius, grad_scale, found_inf, bases_};
+  for (const int64_t group : owners) all.insert(all.end(), numbers.at(group).begin(), numbers.at(group).end());
+  const Arguments a{weights, std::move(gradients), first, second, counts, constant, {}, all, rule,
+                    chains, scale, eps, radius, grad_scale, found_inf, bases};
   return run(a, seq_len, last_only, ones_h0, second_factor, rtol, -1, lags);
 }
 
@@ -1002,6 +958,11 @@ TORCH_LIBRARY_IMPL(pathrnn, CPU, m) {
   m.impl("path_norm_gradients", &path_norm_gradients);
   m.impl("path_update_", &path_update);
   m.impl("path_step_", &path_step_op);
+}
+// The kernel sees to views that are negative.
+TORCH_LIBRARY_IMPL(pathrnn, Negative, m) {
+  m.impl("path_update_", torch::CppFunction::makeFallthrough());
+  m.impl("path_step_", torch::CppFunction::makeFallthrough());
 }
 TORCH_LIBRARY_IMPL(pathrnn, Autograd, m) {
   m.impl("path_norm_gradients", torch::CppFunction::makeFallthrough());
