@@ -4,7 +4,9 @@
 #include <torch/version.h>
 
 #include <map>
+#include <optional>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "cpu/isa.h"
@@ -122,6 +124,15 @@ class Borrowed {
   std::vector<PyObject*> tensors_;
 };
 
+// Of this file alone, as pybind11's own types are.
+struct Structure : pathrnn::Chains {
+  Structure(int64_t count, bool bidirectional, bool bias, bool head, bool head_bias, bool embedding)
+      : Chains{count, bidirectional, bias, head, head_bias, embedding} {}
+};
+struct Pass : pathrnn::PathChainPass {
+  explicit Pass(pathrnn::PathChainPass pass) : PathChainPass(std::move(pass)) {}
+};
+
 }  // namespace
 
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
@@ -159,15 +170,15 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   using Tensors = std::vector<at::Tensor>;
   using Optional = std::optional<at::Tensor>;
   using Integers = std::vector<int64_t>;
-  using pathrnn::Chains, pathrnn::PathChainPass;
-  py::class_<Chains>(m, "Chains").def(py::init<int64_t, bool, bool, bool, bool, bool>());
+  py::class_<Structure>(m, "Chains").def(py::init<int64_t, bool, bool, bool, bool, bool>());
   py::class_<Borrowed>(m, "Borrowed").def(py::init<const std::vector<py::object>&>());
-  py::class_<PathChainPass>(m, "PathChainPass").def("tensors", torch::wrap_pybind_function(&PathChainPass::tensors));
-  m.def("path_chain", torch::wrap_pybind_function([](const Borrowed& weights, const Chains& chains, int64_t seq_len,
+  py::class_<Pass>(m, "PathChainPass").def("tensors", torch::wrap_pybind_function([](const Pass& p) { return p.tensors(); }));
+  m.def("path_chain", torch::wrap_pybind_function([](const Borrowed& weights, const Structure& chains, int64_t seq_len,
                                                      bool last_only, bool ones_h0, double second_factor, double rtol) {
     const Tensors own = weights.tensors();
     const py::gil_scoped_release no_gil;
-    return pathrnn::path_chain_at_once(own, chains, seq_len, last_only, ones_h0, second_factor, rtol);
+    auto found = pathrnn::path_chain_at_once(own, chains, seq_len, last_only, ones_h0, second_factor, rtol);
+    return found ? std::optional<Pass>(std::move(*found)) : std::nullopt;
   }));
   m.def("path_chain_ways", torch::wrap_pybind_function_no_gil(
       [](const Tensors& weight_ih, const Tensors& weight_hh, const Tensors& bias_ih, const Tensors& bias_hh,
@@ -179,7 +190,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("path_step_at_once", torch::wrap_pybind_function(
       [](const Borrowed& weights, const Integers& places, const Integers& foreign, const Integers& owners,
          const Borrowed& first, const Borrowed& second, const Borrowed& counts, const Borrowed& bases,
-         const std::string& rule, const Chains& chains, const std::vector<std::vector<double>>& numbers,
+         const std::string& rule, const Structure& chains, const std::vector<std::vector<double>>& numbers,
          const Optional& constant, int64_t scale, double eps, double radius, const Optional& grad_scale,
          const Optional& found_inf, int64_t seq_len, bool last_only, bool ones_h0, double second_factor, double rtol,
          const Optional& lags) {

@@ -221,7 +221,8 @@ class PathOptimizer(WithPath):
                 step.run()
             else:
                 before = {p: p.data for p in quotients}
-                first = {} if self._tried else {p: p.clone() for p in quotients}
+                tried = self._tried or any(map(without_numbers, quotients))
+                first = {} if tried else {p: p.clone() for p in quotients}
                 try:
                     for p, copied in after.items():
                         p.data = copied
@@ -231,7 +232,8 @@ class PathOptimizer(WithPath):
                 finally:
                     for p, own in before.items():
                         p.data = own
-                self._check_copies(first)
+                if first:
+                    self._check_copies(first)
                 try:
                     self._preconditioner.write(after)
                 except FloatingPointError as error:
