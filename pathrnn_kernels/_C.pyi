@@ -36,7 +36,7 @@ def path_chain(
     second_factor: float,
     rtol: float,
 ) -> PathChainPass | None:
-    """κ of weights in the order of PathNetwork.weights(); None where two of them share memory."""
+    """κ of weights in the order of PathNetwork.weights(); None where dtypes differ, or two share memory."""
 
 def path_chain_ways(
     weight_ih: _Tensors,

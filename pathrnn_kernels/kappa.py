@@ -427,7 +427,7 @@ def _at_once(net: PathNetwork, seq_len: int, second_term: bool, rtol: float) -> 
     ends = net._outputs == "last", net._h0 == "ones"
     factor = KAPPA2_FACTOR["exact"] if second_term else 0.0
     found = known.call(seq_len, *ends, factor, min(rtol, 1.0))
-    if found is None:  # tied since
+    if found is None:  # tied since, or of several dtypes
         return None
     return Kappa(found, known.layout, known.layout.recurrent, [p.shape for p in known.weights])
 

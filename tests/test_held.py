@@ -92,6 +92,17 @@ def test_weights_that_come_to_share_memory_are_refused_by_name():
             pk.kappa(net, 5)
 
 
+@pytest.mark.parametrize("dtype", (F64, torch.float16))
+@pytest.mark.parametrize("name", ("rnn.weight_ih_l0", "rnn.bias_hh_l0", "head.bias"))
+def test_a_weight_of_another_dtype_is_named(name, dtype):
+    net = make(dtype=F32)
+    pk.kappa(net, 5)
+    p = net.get_parameter(name)
+    p.data = p.data.to(dtype)
+    with pytest.raises(TypeError, match="has dtype .*: convert one"):
+        pk.kappa(net, 5)
+
+
 def test_weights_that_are_not_finite_are_named():
     net = make()
     pk.kappa(net, 5)

@@ -418,7 +418,10 @@ PathChainPass path_chain_pass(at::TensorList weights, const Chains& chains, int6
 optional<PathChainPass> path_chain_at_once(at::TensorList weights, const Chains& chains, int64_t seq_len, bool last_only,
                                            bool ones_h0, double second_factor, double rtol) {
   std::vector<const void*> places;
-  for (const Tensor& t : weights) places.push_back(t.const_data_ptr());
+  for (const Tensor& t : weights) {
+    if (!t.is_cpu() || t.scalar_type() != weights[0].scalar_type()) return std::nullopt;
+    places.push_back(t.const_data_ptr());
+  }
   std::sort(places.begin(), places.end());
   if (std::adjacent_find(places.begin(), places.end()) != places.end()) return std::nullopt;
   return path_chain_pass(weights, chains, seq_len, last_only, ones_h0, second_factor, rtol, {}, -1);

@@ -57,7 +57,7 @@ struct Chains {
 // κ of weights in that order, halves in float32.
 PathChainPass path_chain_pass(at::TensorList weights, const Chains& chains, int64_t seq_len, bool last_only, bool ones_h0,
                               double second_factor, double rtol, at::IntArrayRef first_lags, int64_t workspace_bytes);
-// The same with the options' defaults; none where two weights are one piece of memory.
+// The same with the options' defaults; none where weights are of several dtypes or devices, or one piece of memory.
 std::optional<PathChainPass> path_chain_at_once(at::TensorList weights, const Chains& chains, int64_t seq_len,
                                                 bool last_only, bool ones_h0, double second_factor, double rtol);
 
