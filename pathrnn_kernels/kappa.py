@@ -7,7 +7,7 @@ import functools
 import math
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -17,9 +17,6 @@ from .arguments import FULL_DTYPES, HALF_DTYPES, check_choice, check_count, chec
 from .network import Held, PathNetwork
 from .ops.backend import at_once, choose, extension_problem, transformed, without_numbers
 from .ops.step import path_norm_gradients
-
-if TYPE_CHECKING:
-    from ._C import PathChainPass
 
 #: κ⁽²⁾ = factor · W̃ ⊙ S: the Hessian's factor, the paper's Lemma 1 over ordered pairs, its Theorem 3 as printed.
 KAPPA2_FACTOR = {"exact": 4.0, "lemma1": 2.0, "theorem3": 1.0}
@@ -133,12 +130,13 @@ class Kappa:
 
     def __init__(
         self,
-        found: ops.PathChain | PathChainPass,
+        found: Any,
         scaled: dict[str, Scaled] | Layout,
         recurrent: tuple[str, ...],
         shapes: Mapping[str, torch.Size] | Iterable[torch.Size],
     ) -> None:
-        #: A PathChain, or a pass that becomes one when it is asked for; without κ where that is given by name.
+        #: A PathChain, or the extension's PathChainPass, which becomes one when it is asked for; without κ where that
+        #: is given by name.
         self._found = found
         #: By name, or where it stands in what was found.
         self._scaled = scaled
@@ -385,7 +383,7 @@ class Known(NamedTuple):
     held: Held
     weights: list[Tensor]
     layout: Layout
-    call: Callable[..., PathChainPass | None]  # of what a call gives beside
+    call: Callable[..., Any]  # of what a call gives beside
 
 
 def _know(net: PathNetwork) -> Known | None:
