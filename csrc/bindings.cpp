@@ -103,27 +103,6 @@ TORCH_LIBRARY(pathrnn, m) {
 
 namespace {
 
-// Tensors that somebody in Python holds for longer than this, so that they are nobody's secret: Python's garbage collector
-// sees who refers to them, and torch may swap what is in them. A list of as many is converted far more slowly.
-class Borrowed {
- public:
-  explicit Borrowed(const std::vector<pybind11::object>& tensors) {
-    for (const auto& t : tensors) {
-      TORCH_CHECK_TYPE(THPVariable_Check(t.ptr()), "these are not all tensors");
-      tensors_.push_back(t.ptr());
-    }
-  }
-  std::vector<at::Tensor> tensors() const {
-    std::vector<at::Tensor> result;
-    result.reserve(tensors_.size());
-    for (PyObject* const t : tensors_) result.push_back(THPVariable_Unpack(t));
-    return result;
-  }
-
- private:
-  std::vector<PyObject*> tensors_;
-};
-
 // Of this file alone, as pybind11's own types are.
 struct Structure : pathrnn::Chains {
   Structure(int64_t count, bool bidirectional, bool bias, bool head, bool head_bias, bool embedding)
@@ -171,15 +150,13 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   using Optional = std::optional<at::Tensor>;
   using Integers = std::vector<int64_t>;
   py::class_<Structure>(m, "Chains").def(py::init<int64_t, bool, bool, bool, bool, bool>());
-  py::class_<Borrowed>(m, "Borrowed").def(py::init<const std::vector<py::object>&>());
   py::class_<Pass>(m, "PathChainPass").def("tensors", torch::wrap_pybind_function([](const Pass& p) { return p.tensors(); }));
-  m.def("path_chain", torch::wrap_pybind_function([](const Borrowed& weights, const Structure& chains, int64_t seq_len,
-                                                     bool last_only, bool ones_h0, double second_factor, double rtol) {
-    const Tensors own = weights.tensors();
-    const py::gil_scoped_release no_gil;
-    auto found = pathrnn::path_chain_at_once(own, chains, seq_len, last_only, ones_h0, second_factor, rtol);
-    return found ? std::optional<Pass>(std::move(*found)) : std::nullopt;
-  }));
+  m.def("path_chain", torch::wrap_pybind_function_no_gil(
+      [](const Tensors& weights, const Structure& chains, int64_t seq_len, bool last_only, bool ones_h0,
+         double second_factor, double rtol) {
+        auto found = pathrnn::path_chain_at_once(weights, chains, seq_len, last_only, ones_h0, second_factor, rtol);
+        return found ? std::optional<Pass>(std::move(*found)) : std::nullopt;
+      }));
   m.def("path_chain_ways", torch::wrap_pybind_function_no_gil(
       [](const Tensors& weight_ih, const Tensors& weight_hh, const Tensors& bias_ih, const Tensors& bias_hh,
          const Optional& head_weight, const Optional& head_bias, const Optional& embedding, int64_t seq_len, bool last_only,
@@ -187,19 +164,15 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
         return pathrnn::path_chain_ways(weight_ih, weight_hh, bias_ih, bias_hh, head_weight, head_bias, embedding, seq_len,
                                         last_only, ones_h0, bidirectional);
       }));
-  m.def("path_step_at_once", torch::wrap_pybind_function(
-      [](const Borrowed& weights, const Integers& places, const Integers& foreign, const Integers& owners,
-         const Borrowed& first, const Borrowed& second, const Borrowed& counts, const Borrowed& bases,
-         const std::string& rule, const Structure& chains, const std::vector<std::vector<double>>& numbers,
-         const Optional& constant, int64_t scale, double eps, double radius, const Optional& grad_scale,
-         const Optional& found_inf, int64_t seq_len, bool last_only, bool ones_h0, double second_factor, double rtol,
-         const Optional& lags) {
-        const Tensors own = weights.tensors(), one = first.tensors(), two = second.tensors(), steps = counts.tensors(),
-                      sides = bases.tensors();
-        const py::gil_scoped_release no_gil;
-        return pathrnn::path_step_at_once(own, places, foreign, owners, one, two, steps, sides, rule, chains, numbers,
-                                          constant, scale, eps, radius, grad_scale, found_inf, seq_len, last_only, ones_h0,
-                                          second_factor, rtol, lags);
+  m.def("path_step_at_once", torch::wrap_pybind_function_no_gil(
+      [](const Tensors& weights, const Integers& places, const Integers& foreign, const Integers& owners,
+         const Tensors& first, const Tensors& second, const Tensors& counts, const Tensors& bases, const std::string& rule,
+         const Structure& chains, const std::vector<std::vector<double>>& numbers, const Optional& constant, int64_t scale,
+         double eps, double radius, const Optional& grad_scale, const Optional& found_inf, int64_t seq_len,
+         bool last_only, bool ones_h0, double second_factor, double rtol, const Optional& lags) {
+        return pathrnn::path_step_at_once(weights, places, foreign, owners, first, second, counts, bases, rule, chains,
+                                          numbers, constant, scale, eps, radius, grad_scale, found_inf, seq_len, last_only,
+                                          ones_h0, second_factor, rtol, lags);
       }));
 #ifdef PATHRNN_WITH_CUDA
   m.def("cuda_code", &pathrnn::cuda_code,

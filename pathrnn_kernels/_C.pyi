@@ -17,18 +17,13 @@ class Chains:
         self, count: int, bidirectional: bool, bias: bool, head: bool, head_bias: bool, embedding: bool
     ) -> None: ...
 
-class Borrowed:
-    """Tensors that are taken from here in every call, and that whoever calls keeps alive."""
-
-    def __init__(self, tensors: _Tensors) -> None: ...
-
 class PathChainPass:
     """What path_chain returns, not in tensors yet: whoever reads none of it pays for none."""
 
     def tensors(self) -> PathChain: ...
 
 def path_chain(
-    weights: Borrowed,
+    weights: _Tensors,
     chains: Chains,
     seq_len: int,
     last_only: bool,
@@ -54,14 +49,14 @@ def path_chain_ways(
     """How the chains of κ⁽¹⁾ go: a Way of csrc/ops.h and its number, for each of h, then of δ; by how many threads."""
 
 def path_step_at_once(
-    weights: Borrowed,
+    weights: _Tensors,
     places: Sequence[int],
     foreign: Sequence[int],
     owners: Sequence[int],
-    first: Borrowed,
-    second: Borrowed,
-    counts: Borrowed,
-    bases: Borrowed,
+    first: _Tensors,
+    second: _Tensors,
+    counts: _Tensors,
+    bases: _Tensors,
     rule: str,
     chains: Chains,
     numbers: Sequence[Sequence[float]],

@@ -116,7 +116,6 @@ class _Ready(NamedTuple):
     kind: Any  # Engine._kind_of
     moving: Tensor  # one of the weights that do
     dtype: torch.dtype
-    tensors: list[list[Tensor]]  # that the extension borrows
     step: Callable[..., int | None]  # of what a step gives beside
 
 
@@ -317,10 +316,9 @@ class Engine(WithPath):
 
         layout, weights, _, places = moving
         assert layout.structure is not None
-        tensors = [weights, *self._lists(states), self._bases(states)]
-        own, first, second, counts, bases = map(_C.Borrowed, tensors)
         owners, chains = [layout.owners[i] for i in places], _C.Chains(*layout.structure)
-        given: Any = (own, places, layout.foreign, owners, first, second, counts, bases, self.rule, chains)
+        lists = *self._lists(states), self._bases(states)
+        given: Any = (weights, places, layout.foreign, owners, *lists, self.rule, chains)
         kept = [(weights[i], state) for i, state in zip(places, states, strict=True) if state]
         self._ready = _Ready(
             weights=[p for p, _ in kept],
@@ -329,7 +327,6 @@ class Engine(WithPath):
             kind=self._kind_of(layout.groups),
             moving=weights[places[0]],
             dtype=weights[0].dtype,
-            tensors=tensors,
             step=functools.partial(_C.path_step_at_once, *given),
         )
 

@@ -395,7 +395,7 @@ def _know(net: PathNetwork) -> Known | None:
     from . import _C
 
     layout = layout_of(net.recurrent, tuple(parameters))
-    call = functools.partial(_C.path_chain, _C.Borrowed(weights), _C.Chains(*net.structure))
+    call = functools.partial(_C.path_chain, weights, _C.Chains(*net.structure))
     net._known = Known(Held(net.holders()), weights, layout, call)
     return net._known
 

@@ -923,7 +923,8 @@ int64_t path_step_op(TensorList weights, const std::vector<optional<Tensor>>& gr
                      bool last_only, bool ones_h0, double second_factor, double rtol, int64_t workspace_bytes,
                      const optional<Tensor>& lags, TensorList bases) {
   const Arguments a{weights, gradients, first, second, counts, constant, rates, numbers, rule,
-              {chains, bidirectional, bias, head, head_bias, embedding}, scale, eps, radius, grad_scale, found_inf, bases};
+                    {chains, bidirectional, bias, head, head_bias, embedding},
+                    scale, eps, radius, grad_scale, found_inf, bases};
   TORCH_CHECK_VALUE(static_cast<int64_t>(weights.size()) == a.chains.weights() && gradients.size() == weights.size(),
                     "there are ", weights.size(), " weights and ", gradients.size(), " gradients; these chains have ",
                     a.chains.weights());

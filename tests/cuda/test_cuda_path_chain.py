@@ -561,7 +561,7 @@ def test_plans_that_do_not_serve(plan, hidden, error, message):
 @pytest.mark.parametrize("layers, rtol", ((1, 0.0), (2, 1e-3)))
 @DTYPES
 def test_path_chain_equals_the_cpu_kernels(layers, rtol, plan, dtype):
-    """All kernels, in the order in which a GPU runs them; those of κ⁽²⁾, which Triton interprets, are of every plan."""
+    """All kernels, in the order in which a GPU runs them. Those of κ⁽²⁾ are Triton's, whatever the plan: once."""
     hidden, seq_len, factor = 20, 30, 4.0 if plan[0] == "block" else 0.0
     lists = [
         [torch.randn(hidden, hidden if i else 3, dtype=dtype) / hidden**0.5 for i in range(layers)],
