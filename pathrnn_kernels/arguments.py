@@ -91,7 +91,7 @@ def check_finite(name: str, p: Tensor) -> None:
 
 
 def check_writable(name: str, tensor: Tensor) -> None:
-    """Refuse before anything is written what torch would refuse afterwards; csrc/cpu/path_step.cpp does so, too."""
+    """Refuse before anything is written what torch would refuse afterwards; csrc/cpu/path_step_checks.cpp does, too."""
     if tensor.is_inference() and not torch.is_inference_mode_enabled():
         raise RuntimeError(
             f"{name} was made under torch.inference_mode(), and can be written to there alone: do this there, or clone "

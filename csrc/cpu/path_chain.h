@@ -70,15 +70,6 @@ std::pair<std::vector<int64_t>, int> path_chain_ways(
 // Threads that it takes; `ends` counts the weights of head and embedding.
 int path_chain_threads(int64_t chains, int64_t seq_len, int64_t hidden, bool second_term, int64_t ends);
 
-int64_t path_step_op(at::TensorList weights, const std::vector<std::optional<at::Tensor>>& gradients,
-                     at::TensorList first, at::TensorList second, at::TensorList counts,
-                     const std::optional<at::Tensor>& constant, at::TensorList rates, at::ArrayRef<double> numbers,
-                     c10::string_view rule, int64_t chains, bool bidirectional, bool bias, bool head, bool head_bias,
-                     bool embedding, int64_t scale, double eps, double radius,
-                     const std::optional<at::Tensor>& grad_scale, const std::optional<at::Tensor>& found_inf,
-                     int64_t seq_len, bool last_only, bool ones_h0, double second_factor, double rtol,
-                     int64_t workspace_bytes, const std::optional<at::Tensor>& lags, at::TensorList bases);
-
 // path_step_ for the gradients that the weights have. State is of the weights at `places`; those of `foreign` never move;
 // `owners` says which group's numbers each place has. None, and nothing has changed, where others have a gradient.
 std::optional<int64_t> path_step_at_once(
