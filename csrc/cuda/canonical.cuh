@@ -161,50 +161,40 @@ __device__ inline int unit_exponent(int f, int g) {
   return ((f - g) >> 2) * 2;  // rounded down
 }
 
+// Where a weight lies in `flat`, its shape, and the first of the units in f and g of its rows and columns, or -1.
+struct Place {
+  int64_t at, rows, columns, target = -1, source = -1;
+};
+
+// Of weight y.
+template <typename T>
+__device__ Place place_of(const Canonical<T>& a, int64_t y) {
+  const int64_t C = a.chains, D = a.directions, H = a.hidden, wide = D * H;
+  const int64_t all_ih = D * H * a.inputs + (C - D) * H * wide, all_hh = C * H * H;
+  if (y < D) return {y * H * a.inputs, H, a.inputs, y * H};
+  if (y < C) return {D * H * a.inputs + (y - D) * H * wide, H, wide, y * H, (y / D - 1) * wide};
+  y -= C;
+  if (y < C) return {all_ih + y * H * H, H, H, y * H, y * H};
+  y -= C;
+  const int64_t biases = a.bias ? 2 * C : 0;
+  int64_t at = all_ih + all_hh;
+  if (y < biases) return {at + y * H, H, 1, y % C * H};
+  at += biases * H;
+  y -= biases;
+  const bool head = a.outputs > 0;
+  if (head && y == 0) return {at, a.outputs, wide, -1, (C - D) * H};
+  at += a.outputs * wide;
+  if (a.head_bias > 0 && y == (head ? 1 : 0)) return {at, a.head_bias, 1};
+  return {at + a.head_bias, a.vocabulary, a.inputs};
+}
+
 // Block (x, y): tile x of weight y.
 template <typename T>
 __global__ void __launch_bounds__(kCanonicalThreads) make_canonical(Canonical<T> a) {
-  const int64_t C = a.chains, D = a.directions, H = a.hidden, wide = D * H;
-  const int64_t all_ih = D * H * a.inputs + (C - D) * H * wide, all_hh = C * H * H;
-  int64_t y = blockIdx.y, at, rows = H, columns;
-  int64_t target = -1, source = -1;  // the first of the units in f and g, if any
-  if (y < C) {
-    columns = y < D ? a.inputs : wide;
-    at = y < D ? y * H * a.inputs : D * H * a.inputs + (y - D) * H * wide;
-    target = y * H;
-    if (y >= D) source = (y / D - 1) * wide;
-  } else if (y < 2 * C) {
-    columns = H;
-    at = all_ih + (y - C) * H * H;
-    target = source = (y - C) * H;
-  } else {
-    at = all_ih + all_hh;
-    y -= 2 * C;
-    const int64_t biases = a.bias ? 2 * C : 0;
-    if (y < biases) {
-      columns = 1;
-      at += y * H;
-      target = y % C * H;
-    } else {
-      at += biases * H;
-      y -= biases;
-      const bool head = a.outputs > 0, head_bias = a.head_bias > 0;
-      if (head && y == 0) {
-        rows = a.outputs;
-        columns = wide;
-        source = (C - D) * H;
-      } else {
-        at += a.outputs * wide;
-        const bool of_head = head_bias && y == (head ? 1 : 0);
-        rows = of_head ? a.head_bias : a.vocabulary;
-        columns = of_head ? 1 : a.inputs;
-        if (!of_head) at += a.head_bias;
-      }
-    }
-  }
+  const auto [at, rows, columns, target, source] = place_of(a, blockIdx.y);
   const int64_t tile = int64_t{blockIdx.x} * kCanonicalTile, count = rows * columns;
   if (blockIdx.y == 0) {
-    for (int64_t n = tile + threadIdx.x; n < min(tile + kCanonicalTile, C * H); n += kCanonicalThreads) {
+    for (int64_t n = tile + threadIdx.x; n < min(tile + kCanonicalTile, a.chains * a.hidden); n += kCanonicalThreads) {
       a.units[n] = a.balanced ? unit_exponent(a.f[n], a.g[n]) : 0;
     }
   }
