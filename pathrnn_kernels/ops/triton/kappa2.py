@@ -641,6 +641,23 @@ def _scanned_pairs(
     return total
 
 
+@triton.jit
+def _last_power(power, power_exponents, vectors, rank_one, log_rho, own, dot, j, k, inside, stride, tried):
+    """Entries (j, k) of the power that the tail goes on from, on the scales 2^e, and e; for A of its limit."""
+    e = tl.load(power_exponents + j, inside, other=ZERO)
+    p = tl.load(power + k.to(tl.int64) * stride + j, inside, other=0).to(tl.float64)
+    u, x = tl.load(vectors + stride + j, inside, other=0), tl.load(vectors + k, inside, other=0)
+    limits = tl.exp((tried - 1) * log_rho + ((tried - 1) * own - e).to(tl.float64) * _LN2) * u / dot * x
+    return tl.where(rank_one, limits, p), e
+
+
+@triton.jit
+def _missing(EXPONENT: tl.constexpr, DOUBLE: tl.constexpr):
+    """What may be missing of a term, less than the least normal number, times 2^EXPONENT above the centre."""
+    power = power_of_two(tl.full([], centre(DOUBLE) + EXPONENT, tl.int32), DOUBLE)
+    return (power * least_normal(DOUBLE)).to(tl.float64)
+
+
 @triton.jit(do_not_specialize=["factor_bits", "rtol", "steps", "hidden", "tried"])
 def _tail(
     d, d_exponents, h, h_exponents, weight, largest, power, power_exponents, vectors, numbers, ratios, scanned,
@@ -682,8 +699,7 @@ def _tail(
     tl.debug_barrier()
 
     # Of every term of the sums a number less than the least normal one may be missing, which was to meet one of h or δ.
-    missing = power_of_two(tl.full([], centre(DOUBLE) + 27, tl.int32), DOUBLE) * least_normal(DOUBLE)
-    missing = missing.to(tl.float64) * (steps - 1 - tried)
+    missing = _missing(27, DOUBLE) * (steps - 1 - tried)
     roundoff = 2.0**-52 if DOUBLE else 2.0**-23
     for start in range(0, tl.where(hopeless, 0, hidden), _TILE):
         o = start + tl.arange(0, _TILE)
@@ -694,11 +710,7 @@ def _tail(
         j = tl.where(by_column, unit[:, None], o[None, :])
         k = tl.where(by_column, o[None, :], unit[:, None])
         entry = j.to(tl.int64) * stride + k
-        e = tl.load(power_exponents + j, inside, other=ZERO)
-        p = tl.load(power + k.to(tl.int64) * stride + j, inside, other=0).to(tl.float64)
-        u, x = tl.load(vectors + stride + j, inside, other=0), tl.load(vectors + k, inside, other=0)
-        limits = tl.exp((tried - 1) * log_rho + ((tried - 1) * own - e).to(tl.float64) * _LN2) * u / dot * x
-        p = tl.where(rank_one, limits, p)
+        p, e = _last_power(power, power_exponents, vectors, rank_one, log_rho, own, dot, j, k, inside, stride, tried)
         w = factor * square(tl.load(weight + entry, inside, other=0), scale).to(tl.float64)
         scaled = flushed(e + top[:, None]) + own - e1
         term = times_power(w * p * total.to(tl.float64), scaled, True)
@@ -737,8 +749,7 @@ def _result(
     for i in range(tried):
         top = tl.maximum(top, tl.load(sum_exponents + i * stride + j, j < hidden, other=ZERO))
     # As in _tail, of all lags, with powers whose entries are 4 H at most.
-    missing = power_of_two(tl.full([], centre(DOUBLE) + 29, tl.int32), DOUBLE) * least_normal(DOUBLE)
-    missing = missing.to(tl.float64) * steps * steps * hidden
+    missing = _missing(29, DOUBLE) * steps * steps * hidden
     roundoff = 2.0**-52 if DOUBLE else 2.0**-23
     for start in range(0, hidden, _TILE):
         k = start + tl.arange(0, _TILE)[None, :]
