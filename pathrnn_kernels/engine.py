@@ -140,6 +140,8 @@ class Engine(WithPath):
     eps: Any = 0.0
     trust_radius: Any = None
     update_every: Any = 1
+    #: Whether steps count though κ is never kept: not where GradScaler leaves it to the kernels to leave one out.
+    _counts = False
     _pending: _Pending | None = None
     _ready: _Ready | None = None
     #: On a GPU: whether the last κ that was read was right in the weights' dtype, so that the next one need not be.
@@ -391,7 +393,7 @@ class Engine(WithPath):
     def _taken(self) -> None:
         """A step has been: what is kept for the next."""
         gradients_used(self.net)
-        if self.update_every > 1:  # else nothing depends on the count, and a step that GradScaler leaves out is none
+        if self._counts or self.update_every > 1:
             self._steps += 1
         if self._steps % self.update_every == 0:
             self._kappa = None  # its memory is of no use
@@ -464,9 +466,8 @@ class Engine(WithPath):
 
     def _options(self, weight: Tensor) -> tuple[Any, ...]:
         """Of a step, as the op takes them: the constant; scale, eps, the radius and what GradScaler gives."""
-        constant = None if self.scale != "first_step" else self._constant_on(weight)
         scaler = map(self.__dict__.get, _OF_A_SCALER)
-        return (constant, SCALES[self.scale], self.eps, self.trust_radius or 0.0, *scaler)
+        return (self._constant_on(weight), SCALES[self.scale], self.eps, self.trust_radius or 0.0, *scaler)
 
     def _run(self, weight: Tensor) -> tuple[Any, ...]:
         """Of κ, as the op takes it: T, outputs and h0, the second term's factor, its tolerance and its lags."""
@@ -629,13 +630,8 @@ class Engine(WithPath):
         if self.scale != "first_step":
             return None
         if self._constant is None or self._constant.device != like.device:
-            value = math.nan if self._constant is None else self._constant
             with torch.inference_mode(False):
-                self._constant = (
-                    value.to(like.device)
-                    if isinstance(value, Tensor)
-                    else torch.full((), value, dtype=torch.float64, device=like.device)
-                )
+                self._constant = _tensor(math.nan if self._constant is None else self._constant, like)
         return self._constant
 
     def _numbers(self, group: dict[str, Any]) -> tuple[float, ...]:
@@ -804,7 +800,7 @@ class Engine(WithPath):
         return {"second_term": self.second_term, "shapes": self._shapes()}
 
     def _shapes(self) -> list[list[list[int]]]:
-        return [[list(p.shape) for p in group["params"]] for group in self.param_groups]
+        return [[list(p.shape) for p in group["params"]] for group in self._groups()]
 
     def _sizes(self) -> list[int]:
         return [len(shapes) for shapes in self._shapes()]
@@ -894,11 +890,11 @@ def _is_finite(value: Any) -> bool:
         return False
 
 
-def _tensor(rate: float | Tensor, like: Tensor) -> Tensor:
-    if isinstance(rate, Tensor):
-        kept = rate.dtype == torch.float32 or rate.is_complex()  # the kernels refuse the latter
-        return rate.to(like.device, rate.dtype if kept else torch.float64)
-    return torch.full((), rate, dtype=torch.float64, device=like.device)
+def _tensor(number: float | Tensor, like: Tensor) -> Tensor:
+    if isinstance(number, Tensor):
+        kept = number.dtype == torch.float32 or number.is_complex()  # the kernels refuse the latter
+        return number.to(like.device, number.dtype if kept else torch.float64)
+    return torch.full((), number, dtype=torch.float64, device=like.device)
 
 
 def zeros_like(p: Tensor) -> Tensor:

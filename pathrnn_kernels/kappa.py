@@ -621,10 +621,6 @@ class Layout(NamedTuple):
     #: Places of the head's weight and bias and of the embedding among the weights; None where there is none.
     boundary: tuple[int | None, ...]
 
-    def arguments(self, net: PathNetwork, weights: list[Tensor], seq_len: int) -> tuple[Any, ...]:
-        """Of ``ops.path_chain``, those that a network and T are."""
-        return (*self.by_kind(weights), seq_len, net.outputs == "last", net.h0 == "ones")
-
     def by_kind(self, weights: list[Tensor]) -> _ByKind:
         """weight_ih, weight_hh, bias_ih and bias_hh of all chains; the head's weight and bias and the embedding."""
         step = self.per_chain
@@ -679,8 +675,9 @@ def _launch(net: PathNetwork, parameters: dict[str, Tensor], seq_len: int, **opt
 
 
 def _pass(net: PathNetwork, parameters: dict[str, Tensor], seq_len: int, **options: Any) -> ops.PathChain:
-    own = layout_of(net.recurrent, tuple(parameters)).arguments(net, [*parameters.values()], seq_len)
-    return ops.path_chain(*own, bidirectional=net.rnn.bidirectional, **options)  # type: ignore[misc]
+    own = layout_of(net.recurrent, tuple(parameters)).by_kind([*parameters.values()])
+    ends = net.outputs == "last", net.h0 == "ones"
+    return ops.path_chain(*own, seq_len, *ends, bidirectional=net.rnn.bidirectional, **options)
 
 
 def _narrowed(chain: ops.PathChain, like: Tensor) -> ops.PathChain:

@@ -290,6 +290,7 @@ class _Preconditioner(PathSGD):
     """What comes before and after the step of another optimiser: the quotients that it gets, and the radius."""
 
     base: Optimizer
+    _counts = True
     _owner = "base optimiser"
     _kind = "PathOptimizer"
 
@@ -346,18 +347,9 @@ class _Preconditioner(PathSGD):
         if status:
             self._refuse(status, layout.names, weights[0].dtype)
 
-    def _taken(self) -> None:
-        gradients_used(self.net)
-        self._steps += 1  # every one: GradScaler does not call for those that it leaves out
-        if self._steps % self.update_every == 0:
-            self._kappa = None
-
     @property
     def base_name(self) -> str:
         return " + ".join(type(base).__name__ for base in bases_of(self.base))
 
     def _settings(self) -> dict[str, Any]:
         return {**super()._settings(), "base": self.base_name}
-
-    def _shapes(self) -> list[list[list[int]]]:
-        return [[list(p.shape) for p in group["params"]] for group in self.base.param_groups]

@@ -1,8 +1,8 @@
 """The steps of this package's optimisers in plain torch: any device and backend, weights of any shape.
 
 In float64 and in coordinates of a network whose units are rescaled by powers of two (``Scaled``): what
-csrc/cpu/path_step does entry by entry, in the same order. Nothing is read by the host; a step that must not be taken
-has a status other than 0, and a commit that does nothing.
+csrc/cpu/path_step.inl does entry by entry, in the same order. Nothing is read by the host; a step that must not be
+taken has a status other than 0, and a commit that does nothing.
 """
 
 from __future__ import annotations
@@ -76,6 +76,10 @@ class Weight:
 
     def unreached(self) -> Tensor:
         return self.has_gradient() & ~(self.divisor.m > 0).any() & self.recurrent
+
+    def overflows(self, x: Tensor, of: Tensor | bool = True) -> Tensor:
+        """Whether a finite gradient's entry of ``x``, of those that are asked about, leaves the weight's dtype."""
+        return (self.gradient.isfinite() & of & ~(x.abs() <= torch.finfo(self.weight.dtype).max)).any()
 
     def unit(self) -> Number:
         """1/sqrt(κ); 0 on no path."""
@@ -185,7 +189,7 @@ def _descent(
     """The step before it is shortened, the new momentum, and whether a finite gradient's quotient is out of range."""
     _, momentum, decay, nesterov, maximize = w.numbers
     d = w.quotient(unscaled, factor, eps, norm).value()
-    overflows = (w.gradient.isfinite() & ~(w.from_canonical(d).abs() <= torch.finfo(w.weight.dtype).max)).any()
+    overflows = w.overflows(w.from_canonical(d))
     d = (-d if maximize else d) + (decay * w.to_canonical(w.weight) if decay else 0)
     first = None if w.first is None else momentum * w.to_canonical(w.first) + d
     if first is not None:
@@ -252,10 +256,7 @@ def coordinates(
     ]
     going = torch.ones_like(norm.m, dtype=torch.bool)
     if bias is not None:
-        quotient = bias.gradient.double() * unscaled / bias.divisor.value()
-        fine = quotient.isfinite().all()
-        sign = -1.0 if bias.numbers[7] else 1.0
-        moved = bias.weight.double() - bias.rate * sign * quotient.clamp(-1, 1)
+        moved, fine = _move_bias(bias, unscaled)
         held = max((w.numbers[5] for w in weights), default=0)
         assert bias.count is not None
         going = bias.count + 1 > held
@@ -272,14 +273,8 @@ def coordinates(
             g = (gradient / length).value()
             moved_to = _move(w, g, unit, root)
             moves.append(moved_to if turned is None else turned(w, moved_to, torch.where(going, g, 0.0)))
-        overflows = [
-            going
-            & (
-                w.gradient.isfinite() & w.weight.isfinite() & ~(to.weight.abs() <= torch.finfo(w.weight.dtype).max)
-            ).any()
-            for w, to in zip(weights, moves, strict=True)
-        ]
-        statuses.append(_status(weights, overflows, OVERFLOW))
+        overflows = [w.overflows(to.weight, w.weight.isfinite()) for w, to in zip(weights, moves, strict=True)]
+        statuses.append(_status(weights, [going & flag for flag in overflows], OVERFLOW))
 
     def commit(ok: Tensor) -> None:
         if bias is not None:
@@ -295,6 +290,13 @@ def coordinates(
                 _keep(target, value, taken)
 
     return _first(*statuses), commit
+
+
+def _move_bias(bias: Weight, unscaled: Tensor | float) -> tuple[Tensor, Tensor]:
+    """By eq. (8) as it stands, no entry of g/κ counting for more than 1; and whether all of them are finite."""
+    quotient = bias.gradient.double() * unscaled / bias.divisor.value()
+    sign = -1.0 if bias.numbers[7] else 1.0
+    return bias.weight.double() - bias.rate * sign * quotient.clamp(-1, 1), quotient.isfinite().all()
 
 
 def _move(w: Weight, g: Tensor, unit: Number, root: Number) -> Moved:

@@ -233,11 +233,9 @@ def _multiply(func: Any, input: Any, other: Any) -> Squared:
 
 
 def _divide(func: Any, input: Any, other: Any) -> Squared:
-    if isinstance(other, Tensor):
-        if isinstance(other, Squared):
-            raise _Refused("it divides by an activation or a weight")
-        return _times(torch.mul, input, other.double().reciprocal())
-    return _times(torch.mul, input, 1 / other)
+    if isinstance(other, Squared):
+        raise _Refused("it divides by an activation or a weight")
+    return _times(torch.mul, input, other.double().reciprocal() if isinstance(other, Tensor) else 1 / other)
 
 
 def _matmul(func: Any, input: Any, other: Any) -> Squared:
