@@ -117,8 +117,9 @@ struct StepWeight {
   T* second;  // and of its square, in path coordinates, which no rescaling changes
 };
 
-// Path-SGD: q = quotient · g / (kappa_share κ + damping γ²), eq. (8); the step is Δ = -rate (q + decay w), momentum
-// included. A step that is given has the weight after it in the gradient's place.
+// Path-SGD: q = quotient · g / (kappa_share κ + damping γ²), eq. (8), in those coordinates; the step is
+// Δ = -rate (q + decay w), momentum included, and is written in the weight's own. A step that is given has the weight after
+// it in the gradient's place.
 struct SgdRule {
   Number quotient, kappa_share, damping;  // quotient < 0 climbs; the others are κ's and γ²'s share of the divisor
   double before, after;                   // quotient, in two factors

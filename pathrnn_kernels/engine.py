@@ -136,10 +136,10 @@ class Engine(WithPath):
     )
     rtol = checked("rtol", lambda name, value: check_number(name, value, zero=True), drops="_kappa")
     #: Options of Path-SGD's quotient; the others have none of these.
-    scale: Any = "none"
-    eps: Any = 0.0
-    trust_radius: Any = None
-    update_every: Any = 1
+    scale: Any = property(lambda _: "none")
+    eps: Any = property(lambda _: 0.0)
+    trust_radius: Any = property(lambda _: None)
+    update_every: Any = property(lambda _: 1)
     #: Whether steps count though κ is never kept: not where GradScaler leaves it to the kernels to leave one out.
     _counts = False
     _pending: _Pending | None = None
@@ -534,7 +534,8 @@ class Engine(WithPath):
             state = [[of.get(key) for of in states] for key in (*keys, "step")]
             numbers = [tuple(map(float, self._numbers(group))) for group in groups]
             rates = [
-                _tensor(lr, weights[0]) if isinstance(lr := group["lr"], Tensor) else float(lr) for group in groups
+                _tensor(lr, weights[0]).reshape(()) if isinstance(lr := group["lr"], Tensor) else float(lr)
+                for group in groups
             ]
             entries = moving.entries(k, weights, numbers, rates, *state, states)
             scale, found_inf = self._scaler(weights[0].device)
@@ -894,7 +895,7 @@ def _tensor(number: float | Tensor, like: Tensor) -> Tensor:
     if isinstance(number, Tensor):
         kept = number.dtype == torch.float32 or number.is_complex()  # the kernels refuse the latter
         return number.to(like.device, number.dtype if kept else torch.float64)
-    return torch.full((), number, dtype=torch.float64, device=like.device)
+    return torch.full((), float(number), dtype=torch.float64, device=like.device)
 
 
 def zeros_like(p: Tensor) -> Tensor:

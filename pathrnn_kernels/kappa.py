@@ -87,6 +87,11 @@ class Number:
     def __mul__(self, other: Number) -> Number:
         return Number(self.m * other.m, self.e + other.e)
 
+    def __add__(self, other: Number) -> Number:
+        parts = [Number(x.m, torch.where(x.m != 0, x.e, -(1 << 40))) for x in (self, other)]
+        most = torch.maximum(*[x.e for x in parts])
+        return Number(ldexp(parts[0].m, parts[0].e - most) + ldexp(parts[1].m, parts[1].e - most), most)
+
     def __truediv__(self, other: Number) -> Number:
         return Number(self.m / other.m, self.e - other.e)
 

@@ -210,13 +210,13 @@ class PathOptimizer(WithPath):
 
     def _base_step(self, held: Sequence[tuple[Tensor, Tensor]], quotients: dict[Tensor, Tensor]) -> None:
         """The base's step with these gradients in place of those that are held, no longer than the radius."""
-        for p, _ in held:
-            # torch's optimisers move a frozen parameter that still has a gradient.
-            p.grad = quotients.get(p)
         bounded = self.trust_radius is not None and quotients
         after = {p: p.clone() for p in quotients} if bounded else {}
         step = Step(self.base, after)
         try:
+            for p, _ in held:
+                # torch's optimisers move a frozen parameter that still has a gradient.
+                p.grad = quotients.get(p)
             if not bounded:
                 step.run()
             else:

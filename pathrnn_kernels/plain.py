@@ -49,11 +49,11 @@ class Weight:
         #: κ in these coordinates.
         self.divisor = Number(self.kappa.mantissa.double(), self.kappa.exponent + entries).normal()
 
-    def to_canonical(self, x: Tensor) -> Tensor:
-        return ldexp(x.double(), self.shift)
+    def to_canonical(self, x: Number) -> Number:
+        return Number(x.m, x.e + self.shift)
 
-    def from_canonical(self, x: Tensor) -> Tensor:
-        return ldexp(x.double(), -self.shift)
+    def from_canonical(self, x: Number) -> Number:
+        return Number(x.m, x.e - self.shift)
 
     def to_bases(self, x: Tensor) -> Tensor:
         """Qᵀ x P, of those bases that the state has (PathSOAP)."""
@@ -95,9 +95,9 @@ class Weight:
             most = torch.where(damping > 0, torch.where(kappa > 0, torch.maximum(exponents, own), own), exponents)
             kappa, exponents = ldexp(kappa, exponents - most) + ldexp(damping, own - most), most
         kappa = torch.where(kappa == 0, torch.inf, kappa)  # on no path: no step
-        gradient = Number.of(self.gradient.double())
-        scaled = Number(gradient.m * unscaled * factor.m, gradient.e - self.shift + factor.e)
-        return scaled / Number(kappa, exponents)
+        # A gradient scales as 1/weight does.
+        gradient = self.from_canonical(Number.of(self.gradient.double()))
+        return Number(gradient.m * unscaled, gradient.e) * factor / Number(kappa, exponents)
 
 
 #: What was decided, a status and how to write it, under a mask.
@@ -152,7 +152,7 @@ def sgd(
     steps, firsts, overflows = map(list, zip(*found, strict=True))
     share = one
     if bounded:
-        squares = [step.squares(w.divisor) for step, w in zip(steps, weights, strict=True)]
+        squares = [w.to_canonical(step).squares(w.divisor) for step, w in zip(steps, weights, strict=True)]
         # No length, though the gradients are finite.
         for i, w in enumerate(weights):
             overflows[i] |= ~squares[i].m.isfinite() & w.gradient.isfinite().all()
@@ -161,9 +161,9 @@ def sgd(
 
     def commit(ok: Tensor) -> None:
         for w, step, first in zip(weights, steps, firsts, strict=True):
-            _keep(w.weight, w.from_canonical(w.to_canonical(w.weight) + (step * share).value()), ok)
+            _keep(w.weight, w.weight.double() + (step * share).value(), ok)
             if first is not None:
-                _keep(w.first, w.from_canonical(first), ok)  # type: ignore[arg-type]
+                _keep(w.first, first, ok)  # type: ignore[arg-type]
         if constant is not None and fixed is not constant:
             _keep(constant, fixed, ok)  # type: ignore[arg-type]
 
@@ -176,7 +176,7 @@ def _first_constant(
     """log(‖g‖ / ‖g/κ‖), if ``constant`` is nan yet; it stays so where either is 0. And a status."""
     quotients = [w.quotient(unscaled, one, eps, norm) for w in weights]
     total = _total([Number.of(w.gradient.double() * unscaled).squares() for w in weights])
-    divided = _total([Number(q.m, q.e - w.shift).squares() for w, q in zip(weights, quotients, strict=True)])
+    divided = _total([w.from_canonical(q).squares() for w, q in zip(weights, quotients, strict=True)])
     found = (total.m.log() + (total.e - divided.e).double() * math.log(2) - divided.m.log()) / 2
     bad = ~(total.m.isfinite() & divided.m.isfinite())
     none = (total.m == 0) | (divided.m == 0) | bad
@@ -186,29 +186,35 @@ def _first_constant(
 def _descent(
     w: Weight, norm: Number, factor: Number, eps: float, unscaled: Tensor | float
 ) -> tuple[Number, Tensor | None, Tensor]:
-    """The step before it is shortened, the new momentum, and whether a finite gradient's quotient is out of range."""
+    """The step before it is shortened, the new momentum, and whether a finite gradient's quotient is out of range.
+
+    All in the weight's own coordinates: an entry on no path, whose units may lie beyond float64 of each other, has
+    decay and momentum, too.
+    """
     _, momentum, decay, nesterov, maximize = w.numbers
-    d = w.quotient(unscaled, factor, eps, norm).value()
-    overflows = w.overflows(w.from_canonical(d))
-    d = (-d if maximize else d) + (decay * w.to_canonical(w.weight) if decay else 0)
-    first = None if w.first is None else momentum * w.to_canonical(w.first) + d
+    d = w.from_canonical(w.quotient(unscaled, factor, eps, norm))
+    overflows = w.overflows(d.value())
+    d = Number(-d.m, d.e) if maximize else d
+    if decay:
+        d = d + Number.of(decay * w.weight.double())
+    first = None if w.first is None else momentum * w.first.double() + d.value()
     if first is not None:
-        d = d + momentum * first if nesterov else first
+        d = d + Number.of(momentum * first) if nesterov else Number.of(first)
     rate = w.rate if isinstance(w.rate, Tensor) else norm.m.new_full((), w.rate)  # filled there: a copy would wait
-    return Number.of(d) * Number.of(-rate.double()), first, overflows
+    return d * Number.of(-rate.double()), first, overflows
 
 
 def given(weights: Sequence[Weight], log_path_norm: Tensor, radius: float) -> Decided:
     """Of a step that another optimiser has taken: ``gradient`` is the weight after it."""
     norm = Number(*power_of_e(log_path_norm))
-    steps = [Number.of(w.to_canonical(w.gradient) - w.to_canonical(w.weight)) for w in weights]
-    squares = [step.squares(w.divisor) for step, w in zip(steps, weights, strict=True)]
+    steps = [Number.of(w.gradient.double() - w.weight.double()) for w in weights]
+    squares = [w.to_canonical(step).squares(w.divisor) for step, w in zip(steps, weights, strict=True)]
     share = _share(squares, norm, radius)
 
     def commit(ok: Tensor) -> None:
         for w, step in zip(weights, steps, strict=True):
             # To the bit, where it is not shortened.
-            shortened = w.from_canonical(w.to_canonical(w.weight) + (step * share).value()).to(w.weight.dtype)
+            shortened = (w.weight.double() + (step * share).value()).to(w.weight.dtype)
             _keep(w.weight, torch.where(share.value() == 1, w.gradient, shortened), ok)
 
     unbounded = torch.where(norm.m.isfinite(), 0, UNBOUNDED)
@@ -246,7 +252,7 @@ def coordinates(
     """
     norm = Number(*power_of_e(log_path_norm))
     if head is not None:
-        norm = Number.of(head.to_canonical(head.weight)).squares(head.divisor)
+        norm = head.to_canonical(Number.of(head.weight.double())).squares(head.divisor)
     everything = [*weights, *([bias] if bias is not None else [])]
     any_gradient = torch.stack([w.has_gradient() for w in everything]).any()
     statuses = [
@@ -264,7 +270,7 @@ def coordinates(
     if weights:
         units = [w.unit() for w in weights]
         gradients = [
-            Number(w.from_canonical(w.gradient) * unit.m, unit.e) for w, unit in zip(weights, units, strict=True)
+            w.from_canonical(Number.of(w.gradient.double())) * unit for w, unit in zip(weights, units, strict=True)
         ]
         length = _total([g.squares() for g in gradients]).root()
         going = going & (length.m > 0) & length.m.isfinite()
@@ -279,7 +285,8 @@ def coordinates(
     def commit(ok: Tensor) -> None:
         if bias is not None:
             _keep(bias.weight, moved, ok & fine)
-            bias.count.add_(ok.to(bias.count.dtype))  # type: ignore[union-attr]
+            # Without paths there is no step, not of it either.
+            bias.count.add_((ok & (norm.m != 0)).to(bias.count.dtype))  # type: ignore[union-attr]
         taken = ok & going
         for w, to in zip(weights, moves, strict=True):
             _keep(w.weight, to.weight, taken)
@@ -311,5 +318,5 @@ def _move(w: Weight, g: Tensor, unit: Number, root: Number) -> Moved:
     ratio = torch.where(denominator > 0, m.abs() / (denominator + eps), 0.0).clamp(max=1)
     rate = w.rate * (steps / max(warmup, 1)).clamp(max=1)
     direction = w.from_bases((ratio**power).copysign(m), g)
-    step = ldexp(rate / w.weight.numel() ** 0.5 * direction * unit.m * root.m, unit.e + root.e)
-    return Moved(w.from_canonical((1 - rate * decay) * w.to_canonical(w.weight) - step), m, v)
+    step = w.from_canonical(Number.of(rate / w.weight.numel() ** 0.5 * direction) * unit * root)
+    return Moved((1 - rate * decay) * w.weight.double() - step.value(), m, v)

@@ -5,8 +5,10 @@ import functools
 import math
 
 import torch
+from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
+import pathrnn_kernels as pk
 from pathrnn_kernels import plain
 from pathrnn_kernels.kappa import Scaled
 
@@ -219,3 +221,48 @@ class _Grids:
 
     def __getitem__(self, grid):
         return self.launch
+
+
+def delay_line(link, hidden=14, dtype=torch.float32):
+    """Units in a line, each weighted ``link``, and one that nothing enters, from which all have 1.0, on no path: these
+    weights have no quotient, and units at their ends that lie as far apart as the line's ends do."""
+    net = pk.PathNetwork(pk.ReLURNN(1, hidden, bias=False), nn.Linear(hidden, 1, bias=False), outputs="last").to(dtype)
+    with torch.no_grad():
+        for p in net.parameters():
+            p.zero_()
+        net.rnn.weight_ih_l0[0, 0] = net.head.weight[0, hidden - 2] = 1.0
+        net.rnn.weight_hh_l0.diagonal(-1)[: hidden - 2] = link
+        net.rnn.weight_hh_l0[:, hidden - 1] = 1.0
+    for p in net.parameters():
+        p.grad = torch.zeros_like(p)
+    net.rnn.weight_ih_l0.grad[0, 0] = 1e-3
+    return net
+
+
+def assert_no_path_needs_no_range(make, expected, link, momentum=False, **options):
+    """Of ``delay_line``: what decay and momentum make of the weights on no path."""
+    net = delay_line(link, **options)
+    optimizer = make(net)
+    optimizer.step()
+    if momentum:
+        optimizer.state[net.rnn.weight_hh_l0]["momentum_buffer"].fill_(1.0)
+        optimizer.step()
+    found = net.rnn.weight_hh_l0.detach()[:, -1]
+    torch.testing.assert_close(found, torch.full_like(found, expected), rtol=1e-6, atol=0)
+
+
+#: Optimisers of it, and what they make of 1.0.
+FAR = {
+    "no more": (lambda net, **o: pk.PathSGD(net, lr=0.01, scale="path_norm", seq_len=40, **o), 1.0),
+    "decay": (lambda net, **o: pk.PathSGD(net, lr=0.01, scale="path_norm", weight_decay=0.5, seq_len=40, **o), 0.995),
+    "decay, radius": (
+        lambda net, **o: pk.PathSGD(
+            net, lr=0.01, scale="path_norm", weight_decay=0.5, trust_radius=1e9, seq_len=40, **o
+        ),
+        0.995,
+    ),
+    "momentum": (lambda net, **o: pk.PathSGD(net, lr=0.01, scale="path_norm", momentum=0.9, seq_len=40, **o), 0.991),
+    "PathAdam": (lambda net, **o: pk.PathAdam(net, weight_decay=0.05, seq_len=40, **o), 0.995),
+    "PathSOAP": (lambda net, **o: pk.PathSOAP(net, weight_decay=0.5, warmup=0, seq_len=40, **o), 0.995),
+    "GatedPathSGD": (lambda net, **o: pk.GatedPathSGD(net, hold=0, seq_len=40, **o), 1.0),
+}

@@ -4,6 +4,7 @@ import copy
 import functools
 import math
 import pickle
+from fractions import Fraction
 
 import pytest
 import torch
@@ -927,3 +928,50 @@ def test_a_rate_may_be_a_tensor_of_any_dtype(dtype, fused):
     for net, lr in zip(nets, (torch.tensor(1, dtype=dtype), 1.0), strict=True):
         train(net, pk.PathSGD(net, lr, fused=fused, scale="path_norm", trust_radius=0.1), range(2))
     assert_same(*nets, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("fused", (None, False), ids=("kernels", "plain"))
+@pytest.mark.parametrize("kind", (pk.PathAdam, pk.PathSOAP, pk.GatedPathSGD))
+def test_a_fraction_beside_a_tensor(kind, fused):
+    net = pk.PathNetwork(pk.ReLURNN(2, 3), torch.nn.Linear(3, 1), outputs="last")
+    optimizer = kind(net, seq_len=5, fused=fused)
+    optimizer.param_groups[0]["lr"], optimizer.param_groups[1]["lr"] = Fraction(1, 50), torch.tensor(0.1)
+    before = [p.detach().clone() for p in net.parameters()]
+    for p in net.parameters():
+        p.grad = torch.ones_like(p)
+    optimizer.step()
+    assert any((p != q).any() for p, q in zip(net.parameters(), before, strict=True))
+
+
+@pytest.mark.parametrize("kind", (pk.PathAdam, pk.PathSOAP, pk.GatedPathSGD))
+def test_a_rate_of_one_entry_does_not_round_plain_steps(kind):
+    found = []
+    for rate in (torch.tensor(0.25), torch.tensor([0.25])):
+        torch.manual_seed(0)
+        net = pk.PathNetwork(pk.ReLURNN(2, 3).double(), torch.nn.Linear(3, 1).double(), outputs="last")
+        optimizer = kind(net, lr=rate, bias_lr=rate, fused=False, seq_len=5)
+        for p in net.parameters():
+            p.grad = torch.randn_like(p)
+        optimizer.step()
+        found.append([p.detach() for p in net.parameters()])
+    assert all(torch.equal(p, q) for p, q in zip(*found, strict=True))
+
+
+@pytest.mark.parametrize("kind", (pk.PathAdam, pk.PathSOAP, pk.GatedPathSGD))
+def test_no_path_and_no_gradient_is_no_step(kind):
+    for fused in (None, False):
+        net = pk.PathNetwork(pk.ReLURNN(2, 3), torch.nn.Linear(3, 1), outputs="last")
+        torch.nn.init.zeros_(net.head.weight)
+        optimizer = kind(net, seq_len=5, fused=fused)
+        for p in net.parameters():
+            p.grad = torch.zeros_like(p)
+        optimizer.step()
+        assert all(state["step"] == 0 for state in optimizer.state.values())
+
+
+@pytest.mark.parametrize("name", ("scale", "eps", "trust_radius", "update_every"))
+@pytest.mark.parametrize("kind", (pk.PathAdam, pk.PathSOAP, pk.GatedPathSGD))
+def test_what_is_no_option_cannot_be_set(kind, name):
+    optimizer = kind(pk.PathNetwork(pk.ReLURNN(2, 3), torch.nn.Linear(3, 1)))
+    with pytest.raises(AttributeError):
+        setattr(optimizer, name, 2)

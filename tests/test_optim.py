@@ -882,3 +882,17 @@ def test_the_kernels_of_the_update_and_plain_torch_agree(monkeypatch, scale, rad
         nets.append(net)
     for p, q in zip(*(net.parameters() for net in nets), strict=True):
         torch.testing.assert_close(p, q, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.skipif(not hasattr(torch.Tensor, "grad_dtype"), reason="this torch gives gradients their weights' dtype")
+def test_gradients_are_given_back_where_the_base_can_have_no_others():
+    net = pk.PathNetwork(pk.ReLURNN(2, 3, dtype=torch.bfloat16), torch.nn.Linear(3, 1, dtype=torch.bfloat16))
+    parameters = list(net.parameters())
+    parameters[-1].grad_dtype = torch.float32
+    for p in parameters:
+        p.grad = torch.ones_like(p, dtype=p.grad_dtype)
+    optimizer = pk.PathOptimizer(torch.optim.SGD(parameters, lr=0.1), net, scale="path_norm", seq_len=5)
+    before = [p.detach().clone() for p in parameters]
+    with pytest.raises(RuntimeError, match="grad_dtype"):
+        optimizer.step()
+    assert all(torch.equal(p, q) and (p.grad == 1).all() for p, q in zip(parameters, before, strict=True))

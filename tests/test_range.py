@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 from oracles import check_logarithms
+from step_cases import FAR, assert_no_path_needs_no_range, delay_line
 from torch import nn
 
 import pathrnn_kernels as pk
@@ -317,3 +318,51 @@ def test_kappa_that_is_kept_is_cast_with_its_range(way):
         optimizer.load_state_dict(state)
     assert fresh[1] < -1e-3
     torch.testing.assert_close(step(net, optimizer, 1e-3), fresh, rtol=1e-4, atol=0)
+
+
+@DTYPES
+@pytest.mark.parametrize("fused", (None, False), ids=("kernels", "plain"))
+@pytest.mark.parametrize("kind", FAR)
+def test_weights_on_no_path_between_units_far_apart(kind, fused, dtype):
+    """They had been 0, infinite, or had no decay, beyond exponents of 1000: canonical coordinates do not hold them."""
+    make, expected = FAR[kind]
+    # At 1e30 κ of W_ih spans more than a float64, and steps in path coordinates are refused by the kernels.
+    for link in (1e-30, 1e-3, 1e20) if kind.startswith(("Path", "Gated")) else (1e-30, 1e-3, 1e30):
+        assert_no_path_needs_no_range(
+            lambda net: make(net, fused=fused), expected, link, momentum=kind == "momentum", dtype=dtype
+        )
+
+
+def test_a_base_with_decay_on_no_path():
+    for link in (1e-30, 1e30):
+        net = delay_line(link)
+        base = torch.optim.SGD(net.parameters(), lr=0.01, weight_decay=0.5)
+        pk.PathOptimizer(base, net, scale="path_norm", trust_radius=1e9, seq_len=40).step()
+        found = net.rnn.weight_hh_l0.detach()[:, -1]
+        torch.testing.assert_close(found, torch.full_like(found, 0.995), rtol=1e-6, atol=0)
+
+
+@DTYPES
+@pytest.mark.parametrize("fused", (None, False), ids=("kernels", "plain"))
+def test_decay_far_from_the_rest_in_training(fused, dtype):
+    """As a user comes to it: a line of 160 units with weights of 0.01, real passes, a radius."""
+    net = delay_line(0.01, 160, dtype)
+    optimizer = pk.PathSGD(net, lr=0.01, scale="path_norm", trust_radius=0.1, weight_decay=1e-4, fused=fused)
+    for n in (1, 2):
+        optimizer.zero_grad()
+        (net(torch.rand(200, 4, 1, dtype=dtype)) - 1).square().mean().backward()
+        optimizer.step()
+        found = net.rnn.weight_hh_l0.detach()[:, -1]
+        torch.testing.assert_close(found, torch.full_like(found, (1 - 1e-6) ** n), rtol=3e-7, atol=0)
+
+
+@pytest.mark.parametrize("fused", (None, False), ids=("kernels", "plain"))
+def test_momentum_beyond_canonical_coordinates(fused):
+    net = make(1, bias=False, head_bias=False, ih=1e200, hh=0.5, head=1e-200)
+    optimizer = pk.PathSGD(net, lr=1e-3, momentum=0.9, scale="path_norm", seq_len=5, fused=fused)
+    for p in net.parameters():
+        p.grad = torch.zeros_like(p)
+    optimizer.step()
+    optimizer.state[net.head.weight]["momentum_buffer"].fill_(1e150)
+    optimizer.step()
+    torch.testing.assert_close(net.head.weight.item(), -9e146)

@@ -58,8 +58,8 @@ void shift(const StepWeight<T>& w, const Span& s, const In* in, Out* out) {
     return;
   }
   for (int64_t q = 0; q < s.n; ++q) {
-    const int64_t e = std::clamp<int64_t>(exponent_at(w, s.row, s.column + q), -1000, 1000);
-    out[q] = static_cast<Out>(static_cast<double>(in[q]) * power_of_two<double>(down ? -e : e));
+    const int64_t e = exponent_at(w, s.row, s.column + q);
+    out[q] = static_cast<Out>(Number{static_cast<double>(in[q]), down ? -e : e}.value());
   }
 }
 
@@ -98,13 +98,15 @@ const U* gather_kappa(const StepWeight<T>& w, const Span& s, U* out) {
   return out;
 }
 
-// w = keep · w + factor · x · more · 2^-e: x is in canonical coordinates.
+// w = (w + growth · w) + factor · x · more · 2^-e: x is in canonical coordinates. Rounded in this order, whatever the tables,
+// so that a rescaling by powers of two changes no bit.
 template <typename T, typename U, typename Out>
-inline void add_step(const StepWeight<T>& w, const Span& s, const U* x, U factor, U more, U keep, Out* weight) {
+inline void add_step(const StepWeight<T>& w, const Span& s, const U* x, U factor, U more, U growth, Out* weight) {
   if (!w.tables) {
     for (int64_t q = 0; q < s.n; ++q) {
       const Number step{static_cast<double>(factor * x[q] * more), -exponent_at(w, s.row, s.column + q)};
-      weight[q] = static_cast<Out>(static_cast<double>(keep) * static_cast<double>(weight[q]) + step.value());
+      const U own = static_cast<U>(weight[q]);
+      weight[q] = static_cast<Out>(static_cast<double>(own + growth * own) + step.value());
     }
     return;
   }
@@ -112,12 +114,13 @@ inline void add_step(const StepWeight<T>& w, const Span& s, const U* x, U factor
   if constexpr (std::is_same_v<T, U> && std::is_same_v<T, Out>) {
     for (int64_t q = 0; q < s.n; q += Simd<T>::width) {
       const int64_t m = s.n - q;
-      store(weight + q, keep * load(weight + q, m) + factor * load(x + q, m) * more * (r * load(c + q, m)), m);
+      const Vec<T> own = load(weight + q, m);
+      store(weight + q, own + growth * own + factor * load(x + q, m) * more * (r * load(c + q, m)), m);
     }
   } else {
     for (int64_t q = 0; q < s.n; ++q) {
-      const U step = factor * x[q] * more;
-      weight[q] = static_cast<Out>(keep * static_cast<U>(weight[q]) + step * (static_cast<U>(r) * static_cast<U>(c[q])));
+      const U own = static_cast<U>(weight[q]), step = factor * x[q] * more;
+      weight[q] = static_cast<Out>(own + growth * own + step * (static_cast<U>(r) * static_cast<U>(c[q])));
     }
   }
 }
@@ -216,18 +219,17 @@ bool lost_entries(const StepWeight<T>& w, double limit, const Span& s, const U* 
   return lost;
 }
 
-// d of a run's entries one by one, as numbers of any size.
+// Quotients of a run's entries one by one, as numbers of any size.
 template <typename T, typename U>
-void exact_descent(const StepWeight<T>& w, const SgdRule& rule, const Span& s, const Canonically<U>& weight, U* step) {
+void exact_quotients(const StepWeight<T>& w, const SgdRule& rule, const Span& s, U* quotients) {
   for (int64_t q = 0; q < s.n; ++q) {
     Number divisor = entry_kappa(w, kappa_at(w, s, q)) * rule.kappa_share;
     const int64_t e = exponent_at(w, s.row, s.column + q);
     if (rule.damping.mantissa != 0) divisor = divisor + rule.damping * Number{1, -2 * e};
     const double g = static_cast<double>(w.gradient[s.i + q]);
-    double d = g - g;
-    if (divisor.mantissa != 0) d = (Number{g, -e}.normal() * rule.quotient / divisor.normal()).normal().value();
-    if (rule.decay != 0) d += rule.decay * static_cast<double>(weight.at(q, 1)[0]);
-    step[q] = static_cast<U>(d);
+    double quotient = g - g;
+    if (divisor.mantissa != 0) quotient = (Number{g, -e}.normal() * rule.quotient / divisor.normal()).normal().value();
+    quotients[q] = static_cast<U>(quotient);
   }
 }
 
@@ -235,25 +237,23 @@ void exact_descent(const StepWeight<T>& w, const SgdRule& rule, const Span& s, c
 template <typename U>
 struct Found {
   Largest<U> steps, paths, pulls;
-  Vec<U> squares{};  // Σ κ d² of a run, by lanes
+  Vec<U> squares{};  // Σ κ q² of a run, by lanes
 };
 
-// The quotient with the decay, d, of a run.
+// A run's quotients, q; of a step that is given, that step, where it has a path.
 template <typename T, typename U, bool measure>
-void descent(const StepWeight<T>& w, const SgdRule& rule, const Span& s, Run<U>& run, const U* kappa, U* step,
-             Found<U>& found) {
+void quotients(const StepWeight<T>& w, const SgdRule& rule, const Span& s, Run<U>& run, const U* kappa, U* out,
+               Found<U>& found) {
   constexpr int64_t width = Simd<U>::width;
   if (rule.given) {
-    const Canonically<U> after = canonically<false>(w, s, w.gradient, run.gradient);
-    const Canonically<U> before = canonically<false>(w, s, w.weight, run.weight);
-    for (int64_t q = 0; q < s.n; q += width) store(step + q, after.at(q, s.n - q) - before.at(q, s.n - q));
-    return;
+    for (int64_t q = 0; q < s.n; ++q) {
+      const U step = static_cast<U>(w.gradient[s.i + q]) - static_cast<U>(w.weight[s.i + q]);
+      run.gradient[q] = kappa[q] == U(0) ? U(0) : step;
+    }
+    return shift<false, U>(w, s, run.gradient, out);
   }
   const Canonically<U> gradient = canonically<true>(w, s, w.gradient, run.gradient);
-  const U before = static_cast<U>(rule.before), after = static_cast<U>(rule.after), decay = static_cast<U>(rule.decay);
-  const bool decays = rule.decay != 0;
-  Canonically<U> weight{};
-  if (decays) weight = canonically<false>(w, s, w.weight, run.weight);
+  const U before = static_cast<U>(rule.before), after = static_cast<U>(rule.after);
   const U* divisor = kappa;
   if (rule.damping.mantissa != 0) {
     // γ² is one number for all weights: its share is 2^-2e of it.
@@ -269,22 +269,21 @@ void descent(const StepWeight<T>& w, const SgdRule& rule, const Span& s, Run<U>&
     const int64_t m = s.n - q;
     const Vec<U> g = gradient.at(q, m), k = load(divisor + q, m);
     // On no path there is no step.
-    Vec<U> d = g * before * (k == zero ? zero : inverse(k)) * after;
-    if (decays) d += decay * weight.at(q, m);
-    store(step + q, d);
+    const Vec<U> quotient = g * before * (k == zero ? zero : inverse(k)) * after;
+    store(out + q, quotient);
     if (measure) {
       const Vec<U> path = divisor == kappa ? k : load(kappa + q, m);
-      seen.steps.add(d);
+      seen.steps.add(quotient);
       seen.pulls.add(g);
       seen.paths.add(path);
-      seen.squares += path * d * d;
+      seen.squares += path * quotient * quotient;
     }
   }
   if (measure) found = seen;
-  if (rule.exact) exact_descent(w, rule, s, weight, step);
+  if (rule.exact) exact_quotients(w, rule, s, out);
 }
 
-// Where a run's steps are kept from one pass to the other: in κ's place, if that is free.
+// Where a run's quotients are kept from one pass to the other: in κ's place, if that is free.
 template <typename T, typename U>
 U* kept(const StepWeight<T>& w, const Span& s) {
   if constexpr (std::is_same_v<T, U>) {
@@ -293,18 +292,41 @@ U* kept(const StepWeight<T>& w, const Span& s) {
   return nullptr;
 }
 
-// From d to Δ, unshortened, in run.delta, and the new momentum in run.first, in place.
+// From quotients, weight and momentum, all in one kind of coordinates, what the rate is to be multiplied with; the new
+// momentum is put into `first`, which is null where there is none.
+template <typename U>
+inline Vec<U> change(const SgdRule& rule, Vec<U> quotient, const Vec<U>& weight, Vec<U>* first) {
+  const U momentum = static_cast<U>(rule.momentum);
+  quotient += static_cast<U>(rule.decay) * weight;
+  if (!first) return quotient;
+  *first = momentum * *first + quotient;
+  return rule.nesterov ? quotient + momentum * *first : *first;
+}
+
+// Σ κ Δ² of a run with decay or momentum. Without a path there is no length, wherever the units of an entry lie.
 template <typename T, typename U>
-void momentum_step(const StepWeight<T>& w, const SgdRule& rule, const Span& s, const U* d, Run<U>& run) {
-  const U momentum = static_cast<U>(rule.momentum), rate = static_cast<U>(-rule.rate);
-  const Canonically<U> average = canonically<false>(w, s, w.first, run.first);
+void add_changes(const StepWeight<T>& w, const SgdRule& rule, const Span& s, const U* kappa, Run<U>& run,
+                 Squares& squares) {
+  const Canonically<U> weight = canonically<false>(w, s, w.weight, run.weight);
+  Canonically<U> first{};
+  if (w.first) first = canonically<false>(w, s, w.first, run.first);
+  const Vec<U> zero{};
   for (int64_t q = 0; q < s.n; q += Simd<U>::width) {
-    Vec<U> step = load(d + q, s.n - q);
-    const Vec<U> m = momentum * average.at(q, s.n - q) + step;
-    store(run.first + q, m);
-    step = rule.nesterov ? step + momentum * m : m;
-    store(run.delta + q, rate * step);
+    const int64_t m = s.n - q;
+    Vec<U> momentum = w.first ? first.at(q, m) : zero;
+    const Vec<U> step = change<U>(rule, load(run.step + q), weight.at(q, m), w.first ? &momentum : nullptr);
+    store(run.delta + q, load(kappa + q, m) == zero ? zero : step);
   }
+  add_lengths(w, s, kappa, run.delta, squares);
+}
+
+// The quotients of a run: as they were kept, or formed again.
+template <typename T, typename U>
+const U* quotients_again(const StepWeight<T>& w, const SgdRule& rule, const Span& s, Run<U>& run) {
+  if (const U* const found = kept<T, U>(w, s)) return found;
+  Found<U> nothing;
+  quotients<T, U, false>(w, rule, s, run, gather_kappa(w, s, run.kappa), run.step, nothing);
+  return run.step;
 }
 
 template <typename T, typename U>
@@ -316,10 +338,9 @@ StepSums sgd_measure(const StepWeight<T>& w, const SgdRule& rule, int64_t first,
   for_runs(w.columns, first, last, [&](const Span& s) {
     const U* const kappa = gather_kappa(w, s, run.kappa);
     found.squares = Vec<U>{};
-    descent<T, U, true>(w, rule, s, run, kappa, run.step, found);
-    if (rule.bounded && w.first) {
-      momentum_step(w, rule, s, run.step, run);
-      add_lengths(w, s, kappa, run.delta, squares);
+    quotients<T, U, true>(w, rule, s, run, kappa, run.step, found);
+    if (rule.bounded && (w.first || rule.decay != 0)) {
+      add_changes(w, rule, s, kappa, run, squares);
     } else if (rule.bounded && (rule.given || rule.exact)) {
       add_lengths(w, s, kappa, run.step, squares);
     } else if (rule.bounded) {
@@ -332,16 +353,11 @@ StepSums sgd_measure(const StepWeight<T>& w, const SgdRule& rule, int64_t first,
   const double down = power_of_two<double>(std::clamp<int64_t>(w.most_down, -1000, 1000));
   if (rule.exact || !(found.steps.value() * down <= rule.limit)) {
     for_runs(w.columns, first, last, [&](const Span& s) {
-      const U* step = kept<T, U>(w, s);
-      if (!step) {
-        descent<T, U, false>(w, rule, s, run, gather_kappa(w, s, run.kappa), run.step, found);
-        step = run.step;
-      }
-      sums.lost |= lost_entries(w, rule.limit, s, step);
+      sums.lost |= lost_entries(w, rule.limit, s, quotients_again(w, rule, s, run));
     });
   }
-  sums.square = squares.total();
-  if (!w.first) sums.square = sums.square * Number{rule.rate, 0}.normal() * Number{rule.rate, 0}.normal();
+  const Number rate = Number{rule.rate, 0}.normal();
+  sums.square = squares.total() * rate * rate;
   return sums;
 }
 
@@ -351,21 +367,32 @@ void sgd_apply(const StepWeight<T>& w, const SgdRule& rule, int64_t first, int64
     std::copy(w.gradient + first, w.gradient + last, w.moved + first);
     return;
   }
-  Run<U> run;
-  Found<U> found;
   const U factor = static_cast<U>(rule.factor), more = static_cast<U>(rule.more);
+  if (rule.given) {
+    for (int64_t i = first; i < last; ++i) {
+      const U own = static_cast<U>(w.weight[i]);
+      w.moved[i] = static_cast<T>(own + factor * (static_cast<U>(w.gradient[i]) - own) * more);
+    }
+    return;
+  }
+  Run<U> run;
+  const U growth = static_cast<U>(rule.decay != 0 ? rule.factor * rule.more * rule.decay : 0);
   for_runs(w.columns, first, last, [&](const Span& s) {
-    const U* step = kept<T, U>(w, s);
-    if (!step) {
-      descent<T, U, false>(w, rule, s, run, gather_kappa(w, s, run.kappa), run.step, found);
-      step = run.step;
+    const U* const step = quotients_again(w, rule, s, run);
+    if (!w.first) return add_step(w, s, step, factor, more, growth, w.moved + s.i);
+    // In the weight's own coordinates: what has no path may lie beyond all numbers in others.
+    shift<true, U>(w, s, step, run.delta);
+    std::copy(w.weight + s.i, w.weight + s.i + s.n, run.weight);
+    std::copy(w.first + s.i, w.first + s.i + s.n, run.first);
+    for (int64_t q = 0; q < s.n; q += Simd<U>::width) {
+      const Vec<U> weight = load(run.weight + q);
+      Vec<U> momentum = load(run.first + q);
+      const Vec<U> delta = change<U>(rule, load(run.delta + q), weight, &momentum);
+      store(run.weight + q, weight + factor * delta * more);
+      store(run.first + q, momentum);
     }
-    if (w.first) {
-      momentum_step(w, rule, s, step, run);
-      step = run.delta;
-    }
-    add_step(w, s, step, factor, more, U(1), w.moved + s.i);
-    if (w.first) shift<true, U>(w, s, run.first, w.first + s.i);
+    std::copy(run.weight, run.weight + s.n, w.moved + s.i);
+    std::copy(run.first, run.first + s.n, w.first + s.i);
   });
 }
 
@@ -477,14 +504,14 @@ const U* units_of(const StepWeight<T>& w, const Span& s, Run<U>& run) {
 // Adds Δ to a run's weights; without `write` it says whether that brings one beyond the limit.
 template <typename T, typename U>
 inline bool place_step(const StepWeight<T>& w, const CoordinateRule& rule, const Span& s, const U* delta, bool write) {
-  const U keep = static_cast<U>(rule.keep);
+  const U growth = static_cast<U>(rule.keep - 1);
   if (write) {
-    add_step(w, s, delta, U(1), U(1), keep, w.moved + s.i);
+    add_step(w, s, delta, U(1), U(1), growth, w.moved + s.i);
     return false;
   }
   double own[kRun];
   std::copy(w.weight + s.i, w.weight + s.i + s.n, own);
-  add_step(w, s, delta, U(1), U(1), keep, own);
+  add_step(w, s, delta, U(1), U(1), growth, own);
   bool lost = false;
   for (int64_t q = 0; q < s.n; ++q) {
     const bool finite = std::isfinite(w.gradient[s.i + q]) && std::isfinite(w.weight[s.i + q]);
@@ -591,12 +618,10 @@ template <typename T>
 void raw_and_divided(const StepWeight<T>& w, const SgdRule& rule, int64_t first, int64_t last, Number* raw,
                      Number* divided) {
   Run<double> run;
-  SgdRule plain = rule;
-  plain.decay = 0;
   Found<double> found;
   Squares whole, parts;
   for_runs(w.columns, first, last, [&](const Span& s) {
-    descent<T, double, false>(w, plain, s, run, gather_kappa(w, s, run.kappa), run.step, found);
+    quotients<T, double, false>(w, rule, s, run, gather_kappa(w, s, run.kappa), run.step, found);
     shift<true, double>(w, s, run.step, run.step);
     std::copy(w.gradient + s.i, w.gradient + s.i + s.n, run.gradient);
     add_squares<double>(nullptr, run.gradient, s.n, whole);

@@ -92,7 +92,7 @@ class Sgd {
     rule.decay = n[2];
     rule.nesterov = n[3] != 0;
     rule.limit = weights_.limit;
-    rule.factor = w.first ? 1 : -rule.rate;
+    rule.factor = -rule.rate;
     return rule;
   }
 

@@ -274,27 +274,31 @@ def _descent(
     entry, i, inside, up, kappa, exponent, scratch, log_norm, grad_scale,
     SCALE: tl.constexpr, DAMPED: tl.constexpr, LIMIT: tl.constexpr, DTYPE: tl.constexpr, U: tl.constexpr,
 ):  # fmt: skip
-    """-Δ over the learning rate, before it is shortened, and that, as a mantissa and an exponent; the new momentum; and
-    whether the step of a finite gradient overflows."""
+    """-Δ over the learning rate, before it is shortened, as a mantissa and an exponent, and that, likewise; the new
+    momentum; and whether the step of a finite gradient overflows.
+
+    All in the weight's own coordinates: in others an entry on no path may lie beyond all numbers."""
     norm, norm_exponent = _power_of_e(tl.load(log_norm).to(tl.float64))
     gradient = _read(entry, _GRADIENT, i, inside, DTYPE).to(U)
     divisor, exponent = _divisor(entry, kappa, exponent, up, norm, norm_exponent, DAMPED)
     factor, factor_exponent = _factor(norm, norm_exponent, scratch, grad_scale, SCALE)
     pull, of_pull = _normal(gradient)
     quotient = _divide(pull * factor.to(U), divisor)
-    step = _times(quotient, of_pull + factor_exponent - exponent - up)
-    step = tl.where(_number(entry, _NUMBERS + 4) != 0, -step, step)
-    decay = _number(entry, _NUMBERS + 2)
-    step += decay.to(U) * _weight(entry, i, _unless_0(inside, decay), up, DTYPE, U)
-    momentum = _number(entry, _NUMBERS + 1).to(U)
-    first = momentum * _times(_read(entry, _FIRST, i, inside, DTYPE).to(U), up) + step
-    step = tl.where(_number(entry, _NUMBERS + 3) != 0, step + momentum * first, first)
+    quotient = tl.where(_number(entry, _NUMBERS + 4) != 0, -quotient, quotient)
+    of_quotient = of_pull + factor_exponent - exponent - 2 * up
+    decay, momentum = _number(entry, _NUMBERS + 2), _number(entry, _NUMBERS + 1)
+    step = _times(quotient, of_quotient)
+    step += decay.to(U) * _read(entry, _WEIGHT, i, _unless_0(inside, decay), DTYPE).to(U)
+    first = momentum.to(U) * _read(entry, _FIRST, i, inside, DTYPE).to(U) + step
+    step = tl.where(_number(entry, _NUMBERS + 3) != 0, step + momentum.to(U) * first, first)
+    alone = (decay == 0) & (momentum == 0)  # a quotient that nothing is added to need be no number before the rate is
+    step, of_step = tl.where(alone, quotient, step), tl.where(alone, of_quotient, 0)
     rate, rate_exponent = _normal(_rate(entry, tl.full([], True, tl.int1)))
     # Of what is written nothing is out of range; a radius brings back any step.
-    held = tl.abs(_times(first, -up)) <= LIMIT
+    held = tl.abs(first) <= LIMIT
     unbounded = _number(entry, _RADIUS) == 0
-    held &= tl.abs(tl.where(unbounded, _times(step, rate_exponent - up) * rate.to(U), 0 * step)) <= LIMIT
-    return step, rate, rate_exponent, first, inside & _is_finite(gradient) & (held == 0)
+    held &= tl.abs(tl.where(unbounded, _times(step, of_step + rate_exponent) * rate.to(U), 0 * step)) <= LIMIT
+    return step, of_step, rate, rate_exponent, first, inside & _is_finite(gradient) & (held == 0)
 
 
 @triton.jit
@@ -307,11 +311,6 @@ def _sum_up(words, programs, inside, factor, exponent, x):
     square = tl.where(inside, _times(square, exponent - top), 0.0)
     tl.store(words + programs, top)
     tl.store(words + 2 * programs, tl.sum(square, 0).to(tl.int64, bitcast=True))
-
-
-@triton.jit
-def _weight(entry, i, inside, up, DTYPE: tl.constexpr, U: tl.constexpr):
-    return _times(_read(entry, _WEIGHT, i, inside, DTYPE).to(U), up)
 
 
 @triton.jit(do_not_specialize=["rows", "programs"])
@@ -387,11 +386,11 @@ def _measure(
         factor = tl.where(is_mass, kappa, unit * unit)
         exponent = tl.where(is_mass, exponent + 2 * up, 2 * (of_unit - up))
     else:
-        x, rate, rate_exponent, _first, overflows = _descent(
+        x, of_x, rate, rate_exponent, _first, overflows = _descent(
             entry, i, inside, up, kappa, exponent, scratch, log_norm, grad_scale, SCALE, DAMPED, LIMIT, DTYPE, U
         )
         code = tl.where(_any(overflows), tl.load(entry + _CODE), _NONE)
-        factor, exponent = factor * (rate * rate).to(U), exponent + 2 * rate_exponent
+        factor, exponent = factor * (rate * rate).to(U), exponent + 2 * (rate_exponent + of_x + up)
     tl.store(words, (code << _CODE_BITS) | bits)
     _sum_up(words, programs, inside, factor, exponent, x)
 
@@ -649,13 +648,12 @@ def _apply(
                 _write(entry, _SECOND, i, inside, v, DTYPE)
         else:
             share = tl.load(scratch + _SHARE).to(tl.float64, bitcast=True)
-            step, rate, rate_exponent, first, _lost = _descent(
+            step, of_step, rate, rate_exponent, first, _lost = _descent(
                 entry, i, inside, up, kappa, exponent, scratch, log_norm, grad_scale, SCALE, DAMPED, LIMIT, DTYPE, U
             )
-            step = _times(step, rate_exponent + tl.load(scratch + _SHARE + 1)) * (rate * share).to(U)
-            value = _weight(entry, i, inside, up, DTYPE, U) - step
-            _write(entry, _WEIGHT, i, inside, _times(value, -up), DTYPE)
-            _write(entry, _FIRST, i, inside, _times(first, -up), DTYPE)
+            step = _times(step, of_step + rate_exponent + tl.load(scratch + _SHARE + 1)) * (rate * share).to(U)
+            _write(entry, _WEIGHT, i, inside, _read(entry, _WEIGHT, i, inside, DTYPE).to(U) - step, DTYPE)
+            _write(entry, _FIRST, i, inside, first, DTYPE)
 
 
 @triton.jit
