@@ -366,3 +366,29 @@ def test_momentum_beyond_canonical_coordinates(fused):
     optimizer.state[net.head.weight]["momentum_buffer"].fill_(1e150)
     optimizer.step()
     torch.testing.assert_close(net.head.weight.item(), -9e146)
+
+
+@DTYPES
+@pytest.mark.parametrize("kind", ("given", "decay", "momentum"))
+@pytest.mark.parametrize("link, hidden", ((0.01, 160), (1e-30, 30), (100.0, 160), (1e30, 30)))
+def test_a_radius_where_canonical_coordinates_end(link, hidden, kind, dtype):
+    """What has a path may be 0 there, or infinite: its length had been 0, or the step refused."""
+    for fused in (None,) if kind == "given" else (None, False):
+        net = delay_line(link, hidden, dtype)
+        weight = net.rnn.weight_ih_l0
+        weight.grad.zero_()
+        decay, options = float(kind != "momentum"), {"scale": "path_norm", "trust_radius": 1e-3, "seq_len": 2 * hidden}
+        if kind == "given":
+            base = torch.optim.SGD(net.parameters(), lr=0.5, weight_decay=decay)
+            optimizer = pk.PathOptimizer(base, net, **options)
+        else:
+            momentum = 0.9 * (kind == "momentum")
+            optimizer = pk.PathSGD(net, lr=0.5, momentum=momentum, weight_decay=decay, fused=fused, **options)
+        if kind == "momentum":
+            optimizer.step()
+            for p in net.parameters():
+                optimizer.state[p]["momentum_buffer"].copy_(p.detach())
+        # Every weight on the line is on the same path: κ w² = γ², and all are shortened by the same part.
+        before = weight[0, 0].item()
+        optimizer.step()
+        torch.testing.assert_close(before - weight[0, 0].item(), 1e-3 / hidden**0.5, rtol=1e-3, atol=0)

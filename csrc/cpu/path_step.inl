@@ -183,14 +183,13 @@ void add_squares(const U* a, const U* b, int64_t n, Squares& squares) {
   add_squares(sums, a, b, n, squares);
 }
 
-// Σ κ b², without `exponent`; `kappa` is gathered.
-template <typename T, typename U>
-void add_lengths(const StepWeight<T>& w, const Span& s, const U* kappa, const U* b, Squares& squares) {
-  if (!w.entry_exponents) return add_squares(kappa, b, s.n, squares);
-  for (int64_t q = 0; q < s.n; ++q) {
-    const Number x = Number{static_cast<double>(b[q]), 0}.normal();
-    if (x.mantissa != 0) squares.far = squares.far + x * x * entry_kappa(w, kappa_at(w, s, q)).normal();
-  }
+// κ x² of an entry, without `exponent`, x being in the weight's own coordinates: in others it may be no number. Without a
+// path it is 0, wherever the units of an entry lie.
+template <typename T>
+Number entry_length(const StepWeight<T>& w, const Span& s, int64_t q, double own) {
+  const Number kappa = entry_kappa(w, kappa_at(w, s, q)).normal();
+  const Number x = Number{own, exponent_at(w, s.row, s.column + q)}.normal();
+  return kappa.mantissa == 0 || x.mantissa == 0 ? Number{} : x * x * kappa;
 }
 
 // The largest |x|, above every number where one is nan. The bits of numbers without a sign are in order.
@@ -303,21 +302,57 @@ inline Vec<U> change(const SgdRule& rule, Vec<U> quotient, const Vec<U>& weight,
   return rule.nesterov ? quotient + momentum * *first : *first;
 }
 
-// Σ κ Δ² of a run with decay or momentum. Without a path there is no length, wherever the units of an entry lie.
+// Whether canonical coordinates in U do not hold what a run's changes are made of, but for quotients. Of units that are
+// not far apart they do; and powers of two, by which a network is rescaled, do not change what is found.
+template <typename T, typename U>
+bool beyond(const StepWeight<T>& w, const SgdRule& rule, const Span& s, const U* kappa) {
+  constexpr int64_t near = sizeof(U) < sizeof(double) ? 60 : 480, most = sizeof(U) < sizeof(double) ? 100 : 900;
+  if (w.entry_exponents) return true;
+  for (int64_t q = 0; w.most_down > near && q < s.n; ++q) {
+    if (kappa[q] == U(0)) continue;
+    const double weight = static_cast<double>(w.weight[s.i + q]);
+    const double parts[] = {rule.given ? static_cast<double>(w.gradient[s.i + q]) - weight : 0,
+                            rule.decay * weight, w.first ? static_cast<double>(w.first[s.i + q]) : 0};
+    for (const double part : parts) {
+      if (part != 0 && std::isfinite(part) &&
+          std::abs(std::ilogb(part) + exponent_at(w, s.row, s.column + q)) > most) return true;
+    }
+  }
+  return false;
+}
+// Σ κ Δ² of a run, entry by entry.
+template <typename T, typename U>
+void add_far_changes(const StepWeight<T>& w, const SgdRule& rule, const Span& s, const Run<U>& run, Squares& squares) {
+  for (int64_t q = 0; q < s.n; ++q) {
+    const double weight = static_cast<double>(w.weight[s.i + q]);
+    double step = Number{static_cast<double>(run.step[q]), -exponent_at(w, s.row, s.column + q)}.value();
+    if (rule.given) step = static_cast<double>(w.gradient[s.i + q]) - weight;
+    step += rule.decay * weight;
+    if (w.first) {
+      const double first = rule.momentum * static_cast<double>(w.first[s.i + q]) + step;
+      step = rule.nesterov ? step + rule.momentum * first : first;
+    }
+    squares.far = squares.far + entry_length(w, s, q, step);
+  }
+}
+// The same by vectors, and of entries that may be far.
 template <typename T, typename U>
 void add_changes(const StepWeight<T>& w, const SgdRule& rule, const Span& s, const U* kappa, Run<U>& run,
                  Squares& squares) {
-  const Canonically<U> weight = canonically<false>(w, s, w.weight, run.weight);
-  Canonically<U> first{};
+  if (beyond(w, rule, s, kappa)) return add_far_changes(w, rule, s, run, squares);
+  if (!w.first && rule.decay == 0) return add_squares(kappa, run.step, s.n, squares);
+  Canonically<U> weight{}, first{};  // where they count, and so are numbers
+  if (rule.decay != 0) weight = canonically<false>(w, s, w.weight, run.weight);
   if (w.first) first = canonically<false>(w, s, w.first, run.first);
   const Vec<U> zero{};
   for (int64_t q = 0; q < s.n; q += Simd<U>::width) {
     const int64_t m = s.n - q;
     Vec<U> momentum = w.first ? first.at(q, m) : zero;
-    const Vec<U> step = change<U>(rule, load(run.step + q), weight.at(q, m), w.first ? &momentum : nullptr);
+    const Vec<U> own = rule.decay != 0 ? weight.at(q, m) : zero;
+    const Vec<U> step = change<U>(rule, load(run.step + q), own, w.first ? &momentum : nullptr);
     store(run.delta + q, load(kappa + q, m) == zero ? zero : step);
   }
-  add_lengths(w, s, kappa, run.delta, squares);
+  add_squares(kappa, run.delta, s.n, squares);
 }
 
 // The quotients of a run: as they were kept, or formed again.
@@ -339,10 +374,8 @@ StepSums sgd_measure(const StepWeight<T>& w, const SgdRule& rule, int64_t first,
     const U* const kappa = gather_kappa(w, s, run.kappa);
     found.squares = Vec<U>{};
     quotients<T, U, true>(w, rule, s, run, kappa, run.step, found);
-    if (rule.bounded && (w.first || rule.decay != 0)) {
+    if (rule.bounded && (w.first || rule.decay != 0 || rule.given || rule.exact)) {
       add_changes(w, rule, s, kappa, run, squares);
-    } else if (rule.bounded && (rule.given || rule.exact)) {
-      add_lengths(w, s, kappa, run.step, squares);
     } else if (rule.bounded) {
       add_squares(found.squares, kappa, run.step, s.n, squares);
     }
@@ -607,8 +640,13 @@ Number path_mass(const StepWeight<T>& w, int64_t first, int64_t last) {
   Run<double> run;
   Squares squares;
   for_runs(w.columns, first, last, [&](const Span& s) {
-    shift<false, double>(w, s, w.weight + s.i, run.weight);
-    add_lengths(w, s, gather_kappa(w, s, run.kappa), run.weight, squares);
+    if (!w.entry_exponents) {
+      shift<false, double>(w, s, w.weight + s.i, run.weight);
+      return add_squares(gather_kappa(w, s, run.kappa), run.weight, s.n, squares);
+    }
+    for (int64_t q = 0; q < s.n; ++q) {
+      squares.far = squares.far + entry_length(w, s, q, static_cast<double>(w.weight[s.i + q]));
+    }
   });
   return squares.total();
 }
