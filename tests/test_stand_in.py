@@ -20,8 +20,9 @@ pytestmark = [
 
 def on_stand_in(*arguments, device="H100", **environment):
     command = [sys.executable, str(TESTS / "stand_in" / "run.py"), "--device", device, *arguments]
-    environment = {**os.environ, "PYTHONPATH": f"{TESTS}:{TESTS / 'gpu'}", **environment}
-    return subprocess.run(command, cwd=TESTS.parent, env=environment, capture_output=True, text=True)
+    own = {"PYTHONPATH": f"{TESTS}:{TESTS / 'gpu'}", "PYTEST_ADDOPTS": ""}
+    # Here, where no folder is named as the package that is installed.
+    return subprocess.run(command, cwd=TESTS, env={**os.environ, **own, **environment}, capture_output=True, text=True)
 
 
 def check(*arguments, **options):
@@ -44,11 +45,11 @@ def torch_runs():
 def test_what_is_asked_of_a_gpu(device):
     # Of other devices the rest is no different, and Triton's kernels would be compiled for each.
     only = [] if device == "H100" else ["-k", "(plan and cuda) or kappa1 or mistakes"]
-    check("-m", "pytest", *OPTIONS, "tests/stand_in/checks.py", *only, device=device)
+    check("-m", "pytest", *OPTIONS, "stand_in/checks.py", *only, device=device)
 
 
 @pytest.mark.slow
 def test_the_tests_of_a_gpu_run_through():
     """All but their comparisons, so that the first session with a GPU compares numbers instead of mending tests."""
-    without = ("--assert=plain", "-W", "ignore:ASSERTIONS ARE NOT EXECUTED")
-    check("-m", "pytest", *OPTIONS, *without, "tests/gpu", PYTHONOPTIMIZE="1")  # not -O: for its workers, too
+    without = ("--assert=plain", "-W", "ignore:ASSERTIONS ARE NOT EXECUTED", "-n", str(os.cpu_count()))
+    check("-m", "pytest", *OPTIONS, *without, "gpu", PYTHONOPTIMIZE="1")  # not -O: for its workers, too
