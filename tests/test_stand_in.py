@@ -36,7 +36,7 @@ def torch_runs():
     if not run.headers():
         pytest.skip("no headers of CUDA here")
     rnn = "torch.nn.RNN(3, 5, nonlinearity='relu').cuda()(torch.zeros(4, 2, 3, device='cuda'))[0].sum().backward()"
-    found = on_stand_in("-c", f"import torch; {rnn}; torch.cuda.synchronize()")
+    found = on_stand_in("-c", f"import os, torch; {rnn}; torch.cuda.synchronize(); os._exit(0)")
     if found.returncode:
         pytest.skip(f"torch {torch.__version__} does not run on it: {found.stderr[-300:]}")
 

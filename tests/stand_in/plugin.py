@@ -4,7 +4,9 @@ GPU: all that they do but to compare numbers, which kernels that do not run cann
 Memory that is allocated is all zeros, for what the host reads: that of a graph aside, it is never used again.
 """
 
+import os
 import re
+import sys
 
 import pytest
 import torch
@@ -52,3 +54,15 @@ def pytest_runtest_call(item):
         raise RuntimeError(f"refused: {refused}")
     if compared is not None:
         pytest.skip(f"no kernel has run: {compared}")
+
+
+def pytest_sessionfinish(session, exitstatus):
+    session.config.exit_status = int(exitstatus)
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_unconfigure(config):
+    """torch's threads of a device, which wait for work, now and then end a process that ends (std::terminate)."""
+    if not hasattr(config, "workerinput"):
+        sys.stdout.flush()
+        os._exit(getattr(config, "exit_status", 1))
