@@ -50,15 +50,10 @@ def test_what_is_asked_of_a_gpu(device):
 
 @pytest.mark.slow
 def test_the_tests_of_a_gpu_run_through():
-    """All but their comparisons, so that the first session with a GPU compares numbers instead of mending tests; and but
-    one: torch.compile's own graphs take memory from torch's allocator, which ``stand_in.plugin`` leaves out."""
-    without = (
-        "-k",
-        "not compiled_into_cuda_graphs",
-        "--assert=plain",
-        "-W",
-        "ignore:ASSERTIONS ARE NOT EXECUTED",
-        "-n",
-        str(os.cpu_count()),
-    )
-    check("-m", "pytest", *OPTIONS, *without, "gpu", PYTHONOPTIMIZE="1")  # not -O: for its workers, too
+    """All but their comparisons, so that the first session with a GPU compares numbers instead of mending tests.
+
+    And but one: torch.compile's own graphs take memory from torch's allocator, which ``stand_in.plugin`` leaves out.
+    """
+    without = ("-k", "not compiled_into_cuda_graphs", "--assert=plain", "-W", "ignore:ASSERTIONS ARE NOT EXECUTED")
+    workers = ("-n", str(os.cpu_count()))
+    check("-m", "pytest", *OPTIONS, *without, *workers, "gpu", PYTHONOPTIMIZE="1")  # not -O: for workers, too
