@@ -248,7 +248,8 @@ def assert_no_path_needs_no_range(make, expected, link, momentum=False, **option
         optimizer.state[net.rnn.weight_hh_l0]["momentum_buffer"].fill_(1.0)
         optimizer.step()
     found = net.rnn.weight_hh_l0.detach()[:, -1]
-    torch.testing.assert_close(found, torch.full_like(found, expected), rtol=1e-6, atol=0)
+    # Some roundings a step, of two.
+    torch.testing.assert_close(found, torch.full_like(found, expected), rtol=8 * torch.finfo(found.dtype).eps, atol=0)
 
 
 #: Optimisers of it, and what they make of 1.0.

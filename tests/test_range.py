@@ -348,12 +348,13 @@ def test_decay_far_from_the_rest_in_training(fused, dtype):
     """As a user comes to it: a line of 160 units with weights of 0.01, real passes, a radius."""
     net = delay_line(0.01, 160, dtype)
     optimizer = pk.PathSGD(net, lr=0.01, scale="path_norm", trust_radius=0.1, weight_decay=1e-4, fused=fused)
+    rtol = 2.5 * torch.finfo(dtype).eps  # two roundings a step, and the expected number's
     for n in (1, 2):
         optimizer.zero_grad()
         (net(torch.rand(200, 4, 1, dtype=dtype)) - 1).square().mean().backward()
         optimizer.step()
         found = net.rnn.weight_hh_l0.detach()[:, -1]
-        torch.testing.assert_close(found, torch.full_like(found, (1 - 1e-6) ** n), rtol=3e-7, atol=0)
+        torch.testing.assert_close(found, torch.full_like(found, (1 - 1e-6) ** n), rtol=rtol, atol=0)
 
 
 @pytest.mark.parametrize("fused", (None, False), ids=("kernels", "plain"))
@@ -373,6 +374,7 @@ def test_momentum_beyond_canonical_coordinates(fused):
 @pytest.mark.parametrize("link, hidden", ((0.01, 160), (1e-30, 30), (100.0, 160), (1e30, 30)))
 def test_a_radius_where_canonical_coordinates_end(link, hidden, kind, dtype):
     """What has a path may be 0 there, or infinite: its length had been 0, or the step refused."""
+    rtol = 1e-3 if dtype == F32 else 1e-10  # a spacing of 1.0 beside steps of 8e-5; beside roundings of κ
     for fused in (None,) if kind == "given" else (None, False):
         net = delay_line(link, hidden, dtype)
         weight = net.rnn.weight_ih_l0
@@ -391,4 +393,4 @@ def test_a_radius_where_canonical_coordinates_end(link, hidden, kind, dtype):
         # Every weight on the line is on the same path: κ w² = γ², and all are shortened by the same part.
         before = weight[0, 0].item()
         optimizer.step()
-        torch.testing.assert_close(before - weight[0, 0].item(), 1e-3 / hidden**0.5, rtol=1e-3, atol=0)
+        torch.testing.assert_close(before - weight[0, 0].item(), 1e-3 / hidden**0.5, rtol=rtol, atol=0)

@@ -56,11 +56,6 @@ def environment(device: str = DEVICES[0]) -> dict[str, str]:
     }
 
 
-def loaded() -> bool:
-    """Whether this process runs on it."""
-    return "STAND_IN_DEVICE" in os.environ
-
-
 def records() -> list[dict[str, Any]]:
     """What has been called since the last time, in order."""
     take = ctypes.CDLL("libcuda.so.1").stand_in_take

@@ -3,7 +3,6 @@
 // a capture would refuse is refused. Loaded ahead of the real ones (LD_PRELOAD); stand_in.py asks for what was recorded.
 #include <cuda.h>
 #include <cuda_runtime_api.h>
-#include <dlfcn.h>
 #include <sys/mman.h>
 
 #include <algorithm>
@@ -100,7 +99,6 @@ class Record {
 
 struct Capture {
   cudaStream_t origin;
-  cudaStreamCaptureMode mode;
   unsigned long long id;
   bool broken = false;
   int64_t nodes = 0;
@@ -524,11 +522,11 @@ EXPORT cudaError_t cudaEventElapsedTime(float* ms, cudaEvent_t, cudaEvent_t) { r
 EXPORT cudaError_t cudaThreadExchangeStreamCaptureMode(cudaStreamCaptureMode* mode) {
   return std::swap(*mode, thread_mode), cudaSuccess;
 }
-EXPORT cudaError_t cudaStreamBeginCapture(cudaStream_t stream, cudaStreamCaptureMode mode) {
+EXPORT cudaError_t cudaStreamBeginCapture(cudaStream_t stream, cudaStreamCaptureMode) {
   LOCKED;
   if (!stream || capturing(stream)) return failed(cudaErrorStreamCaptureUnsupported, "a capture of this stream");
   static unsigned long long next = 0;
-  stream_of(stream).capture = new Capture{stream, mode, ++next, false, 0, {}};
+  stream_of(stream).capture = new Capture{stream, ++next, false, 0, {}};
   captures.insert(stream_of(stream).capture);
   Record("begin capture").add("stream", reinterpret_cast<uintptr_t>(stream));
   return cudaSuccess;
