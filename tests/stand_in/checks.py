@@ -61,8 +61,9 @@ def test_launches_of_kappa(backend, second_term):
         records()
         ops.path_chain(*call, **options)
         calls = records()
-    assert 8 <= len(of("launch", calls)) <= (25 if second_term else 12)
-    assert given(calls) == of("launch", calls) and not of("wait", calls)
+    # Zeros are written by a launch or, from torch 2.15 on, by a memset.
+    assert 8 <= len(given(calls)) <= (25 if second_term else 12)
+    assert not of("copy", calls) and not of("wait", calls)
 
 
 @SECOND
@@ -74,8 +75,8 @@ def test_launches_of_a_step(kind, second_term):
         records()
         optimizer.step()
         calls = records()
-    names = [record["name"] for record in of("launch", calls)]
-    assert 11 <= len(names) <= 15 + 2 * (kind == "momentum") + 13 * second_term, names
+    given_names = [record.get("name", "memset") for record in given(calls) if record["call"] != "copy"]
+    assert 11 <= len(given_names) <= 15 + 2 * (kind == "momentum") + 13 * second_term, given_names
     assert [wait["by"] for wait in of("wait", calls)] == ["cudaEventSynchronize"]
     # The table of what lies where, as memory is never used again here, and the status. Pinned, both.
     assert [(copy["from"], copy["to"]) for copy in of("copy", calls)] == [(-1, 0), (0, -1)]

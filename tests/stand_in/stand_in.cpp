@@ -671,6 +671,9 @@ EXPORT CUresult cuCtxSetCurrent(CUcontext context) {
 }
 EXPORT CUresult cuCtxGetLimit(size_t* value, CUlimit) { return *value = 0, CUDA_SUCCESS; }
 EXPORT CUresult cuCtxSetLimit(CUlimit, size_t) { return CUDA_SUCCESS; }
+EXPORT CUresult cuStreamIsCapturing(CUstream stream, CUstreamCaptureStatus* status) {
+  return static_cast<CUresult>(cudaStreamIsCapturing(stream, reinterpret_cast<cudaStreamCaptureStatus*>(status)));
+}
 EXPORT CUresult cuModuleLoadData(CUmodule* module, const void*) {
   LOCKED;
   return *module = handle<CUmodule>(), CUDA_SUCCESS;
