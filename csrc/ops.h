@@ -103,7 +103,9 @@ struct StepWeight {
   const T* kappa;
   int64_t row_stride, column_stride;
   int64_t exponent;
-  const int64_t* entry_exponents;  // strides as kappa, or null: zeros
+  // Strides as kappa, or null: zeros. In a step, e is 0 where there are any, and arithmetic is by entries, as numbers of any
+  // size.
+  const int64_t* entry_exponents;
   const int64_t *row, *column;     // or null: zeros
   // 2^row, 2^-row, 2^column, 2^-column where every product of two of them is a normal number, or `tables` is false.
   bool tables;
@@ -123,7 +125,6 @@ struct StepWeight {
 struct SgdRule {
   Number quotient, kappa_share, damping;  // quotient < 0 climbs; the others are κ's and γ²'s share of the divisor
   double before, after;                   // quotient, in two factors
-  bool exact;                             // entry by entry as numbers of any size
   double rate, momentum, decay;
   bool nesterov;
   bool given;
@@ -136,6 +137,7 @@ struct SgdRule {
 // Steps in path coordinates p sqrt(κ)/γ, of the gradient g/sqrt(κ) · before · after, whose norm over all weights is 1:
 // Δ = -rate · sign(m) min(|m| / (sqrt(correction · v) + eps), 1)^power / sqrt(kappa), added to keep · weight.
 struct CoordinateRule {
+  Number quotient, longest;  // `before` and `after`; `rate`
   double before, after;
   double beta1, beta2, correction, eps, power;
   double rate, keep;

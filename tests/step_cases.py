@@ -267,3 +267,41 @@ FAR = {
     "PathSOAP": (lambda net, **o: pk.PathSOAP(net, weight_decay=0.5, warmup=0, seq_len=40, **o), 0.995),
     "GatedPathSGD": (lambda net, **o: pk.GatedPathSGD(net, hold=0, seq_len=40, **o), 1.0),
 }
+
+#: Steps of a thousandth, or so.
+ON_A_PATH = {
+    "path_norm": lambda net, _, **o: pk.PathSGD(net, lr=1e-3, scale="path_norm", **o),
+    "radius": lambda net, n, **o: pk.PathSGD(net, lr=1.0, scale="path_norm", trust_radius=1e-3 * n**0.5, **o),
+    "eps": lambda net, _, **o: pk.PathSGD(net, lr=2e-3, scale="path_norm", eps=1.0, **o),
+    "first_step": lambda net, _, lr, **o: pk.PathSGD(net, lr=1e-3 * lr, scale="first_step", **o),
+    "PathAdam": lambda net, _, **o: pk.PathAdam(net, lr=1e-3, betas=(0.0, 0.9), eps=0.0, **o),
+    "GatedPathSGD": lambda net, _, **o: pk.GatedPathSGD(net, lr=1e-3, betas=(0.0, 0.9), hold=0, warmup=0, **o),
+}
+
+
+def assert_steps_on_a_path(kind, link, hidden, dtype, **options):
+    """The only path: κ w² = γ² for all weights on it."""
+    net = delay_line(link, hidden, dtype)
+    with torch.no_grad():
+        net.rnn.weight_hh_l0[:, -1] = 0  # so that all weights but zeros are on it
+    weights = [p for p in net.parameters() if p.requires_grad]
+    on = [p.detach() != 0 for p in weights]
+    options["seq_len"] = 2 * hidden
+    if kind == "first_step":  # its constant is ‖g‖ / ‖g/κ‖ = γ² ‖1/w‖ / ‖w‖
+        lengths = [torch.cat([p.detach()[i].double() ** e for p, i in zip(weights, on, strict=True)]) for e in (1, -1)]
+        options["lr"] = (lengths[0].norm() / lengths[1].norm()).item()
+    optimizer = ON_A_PATH[kind](net, sum(int(i.sum()) for i in on), **options)
+    for p, i in zip(weights, on, strict=True):
+        p.grad = torch.where(i, 1 / p.detach(), 0)
+    before = [p.detach().clone() for p in weights]
+    optimizer.step()
+    for p, i, old in zip(weights, on, before, strict=True):
+        # One of Adam's steps is as long in every tensor.
+        share = 1e-3 / (p.numel() ** 0.5 if kind in ("PathAdam", "GatedPathSGD") else 1)
+        share = 2e-3 / (1 + old.double() ** 2) if kind == "eps" else share
+        expected = (old.double() * (1 - share)).to(dtype)
+        # Of the sum and of κ; and the step's, a thousandth, of γ² from its logarithm in float64.
+        logarithm = 2 * hidden * abs(math.log(link))
+        rtol = roundings(dtype, 8) + roundings(torch.float64, 1e-3 * logarithm)
+        torch.testing.assert_close(p.detach()[i], expected[i], rtol=rtol, atol=0)
+        assert not p.detach()[~i].any()

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 from oracles import check_logarithms
-from step_cases import FAR, assert_no_path_needs_no_range, delay_line
+from step_cases import FAR, ON_A_PATH, assert_no_path_needs_no_range, assert_steps_on_a_path, delay_line
 from torch import nn
 
 import pathrnn_kernels as pk
@@ -326,8 +326,7 @@ def test_kappa_that_is_kept_is_cast_with_its_range(way):
 def test_weights_on_no_path_between_units_far_apart(kind, fused, dtype):
     """They had been 0, infinite, or had no decay, beyond exponents of 1000: canonical coordinates do not hold them."""
     make, expected = FAR[kind]
-    # At 1e30 κ of W_ih spans more than a float64, and steps in path coordinates are refused by the kernels.
-    for link in (1e-30, 1e-3, 1e20) if kind.startswith(("Path", "Gated")) else (1e-30, 1e-3, 1e30):
+    for link in (1e-30, 1e-3, 1e30):
         assert_no_path_needs_no_range(
             lambda net: make(net, fused=fused), expected, link, momentum=kind == "momentum", dtype=dtype
         )
@@ -394,3 +393,13 @@ def test_a_radius_where_canonical_coordinates_end(link, hidden, kind, dtype):
         before = weight[0, 0].item()
         optimizer.step()
         torch.testing.assert_close(before - weight[0, 0].item(), 1e-3 / hidden**0.5, rtol=rtol, atol=0)
+
+
+@DTYPES
+@pytest.mark.parametrize("fused", (None, False), ids=("kernels", "plain"))
+@pytest.mark.parametrize("link, hidden", ((0.01, 160), (0.01, 400), (1e-30, 30), (100.0, 400), (1e30, 12)))
+@pytest.mark.parametrize("kind", ON_A_PATH)
+def test_steps_on_a_path_between_units_far_apart(kind, link, hidden, fused, dtype):
+    """They had been lost in silence, or refused, where canonical coordinates in float64 do not hold the gradient, the
+    quotient, or γ/sqrt(κ)."""
+    assert_steps_on_a_path(kind, link, hidden, dtype, fused=fused)

@@ -68,6 +68,7 @@ struct Kernels {
   void (*relu_rnn_backward)(const ReluRnnBackward<T>&, int threads);
   // The index of the first weight that is not finite, in the order of PathChain's fields by layer, or -1.
   int64_t (*path_chain)(const PathChain<T>&, int threads);
+  bool (*far_gradients)(const StepWeight<T>&, const SgdRule*, bool narrow);
   // Of entries [first, last); arithmetic in [0] the weights' dtype, [1] float64.
   StepSums (*sgd_measure[2])(const StepWeight<T>&, const SgdRule&, int64_t first, int64_t last);
   void (*sgd_apply[2])(const StepWeight<T>&, const SgdRule&, int64_t first, int64_t last);

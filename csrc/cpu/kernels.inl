@@ -33,6 +33,7 @@ template <typename T>
 constexpr Kernels<T> kKernels{&relu_rnn_forward<T>,
                               &relu_rnn_backward<T>,
                               &path_chain<T>,
+                              &far_gradients<T>,
                               {&sgd_measure<T, T>, &sgd_measure<T, double>},
                               {&sgd_apply<T, T>, &sgd_apply<T, double>},
                               {&coordinate_measure<T, T>, &coordinate_measure<T, double>},

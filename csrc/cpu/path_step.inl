@@ -218,18 +218,37 @@ bool lost_entries(const StepWeight<T>& w, double limit, const Span& s, const U* 
   return lost;
 }
 
-// Quotients of a run's entries one by one, as numbers of any size.
-template <typename T, typename U>
-void exact_quotients(const StepWeight<T>& w, const SgdRule& rule, const Span& s, U* quotients) {
-  for (int64_t q = 0; q < s.n; ++q) {
-    Number divisor = entry_kappa(w, kappa_at(w, s, q)) * rule.kappa_share;
-    const int64_t e = exponent_at(w, s.row, s.column + q);
-    if (rule.damping.mantissa != 0) divisor = divisor + rule.damping * Number{1, -2 * e};
-    const double g = static_cast<double>(w.gradient[s.i + q]);
-    double quotient = g - g;
-    if (divisor.mantissa != 0) quotient = (Number{g, -e}.normal() * rule.quotient / divisor.normal()).normal().value();
-    quotients[q] = static_cast<U>(quotient);
-  }
+// The quotient of the q-th entry of a run, where κ has entry exponents.
+template <typename T>
+Number exact_quotient(const StepWeight<T>& w, const SgdRule& rule, const Span& s, int64_t q) {
+  const Number divisor = (entry_kappa(w, kappa_at(w, s, q)) * rule.kappa_share + rule.damping).normal();
+  const double g = static_cast<double>(w.gradient[s.i + q]);
+  if (divisor.mantissa == 0) return {g - g, 0};
+  return (Number{g, 0}.normal() * rule.quotient / divisor).normal();
+}
+
+// Whether canonical coordinates in float64, or in T where that is `narrow`, do not hold a gradient on a path, or what
+// `rule` makes of it. Of units that are not far apart they do; and powers of two, by which a network is rescaled, do not
+// change what is found.
+template <typename T>
+bool far_gradients(const StepWeight<T>& w, const SgdRule* rule, bool narrow) {
+  const int64_t near = narrow ? 60 : 480, most = narrow ? 100 : 900;
+  const int64_t inner = narrow ? most : 400;  // with room for κ and the factors of a quotient, one after the other
+  if (w.most_down <= near) return false;
+  bool far = false;
+  for_runs(w.columns, 0, w.size, [&](const Span& s) {
+    for (int64_t q = 0; q < s.n && !far; ++q) {
+      const int64_t e = exponent_at(w, s.row, s.column + q);
+      const Number share = rule ? rule->damping * Number{1, -2 * e} : Number{}, kappa = entry_kappa(w, kappa_at(w, s, q));
+      far = !share.moderate(most);  // of every entry: what is infinite is no divisor, even of 0
+      const double g = static_cast<double>(w.gradient[s.i + q]);
+      const Number divisor = (rule ? kappa * rule->kappa_share + share : kappa).normal();
+      if (g == 0 || !std::isfinite(g) || divisor.mantissa == 0) continue;
+      const Number canonical = Number{g, -e}.normal();
+      far |= !canonical.moderate(inner) || (rule && !(canonical * rule->quotient / divisor).moderate(most));
+    }
+  });
+  return far;
 }
 
 // What quotients came to.
@@ -279,7 +298,9 @@ void quotients(const StepWeight<T>& w, const SgdRule& rule, const Span& s, Run<U
     }
   }
   if (measure) found = seen;
-  if (rule.exact) exact_quotients(w, rule, s, out);
+  for (int64_t q = 0; w.entry_exponents && q < s.n; ++q) {
+    out[q] = static_cast<U>(exact_quotient(w, rule, s, q).value());
+  }
 }
 
 // Where a run's quotients are kept from one pass to the other: in κ's place, if that is free.
@@ -374,7 +395,7 @@ StepSums sgd_measure(const StepWeight<T>& w, const SgdRule& rule, int64_t first,
     const U* const kappa = gather_kappa(w, s, run.kappa);
     found.squares = Vec<U>{};
     quotients<T, U, true>(w, rule, s, run, kappa, run.step, found);
-    if (rule.bounded && (w.first || rule.decay != 0 || rule.given || rule.exact)) {
+    if (rule.bounded && (w.first || rule.decay != 0 || rule.given || w.entry_exponents)) {
       add_changes(w, rule, s, kappa, run, squares);
     } else if (rule.bounded) {
       add_squares(found.squares, kappa, run.step, s.n, squares);
@@ -384,7 +405,7 @@ StepSums sgd_measure(const StepWeight<T>& w, const SgdRule& rule, int64_t first,
   sums.pulled = found.pulls.value() != 0;
   sums.paths = found.paths.value() > 0;
   const double down = power_of_two<double>(std::clamp<int64_t>(w.most_down, -1000, 1000));
-  if (rule.exact || !(found.steps.value() * down <= rule.limit)) {
+  if (!rule.given && (w.entry_exponents || !(found.steps.value() * down <= rule.limit))) {
     for_runs(w.columns, first, last, [&](const Span& s) {
       sums.lost |= lost_entries(w, rule.limit, s, quotients_again(w, rule, s, run));
     });
@@ -429,10 +450,7 @@ void sgd_apply(const StepWeight<T>& w, const SgdRule& rule, int64_t first, int64
   });
 }
 
-// The largest 1/sqrt(κ): finite, so that 0 times it is 0.
-constexpr double kFarthest = 0x1p1000;
-
-// 1/sqrt(κ) of a run, without `exponent`, and 0 on no path.
+// 1/sqrt(κ) of a run, without exponents, and 0 on no path.
 template <typename T, typename U>
 void gather_units(const StepWeight<T>& w, const Span& s, U* out) {
   const Vec<U> zero{};
@@ -441,10 +459,17 @@ void gather_units(const StepWeight<T>& w, const Span& s, U* out) {
     const Vec<U> k = load(kappa + q, s.n - q);
     store(out + q, k > zero ? inverse_root(k) : zero, s.n - q);
   }
-  for (int64_t q = 0; w.entry_exponents && q < s.n; ++q) {
-    const Number k = entry_kappa(w, kappa_at(w, s, q));
-    if (k.mantissa > 0) out[q] = static_cast<U>(std::min((Number{1, 0} / k.root()).normal().value(), kFarthest));
-  }
+}
+// factor/sqrt(κ) of the q-th entry of a run, where κ has entry exponents.
+template <typename T>
+Number exact_unit(const StepWeight<T>& w, const Number& factor, const Span& s, int64_t q) {
+  const Number kappa = entry_kappa(w, kappa_at(w, s, q));
+  return kappa.mantissa > 0 ? (factor / kappa.root()).normal() : Number{};
+}
+// g/sqrt(κ) · factor, likewise.
+template <typename T>
+Number exact_gradient(const StepWeight<T>& w, const Number& factor, const Span& s, int64_t q) {
+  return Number{static_cast<double>(w.gradient[s.i + q]), 0}.normal() * exact_unit(w, factor, s, q);
 }
 
 template <typename T, typename U>
@@ -469,14 +494,16 @@ StepSums coordinate_measure(const StepWeight<T>& w, int64_t first, int64_t last)
     }
     units = unit_seen;
     pulls = pull_seen;
-    for (int64_t q = 0; w.entry_exponents && q < s.n; ++q) {
-      sums.lost |= own[q] == kFarthest && w.gradient[s.i + q] != 0;
+    if (!w.entry_exponents) return add_squares<U>(lanes, nullptr, run.step, s.n, squares);
+    for (int64_t q = 0; q < s.n; ++q) {
+      const Number x = exact_gradient(w, {1, 0}, s, q);
+      if (x.mantissa != 0) squares.far = squares.far + x * x;
     }
-    add_squares<U>(lanes, nullptr, run.step, s.n, squares);
   });
   sums.square = squares.total();
   sums.largest_unit = units.value();
   sums.paths = sums.largest_unit > 0;
+  if (w.entry_exponents) sums.largest_unit = std::numeric_limits<double>::infinity();
   sums.pulled = pulls.value() != 0;
   return sums;
 }
@@ -526,17 +553,37 @@ struct Averaging {
   int whole;
 };
 
-// The units of a run; what was measured is in κ's place, if that was free.
+// Of a run: g̃/‖g̃‖ = gradient · units · before · after, and Δ = step · rate · units.
+template <typename U>
+struct PathRun {
+  Canonically<U> gradient;
+  const U* units;
+  U before, after, rate;
+};
+// What was measured is in κ's place, if that was free. `gradients`: whether those are wanted.
 template <typename T, typename U>
-const U* units_of(const StepWeight<T>& w, const Span& s, Run<U>& run) {
-  if (const U* const units = kept<T, U>(w, s)) return units;
-  gather_units(w, s, run.kappa);
-  return run.kappa;
+PathRun<U> path_run(const StepWeight<T>& w, const CoordinateRule& rule, const Span& s, Run<U>& run, bool gradients) {
+  if (w.entry_exponents) {
+    for (int64_t q = 0; q < s.n; ++q) {
+      if (gradients) run.gradient[q] = static_cast<U>(exact_gradient(w, rule.quotient, s, q).value());
+    }
+    const U* const ones = kOnes<U>.data();
+    return {{run.gradient, U(1), ones}, ones, U(1), U(1), U(1)};  // and steps are lengthened one by one
+  }
+  const U* units = kept<T, U>(w, s);
+  if (!units) gather_units(w, s, run.kappa), units = run.kappa;
+  Canonically<U> gradient{};
+  if (gradients) gradient = canonically<true>(w, s, w.gradient, run.gradient);
+  return {gradient, units, static_cast<U>(rule.before), static_cast<U>(rule.after), static_cast<U>(-rule.rate)};
 }
 
 // Adds Δ to a run's weights; without `write` it says whether that brings one beyond the limit.
 template <typename T, typename U>
-inline bool place_step(const StepWeight<T>& w, const CoordinateRule& rule, const Span& s, const U* delta, bool write) {
+inline bool place_step(const StepWeight<T>& w, const CoordinateRule& rule, const Span& s, U* delta, bool write) {
+  for (int64_t q = 0; w.entry_exponents && q < s.n; ++q) {
+    const Number unit = exact_unit(w, rule.longest, s, q), step = Number{-static_cast<double>(delta[q]), 0}.normal();
+    delta[q] = unit.mantissa == 0 ? U(0) : static_cast<U>((step * unit).value());
+  }
   const U growth = static_cast<U>(rule.keep - 1);
   if (write) {
     add_step(w, s, delta, U(1), U(1), growth, w.moved + s.i);
@@ -556,12 +603,10 @@ inline bool place_step(const StepWeight<T>& w, const CoordinateRule& rule, const
 template <typename T, typename U>
 bool coordinate_apply(const StepWeight<T>& w, const CoordinateRule& rule, int64_t first, int64_t last, bool write) {
   Run<U> run;
-  const U before = static_cast<U>(rule.before), after = static_cast<U>(rule.after), rate = static_cast<U>(-rule.rate);
   const Averaging<U> averaging(rule);
   bool lost = false;
   for_runs(w.columns, first, last, [&](const Span& s) {
-    const Canonically<U> gradient = canonically<true>(w, s, w.gradient, run.gradient);
-    const U* const units = units_of(w, s, run);
+    const PathRun<U> path = path_run(w, rule, s, run, true);
     // The averages are changed where they are, if they may be.
     U *average = run.first, *square = run.second;
     bool copied = true;
@@ -575,12 +620,12 @@ bool coordinate_apply(const StepWeight<T>& w, const CoordinateRule& rule, int64_
     }
     for (int64_t q = 0; q < s.n; q += Simd<U>::width) {
       const int64_t n = s.n - q;
-      const Vec<U> unit = load(units + q, n), g = gradient.at(q, n) * unit * before * after;
+      const Vec<U> unit = load(path.units + q, n), g = path.gradient.at(q, n) * unit * path.before * path.after;
       Vec<U> m = load(average + q, n), v = load(square + q, n);
       const Vec<U> step = averaging(g, m, v);
       store(average + q, m, n);
       store(square + q, v, n);
-      store(run.delta + q, step * rate * unit);
+      store(run.delta + q, step * path.rate * unit);
     }
     lost |= place_step(w, rule, s, run.delta, write);
     if (!write || !copied) return;
@@ -595,13 +640,12 @@ bool coordinate_apply(const StepWeight<T>& w, const CoordinateRule& rule, int64_
 template <typename T, typename U>
 void coordinate_gradient(const StepWeight<T>& w, const CoordinateRule& rule, int64_t first, int64_t last, void* out) {
   Run<U> run;
-  const U before = static_cast<U>(rule.before), after = static_cast<U>(rule.after);
   for_runs(w.columns, first, last, [&](const Span& s) {
-    const Canonically<U> gradient = canonically<true>(w, s, w.gradient, run.gradient);
-    const U* const units = units_of(w, s, run);
+    const PathRun<U> path = path_run(w, rule, s, run, true);
     for (int64_t q = 0; q < s.n; q += Simd<U>::width) {
       const int64_t n = s.n - q;
-      store(static_cast<U*>(out) + s.i + q, gradient.at(q, n) * load(units + q, n) * before * after, n);
+      const Vec<U> g = path.gradient.at(q, n) * load(path.units + q, n) * path.before * path.after;
+      store(static_cast<U*>(out) + s.i + q, g, n);
     }
   });
 }
@@ -622,12 +666,12 @@ template <typename T, typename U>
 bool coordinate_move(const StepWeight<T>& w, const CoordinateRule& rule, int64_t first, int64_t last, const void* step,
                      bool write) {
   Run<U> run;
-  const U rate = static_cast<U>(-rule.rate);
   bool lost = false;
   for_runs(w.columns, first, last, [&](const Span& s) {
-    const U *const units = units_of(w, s, run), *const own = static_cast<const U*>(step) + s.i;
+    const PathRun<U> path = path_run(w, rule, s, run, false);
+    const U* const own = static_cast<const U*>(step) + s.i;
     for (int64_t q = 0; q < s.n; q += Simd<U>::width) {
-      store(run.delta + q, load(own + q, s.n - q) * rate * load(units + q, s.n - q));
+      store(run.delta + q, load(own + q, s.n - q) * path.rate * load(path.units + q, s.n - q));
     }
     lost |= place_step(w, rule, s, run.delta, write);
   });
@@ -659,11 +703,17 @@ void raw_and_divided(const StepWeight<T>& w, const SgdRule& rule, int64_t first,
   Found<double> found;
   Squares whole, parts;
   for_runs(w.columns, first, last, [&](const Span& s) {
-    quotients<T, double, false>(w, rule, s, run, gather_kappa(w, s, run.kappa), run.step, found);
-    shift<true, double>(w, s, run.step, run.step);
+    for (int64_t q = 0; w.entry_exponents && q < s.n; ++q) {
+      const Number quotient = exact_quotient(w, rule, s, q);
+      if (quotient.mantissa != 0) parts.far = parts.far + quotient * quotient;
+    }
+    if (!w.entry_exponents) {
+      quotients<T, double, false>(w, rule, s, run, gather_kappa(w, s, run.kappa), run.step, found);
+      shift<true, double>(w, s, run.step, run.step);
+      add_squares<double>(nullptr, run.step, s.n, parts);
+    }
     std::copy(w.gradient + s.i, w.gradient + s.i + s.n, run.gradient);
     add_squares<double>(nullptr, run.gradient, s.n, whole);
-    add_squares<double>(nullptr, run.step, s.n, parts);
   });
   *raw = whole.total();
   *divided = parts.total();

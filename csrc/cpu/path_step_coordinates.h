@@ -27,6 +27,7 @@ class Coordinates {
     const Number norm = path_norm();
     if (norm.mantissa == 0) return weights_.pulled() ? kNoPath : kDone;
     if (!std::isfinite(norm.mantissa)) return kUnbounded;
+    for (const int64_t v : inner_) weights_.take_far(v, !longest_of(v, norm).moderate(kFar), nullptr);
     const std::vector<Tile> tiles = weights_.tiles(bias_);
     const std::vector<StepSums> sums = weights_.measure(tiles, [&](const Tile& tile) {
       return kernels<T>().coordinate_measure[weights_.wide](weights_.views[tile.weight], tile.first, tile.last);
@@ -94,25 +95,34 @@ class Coordinates {
     }
     return true;
   }
+  // Of κ's scale: 1/sqrt(κ) = root / sqrt(kappa).
+  Number root_of(int64_t v) const { return Number{1, -weights_.views[v].exponent}.root(); }
+  // Of the rate, while it rises.
+  double share_of(int64_t v) const {
+    return std::min(1.0, (weights_.steps(v) + 1.0) / std::max(weights_.numbers(v)[6], 1.0));
+  }
+  // The length of a step in path coordinates, times κ's scale.
+  Number longest_of(int64_t v, const Number& norm) const {
+    const double size = static_cast<double>(weights_.views[v].size);
+    return (norm.root() * root_of(v) * Number{weights_.rate(v) * share_of(v) / std::sqrt(size), 0}).normal();
+  }
   bool set_rule(int64_t v, const Number& norm, const Number& length, CoordinateRule& rule) const {
-    const StepWeight<T>& w = weights_.views[v];
     const double* const n = weights_.numbers(v);
     const double steps = weights_.steps(v) + 1, rate = weights_.rate(v);
-    const Number root = Number{1, -w.exponent}.root();  // of κ's scale: 1/sqrt(κ) = root / sqrt(kappa)
-    const Number quotient = (root / length).normal();
-    quotient.split(rule.before, rule.after);
-    if (n[7] != 0) rule.before = -rule.before;
+    rule.quotient = (root_of(v) / length).normal();
+    if (n[7] != 0) rule.quotient.mantissa = -rule.quotient.mantissa;
+    rule.quotient.split(rule.before, rule.after);
     rule.beta1 = n[1];
     rule.beta2 = n[2];
     rule.correction = 1 / (1 - std::pow(n[2], steps));
     rule.power = n[3];
     rule.eps = n[4];
-    const double share = std::min(1.0, steps / std::max(n[6], 1.0));
-    const Number longest = norm.root() * root * Number{rate * share / std::sqrt(static_cast<double>(w.size)), 0};
-    rule.rate = longest.normal().value();
+    const double share = share_of(v);
+    rule.longest = longest_of(v, norm);
+    rule.rate = rule.longest.value();
     rule.keep = 1 - rate * share * n[8];
     rule.limit = weights_.limit;
-    return !weights_.narrow() || (quotient.moderate(2 * kModerate) && longest.moderate(kModerate));
+    return !weights_.narrow() || (rule.quotient.moderate(2 * kModerate) && rule.longest.moderate(kModerate));
   }
 
   bool apply(const Tile& tile, bool write) const {

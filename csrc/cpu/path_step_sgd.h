@@ -83,11 +83,11 @@ class Sgd {
     } else {
       quotient.split(rule.before, rule.after);
     }
-    rule.exact = w.entry_exponents || std::abs(quotient.exponent) > kFar || rule.kappa_share.exponent < -kFar ||
-                 rule.damping.exponent < -kFar;
     rule.rate = weights_.rate(v);
     // A float would not hold it beside a gradient: 0 times infinity is no step of 0.
-    weights_.wide |= rule.exact || !quotient.moderate(kModerate) || !Number{rule.rate, 0}.moderate(kModerate);
+    weights_.wide |= !quotient.moderate(kModerate) || !Number{rule.rate, 0}.moderate(kModerate);
+    const bool far = !quotient.moderate(kFar) || rule.kappa_share.exponent < -kFar || rule.damping.exponent < -kFar;
+    weights_.take_far(v, far, &rule);
     rule.momentum = n[1];
     rule.decay = n[2];
     rule.nesterov = n[3] != 0;

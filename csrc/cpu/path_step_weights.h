@@ -79,6 +79,14 @@ class Weights {
   // What GradScaler's factor is taken back with.
   double unscaled() const { return arguments.grad_scale ? 1 / scalar(*arguments.grad_scale) : 1; }
 
+  // Puts the v-th weight down for arithmetic that holds it: `far`, or found to be so.
+  void take_far(int64_t v, bool far, const SgdRule* rule) {
+    StepWeight<T>& w = views[v];
+    if (w.entry_exponents) return;
+    wide |= far || (narrow() && kernels<T>().far_gradients(w, rule, true));
+    if (far || (!narrow() && kernels<T>().far_gradients(w, rule, false))) by_entries(w);
+  }
+
   // Whether any gradient is not 0.
   bool pulled() const {
     for (const StepWeight<T>& w : views) {
@@ -277,6 +285,28 @@ class Weights {
     w.column_down = u.down.data();
   }
 
+  // The weight in its own coordinates, with exponents for each entry's κ.
+  void by_entries(StepWeight<T>& w) {
+    Unfolded& u = unfolded_.emplace_back();
+    u.kappa.resize(w.size);
+    u.exponent.resize(w.size);
+    for (int64_t i = 0; i < w.size; ++i) {
+      const int64_t row = i / w.columns, column = i % w.columns, at = row * w.row_stride + column * w.column_stride;
+      u.kappa[i] = w.kappa[at];
+      u.exponent[i] = 2 * ((w.row ? w.row[row] : 0) + (w.column ? w.column[column] : 0));
+      if (w.entry_exponents) u.exponent[i] += w.entry_exponents[at];
+    }
+    w.kappa = u.kappa.data();
+    w.row_stride = w.columns;
+    w.column_stride = 1;
+    w.entry_exponents = u.exponent.data();
+    w.row = w.column = nullptr;
+    w.row_up = w.row_down = w.column_up = w.column_down = nullptr;
+    w.tables = true;
+    w.most_down = 0;
+    w.spare = nullptr;
+  }
+
   void add(int64_t v) {
     const Arguments& a = arguments;
     const int64_t i = moving[v];
@@ -301,8 +331,11 @@ class Weights {
     const Tensor& factor = kappa.factors[a.chains.place(i)];
     const bool matrix = own.dim() == 2 && factor.sizes() == own.sizes() && factor.is_contiguous();
     if (kappa.own && matrix && !w.entry_exponents) w.spare = factor.mutable_data_ptr<T>();
+    if (w.entry_exponents) {
+      wide = true;
+      by_entries(w);
+    }
     views.push_back(w);
-    wide |= w.entry_exponents != nullptr;
   }
 
   void cut(int64_t v, std::vector<Tile>& tiles) const {

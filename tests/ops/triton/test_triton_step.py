@@ -9,11 +9,13 @@ import torch
 from step_cases import (
     COORDINATES,
     FAR,
+    ON_A_PATH,
     SCALES,
     Case,
     Launched,
     assert_no_path_needs_no_range,
     assert_steps_alike,
+    assert_steps_on_a_path,
     fresh,
     in_plain_torch,
     rescale_,
@@ -553,3 +555,10 @@ def test_weights_on_no_path_between_units_far_apart(monkeypatch, kind):
     make, expected = FAR[kind]
     for link in (1e-20, 1e20):
         assert_no_path_needs_no_range(make, expected, link, momentum=kind == "momentum", hidden=10)
+
+
+@pytest.mark.parametrize("kind", ON_A_PATH)
+def test_steps_on_a_path_between_units_far_apart(monkeypatch, kind):
+    monkeypatch.setenv("PATHRNN_BACKEND", "triton")
+    for link, dtype in ((1e-30, F32), (1e30, F32), (1e-150, F64)):
+        assert_steps_on_a_path(kind, link, 12, dtype)
