@@ -25,7 +25,9 @@ def node_rescale_(net: PathNetwork, alphas: Sequence[Tensor]) -> PathNetwork:
 
     The network computes the same function of x, and γ² and Theorem 2 hold unchanged, with h_0 = 0. A hidden state
     that the caller hands to the RNN is in the old units: multiply h_0 of layer i by α^i. For the same reason γ² is
-    *not* invariant with ``h0="ones"``: those ones are constants that no rescaling reaches.
+    *not* invariant with ``h0="ones"``: those ones are constants that no rescaling reaches. What an optimiser keeps of
+    steps before is in the old units, too: momentum, and with ``update_every`` κ (averages of ``PathAdam``,
+    ``GatedPathSGD`` and ``PathSOAP`` are in path coordinates, which have none).
 
     Args:
         net: the network.
