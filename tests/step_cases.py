@@ -223,10 +223,10 @@ class _Grids:
         return self.launch
 
 
-def delay_line(link, hidden=14, dtype=torch.float32):
+def delay_line(link, hidden=14, dtype=torch.float32, head_bias=False):
     """Units in a line, each weighted ``link``, and one that nothing enters, from which all have 1.0, on no path: these
     weights have no quotient, and units at their ends that lie as far apart as the line's ends do."""
-    net = pk.PathNetwork(pk.ReLURNN(1, hidden, bias=False), nn.Linear(hidden, 1, bias=False), outputs="last").to(dtype)
+    net = pk.PathNetwork(pk.ReLURNN(1, hidden, bias=False), nn.Linear(hidden, 1, head_bias), outputs="last").to(dtype)
     with torch.no_grad():
         for p in net.parameters():
             p.zero_()
@@ -279,9 +279,9 @@ ON_A_PATH = {
 }
 
 
-def assert_steps_on_a_path(kind, link, hidden, dtype, **options):
+def assert_steps_on_a_path(kind, link, hidden, dtype, head_bias=False, **options):
     """The only path: κ w² = γ² for all weights on it."""
-    net = delay_line(link, hidden, dtype)
+    net = delay_line(link, hidden, dtype, head_bias)
     with torch.no_grad():
         net.rnn.weight_hh_l0[:, -1] = 0  # so that all weights but zeros are on it
     weights = [p for p in net.parameters() if p.requires_grad]

@@ -1,5 +1,6 @@
 """Networks whose numbers lie too far apart for one scale: units that grow beside others, die, or are rescaled."""
 
+import copy
 import math
 
 import pytest
@@ -401,5 +402,66 @@ def test_a_radius_where_canonical_coordinates_end(link, hidden, kind, dtype):
 @pytest.mark.parametrize("kind", ON_A_PATH)
 def test_steps_on_a_path_between_units_far_apart(kind, link, hidden, fused, dtype):
     """They had been lost in silence, or refused, where canonical coordinates in float64 do not hold the gradient, the
-    quotient, or γ/sqrt(κ)."""
-    assert_steps_on_a_path(kind, link, hidden, dtype, fused=fused)
+    quotient, γ/sqrt(κ), or the head's weight, of which γ² is formed where the head has a bias."""
+    for head_bias in (False, True):
+        assert_steps_on_a_path(kind, link, hidden, dtype, head_bias, fused=fused)
+
+
+@DTYPES
+@pytest.mark.parametrize("fused", (None, False), ids=("kernels", "plain"))
+def test_the_constant_of_a_first_step_between_units_far_apart(fused, dtype):
+    # κ is below 1e-10 γ², so that g/(κ + eps γ²) = g/γ², and the constant γ².
+    for link, hidden in ((2e14, 10), (3e14, 10), (1e10, 14), (2e4, 32)):
+        net = delay_line(link, hidden, dtype)
+        with torch.no_grad():
+            net.rnn.weight_hh_l0[:, -1] = 0
+            net.rnn.weight_ih_l0[0, 0] = 1e6
+        net.rnn.weight_ih_l0.grad.fill_(1.0)
+        before = net.rnn.weight_ih_l0.detach().clone()
+        pk.PathSGD(net, lr=1.0, scale="first_step", eps=1.0, seq_len=2 * hidden, fused=fused).step()
+        found = (before - net.rnn.weight_ih_l0.detach())[:, 0]
+        torch.testing.assert_close(found, torch.ones_like(found), rtol=1e-6 if dtype == F32 else 1e-9, atol=0)
+    # Gradients of entries whose quotient no float64 holds: the constant is small, and the step within range.
+    net = delay_line(1e-24, 6, dtype)
+    for p in net.parameters():
+        p.grad = torch.ones_like(p)
+    pk.PathSGD(net, lr=1.0, scale="first_step", seq_len=12, fused=fused).step()
+    assert all(p.isfinite().all() for p in net.parameters())
+    # By far the longest quotient is W_hh[0, 4]'s, from the end to the beginning; the constant makes it as long as g.
+    count = sum(p.numel() for p in net.parameters())
+    torch.testing.assert_close(-net.rnn.weight_hh_l0[0, 4].item(), count**0.5, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("fused", (None, False), ids=("kernels", "plain"))
+@pytest.mark.parametrize("link, hidden, gradient", ((0.01, 160, 1e-310), (0.01, 162, 5e-324), (0.0107, 166, 1e-310)))
+def test_an_overflow_between_units_far_apart_is_refused(link, hidden, gradient, fused):
+    """The kernels had written -inf: an exponent of 1060 was taken for 1000."""
+    net = delay_line(link, hidden, F64)
+    net.rnn.weight_ih_l0.grad.zero_()
+    net.rnn.weight_hh_l0.grad[0, hidden - 2] = gradient
+    before = [p.detach().clone() for p in net.parameters()]
+    optimizer = pk.PathSGD(net, lr=1e-3, scale="path_norm", seq_len=4 * hidden, fused=fused)
+    with pytest.raises(FloatingPointError, match="rnn.weight_hh_l0 overflows"):
+        optimizer.step()
+    assert all(map(torch.equal, before, net.parameters()))
+
+
+@DTYPES
+@pytest.mark.parametrize("kind", sorted(ON_A_PATH.keys() - {"first_step", "eps"}))  # which no rescaling leaves alone
+def test_tiny_gradients_change_no_bit_under_a_rescaling(kind, dtype):
+    """Of an input that is next to never on: steps were taken in wider arithmetic, but only in the rescaled network."""
+    tiny, alpha = (1e-31, 2.0**-30) if dtype == F32 else (1e-130, 2.0**-300)
+    torch.manual_seed(0)
+    net = PathNetwork(ReLURNN(3, 16), nn.Linear(16, 2), outputs="last").to(dtype)
+    for p in net.parameters():
+        p.grad = torch.randn_like(p)
+    net.rnn.weight_ih_l0.grad[0, 0] = tiny
+    other = copy.deepcopy(net)
+    node_rescale_(other, [torch.full((16,), alpha, dtype=dtype)])
+    for name, p, q in zip(dict(net.named_parameters()), net.parameters(), other.parameters(), strict=True):
+        factor = {"head.weight": alpha, "head.bias": 1.0, "rnn.weight_hh_l0": 1.0}.get(name, 1 / alpha)
+        q.grad = p.grad * factor
+    for network in (net, other):
+        ON_A_PATH[kind](network, 1, seq_len=20).step()
+    node_rescale_(other, [torch.full((16,), 1 / alpha, dtype=dtype)])
+    assert all(map(torch.equal, net.parameters(), other.parameters()))

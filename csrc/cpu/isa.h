@@ -68,8 +68,8 @@ struct Kernels {
   void (*relu_rnn_backward)(const ReluRnnBackward<T>&, int threads);
   // The index of the first weight that is not finite, in the order of PathChain's fields by layer, or -1.
   int64_t (*path_chain)(const PathChain<T>&, int threads);
-  bool (*far_gradients)(const StepWeight<T>&, const SgdRule*, bool narrow);
-  // Of entries [first, last); arithmetic in [0] the weights' dtype, [1] float64.
+  // Arithmetic in [0] the weights' dtype, [1] float64; of entries [first, last).
+  bool (*far_gradients[2])(const StepWeight<T>&, const SgdRule*);
   StepSums (*sgd_measure[2])(const StepWeight<T>&, const SgdRule&, int64_t first, int64_t last);
   void (*sgd_apply[2])(const StepWeight<T>&, const SgdRule&, int64_t first, int64_t last);
   StepSums (*coordinate_measure[2])(const StepWeight<T>&, int64_t first, int64_t last);
@@ -80,8 +80,8 @@ struct Kernels {
   void (*coordinate_average[2])(const CoordinateRule&, int64_t n, void* gradient, void* average, void* square);
   bool (*coordinate_move[2])(const StepWeight<T>&, const CoordinateRule&, int64_t first, int64_t last, const void* step,
                              bool write);
-  Number (*path_mass)(const StepWeight<T>&, int64_t first, int64_t last);
-  void (*raw_and_divided)(const StepWeight<T>&, const SgdRule&, int64_t first, int64_t last, Number* raw, Number* divided);
+  Number (*path_mass)(const StepWeight<T>&);
+  void (*add_raw_and_divided)(const StepWeight<T>&, const SgdRule&, Number& raw, Number& divided);
   // out = 2 p κ · 2^exponent · scale.
   void (*norm_gradient)(const StepWeight<T>&, const Number& scale, int64_t first, int64_t last, T* out);
 };

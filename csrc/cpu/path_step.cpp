@@ -58,6 +58,15 @@ int64_t take(const Arguments& a, const Kappa& kappa) {
   return AT_DISPATCH_FLOATING_TYPES(dtype, "path_update_", [&] { return take(Weights<scalar_t>(a, kappa)); });
 }
 
+// The status of `attempt`, in the narrowest arithmetic that takes the step.
+template <typename F>
+int64_t in_some_arithmetic(const F& attempt) {
+  int64_t status = attempt(kNative);
+  if (status == kNarrow) status = attempt(kDouble);
+  if (status >= kLost && status % 4 == kLost % 4) status = attempt(kByEntries);
+  return status;
+}
+
 // ∂γ²/∂p of every weight, eq. (8): 2 p κ⁽¹⁾, times `scale`.
 template <typename T>
 std::vector<Tensor> norm_gradients(const Arguments& a, const Kappa& kappa, const Number& scale) {
@@ -87,10 +96,10 @@ int64_t path_update(TensorList weights, const std::vector<optional<Tensor>>& gra
   check_scalar(log_path_norm, "log_path_norm");
   Kappa kappa = checked(a, kappas, exponents, unit_exponents, entry_exponents);
   kappa.log_path_norm = scalar(log_path_norm);
-  const int64_t status = take(a, kappa);
-  if (status != kNarrow) return status;
-  kappa.wide = true;
-  return take(a, kappa);
+  return in_some_arithmetic([&](Arithmetic arithmetic) {
+    kappa.arithmetic = arithmetic;
+    return take(a, kappa);
+  });
 }
 
 std::vector<Tensor> path_norm_gradients(TensorList weights, int64_t chains, bool bidirectional, bool bias, bool head,
@@ -124,15 +133,14 @@ int64_t run(const Arguments& a, int64_t seq_len, bool last_only, bool ones_h0, d
   const int64_t hidden = a.weights[1].size(0);
   const bool by_team = path_chain_threads(a.chains.count, seq_len, hidden, second_factor > 0, 0) > 1;
   std::vector<int64_t> counted;
-  const auto attempt = [&](bool in_double) {
+  // An attempt may write over κ.
+  const int64_t status = in_some_arithmetic([&](Arithmetic arithmetic) {
     const PathChainPass k = path_chain_pass(a.weights, a.chains, seq_len, last_only, ones_h0, second_factor, rtol,
                                             first_lags, workspace_bytes);
     counted = k.lags;
     return take(a, {k.kappa, k.exponents.data(), k.unit_exponents.data(), hidden, k.entry_exponents,
-                    k.log_path_norm, true, in_double, by_team});
-  };
-  int64_t status = attempt(false);
-  if (status == kNarrow) status = attempt(true);  // a first one may have written over κ
+                    k.log_path_norm, true, arithmetic, by_team});
+  });
   if (status == kDone && lags) {
     // Where all lags were summed there is nothing to start from.
     std::transform(counted.begin(), counted.end(), lags->mutable_data_ptr<int64_t>(),

@@ -21,6 +21,9 @@ enum Status : int64_t { kDone = 0, kNoPath = 1, kNoConstant = 2, kUnbounded = 3,
 // Not for them: float32 does not hold what the step needs, and κ may be gone; it is to be taken in float64.
 constexpr int64_t kNarrow = -1;
 
+// What a step is tried in, one after the other: the weights' dtype, float64, numbers of any size for each entry.
+enum Arithmetic { kNative, kDouble, kByEntries };
+
 // Exponents beside which a float32 number of a training step stays in range, and a float64 number of any step.
 constexpr int64_t kModerate = 60, kFar = 900;
 
@@ -31,7 +34,7 @@ struct Kappa {
   TensorList entry_exponents;
   double log_path_norm;
   bool own;  // nobody else's: its memory may be written to
-  bool wide;  // whether the arithmetic is float64 from the start
+  Arithmetic arithmetic;  // to start with
   bool by_team = false;
 };
 

@@ -218,34 +218,47 @@ bool lost_entries(const StepWeight<T>& w, double limit, const Span& s, const U* 
   return lost;
 }
 
-// The quotient of the q-th entry of a run, where κ has entry exponents.
+// The quotient of the q-th entry of a run, in the weight's own coordinates.
 template <typename T>
 Number exact_quotient(const StepWeight<T>& w, const SgdRule& rule, const Span& s, int64_t q) {
-  const Number divisor = (entry_kappa(w, kappa_at(w, s, q)) * rule.kappa_share + rule.damping).normal();
+  const Number kappa = entry_kappa(w, kappa_at(w, s, q)) * Number{1, 2 * exponent_at(w, s.row, s.column + q)};
+  const Number divisor = (kappa * rule.kappa_share + rule.damping).normal();
   const double g = static_cast<double>(w.gradient[s.i + q]);
   if (divisor.mantissa == 0) return {g - g, 0};
   return (Number{g, 0}.normal() * rule.quotient / divisor).normal();
 }
 
-// Whether canonical coordinates in float64, or in T where that is `narrow`, do not hold a gradient on a path, or what
-// `rule` makes of it. Of units that are not far apart they do; and powers of two, by which a network is rescaled, do not
-// change what is found.
-template <typename T>
-bool far_gradients(const StepWeight<T>& w, const SgdRule* rule, bool narrow) {
-  const int64_t near = narrow ? 60 : 480, most = narrow ? 100 : 900;
-  const int64_t inner = narrow ? most : 400;  // with room for κ and the factors of a quotient, one after the other
-  if (w.most_down <= near) return false;
+// Exponents e up to which canonical coordinates have tables in U; and of numbers that U holds in full.
+template <typename U>
+constexpr int64_t kNear = sizeof(U) < sizeof(double) ? 124 : 1000;
+template <typename U>
+constexpr int64_t kHeld = sizeof(U) < sizeof(double) ? 124 : 1020;
+
+// Whether canonical coordinates in U lose what a weight's own hold: a gradient on a path, or what is made of it on the way
+// to its quotient by `rule`, or to g/sqrt(κ) where that is null. The latter is looked at beyond what a network within U's
+// range can be brought from by powers of two, which so change nothing.
+template <typename U, typename T>
+bool far_gradients(const StepWeight<T>& w, const SgdRule* rule) {
+  if (w.most_down <= kNear<U>) return false;
+  const bool beyond = w.most_down > 2 * kHeld<U>;
   bool far = false;
+  const auto check = [&](const Number& x) {
+    far |= !x.moderate(kHeld<U>);
+    return x;
+  };
   for_runs(w.columns, 0, w.size, [&](const Span& s) {
     for (int64_t q = 0; q < s.n && !far; ++q) {
       const int64_t e = exponent_at(w, s.row, s.column + q);
-      const Number share = rule ? rule->damping * Number{1, -2 * e} : Number{}, kappa = entry_kappa(w, kappa_at(w, s, q));
-      far = !share.moderate(most);  // of every entry: what is infinite is no divisor, even of 0
+      const Number kappa = entry_kappa(w, kappa_at(w, s, q));
+      // Damping is checked of every entry: what is infinite is no divisor, even of 0.
+      const Number damping = rule ? check(rule->damping * Number{1, -2 * e}) : Number{};
+      const Number divisor = (rule ? kappa * rule->kappa_share + damping : kappa.root()).normal();
       const double g = static_cast<double>(w.gradient[s.i + q]);
-      const Number divisor = (rule ? kappa * rule->kappa_share + share : kappa).normal();
       if (g == 0 || !std::isfinite(g) || divisor.mantissa == 0) continue;
-      const Number canonical = Number{g, -e}.normal();
-      far |= !canonical.moderate(inner) || (rule && !(canonical * rule->quotient / divisor).moderate(most));
+      const Number canonical = check(Number{g, -e}.normal());
+      if (!beyond) continue;
+      if (rule) check(check(check(canonical * Number{rule->before, 0}) / divisor) * Number{rule->after, 0});
+      else check(canonical / divisor);
     }
   });
   return far;
@@ -327,16 +340,15 @@ inline Vec<U> change(const SgdRule& rule, Vec<U> quotient, const Vec<U>& weight,
 // not far apart they do; and powers of two, by which a network is rescaled, do not change what is found.
 template <typename T, typename U>
 bool beyond(const StepWeight<T>& w, const SgdRule& rule, const Span& s, const U* kappa) {
-  constexpr int64_t near = sizeof(U) < sizeof(double) ? 60 : 480, most = sizeof(U) < sizeof(double) ? 100 : 900;
   if (w.entry_exponents) return true;
-  for (int64_t q = 0; w.most_down > near && q < s.n; ++q) {
+  for (int64_t q = 0; w.most_down > kNear<U> && q < s.n; ++q) {
     if (kappa[q] == U(0)) continue;
     const double weight = static_cast<double>(w.weight[s.i + q]);
     const double parts[] = {rule.given ? static_cast<double>(w.gradient[s.i + q]) - weight : 0,
                             rule.decay * weight, w.first ? static_cast<double>(w.first[s.i + q]) : 0};
     for (const double part : parts) {
       if (part != 0 && std::isfinite(part) &&
-          std::abs(std::ilogb(part) + exponent_at(w, s.row, s.column + q)) > most) return true;
+          std::abs(std::ilogb(part) + exponent_at(w, s.row, s.column + q)) > kHeld<U>) return true;
     }
   }
   return false;
@@ -404,8 +416,8 @@ StepSums sgd_measure(const StepWeight<T>& w, const SgdRule& rule, int64_t first,
   });
   sums.pulled = found.pulls.value() != 0;
   sums.paths = found.paths.value() > 0;
-  const double down = power_of_two<double>(std::clamp<int64_t>(w.most_down, -1000, 1000));
-  if (!rule.given && (w.entry_exponents || !(found.steps.value() * down <= rule.limit))) {
+  const double longest = Number{found.steps.value(), w.most_down}.normal().value();
+  if (!rule.given && (w.entry_exponents || !(longest <= rule.limit))) {
     for_runs(w.columns, first, last, [&](const Span& s) {
       sums.lost |= lost_entries(w, rule.limit, s, quotients_again(w, rule, s, run));
     });
@@ -680,43 +692,37 @@ bool coordinate_move(const StepWeight<T>& w, const CoordinateRule& rule, int64_t
 
 // Σ κ w², without `exponent`: γ² of the paths through this weight, where each takes it once.
 template <typename T>
-Number path_mass(const StepWeight<T>& w, int64_t first, int64_t last) {
+Number path_mass(const StepWeight<T>& w) {
   Run<double> run;
   Squares squares;
-  for_runs(w.columns, first, last, [&](const Span& s) {
-    if (!w.entry_exponents) {
-      shift<false, double>(w, s, w.weight + s.i, run.weight);
+  for_runs(w.columns, 0, w.size, [&](const Span& s) {
+    const T* const own = w.weight + s.i;
+    bool far = w.entry_exponents;
+    for (int64_t q = 0; w.most_down > kNear<double> && q < s.n; ++q) {
+      const Number canonical{static_cast<double>(own[q]), exponent_at(w, s.row, s.column + q)};
+      far |= entry_kappa(w, kappa_at(w, s, q)).mantissa != 0 && !canonical.moderate(kHeld<double>);
+    }
+    if (!far) {
+      shift<false, double>(w, s, own, run.weight);
       return add_squares(gather_kappa(w, s, run.kappa), run.weight, s.n, squares);
     }
     for (int64_t q = 0; q < s.n; ++q) {
-      squares.far = squares.far + entry_length(w, s, q, static_cast<double>(w.weight[s.i + q]));
+      squares.far = squares.far + entry_length(w, s, q, static_cast<double>(own[q]));
     }
   });
   return squares.total();
 }
 
-// Σ g² and Σ d² in the weight's own coordinates, without decay.
+// Adds Σ g² and, of quotients, Σ q², both in the weight's own coordinates: once in a training, and so entry by entry.
 template <typename T>
-void raw_and_divided(const StepWeight<T>& w, const SgdRule& rule, int64_t first, int64_t last, Number* raw,
-                     Number* divided) {
-  Run<double> run;
-  Found<double> found;
-  Squares whole, parts;
-  for_runs(w.columns, first, last, [&](const Span& s) {
-    for (int64_t q = 0; w.entry_exponents && q < s.n; ++q) {
-      const Number quotient = exact_quotient(w, rule, s, q);
-      if (quotient.mantissa != 0) parts.far = parts.far + quotient * quotient;
+void add_raw_and_divided(const StepWeight<T>& w, const SgdRule& rule, Number& raw, Number& divided) {
+  for_runs(w.columns, 0, w.size, [&](const Span& s) {
+    for (int64_t q = 0; q < s.n; ++q) {
+      const Number g = Number{static_cast<double>(w.gradient[s.i + q]), 0}.normal(), d = exact_quotient(w, rule, s, q);
+      if (g.mantissa != 0) raw = raw + g * g;
+      if (d.mantissa != 0) divided = divided + d * d;
     }
-    if (!w.entry_exponents) {
-      quotients<T, double, false>(w, rule, s, run, gather_kappa(w, s, run.kappa), run.step, found);
-      shift<true, double>(w, s, run.step, run.step);
-      add_squares<double>(nullptr, run.step, s.n, parts);
-    }
-    std::copy(w.gradient + s.i, w.gradient + s.i + s.n, run.gradient);
-    add_squares<double>(nullptr, run.gradient, s.n, whole);
   });
-  *raw = whole.total();
-  *divided = parts.total();
 }
 
 // A run's entries one by one, as numbers of any size.

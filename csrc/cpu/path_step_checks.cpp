@@ -120,7 +120,7 @@ Kappa checked(const Arguments& a, TensorList factors, const Tensor& exponents, c
   }
   const int64_t H = unit_exponents.size(1);
   for (int64_t i = 0; i < a.chains.weights(); ++i) check_weight(a, i, factors, H);
-  return {factors, exponents.const_data_ptr<int64_t>(), units, H, entry_exponents, 0, false, false};
+  return {factors, exponents.const_data_ptr<int64_t>(), units, H, entry_exponents, 0, false, kNative};
 }
 
 }  // namespace pathrnn::step

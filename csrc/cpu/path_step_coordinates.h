@@ -61,7 +61,7 @@ class Coordinates {
     const int64_t bias_at = a_.chains.head_bias_at();
     if (bias_at < 0) return Number::exp(weights_.kappa.log_path_norm);
     const StepWeight<T> head = weights_.view(bias_at - 1, false);
-    return kernels<T>().path_mass(head, 0, head.size) * Number{1, head.exponent};
+    return kernels<T>().path_mass(head) * Number{1, head.exponent};
   }
 
   // ‖g/sqrt(κ)‖.

@@ -119,10 +119,7 @@ class Sgd {
   double first_constant() const {
     Number raw, divided;
     for (int64_t v = 0; v < weights_.count(); ++v) {
-      Number r, d;
-      kernels<T>().raw_and_divided(weights_.views[v], rules_[v], 0, weights_.views[v].size, &r, &d);
-      raw = raw + r;
-      divided = divided + d;
+      kernels<T>().add_raw_and_divided(weights_.views[v], rules_[v], raw, divided);
     }
     const Number share = Number{weights_.unscaled(), 0}.normal();  // the quotient is of unscaled gradients
     raw = raw * share * share;

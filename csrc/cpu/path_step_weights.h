@@ -28,7 +28,7 @@ class Weights {
  public:
   // `limit`: the largest number of the weights' own dtype.
   Weights(const Arguments& a, const Kappa& kappa, double limit = static_cast<double>(std::numeric_limits<T>::max()))
-      : arguments(a), kappa(kappa), limit(limit), wide(kappa.wide) {
+      : arguments(a), kappa(kappa), limit(limit), wide(kappa.arithmetic != kNative) {
     tabulate();
     for (size_t i = 0; i < a.weights.size(); ++i) {
       if (a.gradients[i]) moving.push_back(static_cast<int64_t>(i));
@@ -83,8 +83,9 @@ class Weights {
   void take_far(int64_t v, bool far, const SgdRule* rule) {
     StepWeight<T>& w = views[v];
     if (w.entry_exponents) return;
-    wide |= far || (narrow() && kernels<T>().far_gradients(w, rule, true));
-    if (far || (!narrow() && kernels<T>().far_gradients(w, rule, false))) by_entries(w);
+    const auto& far_gradients = kernels<T>().far_gradients;
+    wide |= far || (narrow() && far_gradients[0](w, rule));
+    if (far || (!narrow() && far_gradients[1](w, rule))) by_entries(w);
   }
 
   // Whether any gradient is not 0.
@@ -331,7 +332,7 @@ class Weights {
     const Tensor& factor = kappa.factors[a.chains.place(i)];
     const bool matrix = own.dim() == 2 && factor.sizes() == own.sizes() && factor.is_contiguous();
     if (kappa.own && matrix && !w.entry_exponents) w.spare = factor.mutable_data_ptr<T>();
-    if (w.entry_exponents) {
+    if (w.entry_exponents || kappa.arithmetic == kByEntries) {
       wide = true;
       by_entries(w);
     }
