@@ -432,6 +432,20 @@ def test_the_constant_of_a_first_step_between_units_far_apart(fused, dtype):
     torch.testing.assert_close(-net.rnn.weight_hh_l0[0, 4].item(), count**0.5, rtol=1e-6, atol=0)
 
 
+@DTYPES
+@pytest.mark.parametrize("fused", (None, False), ids=("kernels", "plain"))
+def test_damping_of_what_has_no_path_between_units_far_apart(fused, dtype):
+    """g/(eps γ²) was 0, as γ² in canonical coordinates is infinite."""
+    for link, hidden in ((2.6e23, 10), (1.5e26, 10), (2e-24, 10), (1e30, 30), (1e-30, 30)):
+        net = delay_line(link, hidden, dtype)
+        for p in net.parameters():
+            p.grad = torch.zeros_like(p)
+        net.rnn.weight_hh_l0.grad[:, -1] = 1.0
+        pk.PathSGD(net, lr=1e-3, scale="path_norm", eps=0.5, seq_len=2 * hidden, fused=fused).step()
+        found = net.rnn.weight_hh_l0.detach()[:, -1]
+        torch.testing.assert_close(found, torch.full_like(found, 0.998), rtol=1e-6 if dtype == F32 else 1e-12, atol=0)
+
+
 @pytest.mark.parametrize("fused", (None, False), ids=("kernels", "plain"))
 @pytest.mark.parametrize("link, hidden, gradient", ((0.01, 160, 1e-310), (0.01, 162, 5e-324), (0.0107, 166, 1e-310)))
 def test_an_overflow_between_units_far_apart_is_refused(link, hidden, gradient, fused):

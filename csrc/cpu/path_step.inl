@@ -236,11 +236,12 @@ constexpr int64_t kHeld = sizeof(U) < sizeof(double) ? 124 : 1020;
 
 // Whether canonical coordinates in U lose what a weight's own hold: a gradient on a path, or what is made of it on the way
 // to its quotient by `rule`, or to g/sqrt(κ) where that is null. The latter is looked at beyond what a network within U's
-// range can be brought from by powers of two, which so change nothing.
+// range can be brought from by powers of two, which so change nothing; with damping they do, by 2^2e.
 template <typename U, typename T>
 bool far_gradients(const StepWeight<T>& w, const SgdRule* rule) {
-  if (w.most_down <= kNear<U>) return false;
-  const bool beyond = w.most_down > 2 * kHeld<U>;
+  const bool damped = rule && rule->damping.mantissa != 0;
+  if (w.most_down <= kNear<U> / (damped ? 2 : 1)) return false;
+  const bool beyond = damped || w.most_down > 2 * kHeld<U>;
   bool far = false;
   const auto check = [&](const Number& x) {
     far |= !x.moderate(kHeld<U>);
