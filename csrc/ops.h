@@ -92,6 +92,10 @@ struct PathChain {
   double* bounds = nullptr;         // per chain: bound of the relative error of kappa_hh
 };
 
+// Exponents e up to which a step has tables of powers of two in T.
+template <typename T>
+constexpr int64_t kTabled = sizeof(T) < sizeof(double) ? 124 : 1000;
+
 // One weight of a step and its κ, as [rows, columns]: entry (r, c) has, in the coordinates of a network whose units are
 // rescaled by powers of two (Theorem 1),
 //   weight · 2^e,  gradient · 2^-e  and  κ = kappa[r * row_stride + c * column_stride] · 2^(exponent + entry exponent)

@@ -228,9 +228,7 @@ Number exact_quotient(const StepWeight<T>& w, const SgdRule& rule, const Span& s
   return (Number{g, 0}.normal() * rule.quotient / divisor).normal();
 }
 
-// Exponents e up to which canonical coordinates have tables in U; and of numbers that U holds in full.
-template <typename U>
-constexpr int64_t kNear = sizeof(U) < sizeof(double) ? 124 : 1000;
+// Exponents of numbers that U holds in full.
 template <typename U>
 constexpr int64_t kHeld = sizeof(U) < sizeof(double) ? 124 : 1020;
 
@@ -240,8 +238,8 @@ constexpr int64_t kHeld = sizeof(U) < sizeof(double) ? 124 : 1020;
 template <typename U, typename T>
 bool far_gradients(const StepWeight<T>& w, const SgdRule* rule) {
   const bool damped = rule && rule->damping.mantissa != 0;
-  if (w.most_down <= kNear<U> / (damped ? 2 : 1)) return false;
-  const bool beyond = damped || w.most_down > 2 * kHeld<U>;
+  if (w.most_down <= kTabled<U> / (damped ? 2 : 1)) return false;
+  const bool products = damped || w.most_down > 2 * kHeld<U>;
   bool far = false;
   const auto check = [&](const Number& x) {
     far |= !x.moderate(kHeld<U>);
@@ -257,7 +255,7 @@ bool far_gradients(const StepWeight<T>& w, const SgdRule* rule) {
       const double g = static_cast<double>(w.gradient[s.i + q]);
       if (g == 0 || !std::isfinite(g) || divisor.mantissa == 0) continue;
       const Number canonical = check(Number{g, -e}.normal());
-      if (!beyond) continue;
+      if (!products) continue;
       if (rule) check(check(check(canonical * Number{rule->before, 0}) / divisor) * Number{rule->after, 0});
       else check(canonical / divisor);
     }
@@ -342,7 +340,7 @@ inline Vec<U> change(const SgdRule& rule, Vec<U> quotient, const Vec<U>& weight,
 template <typename T, typename U>
 bool beyond(const StepWeight<T>& w, const SgdRule& rule, const Span& s, const U* kappa) {
   if (w.entry_exponents) return true;
-  for (int64_t q = 0; w.most_down > kNear<U> && q < s.n; ++q) {
+  for (int64_t q = 0; w.most_down > kTabled<U> && q < s.n; ++q) {
     if (kappa[q] == U(0)) continue;
     const double weight = static_cast<double>(w.weight[s.i + q]);
     const double parts[] = {rule.given ? static_cast<double>(w.gradient[s.i + q]) - weight : 0,
@@ -699,7 +697,7 @@ Number path_mass(const StepWeight<T>& w) {
   for_runs(w.columns, 0, w.size, [&](const Span& s) {
     const T* const own = w.weight + s.i;
     bool far = w.entry_exponents;
-    for (int64_t q = 0; w.most_down > kNear<double> && q < s.n; ++q) {
+    for (int64_t q = 0; w.most_down > kTabled<double> && q < s.n; ++q) {
       const Number canonical{static_cast<double>(own[q]), exponent_at(w, s.row, s.column + q)};
       far |= entry_kappa(w, kappa_at(w, s, q)).mantissa != 0 && !canonical.moderate(kHeld<double>);
     }

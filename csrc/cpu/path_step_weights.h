@@ -210,7 +210,7 @@ class Weights {
       down_[j] = -up_[j];
       spread_ = std::max(spread_, std::abs(up_[j]));
     }
-    tables_ = spread_ <= (sizeof(T) == 4 ? 62 : 500);
+    tables_ = 2 * spread_ <= kTabled<T>;
     if (!tables_) return;
     power_up_.resize(n);
     power_down_.resize(n);
